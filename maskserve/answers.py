@@ -1,0 +1,239 @@
+"""A request on a payload becomes an answer: variables in, variables out. Knows no files, no terminal and no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from maskserve import engine
+from maskserve.backends import Choice, choose
+from maskserve.dtypes import BY_TORCH, DType
+from maskserve.errors import DeviceError, DimError, nearest
+from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.payload.format import Encoded, Output, Payload, encode
+from maskserve.payload.tensors import load, output
+from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
+from maskserve.plan import Plan, plan
+from maskserve.requests import Request
+from maskserve.version import version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One variable of an answer; a coordinate has a mask only if it came with one."""
+
+    name: str
+    data: Tensor
+    mask: Tensor | None
+    mask_name: str
+    dims: Dims | None
+    is_coordinate: bool = False
+
+    @property
+    def dtype(self) -> DType:
+        return BY_TORCH[str(self.data.dtype).removeprefix("torch.")]
+
+    def outputs(self) -> Iterator[Output]:
+        yield output(self.name, self.data)
+        if self.mask is not None:
+            yield output(self.mask_name, self.mask)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The variables that a request gives, in the order of the question, and the payload's metadata."""
+
+    results: tuple[Result, ...]
+    metadata: dict[str, str]
+
+    def outputs(self) -> list[Output]:
+        return [out for result in self.results for out in result.outputs()]
+
+    def encoded(self) -> Encoded:
+        """The answer as safetensors: its size, and its bytes in pieces."""
+        return encode(self.outputs(), self.metadata)
+
+    def to_bytes(self) -> bytes:
+        return b"".join(self.encoded().chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What a request does with one variable; `plan` is None where the variable passes through."""
+
+    variable: Variable
+    plan: Plan | None
+    choice: Choice | None
+    dims: Dims | None
+
+    @property
+    def bytes_read(self) -> int:
+        mask = self.variable.mask
+        return self.variable.info.n_bytes + (mask.info.n_bytes if mask else 0)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.plan.out_shape if self.plan else self.variable.info.shape
+
+    @property
+    def bytes_written(self) -> int:
+        dtype = self.plan.result if self.plan else self.variable.info.dtype
+        return prod(self.out_shape) * (dtype.n_bytes + 1)
+
+
+def steps(request: Request, payload: Payload) -> tuple[Step, ...]:
+    """What the request does with each variable, decided from the header alone."""
+    variables = resolved(request, payload)
+    device = device_of(str(request.running.get("device", "auto")))
+    planned = tuple(step(request, variable, device) for variable in variables)
+    dims = request.params.get("dim")
+    if dims is not None and all(s.plan is None for s in planned):
+        raise no_such_dim(request, variables)
+    return planned
+
+
+def answer(request: Request, payload: Payload) -> Answer:
+    """Every variable of the payload computed on, or passed through where it lacks the named dim."""
+    variables = resolved(request, payload)
+    planned = steps(request, payload)
+    results = [result(request, payload, variables, step) for step in planned]
+    alive = {dim for r in results for dim in r.dims or ()}
+    results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
+    named = {r.name: r.dims for r in results if r.dims is not None}
+    metadata = answer_metadata(
+        payload.header.metadata, named, {"maskserve": version(), **request.canonical()}, version()
+    )
+    return Answer(results=tuple(results), metadata=metadata)
+
+
+def resolved(request: Request, payload: Payload) -> Variables:
+    common = request.common
+    return resolve(
+        payload.header,
+        mask=common.get("mask"),
+        mask_means=common.get("mask_means"),
+        tensors=common.get("tensor"),
+    )
+
+
+def step(request: Request, variable: Variable, device: str) -> Step:
+    """The plan for one variable; names of dims become numbers here and nowhere else."""
+    params = dict(request.params)
+    asked = params.get("dim")
+    if asked is not None:
+        numbers = dim_numbers(variable, asked if isinstance(asked, tuple) else (asked,))
+        if numbers is None:
+            return Step(variable=variable, plan=None, choice=None, dims=variable.dims)
+        params["dim"] = numbers if isinstance(asked, tuple) else numbers[0]
+    row = request.row
+    assert isinstance(row, Reduction | Normalization | Scan)
+    try:
+        planned = plan(row, tuple(params.items()), variable.info.shape, variable.info.dtype, device)
+    except DimError as error:
+        hint = f"{variable.name}: {error.message}; --tensor picks the variables to compute on"
+        raise DimError(hint, parameter="dim", allowed=error.allowed) from None
+    choice = choose(planned, request.running.get("backend"))
+    return Step(variable=variable, plan=planned, choice=choice, dims=answer_dims(planned, variable))
+
+
+def dim_numbers(variable: Variable, asked: tuple[int | str, ...]) -> tuple[int, ...] | None:
+    """The dims by number; None where the variable has none of a named dim and so passes through."""
+    names = variable.dims or ()
+    numbers = []
+    for dim in asked:
+        if isinstance(dim, int):
+            numbers.append(dim)
+        elif dim in names:
+            numbers.append(names.index(dim))
+        else:
+            return None
+    return tuple(numbers)
+
+
+def no_such_dim(request: Request, variables: Variables) -> DimError:
+    """No variable has the named dims: more likely a slip than a wish."""
+    names = list(dict.fromkeys(name for variable in variables for name in variable.dims or ()))
+    dims = request.params["dim"]
+    given = [dim for dim in (dims if isinstance(dims, tuple) else (dims,)) if isinstance(dim, str)]
+    missing = next((dim for dim in given if dim not in names), given[0])
+    have = f"the payload's dims are {', '.join(names)}" if names else "the payload names no dims: give a number"
+    return DimError(
+        f"{request.row.name}: no variable has the dim {missing[:64]!r}; {have}{nearest(missing, names)}",
+        parameter="dim",
+        allowed=names,
+    )
+
+
+def answer_dims(planned: Plan, variable: Variable) -> Dims | None:
+    """The names of the dims that live on."""
+    if variable.dims is None or len(planned.out_shape) == len(variable.dims):
+        return variable.dims
+    return tuple(name for dim, name in enumerate(variable.dims) if dim not in planned.dims)
+
+
+def result(request: Request, payload: Payload, variables: Variables, step: Step) -> Result:
+    data, mask = load(payload, step.variable)
+    mask = without_fill(data, mask, request.common.get("fill_value"))
+    if step.plan is not None:
+        device = step.plan.device
+        with engine.using(backend=request.running.get("backend")):
+            data, mask = engine.run(step.plan, data.to(device), None if mask is None else mask.to(device))
+    elif mask is None:
+        mask = torch.ones(data.shape, dtype=torch.bool)
+    else:
+        mask = mask.expand(data.shape)
+        data = engine.hidden_as_zero(data, mask)
+    return Result(
+        name=step.variable.name,
+        data=data,
+        mask=mask,
+        mask_name=answer_mask_name(step.variable, variables),
+        dims=step.dims,
+    )
+
+
+def coordinate(payload: Payload, variable: Variable, variables: Variables) -> Result:
+    """A coordinate as it came."""
+    data, mask = load(payload, variable)
+    return Result(
+        name=variable.name,
+        data=data,
+        mask=mask,
+        mask_name=answer_mask_name(variable, variables),
+        dims=variable.dims,
+        is_coordinate=True,
+    )
+
+
+def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:
+    """The mask, less the cells that hold the fill value."""
+    if fill is None:
+        return mask
+    valid = data != fill
+    return valid if mask is None else valid & mask
+
+
+def device_of(word: str) -> str:
+    """A device torch can compute on: "auto" is the first GPU, or the CPU where there is none.
+
+    >>> device_of("cpu")
+    'cpu'
+    """
+    if word == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {word[:64]!r} is not known: give auto, cpu, cuda or cuda:N", parameter="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device {word} is not there: torch sees {torch.cuda.device_count()} GPUs; give auto or cpu",
+            parameter="device",
+        )
+    return str(device)

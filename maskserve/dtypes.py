@@ -1,0 +1,87 @@
+"""Element types under our own names, so that rows, plans and payloads need no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from maskserve.errors import DtypeError, nearest
+
+
+class Kind(StrEnum):
+    """What the bits of an element mean."""
+
+    FLOAT = "float"
+    INT = "int"
+    UINT = "uint"
+    BOOL = "bool"
+    COMPLEX = "complex"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DType:
+    """One element type: `name` is ours and the command line's, `code` is safetensors', `torch` is torch's attribute."""
+
+    name: str
+    code: str
+    torch: str
+    n_bytes: int
+    kind: Kind
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def is_float(self) -> bool:
+        return self.kind is Kind.FLOAT
+
+    @property
+    def is_integral(self) -> bool:
+        """Whether it is an integer or bool type, whose sums are exact."""
+        return self.kind in (Kind.INT, Kind.UINT, Kind.BOOL)
+
+
+f64 = DType(name="f64", code="F64", torch="float64", n_bytes=8, kind=Kind.FLOAT)
+f32 = DType(name="f32", code="F32", torch="float32", n_bytes=4, kind=Kind.FLOAT)
+f16 = DType(name="f16", code="F16", torch="float16", n_bytes=2, kind=Kind.FLOAT)
+bf16 = DType(name="bf16", code="BF16", torch="bfloat16", n_bytes=2, kind=Kind.FLOAT)
+i64 = DType(name="i64", code="I64", torch="int64", n_bytes=8, kind=Kind.INT)
+i32 = DType(name="i32", code="I32", torch="int32", n_bytes=4, kind=Kind.INT)
+i16 = DType(name="i16", code="I16", torch="int16", n_bytes=2, kind=Kind.INT)
+i8 = DType(name="i8", code="I8", torch="int8", n_bytes=1, kind=Kind.INT)
+u64 = DType(name="u64", code="U64", torch="uint64", n_bytes=8, kind=Kind.UINT)
+u32 = DType(name="u32", code="U32", torch="uint32", n_bytes=4, kind=Kind.UINT)
+u16 = DType(name="u16", code="U16", torch="uint16", n_bytes=2, kind=Kind.UINT)
+u8 = DType(name="u8", code="U8", torch="uint8", n_bytes=1, kind=Kind.UINT)
+boolean = DType(name="bool", code="BOOL", torch="bool", n_bytes=1, kind=Kind.BOOL)
+f8_e4m3 = DType(name="f8_e4m3", code="F8_E4M3", torch="float8_e4m3fn", n_bytes=1, kind=Kind.FLOAT)
+f8_e5m2 = DType(name="f8_e5m2", code="F8_E5M2", torch="float8_e5m2", n_bytes=1, kind=Kind.FLOAT)
+c64 = DType(name="c64", code="C64", torch="complex64", n_bytes=8, kind=Kind.COMPLEX)
+
+ALL: tuple[DType, ...] = (f64, f32, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean, f8_e4m3, f8_e5m2, c64)
+FLOATING = frozenset({f64, f32, f16, bf16})
+INTEGRAL = frozenset({i64, i32, i16, i8, u8, boolean})
+NUMERIC = FLOATING | INTEGRAL
+
+BY_CODE: Mapping[str, DType] = MappingProxyType({dtype.code: dtype for dtype in ALL})
+BY_TORCH: Mapping[str, DType] = MappingProxyType({dtype.torch: dtype for dtype in ALL})
+BY_NAME: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in ALL})
+
+
+def parse(word: str) -> DType:
+    """The dtype that `word` spells in our way, torch's or safetensors'.
+
+    >>> parse("f64"), parse("float32"), parse("BF16")
+    (f64, f32, bf16)
+    """
+    lower = word.lower().removeprefix("torch.")
+    found = BY_NAME.get(lower) or BY_TORCH.get(lower) or BY_CODE.get(word.upper())
+    if found is None:
+        raise DtypeError(
+            f"dtype {word!r} is not known: give one of {', '.join(BY_NAME)}{nearest(lower, BY_NAME)}",
+            parameter="dtype",
+            allowed=BY_NAME,
+        )
+    return found

@@ -1,0 +1,406 @@
+"""run(plan, data, mask): passes over blocks, one fixed merge tree, finalize or apply.
+
+Blocks are free (threads, strides and cache decide them); the order of arithmetic is the plan's (docs/order.md).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from maskserve.backends import Backend, Parts, choose
+from maskserve.backends.reference import join, kernel
+from maskserve.backends.reference import lift as lift_block
+from maskserve.backends.reference.cells import canonical, rounded, select
+from maskserve.errors import EmptySliceError, NanError, ParameterError
+from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.plan import Plan
+
+Masked = tuple[Tensor, Tensor]
+SMALL = 1 << 16
+"""Cells below which one block in this thread beats handing work out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """What changes how a request runs, and never what it gives."""
+
+    backend: str | None = None
+    threads: int | None = None
+    block_cells: int | None = None
+
+
+_execution: ContextVar[Execution] = ContextVar("execution", default=Execution())
+
+
+@contextmanager
+def using(*, backend: str | None = None, threads: int | None = None, block_cells: int | None = None) -> Iterator[None]:
+    """Run what is inside with this back end (by name), number of threads and block size; None leaves a choice as it is."""
+    given = {"backend": backend, "threads": threads, "block_cells": block_cells}
+    token = _execution.set(replace(_execution.get(), **{k: v for k, v in given.items() if v is not None}))
+    try:
+        yield
+    finally:
+        _execution.reset(token)
+
+
+def n_threads() -> int:
+    """The threads to use: of `using`, else MASKSERVE_THREADS, else the CPUs that this process may run on."""
+    asked = _execution.get().threads
+    if asked is not None:
+        return asked
+    return int(os.environ.get("MASKSERVE_THREADS") or 0) or len(os.sched_getaffinity(0))
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="maskserve")
+
+
+def run(plan: Plan, data: Tensor, mask: Tensor | None) -> Masked:
+    """(values, mask) of the plan on `data`, valid where `mask` (of data's ndim, size 1 broadcasts; None: everywhere)."""
+    cells = Cells(plan, data, mask)
+    row = plan.row
+    if isinstance(row, Reduction):
+        return select_whole(plan, cells) if row.select else reduce(plan, cells)
+    if isinstance(row, Normalization):
+        return normalize(plan, cells)
+    return scan(plan, row, cells)
+
+
+# -- blocks -------------------------------------------------------------------------------------------------------
+
+
+class Cells:
+    """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
+
+    def __init__(self, plan: Plan, data: Tensor, mask: Tensor | None) -> None:
+        *outer, n, inner = plan.fold
+        self.shape = (prod(outer), n, inner)
+        self.plan = plan
+        self.data = Folded(data, self.shape)
+        self.mask = None if mask is None else Folded(mask.expand(plan.shape), self.shape)
+
+    def block(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
+        """Data and mask of a block; the mask tells what counts, NaN policy included."""
+        data = self.data[outer, run, inner]
+        mask = None if self.mask is None else self.mask[outer, run, inner]
+        policy = self.plan.params["nan"]
+        if policy == "propagate" or not self.plan.dtype.is_float:
+            return data, mask
+        nan = data.isnan()
+        if policy == "raise" and (nan if mask is None else nan & mask).any():
+            raise NanError(f"{self.plan.row.name}: a valid cell is NaN and nan=raise; nan=omit treats NaN as missing")
+        return data, ~nan if mask is None else mask & ~nan
+
+
+class Folded:
+    """A tensor seen in a folded shape; where strides allow no view, only the block asked for is copied."""
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        self.tensor = tensor.detach()
+        self.shape = shape
+        try:
+            self.view: Tensor | None = self.tensor.view(shape)
+        except RuntimeError:
+            self.view = None
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
+        if self.view is not None:
+            return self.view[slices]
+        return self.window(slices)
+
+    def window(self, slices: tuple[slice, ...]) -> Tensor:
+        """A copy of the block: each group of dims narrowed as far as its range allows, flattened, then cut exactly."""
+        tensor, dim, sizes, exact = self.tensor, 0, [], []
+        for size, wanted in zip(self.shape, slices, strict=True):
+            start, stop, rest, height = wanted.start, wanted.stop, size, 1
+            while rest > 1 and height == 1:  # a range inside one index of a dim goes on to the next dim
+                rest //= tensor.shape[dim]
+                first, last = start // rest, -(-stop // rest)
+                tensor = tensor.narrow(dim, first, last - first)
+                start, stop = start - first * rest, stop - first * rest
+                height, dim = last - first, dim + 1
+            sizes.append(height * rest)
+            exact.append(slice(start, stop))
+            while rest > 1:
+                rest //= tensor.shape[dim]
+                dim += 1
+        return tensor.reshape(sizes)[tuple(exact)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How (outer, n, inner) is cut: `tiles` of result cells, `runs` of whole subtrees of the reduced dim."""
+
+    tiles: tuple[tuple[slice, slice], ...]
+    runs: tuple[slice, ...]
+
+
+def cut(plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: bool = False) -> Cut:
+    """Blocks of about `block_cells`; a run is leaf * 2**k cells, so that it is a subtree of its own; or n, if `whole`."""
+    outer, n, inner = shape
+    run, width = n, inner
+    if n * inner > block_cells:
+        width = min(inner, max(1, block_cells // max(1, n if whole else min(n, plan.leaf))))
+        if not whole and n * width > block_cells:
+            leaves = max(1, block_cells // (plan.leaf * width))
+            run = plan.leaf << (leaves.bit_length() - 1)
+    height = max(1, block_cells // max(1, min(n, run) * width)) if run >= n and width == inner else 1
+    return Cut(
+        tiles=tuple(product(spans(outer, height), spans(inner, width))),
+        runs=tuple(spans(n, run)) or (slice(0, 0),),
+    )
+
+
+def spans(n: int, step: int) -> list[slice]:
+    """0..n cut every `step`.
+
+    >>> spans(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return [slice(start, min(start + step, n)) for start in range(0, n, max(step, 1))]
+
+
+def in_parallel(backend: Backend, n_cells: int, tasks: list[Callable[[], None]]) -> None:
+    """Run the tasks, on the shared pool where that pays; the first error is raised."""
+    threads = 1 if backend.threads_inside or n_cells < SMALL else min(n_threads(), len(tasks))
+    if threads <= 1:
+        for task in tasks:
+            task()
+        return
+    futures = [pool(n_threads()).submit(task) for task in tasks]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def block_cells(backend: Backend) -> int:
+    return _execution.get().block_cells or backend.block_cells
+
+
+def backend_of(plan: Plan) -> Backend:
+    return choose(plan, _execution.get().backend).backend
+
+
+# -- reductions ---------------------------------------------------------------------------------------------------
+
+
+def reduce(plan: Plan, cells: Cells) -> Masked:
+    """Lift blocks, join runs, then the earlier groups of dims; a result cell is masked where too few cells were valid."""
+    outer, n, inner = cells.shape
+    if not plan.n_reduced:  # nothing to read: the identity
+        return finish(plan, identity(plan, prod(plan.out_shape)))
+    if outer * n * inner <= SMALL:  # one block: nothing to cut, assemble or hand out
+        parts = lift(plan, backend_of(plan), cells, slice(0, outer), slice(0, n), slice(0, inner))
+    else:
+        parts = lift_all(plan, cells)
+    return finish(plan, join_groups(plan, parts))
+
+
+def identity(plan: Plan, n: int) -> Parts:
+    """The state of no cells, n times: parts of shape (n, 1)."""
+    nothing = torch.empty((n, 0, 1), dtype=getattr(torch, plan.dtype.torch), device=plan.device)
+    return lift_block(plan, plan.passes[0], nothing, None)
+
+
+def lift(plan: Plan, backend: Backend, cells: Cells, outer: slice, run: slice, inner: slice) -> Parts:
+    parts = backend.lift(plan, *cells.block(outer, run, inner))
+    shift = getattr(kernel(plan.passes[0].reference), "shift", None)
+    return shift(parts, run.start) if shift and run.start else parts
+
+
+def lift_all(plan: Plan, cells: Cells) -> Parts:
+    """The parts of every result cell, (outer, inner), over blocks."""
+    outer, n, inner = cells.shape
+    backend = backend_of(plan)
+    blocks = cut(plan, cells.shape, block_cells(backend))
+    merge = kernel(plan.passes[0].reference).merge
+    states: Parts = {
+        part.name: torch.empty(
+            (outer, len(blocks.runs), inner), dtype=getattr(torch, part.dtype.torch), device=plan.device
+        )
+        for part in plan.passes[0].parts(plan.dtype)
+    }
+
+    def task(tile: tuple[slice, slice], index: int, span: slice) -> Callable[[], None]:
+        def lift_block() -> None:
+            parts = lift(plan, backend, cells, tile[0], span, tile[1])
+            for name, part in parts.items():
+                states[name][tile[0], index, tile[1]] = part
+
+        return lift_block
+
+    tasks = [task(tile, index, span) for tile in blocks.tiles for index, span in enumerate(blocks.runs)]
+    in_parallel(backend, outer * n * inner, tasks)
+    return join(merge, states, 1)
+
+
+def join_groups(plan: Plan, parts: Parts) -> Parts:
+    """(outer, inner) states joined along the earlier groups of reduced dims, last first, until kept dims are left."""
+    of = kernel(plan.passes[0].reference)
+    below = plan.fold[-2]
+    for group in range(len(plan.fold) - 4, 0, -2):
+        n = plan.fold[group]
+        shape = (prod(plan.fold[:group]), n, prod(plan.fold[group + 1 :: 2]))
+        parts = {name: part.reshape(shape) for name, part in parts.items()}
+        if hasattr(of, "shift"):
+            parts = of.shift(parts, torch.arange(n, device=plan.device)[:, None] * below)
+        parts = join(of.merge, parts, 1)
+        below *= n
+    return parts
+
+
+def finish(plan: Plan, parts: Parts) -> Masked:
+    """States to (values, mask) in the result's shape and dtype."""
+    row = plan.row
+    assert isinstance(row, Reduction)
+    return masked_where_too_few(plan, kernel(row.finalize)(plan, parts), parts["count"])
+
+
+def masked_where_too_few(plan: Plan, values: Tensor, count: Tensor) -> Masked:
+    """`values` in the result's dtype, valid where `count` reaches min_count and exceeds what the row needs."""
+    row, params = plan.row, plan.params
+    assert isinstance(row, Reduction)
+    result = narrowed(plan, values).reshape(plan.out_shape)
+    if row.never_masked:
+        return result, torch.ones(plan.out_shape, dtype=torch.bool, device=result.device)
+    valid = count >= params["min_count"]
+    if row.needs is not None:
+        valid &= count > row.needs(params)
+    valid = valid.reshape(plan.out_shape)
+    result = select(result, valid)
+    return (result, valid) if params["empty"] == "mask" else filled(plan, result, valid)
+
+
+def narrowed(plan: Plan, values: Tensor) -> Tensor:
+    """`values` rounded once to the result's dtype, NaN canonical; a finite value that becomes inf is worth a warning."""
+    dtype = getattr(torch, plan.result.torch)
+    if not plan.result.is_float:
+        return values.to(dtype)
+    if not values.is_floating_point():
+        return values.double().to(dtype)
+    if values.dtype == dtype:
+        return canonical(values)
+    result = rounded(values.double(), dtype)
+    if (result.isinf() & values.isfinite()).any():
+        warnings.warn(
+            f"{plan.row.name}: a finite result overflows {plan.result.name} and became inf; dtype=f64 holds it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return canonical(result)
+
+
+def filled(plan: Plan, result: Tensor, valid: Tensor) -> Masked:
+    """empty="raise", or empty=NUMBER: the number is an ordinary, valid cell."""
+    empty = plan.params["empty"]
+    if empty == "raise":
+        if not valid.all():
+            raise EmptySliceError(
+                f"{plan.row.name}: a slice has too few valid cells and empty=raise; empty=mask gives a masked cell",
+                parameter="empty",
+            )
+        return result, valid
+    if not plan.result.is_float and empty != int(empty):
+        raise ParameterError(
+            f"{plan.row.name}: empty={empty} does not fit the result's dtype {plan.result.name}; give a whole number "
+            "or dtype=f64",
+            parameter="empty",
+        )
+    return torch.where(valid, result, torch.full((), empty, dtype=result.dtype, device=result.device)), valid | True
+
+
+def select_whole(plan: Plan, cells: Cells) -> Masked:
+    """A reduction whose kernel sees whole slices: groups of reduced dims are brought together first."""
+    row = plan.row
+    assert isinstance(row, Reduction)
+    if len(plan.fold) > 3:
+        cells = gathered(plan, cells)
+    outer, n, inner = cells.shape
+    values = torch.empty((outer, inner), dtype=torch.float64, device=plan.device)
+    counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)
+    for rows, columns in cut(plan, cells.shape, block_cells(backend_of(plan)), whole=True).tiles:
+        values[rows, columns], counts[rows, columns] = kernel(row.select)(
+            plan, *cells.block(rows, slice(0, n), columns)
+        )
+    return masked_where_too_few(plan, values, counts)
+
+
+def gathered(plan: Plan, cells: Cells) -> Cells:
+    """The cells with all reduced dims moved last (a view where strides allow)."""
+    order = [dim for dim in range(len(plan.shape)) if dim not in plan.dims] + list(plan.dims)
+    shape = tuple(plan.shape[dim] for dim in order)
+    moved = replace(plan, shape=shape, fold=(prod(plan.out_shape), plan.n_reduced, 1))
+    data, mask = cells.data.tensor, None if cells.mask is None else cells.mask.tensor
+    return Cells(moved, data.permute(order), None if mask is None else mask.permute(order))
+
+
+# -- normalizations and scans -------------------------------------------------------------------------------------
+
+
+def normalize(plan: Plan, cells: Cells) -> Masked:
+    """State of each slice, then apply; a slice that fits a block is read once."""
+    row = plan.row
+    assert isinstance(row, Normalization)
+    outer, n, inner = cells.shape
+    result, valid = empty_like(plan, cells)
+    backend, merge = backend_of(plan), kernel(plan.passes[0].reference).merge
+    blocks = cut(plan, cells.shape, block_cells(backend))
+    for rows, columns in blocks.tiles:
+        states = [lift(plan, backend, cells, rows, span, columns) for span in blocks.runs]
+        state = join(merge, {name: torch.stack([s[name] for s in states], 1) for name in states[0]}, 1)
+        for span in blocks.runs:
+            data, mask = cells.block(rows, span, columns)
+            write(plan, result, valid, (rows, span, columns), kernel(row.apply)(plan, data, mask, state), mask)
+    return result.view(plan.out_shape), valid.view(plan.out_shape)
+
+
+def scan(plan: Plan, row: Scan, cells: Cells) -> Masked:
+    """Each slice whole, a tile of slices at a time."""
+    outer, n, inner = cells.shape
+    result, valid = empty_like(plan, cells)
+    if not n:
+        return result.view(plan.out_shape), valid.view(plan.out_shape)
+    for rows, columns in cut(plan, cells.shape, block_cells(backend_of(plan)), whole=True).tiles:
+        where = (rows, slice(0, n), columns)
+        data, mask = cells.block(*where)
+        write(plan, result, valid, where, kernel(row.scan).scan(plan, data, mask), mask)
+    return result.view(plan.out_shape), valid.view(plan.out_shape)
+
+
+def empty_like(plan: Plan, cells: Cells) -> Masked:
+    """Memory for a result of the data's shape, folded."""
+    dtype = getattr(torch, plan.result.torch)
+    return (
+        torch.empty(cells.shape, dtype=dtype, device=plan.device),
+        torch.ones(cells.shape, dtype=torch.bool, device=plan.device),
+    )
+
+
+def write(
+    plan: Plan, result: Tensor, valid: Tensor, where: tuple[slice, ...], values: Tensor, mask: Tensor | None
+) -> None:
+    """One block of the result, its hidden cells 0."""
+    result[where] = narrowed(plan, select(values, mask))
+    if mask is not None:
+        valid[where] = mask
+
+
+def hidden_as_zero(data: Tensor, mask: Tensor | None) -> Tensor:
+    """`data` with what lies under the mask 0: what is written leaks nothing."""
+    return data if mask is None else select(data, mask)

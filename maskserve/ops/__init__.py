@@ -1,0 +1,31 @@
+"""The op table: WHAT is computed, one row per op. Imports no torch."""
+
+from __future__ import annotations
+
+from maskserve.errors import UnknownOpError, nearest
+from maskserve.ops import elementwise, normalizations, reductions, scans
+from maskserve.ops.rows import Row, Table
+
+OPS = Table()
+OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *elementwise.ROWS)
+
+
+def find(word: str, *, verb: str | None = None) -> Row:
+    """The row that `word` names or is an alias of, among the rows of `verb`."""
+    words = {w: row for row in OPS.values() if verb is None or row.verb == verb for w in (row.name, *row.aliases)}
+    if word not in words:
+        raise UnknownOpError(
+            f"op {word!r} is not known{f' to {verb}' if verb else ''}: "
+            f"give one of {', '.join(words)}{nearest(word, words)}",
+            parameter="op",
+            allowed=words,
+        )
+    return words[word]
+
+
+def verbs() -> tuple[str, ...]:
+    """The verbs that some row is served by, in the table's order."""
+    return tuple(dict.fromkeys(row.verb for row in OPS.values() if row.verb is not None))
+
+
+__all__ = ["OPS", "Row", "find", "verbs"]

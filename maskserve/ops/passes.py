@@ -1,0 +1,48 @@
+"""The passes that rows are made of: the names and dtypes of their parts. Several rows share one pass."""
+
+from __future__ import annotations
+
+from maskserve.dtypes import DType, f64, i64
+from maskserve.ops.rows import Part, Pass
+
+COUNT_PART = Part(name="count", dtype=i64)
+
+
+def total_parts(dtype: DType) -> tuple[Part, ...]:
+    """Floats up to 32 bits: one f64. f64: a pair and its binary exponent. Integers: two exact limbs."""
+    if dtype.is_integral:
+        return (COUNT_PART, Part(name="high", dtype=i64), Part(name="low", dtype=i64))
+    if dtype is f64:
+        return (COUNT_PART, Part(name="total", dtype=f64), Part(name="low", dtype=f64), Part(name="exponent", dtype=i64))
+    return (COUNT_PART, Part(name="total", dtype=f64))
+
+
+COUNT = Pass(name="count", parts=lambda _: (COUNT_PART,), reference=".reductions:Count")
+TOTAL = Pass(name="total", parts=total_parts, reference=".reductions:Total")
+MOMENTS = Pass(
+    name="moments",
+    parts=lambda _: (COUNT_PART, Part(name="mean", dtype=f64), Part(name="low", dtype=f64), Part(name="m2", dtype=f64)),
+    reference=".reductions:Moments",
+)
+LARGEST = Pass(
+    name="largest", parts=lambda d: (COUNT_PART, Part(name="best", dtype=d)), reference=".reductions:Largest"
+)
+SMALLEST = Pass(
+    name="smallest", parts=lambda d: (COUNT_PART, Part(name="best", dtype=d)), reference=".reductions:Smallest"
+)
+FIRST_LARGEST = Pass(
+    name="first_largest",
+    parts=lambda d: (COUNT_PART, Part(name="best", dtype=d), Part(name="at", dtype=i64)),
+    reference=".reductions:FirstLargest",
+)
+FIRST_SMALLEST = Pass(
+    name="first_smallest",
+    parts=lambda d: (COUNT_PART, Part(name="best", dtype=d), Part(name="at", dtype=i64)),
+    reference=".reductions:FirstSmallest",
+)
+TRUTHS = Pass(name="truths", parts=lambda _: (COUNT_PART, Part(name="trues", dtype=i64)), reference=".reductions:Truths")
+EXPONENTIALS = Pass(
+    name="exponentials",
+    parts=lambda _: (COUNT_PART, Part(name="max", dtype=f64), Part(name="total", dtype=f64)),
+    reference=".reductions:Exponentials",
+)

@@ -1,0 +1,254 @@
+"""What a row of the op table is: frozen records that say what an op computes, never how.
+
+Everything that knows ops (functions, stubs, command line, service, docs, tests) is built from these records.
+Kernels are named as "module:object" below `maskserve.backends.reference`, so that no row imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Final
+
+from maskserve import dtypes
+from maskserve.dtypes import DType
+
+Params = Mapping[str, Any]
+ResultRule = Callable[[DType, Params], DType]
+Number = int | float | bool
+
+
+class Type(StrEnum):
+    """What a parameter may hold; every front end translates these few words and nothing else."""
+
+    DIMS = "dims"  # None, one dim or several, by number (or by name where the data has names)
+    DIM = "dim"  # exactly one dim
+    FLAG = "flag"
+    COUNT = "count"  # an int >= 0
+    NUMBER = "number"
+    DTYPE = "dtype"
+    CHOICE = "choice"
+    CHOICE_OR_NUMBER = "choice_or_number"
+    WORD = "word"
+    WORDS = "words"  # several, by repeating the option
+
+
+class Required:
+    """The default of a parameter that has none."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Final = Required()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One parameter of an op; `help` is the command line's help and OpenAPI's text."""
+
+    name: str
+    type: Type
+    help: str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    keyword_only: bool = False
+    python_only: bool = False
+    """Kept for torch's signature; requests have a plainer word for it."""
+
+
+DIMS = Parameter(name="dim", type=Type.DIMS, help="dims to reduce, by number or name; all when not given")
+DIM = Parameter(name="dim", type=Type.DIM, default=REQUIRED, help="the dim to work along, by number or name")
+KEEPDIM = Parameter(name="keepdim", type=Type.FLAG, default=False, help="keep each reduced dim with size 1")
+DTYPE = Parameter(name="dtype", type=Type.DTYPE, help="dtype of the result, e.g. f64; torch's own rule when not given")
+KEYWORD_DTYPE = Parameter(name="dtype", type=Type.DTYPE, keyword_only=True, help=DTYPE.help)
+MIN_COUNT = Parameter(
+    name="min_count", type=Type.COUNT, default=1, keyword_only=True,
+    help="mask a result with fewer valid cells than this; 0 gives the op's identity for none",
+)  # fmt: skip
+EMPTY = Parameter(
+    name="empty", type=Type.CHOICE_OR_NUMBER, default="mask", choices=("mask", "raise"), keyword_only=True,
+    help="what a slice with too few valid cells gives: a masked result, an error, or this number",
+)  # fmt: skip
+NAN = Parameter(
+    name="nan", type=Type.CHOICE, default="propagate", choices=("propagate", "omit", "raise"), keyword_only=True,
+    help="what a valid NaN is: a value, a missing cell, or an error",
+)  # fmt: skip
+CORRECTION = Parameter(
+    name="correction", type=Type.NUMBER, default=1, keyword_only=True,
+    help="taken from the count in the divisor: 1 for a sample's variance, 0 for a population's",
+)  # fmt: skip
+UNBIASED = Parameter(
+    name="unbiased", type=Type.FLAG, python_only=True, help="torch's older word: True is correction=1, False correction=0"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One named tensor of a state."""
+
+    name: str
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One walk over the cells: lift(block) -> parts, merge(parts, parts) -> parts; `count` is always one of the parts."""
+
+    name: str
+    parts: Callable[[DType], tuple[Part, ...]]
+    reference: str
+
+
+# -- result dtypes: torch's own, under our names ------------------------------------------------------------------
+
+
+def same(dtype: DType, params: Params) -> DType:
+    """The data's dtype."""
+    return dtype
+
+
+def chosen(default: Callable[[DType], DType]) -> ResultRule:
+    """`dtype=` where it is given, else `default(data's dtype)`."""
+
+    def rule(dtype: DType, params: Params) -> DType:
+        return params.get("dtype") or default(dtype)
+
+    return rule
+
+
+def always(dtype: DType) -> ResultRule:
+    return lambda _, params: dtype
+
+
+summed = chosen(lambda dtype: dtypes.i64 if dtype.is_integral else dtype)
+floated = chosen(lambda dtype: dtypes.f64 if dtype.is_integral else dtype)
+kept = chosen(lambda dtype: dtype)
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """What every row says, whatever its kind. A row equals itself alone, so that it is a cheap key of caches."""
+
+    verb: ClassVar[str | None] = None
+    """The command and the path that serve this kind; None: Python and expressions only."""
+    kind: ClassVar[str]
+
+    name: str
+    summary: str
+    aliases: tuple[str, ...] = ()
+    """Other words for it in requests; Python keeps torch's meaning of those."""
+    parameters: tuple[Parameter, ...] = ()
+    accepts: frozenset[DType] = dtypes.NUMERIC
+    result: ResultRule = same
+    torch: tuple[str, ...] = ()
+    """Further names of torch functions that mean this op."""
+
+    @property
+    def requestable(self) -> tuple[Parameter, ...]:
+        """The parameters that a request may name."""
+        return tuple(p for p in self.parameters if not p.python_only)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reduction(Row):
+    """Many cells to one; a slice with too few valid cells gives `--`.
+
+    A row with `passes` is mergeable. A row with `select` needs each slice whole.
+    `needs(params)` is the count that must be exceeded beside min_count (var: its correction).
+    """
+
+    verb = "reduce"
+    kind = "reduction"
+
+    passes: tuple[Pass, ...] = ()
+    finalize: str = ""
+    select: str = ""
+    identity: Number | None = None
+    never_masked: bool = False
+    needs: Callable[[Params], float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Normalization(Row):
+    """Cells scaled by a state of their slice: a pass, then `apply(block, state) -> block`."""
+
+    verb = "softmax"
+    kind = "normalization"
+
+    passes: tuple[Pass, ...]
+    apply: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scan(Row):
+    """A running state along one dim; masked cells are skipped and stay masked."""
+
+    verb = "scan"
+    kind = "scan"
+
+    scan: str
+
+
+class MaskRule(StrEnum):
+    """How validity flows through an elementwise op."""
+
+    ALL = "all"  # valid where every operand is
+    CHOSEN = "chosen"  # where(): the chosen branch's validity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Elementwise(Row):
+    """Cell by cell, with broadcasting; `function` is torch's function of the same meaning.
+
+    `identity` has one entry an operand: what a missing operand stands for under policy "union"; None where there is none.
+    """
+
+    kind = "elementwise"
+
+    operands: tuple[str, ...] = ("input",)
+    function: str
+    identity: tuple[Number | None, ...] = ()
+    rule: MaskRule = MaskRule.ALL
+    operator: str = ""
+    """The Python operator's method, e.g. "add" for __add__ and __radd__."""
+    unsafe: bool = False
+    """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
+
+
+def kernel_name(reference: str) -> tuple[str, str]:
+    """("module", "object") of a kernel; a leading dot means the reference back end's own modules.
+
+    >>> kernel_name(".reductions:Total")
+    ('maskserve.backends.reference.reductions', 'Total')
+    """
+    module, _, name = reference.partition(":")
+    return ("maskserve.backends.reference" + module if module.startswith(".") else module), name
+
+
+@dataclass(slots=True, eq=False)
+class Table(Mapping[str, Row]):
+    """The op table: rows by name, in the order they were added."""
+
+    _rows: dict[str, Row] = field(default_factory=dict)
+
+    def add(self, *rows: Row) -> None:
+        """Add rows; a name stands once, and a row stays as it is."""
+        for row in rows:
+            taken = [w for w in (row.name, *row.aliases) if w in self._rows or any(w in r.aliases for r in self.values())]
+            if taken:
+                raise ValueError(f"the op table already has {taken[0]}")
+            self._rows[row.name] = row
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)

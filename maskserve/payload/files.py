@@ -1,0 +1,321 @@
+"""Where payloads live: bytes in memory, regular files, and the safe way to make a file. Imports no torch.
+
+Files are read by pread, never mapped: a mapped file that shrinks kills the process. They appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias, TypeVar
+
+from maskserve.errors import (
+    InputError,
+    InputNotFoundError,
+    OutOfMemoryError,
+    OutputError,
+    OutputExistsError,
+    ParameterError,
+    UnknownTensorError,
+    nearest,
+)
+from maskserve.payload.header import DEFAULT_LIMITS, Buffer, Header, Limits, TensorInfo, parse_header, shown
+
+if TYPE_CHECKING:
+    from maskserve.payload.format import Encoded
+
+StrPath: TypeAlias = str | os.PathLike[str]
+Exists: TypeAlias = Literal["error", "replace", "skip"]
+EXISTS: tuple[Exists, ...] = ("error", "replace", "skip")
+TEMP_PREFIX = ".maskserve-"  # known, so that what a kill leaves behind can be told from data
+
+_NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL})
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES})
+_Error = TypeVar("_Error", bound=OSError)
+
+
+class Payload(Protocol):
+    """Named tensors that can be read, whole or in ranges of bytes."""
+
+    @property
+    def header(self) -> Header: ...
+    @property
+    def n_bytes(self) -> int: ...
+    def read(self, name: str) -> memoryview: ...
+    def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _Ranges:
+    """Tensors as ranges of bytes; who derives from it says how one range is read."""
+
+    header: Header
+    n_bytes: int
+
+    def read(self, name: str) -> memoryview:
+        """Exactly the bytes of tensor `name`."""
+        return self._range(self.header.data_start + self.info(name).begin, self.info(name).n_bytes)
+
+    def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview:
+        """The `n_bytes` of tensor `name` from `start_byte` on."""
+        info = self.info(name)
+        if start_byte < 0 or n_bytes < 0 or start_byte + n_bytes > info.n_bytes:
+            raise ParameterError(
+                f"bytes {start_byte} to {start_byte + n_bytes} are outside {shown(name)}, which has {info.n_bytes}"
+            )
+        return self._range(self.header.data_start + info.begin + start_byte, n_bytes)
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self.header.tensors:
+            raise UnknownTensorError(
+                f"there is no tensor {shown(name)}{nearest(name, self.header.tensors)}", parameter=shown(name)
+            )
+        return self.header.tensors[name]
+
+    def close(self) -> None:
+        """Gives back what it holds; buffers that were read stay valid."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _range(self, offset: int, n: int) -> memoryview:
+        raise NotImplementedError
+
+
+class BytesPayload(_Ranges):
+    """A payload in memory; what it reads are views of `buffer`, not copies."""
+
+    def __init__(self, buffer: Buffer, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._view = memoryview(buffer).cast("B")
+        self.n_bytes = self._view.nbytes
+        self.header = parse_header(self._range, self.n_bytes, limits)
+
+    def _range(self, offset: int, n: int) -> memoryview:
+        return self._view[offset : offset + n]
+
+
+class FilePayload(_Ranges):
+    """A payload in a regular file; what it reads are fresh, aligned copies, and threads may read at once."""
+
+    def __init__(self, path: StrPath, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._shown = shown(os.fspath(path))
+        self._fd = _open_regular(path)
+        try:
+            self.n_bytes = os.fstat(self._fd).st_size
+            self._refuse_unsized()
+            self.header = parse_header(self._range, self.n_bytes, limits)
+        except BaseException:
+            self.close()
+            raise
+
+    def _refuse_unsized(self) -> None:
+        """Files of /proc are regular, have size 0, and hold bytes all the same."""
+        if self.n_bytes == 0:
+            try:
+                has_bytes = bool(os.pread(self._fd, 1, 0))
+            except OSError:
+                has_bytes = True
+            if has_bytes:
+                raise InputError(f"{self._shown} has no size, like a file of /proc; copy it to a file first")
+
+    def _range(self, offset: int, n: int) -> memoryview:
+        try:
+            view = memoryview(bytearray(n))
+        except (MemoryError, OverflowError) as cause:
+            raise OutOfMemoryError(f"{n} bytes of {self._shown} do not fit into memory; read it in ranges") from cause
+        done = 0
+        while done < n:
+            try:
+                read = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as cause:
+                raise _because(InputError, f"{self._shown} cannot be read: {_reason(cause)}", cause) from cause
+            if read == 0:
+                raise InputError(f"{self._shown} changed while it was read: it ends at byte {offset + done}")
+            done += read
+        return view
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def open_payload(path: StrPath, limits: Limits = DEFAULT_LIMITS) -> FilePayload:
+    """The payload in the regular file at `path`; close it, or use it in a with statement."""
+    return FilePayload(path, limits)
+
+
+def _open_regular(path: StrPath) -> int:
+    name = shown(os.fspath(path))
+    try:
+        # O_NONBLOCK: a FIFO without a writer would wait for one, for ever
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except ValueError as cause:
+        raise InputNotFoundError(f"{name} is not a path: no file name can hold such a character") from cause
+    except OSError as cause:
+        found = InputNotFoundError if cause.errno in _NOT_FOUND else InputError
+        raise _because(found, f"{name} cannot be opened: {_reason(cause)}", cause) from cause
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise InputError(f"{name} is {_kind(mode)}; a payload is read from a regular file")
+    return fd
+
+
+def save(path: StrPath, encoded: Encoded, *, exists: Exists = "error") -> bool:
+    """Whether the payload was written to `path`: it is there whole and on disk, or nothing changed.
+
+    `exists` says what to do where a file stands already: "error" raises OutputExistsError, also when the file appears
+    meanwhile; "skip" leaves it and returns False. A symbolic link is followed; only regular files are replaced.
+    """
+    if exists not in EXISTS:
+        raise ParameterError(
+            f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
+        )
+    name = shown(os.fspath(path))
+    with _failing(f"{name} cannot be written"):
+        target = os.path.realpath(path)
+        if _stands(target, name, exists):
+            return False
+        folder = os.path.dirname(target)
+        temp = os.path.join(folder, f"{TEMP_PREFIX}{secrets.token_hex(8)}")
+        # 0o666 lets the kernel apply the umask: reading it would mean setting it, for every thread
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            _write(fd, encoded, name)
+        finally:
+            os.close(fd)
+        with _failing(f"{name} cannot be written"):
+            if _stands(target, name, exists) or not _COMMIT[exists](temp, target, name):
+                return False
+            _sync_folder(folder)
+        return True
+    finally:
+        with suppress(OSError):  # mostly gone by now; and what went wrong before is what the caller must hear
+            os.unlink(temp)
+
+
+def _stands(target: str, name: str, exists: Exists) -> bool:
+    """Whether a regular file stands at `target` and is to be left there."""
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"{name} is {_kind(mode)}; only a regular file is written or replaced")
+    if exists == "error":
+        raise _exists(name)
+    return exists == "skip"
+
+
+def _write(fd: int, encoded: Encoded, name: str) -> None:
+    for chunk in encoded.chunks:  # its errors are its own: only those of the file become OutputError
+        view = chunk
+        with _failing(f"{name} cannot be written"):
+            while view.nbytes:
+                view = view[os.write(fd, view) :]
+    with _failing(f"{name} cannot be written"):
+        os.fsync(fd)
+
+
+def _replace(temp: str, target: str, name: str) -> bool:
+    os.replace(temp, target)
+    return True
+
+
+def _link(temp: str, target: str, name: str) -> bool:
+    """Whether `target` now is `temp`; False if it stood already. rename(2) would overwrite what came meanwhile."""
+    try:
+        os.link(temp, target)
+    except FileExistsError:
+        return False
+    except OSError as cause:
+        if cause.errno not in _NO_LINKS:
+            raise
+        return _claim(temp, target)
+    return True
+
+
+def _claim(temp: str, target: str) -> bool:
+    """As _link, where the file system has no hard links: an empty file of ours holds the place for a moment."""
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(temp, target)
+    except OSError:
+        os.unlink(target)
+        raise
+    return True
+
+
+def _link_or_raise(temp: str, target: str, name: str) -> bool:
+    if not _link(temp, target, name):
+        raise _exists(name)
+    return True
+
+
+_COMMIT: dict[Exists, Callable[[str, str, str], bool]] = {"error": _link_or_raise, "replace": _replace, "skip": _link}
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as cause:
+        if cause.errno != errno.EINVAL:  # some network file systems have no fsync of folders
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Turns an OSError of the block into an OutputError; what is ours already passes."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except ValueError as cause:
+        raise OutputError(f"{what}: no file name can hold such a character") from cause
+    except OSError as cause:
+        raise _because(OutputError, f"{what}: {_reason(cause)}", cause) from cause
+
+
+def _exists(name: str) -> OutputExistsError:
+    error = OutputExistsError(f"{name} exists; say replace to overwrite it, or skip to keep it", parameter="exists")
+    error.errno = errno.EEXIST
+    return error
+
+
+def _because(kind: type[_Error], message: str, cause: OSError) -> _Error:
+    error = kind(message)
+    error.errno = cause.errno
+    return error
+
+
+def _reason(cause: OSError) -> str:
+    return cause.strerror or type(cause).__name__
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFCHR: "a character device",
+        stat.S_IFBLK: "a block device",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFLNK: "a symbolic link that leads to itself",
+    }
+    return kinds.get(stat.S_IFMT(mode), "not a regular file")

@@ -1,0 +1,110 @@
+"""Payload bytes as torch tensors, and back, without a copy where the bytes are aligned. The one module with torch."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numpy as np
+import torch
+
+from maskserve.dtypes import BY_TORCH, DType, boolean
+from maskserve.errors import DtypeError, MaskDtypeError, MaskError, PayloadError
+from maskserve.payload.format import Buffer, Output, Payload
+from maskserve.payload.header import Shape, TensorInfo, shown
+from maskserve.payload.variables import MaskKind, MaskSource, Variable
+
+
+def load(payload: Payload, variable: Variable) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tensor of `variable` and its mask: bool, True = valid, as many dims (size 1 broadcasts); None = all valid.
+
+    Both may share the memory of the payload: they are read, never written to.
+    """
+    data = load_tensor(payload, variable.info)
+    return data, None if variable.mask is None else load_mask(payload, variable.info, variable.mask)
+
+
+def load_tensor(payload: Payload, info: TensorInfo) -> torch.Tensor:
+    """The tensor that `info` describes; a BOOL tensor is checked to hold bytes 0 and 1 only."""
+    data = tensor_of(payload.read(info.name), info.dtype, info.shape)
+    if info.dtype is boolean and _has_other_bytes(data):
+        raise PayloadError(
+            f"{shown(info.name)} is BOOL and holds bytes other than 0 and 1; write it as bool",
+            parameter=shown(info.name),
+        )
+    return data
+
+
+def tensor_of(buffer: Buffer, dtype: DType, shape: Shape) -> torch.Tensor:
+    """A tensor of `shape` over the bytes of `buffer`, or over an aligned copy where they start at an odd address."""
+    torch_dtype: torch.dtype = getattr(torch, dtype.torch)
+    if sys.byteorder != "little":
+        raise DtypeError("payloads are little-endian, and this machine is not")
+    if memoryview(buffer).nbytes == 0:
+        return torch.empty(shape, dtype=torch_dtype)
+    cells = np.frombuffer(buffer, np.uint8)
+    address = cells.ctypes.data
+    # A writable alias, since torch warns of read-only memory, once per process and unfilterably across threads;
+    # it keeps `cells` alive, and torch keeps it alive.
+    alias = (ctypes.c_char * cells.nbytes).from_address(address)
+    alias.owner = cells  # type: ignore[attr-defined]  # ctypes arrays take attributes
+    raw = torch.frombuffer(alias, dtype=torch.uint8)
+    aligned = raw if address % dtype.n_bytes == 0 else raw.clone()
+    return aligned.view(torch_dtype).reshape(shape)
+
+
+def load_mask(payload: Payload, of: TensorInfo, mask: MaskSource) -> torch.Tensor:
+    """The mask of the tensor `of` as bool, True = valid; its shape broadcasts to the tensor's."""
+    cells = tensor_of(payload.read(mask.info.name), mask.info.dtype, mask.info.shape)
+    match mask.kind:
+        case MaskKind.LENGTHS:
+            valid = _from_lengths(cells, of, mask.info.name)
+        case MaskKind.BITMASK:
+            valid = _from_bits(cells, of)
+        case MaskKind.BOOL:
+            valid = _checked(cells, mask.info.name)
+    return ~valid if mask.means == "missing" else valid
+
+
+def output(name: str, tensor: torch.Tensor) -> Output:
+    """`tensor` as it is written: little-endian bytes in row-major order, shared with the tensor where they lie so."""
+    word = str(tensor.dtype).removeprefix("torch.")
+    if word not in BY_TORCH:
+        raise DtypeError(f"{shown(name)} is {word}, which a payload cannot hold: give one of {', '.join(BY_TORCH)}")
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    cells = plain.reshape(-1).view(torch.uint8).numpy()
+    return Output(name, BY_TORCH[word], tuple(tensor.shape), cells.data)
+
+
+def _checked(cells: torch.Tensor, name: str) -> torch.Tensor:
+    if _has_other_bytes(cells):
+        raise MaskDtypeError(
+            f"{shown(name)} holds bytes other than 0 and 1; write it as bool, for example with mask.bool() in torch",
+            parameter=shown(name),
+        )
+    return cells.view(torch.bool)
+
+
+def _has_other_bytes(cells: torch.Tensor) -> bool:
+    """Whether a byte is more than 1: torch takes any, and some of its kernels then go wrong."""
+    return cells.numel() > 0 and bool(cells.view(torch.uint8).amax() > 1)
+
+
+def _from_lengths(lengths: torch.Tensor, of: TensorInfo, name: str) -> torch.Tensor:
+    """(B,) lengths of a (B, T, D) tensor -> (B, T, 1): the first cells along T are valid."""
+    dim = lengths.dim()
+    n = of.shape[dim]
+    if lengths.numel() and (bool(lengths.amin() < 0) or bool(lengths.amax() > n)):
+        raise MaskError(
+            f"{shown(name)} holds a length outside 0 to {n}, the size of dim {dim} of {shown(of.name)}",
+            parameter=shown(name),
+        )
+    valid = torch.arange(n) < lengths.unsqueeze(-1)
+    return valid.reshape(*valid.shape, *(1 for _ in of.shape[dim + 1 :]))
+
+
+def _from_bits(packed: torch.Tensor, of: TensorInfo) -> torch.Tensor:
+    """(..., ceil(n / 8)) bytes -> (..., n) bools, the lowest bit first; what pads the last byte is not looked at."""
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    rows = bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8)
+    return rows[..., : of.shape[-1]].to(torch.bool).contiguous()

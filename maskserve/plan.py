@@ -1,0 +1,276 @@
+"""(row, params, shape, dtype, device) -> Plan: everything that can be decided before a cell is read. Pure and torch-free.
+
+The order of a result's arithmetic is decided here and nowhere else: `fold` and `leaf` follow from the shape and the
+dims alone (docs/order.md), so strides, threads and blocks cannot change a bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from maskserve import dtypes
+from maskserve.dtypes import DType
+from maskserve.errors import DimError, DtypeError, ParameterError, nearest
+from maskserve.ops.rows import REQUIRED, Normalization, Parameter, Pass, Reduction, Row, Scan, Type
+
+INNER_LEAF = 4096
+OUTER_LEAF = 64
+
+Shape = tuple[int, ...]
+SlicedRow = Reduction | Normalization | Scan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """One op on one shape: `fold` is the shape as (kept, reduced, kept, reduced, ..., kept), size-1 dims left out."""
+
+    row: SlicedRow
+    params: Mapping[str, Any]
+    shape: Shape
+    dtype: DType
+    device: str
+    result: DType
+    dims: Shape
+    out_shape: Shape
+    fold: Shape
+    leaf: int
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return () if isinstance(self.row, Scan) else self.row.passes
+
+    @property
+    def n_reduced(self) -> int:
+        """The cells of one slice."""
+        return math.prod(self.fold[1::2])
+
+
+def fold(shape: Shape, dims: Shape) -> Shape:
+    """The sizes (kept, reduced, kept, ..., kept) of `shape` with `dims` reduced; adjacent dims of a kind are one.
+
+    Dims of size 1 are left out: they change neither a cell's index nor the order.
+
+    >>> fold((2, 3, 4), (1,)), fold((2, 3, 4), (0, 2)), fold((5, 1, 7), (0, 2)), fold((), ())
+    ((2, 3, 4), (1, 2, 3, 4, 1), (1, 35, 1), (1, 1, 1))
+    """
+    sizes = [1]
+    for dim, size in enumerate(shape):
+        if size == 1:
+            continue
+        is_reduced = len(sizes) % 2 == 0
+        if (dim in dims) == is_reduced:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+    if len(sizes) == 1:
+        sizes.append(1)
+    if len(sizes) % 2 == 0:
+        sizes.append(1)
+    return tuple(sizes)
+
+
+def plan(row: SlicedRow, given: tuple[tuple[str, Any], ...], shape: Shape, dtype: DType, device: str) -> Plan:
+    """The plan of `row` with the parameters `given` on data of this shape; raises where they do not fit."""
+    try:
+        return _plan(row, given, tuple([type(value) for _, value in given]), shape, dtype, device)
+    except TypeError as error:
+        if isinstance(error, DtypeError):
+            raise
+        for name, value in given:
+            try:
+                hash(value)
+            except TypeError:
+                raise ParameterError(
+                    f"{row.name}: {name} cannot be a {type(value).__name__}", parameter=name
+                ) from error
+        raise
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    row: SlicedRow,
+    given: tuple[tuple[str, Any], ...],
+    types: tuple[type, ...],  # 1 and True are one key otherwise
+    shape: Shape,
+    dtype: DType,
+    device: str,
+) -> Plan:
+    accept(row, dtype)
+    params = resolve(row, dict(given))
+    dims = normalize_dims(row, params["dim"], shape)
+    result = row.result(dtype, params)
+    check_result(row, dtype, result)
+    folded = fold(shape, dims)
+    if isinstance(row, Reduction):
+        check_reduction(row, params)
+        out_shape = reduced_shape(shape, dims, keepdim=params["keepdim"])
+    else:
+        out_shape = shape
+    return Plan(
+        row=row,
+        params=MappingProxyType(params),
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        result=result,
+        dims=dims,
+        out_shape=out_shape,
+        fold=folded,
+        leaf=INNER_LEAF if folded[-1] == 1 else OUTER_LEAF,
+    )
+
+
+def accept(row: Row, dtype: DType) -> None:
+    """Raise where the row does not take this dtype."""
+    if dtype not in row.accepts:
+        names = ", ".join(d.name for d in dtypes.ALL if d in row.accepts)
+        raise DtypeError(
+            f"{row.name} does not take {dtype.name}: give one of {names} (convert with .to(...) or --dtype)",
+            parameter="dtype",
+            allowed=names.split(", "),
+        )
+
+
+def check_result(row: Row, dtype: DType, result: DType) -> None:
+    """`dtype=` may float an integer, or narrow or widen within a kind; it may not drop fractions without a word."""
+    natural = row.result(dtype, {})
+    whole = dtypes.INTEGRAL - {dtypes.boolean} if natural.is_integral else frozenset()
+    allowed = dtypes.FLOATING | whole
+    if result is not natural and result not in allowed:
+        names = [d.name for d in dtypes.ALL if d in allowed]
+        raise DtypeError(
+            f"{row.name} of {dtype.name} cannot give {result.name}: give one of {', '.join(names)}",
+            parameter="dtype",
+            allowed=names,
+        )
+
+
+def check_reduction(row: Reduction, params: Mapping[str, Any]) -> None:
+    if params.get("min_count") == 0 and row.identity is None:
+        raise ParameterError(
+            f"{row.name}: min_count=0 needs an identity, and {row.name} of no cells is undefined; use min_count=1",
+            parameter="min_count",
+        )
+
+
+def resolve(row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter of the row by name, defaults filled in, each value checked against its type."""
+    known = {p.name: p for p in row.parameters}
+    for name in given:
+        if name not in known:
+            raise ParameterError(
+                f"{row.name} has no parameter {name!r}; it takes {', '.join(known)}{nearest(name, known)}",
+                parameter=name,
+                allowed=known,
+            )
+    params = {name: check(row, p, given.get(name, p.default)) for name, p in known.items()}
+    if params.get("unbiased") is not None:  # torch's older word for the same thing
+        params["correction"] = int(params["unbiased"])
+    return params
+
+
+def check(row: Row, parameter: Parameter, value: Any) -> Any:
+    """`value` in its canonical form, or a ParameterError that says what is allowed."""
+    if value is REQUIRED:
+        raise ParameterError(f"{row.name} needs {parameter.name}: {parameter.help}", parameter=parameter.name)
+    if value is None and parameter.default is None:
+        return None
+    canonical, expected = _CHECKS[parameter.type](parameter, value)
+    if not canonical:
+        raise ParameterError(
+            f"{row.name}: {parameter.name} is {value!r:.80}; it must be {expected}",
+            parameter=parameter.name,
+            allowed=parameter.choices,
+        )
+    return canonical[0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _check_dims(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    dims = value if isinstance(value, tuple) else (value,)
+    fits = all(isinstance(d, int) and not isinstance(d, bool) for d in dims)
+    return ((dims,) if fits else ()), "a dim number or a tuple of them"
+
+
+def _check_dim(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    return (((value,),) if fits else ()), "one dim number"
+
+
+def _check_flag(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    return ((value,) if isinstance(value, bool) else ()), "True or False"
+
+
+def _check_count(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return ((value,) if fits else ()), "a whole number, 0 or more"
+
+
+def _check_number(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    return ((value,) if _is_number(value) else ()), "a number"
+
+
+def _check_choice(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    return ((value,) if value in parameter.choices else ()), f"one of {', '.join(parameter.choices)}"
+
+
+def _check_choice_or_number(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    fits = _is_number(value) or value in parameter.choices
+    return ((value,) if fits else ()), f"one of {', '.join(parameter.choices)}, or a number"
+
+
+def _check_dtype(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    if isinstance(value, DType):
+        return (value,), ""
+    return (dtypes.parse(str(value)),), ""  # "f64", and torch.float64 prints as its name
+
+
+_CHECKS = {
+    Type.DIMS: _check_dims,
+    Type.DIM: _check_dim,
+    Type.FLAG: _check_flag,
+    Type.COUNT: _check_count,
+    Type.NUMBER: _check_number,
+    Type.CHOICE: _check_choice,
+    Type.CHOICE_OR_NUMBER: _check_choice_or_number,
+    Type.DTYPE: _check_dtype,
+}
+
+
+def normalize_dims(row: Row, dims: tuple[int, ...] | None, shape: Shape) -> Shape:
+    """Sorted non-negative dims; None and () mean all, as in torch."""
+    ndim = len(shape)
+    if dims is None or dims == ():
+        return tuple(range(ndim))
+    last = max(ndim, 1)  # torch takes dim 0 and -1 of a 0-d tensor
+    for dim in dims:
+        if not -last <= dim < last:
+            raise DimError(
+                f"{row.name}: dim {dim} is out of range for a tensor with {ndim} dims; "
+                + (f"give {-last} to {last - 1}" if ndim else "a single cell has only dim 0"),
+                parameter="dim",
+                allowed=[str(d) for d in range(-last, last)],
+            )
+    normal = sorted(dim % last for dim in dims)
+    if len(set(normal)) < len(normal):
+        raise DimError(f"{row.name}: dim {dims} names a dim twice; name each once", parameter="dim")
+    return tuple(normal) if ndim else ()
+
+
+def reduced_shape(shape: Shape, dims: Shape, *, keepdim: bool) -> Shape:
+    """`shape` with `dims` gone, or of size 1 with keepdim.
+
+    >>> reduced_shape((2, 3, 4), (1,), keepdim=False), reduced_shape((2, 3), (0, 1), keepdim=True)
+    ((2, 4), (1, 1))
+    """
+    if keepdim:
+        return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
+    return tuple(size for dim, size in enumerate(shape) if dim not in dims)

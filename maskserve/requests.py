@@ -1,0 +1,216 @@
+"""What can be asked for, in words: request models built from the op table, and the one door behind every front end.
+
+Importing this module imports no torch; `run` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from maskserve import dtypes
+from maskserve.errors import ParameterError, UnknownOpError, nearest
+from maskserve.ops import OPS, find
+from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
+
+if TYPE_CHECKING:
+    from maskserve.answers import Answer, Step
+    from maskserve.payload.format import Payload
+
+Words = Mapping[str, Any]
+
+COMMON: tuple[Parameter, ...] = (
+    Parameter(name="tensor", type=Type.WORDS, help="compute on this tensor alone (repeatable); default: on every one"),
+    Parameter(name="mask", type=Type.WORD, help="the tensor that is the mask; default: NAME.mask, or mask"),
+    Parameter(
+        name="mask_means", type=Type.CHOICE, choices=("valid", "missing"),
+        help="what true says in a mask: the cell is valid (default), or missing (numpy.ma, key_padding_mask)",
+    ),
+    Parameter(name="fill_value", type=Type.NUMBER, help="cells equal to this are missing, e.g. -9999"),
+)  # fmt: skip
+"""What every request may say beside its op's own parameters: how to read the payload."""
+
+RUNNING: tuple[Parameter, ...] = (
+    Parameter(name="device", type=Type.WORD, default="auto", help="where to compute: auto, cpu, cuda or cuda:N"),
+    Parameter(name="backend", type=Type.WORD, help="the back end to use, by name; default: the first that can"),
+)
+"""How a request runs; neither changes what it means, and neither is part of its history."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One checked request: its row, the op's parameters that were given, and the common and running ones."""
+
+    row: Row
+    params: Mapping[str, Any]
+    common: Mapping[str, Any]
+    running: Mapping[str, Any]
+
+    def canonical(self) -> dict[str, Any]:
+        """The request as data, the same for the same meaning: what history keeps. Defaults are left out."""
+        defaults = {p.name: p.default for p in (*self.row.requestable, *COMMON)}
+        words = {**self.params, **self.common}
+        said = {name: spelled(value) for name, value in sorted(words.items()) if value != defaults[name]}
+        return {"verb": self.row.verb, "op": self.row.name, **said}
+
+
+def spelled(value: Any) -> Any:
+    """A parameter's value as JSON data."""
+    if isinstance(value, dtypes.DType):
+        return value.name
+    return list(value) if isinstance(value, tuple) else value
+
+
+def build(verb: str, words: Words) -> Request:
+    """The request that `words` spell (op and parameters, as text or as values), or an error that names the word at fault."""
+    given = {name: value for name, value in words.items() if value is not None}
+    op = given.pop("op", None)
+    if op is None:
+        choices = [row.name for row in rows(verb)]
+        raise UnknownOpError(f"{verb} needs op: give one of {', '.join(choices)}", parameter="op", allowed=choices)
+    row = find(str(op), verb=verb)
+    model = op_model(row)
+    try:
+        parsed = model.model_validate(given)
+    except ValidationError as error:
+        raise refused(row, error) from None
+    said = {name: getattr(parsed, name) for name in parsed.model_fields_set}
+
+    def of(parameters: tuple[Parameter, ...]) -> Mapping[str, Any]:
+        return MappingProxyType({p.name: said[p.name] for p in parameters if p.name in said})
+
+    return Request(row=row, params=of(row.requestable), common=of(COMMON), running=of(RUNNING))
+
+
+def rows(verb: str) -> tuple[Row, ...]:
+    """The rows that a verb serves."""
+    return tuple(row for row in OPS.values() if row.verb == verb)
+
+
+def parameters(verb: str) -> tuple[Parameter, ...]:
+    """Every parameter that some op of the verb takes, then the common and running ones: each once, by name."""
+    every = (p for row in rows(verb) for p in row.requestable)
+    return tuple({p.name: p for p in (*every, *COMMON, *RUNNING)}.values())
+
+
+@cache
+def op_model(row: Row) -> type[BaseModel]:
+    """The pydantic model of one op's parameters."""
+    fields: Any = {p.name: (annotation(p), field(p)) for p in (*row.requestable, *COMMON, *RUNNING)}
+    return create_model(
+        f"{row.name}_request", __config__=ConfigDict(extra="forbid", frozen=True), __doc__=row.summary, **fields
+    )
+
+
+def schema(row: Row) -> dict[str, Any]:
+    """The exact JSON schema of one op's parameters."""
+    return op_model(row).model_json_schema()
+
+
+def field(parameter: Parameter) -> Any:
+    default = ... if parameter.default is REQUIRED else parameter.default
+    return Field(default, description=parameter.help)
+
+
+def annotation(parameter: Parameter) -> Any:
+    """The pydantic type of a parameter: a few types, and no parameter's name."""
+    allowed = _ANNOTATIONS[parameter.type]
+    if parameter.type is Type.CHOICE:
+        allowed = Literal[parameter.choices]
+    elif parameter.type is Type.CHOICE_OR_NUMBER:
+        allowed = Literal[parameter.choices] | float
+    return allowed | None if parameter.default is None else allowed
+
+
+def parse_dims(value: Any) -> tuple[int | str, ...]:
+    """Dims from "time,lat", "0,1", 0, [0, 1] or ["time", "0,1"]: numbers and names.
+
+    >>> parse_dims("0,lat"), parse_dims([0, 1]), parse_dims(-1)
+    ((0, 'lat'), (0, 1), (-1,))
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    dims: list[int | str] = []
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise ValueError("give a dim's number or name, or several with commas")
+        dims += [item] if isinstance(item, int) else [_dim(word) for word in item.split(",")]
+    return tuple(dims)
+
+
+def _dim(word: str) -> int | str:
+    word = word.strip()
+    if not word:
+        raise ValueError("give a dim's number or name, or several with commas")
+    return int(word) if word.lstrip("+-").isascii() and word.lstrip("+-").isdigit() else word
+
+
+def parse_dim(value: Any) -> int | str:
+    dims = parse_dims(value)
+    if len(dims) != 1:
+        raise ValueError("give exactly one dim")
+    return dims[0]
+
+
+def parse_dtype(value: Any) -> dtypes.DType:
+    return value if isinstance(value, dtypes.DType) else dtypes.parse(str(value))
+
+
+def parse_words(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+_DIM_SCHEMA = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+_ANNOTATIONS: dict[Type, Any] = {
+    Type.DIMS: Annotated[
+        tuple[int | str, ...],
+        BeforeValidator(parse_dims, json_schema_input_type=int | str | list[int | str]),
+    ],
+    Type.DIM: Annotated[int | str, BeforeValidator(parse_dim, json_schema_input_type=int | str)],
+    Type.FLAG: bool,
+    Type.COUNT: Annotated[int, Field(ge=0)],
+    Type.NUMBER: Annotated[int | float, Field(allow_inf_nan=False)],
+    Type.DTYPE: Annotated[Any, BeforeValidator(parse_dtype, json_schema_input_type=Literal[tuple(dtypes.BY_NAME)])],
+    Type.CHOICE: str,
+    Type.CHOICE_OR_NUMBER: str,
+    Type.WORD: str,
+    Type.WORDS: Annotated[tuple[str, ...], BeforeValidator(parse_words, json_schema_input_type=str | list[str])],
+}
+
+
+def refused(row: Row, error: ValidationError) -> ParameterError:
+    """The first thing that pydantic found, in our words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    known = {p.name: p for p in (*row.requestable, *COMMON, *RUNNING)}
+    if first["type"] == "extra_forbidden":
+        own = ", ".join(p.name for p in row.requestable)
+        return ParameterError(
+            f"{row.name} has no parameter {name[:64]!r}; it takes {own}{nearest(name, known)}",
+            parameter=name[:64],
+            allowed=known,
+        )
+    if first["type"] == "missing":
+        return ParameterError(f"{row.name} needs {name}: {known[name].help}", parameter=name)
+    reason = first["msg"].removeprefix("Value error, ")
+    return ParameterError(
+        f"{row.name}: {name}: {reason[0].lower()}{reason[1:]}", parameter=name, allowed=known[name].choices
+    )
+
+
+def run(request: Request, payload: Payload) -> Answer:
+    """The answer to `request` on the payload's variables: the one door behind the command line, the service and batch."""
+    from maskserve.answers import answer
+
+    return answer(request, payload)
+
+
+def explain(request: Request, payload: Payload) -> tuple[Step, ...]:
+    """What `run` would do with each variable, without reading a cell."""
+    from maskserve.answers import steps
+
+    return steps(request, payload)

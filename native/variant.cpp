@@ -1,0 +1,71 @@
+// Which of the compiled variants runs: the widest that this processor has, or the one MASKSERVE_ISA names.
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "block.hpp"
+
+namespace maskserve {
+
+namespace baseline {
+extern const Variant table;
+}
+#ifdef MASKSERVE_X86
+namespace avx2 {
+extern const Variant table;
+}
+namespace avx512 {
+extern const Variant table;
+}
+#endif
+
+namespace {
+
+bool has_avx2() {
+#ifdef MASKSERVE_X86
+  return __builtin_cpu_supports("avx2");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#ifdef MASKSERVE_X86
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
+#else
+  return false;
+#endif
+}
+
+const Variant& widest() {
+#ifdef MASKSERVE_X86
+  if (has_avx512()) return avx512::table;
+  if (has_avx2()) return avx2::table;
+#endif
+  return baseline::table;
+}
+
+const Variant& choose() {
+  const char* asked_ptr = std::getenv("MASKSERVE_ISA");
+  const std::string asked = asked_ptr ? asked_ptr : "";
+  if (asked.empty()) return widest();
+  if (asked == "baseline") return baseline::table;
+#ifdef MASKSERVE_X86
+  if (asked == "avx2" && has_avx2()) return avx2::table;
+  if (asked == "avx512" && has_avx512()) return avx512::table;
+#endif
+  throw std::runtime_error("MASKSERVE_ISA is \"" + asked + "\": this processor runs baseline" +
+                           (has_avx2() ? ", avx2" : "") + (has_avx512() ? ", avx512" : "") +
+                           "; set one of them, or unset it");
+}
+
+}  // namespace
+
+const Variant& variant() {
+  static const Variant& chosen = choose();
+  return chosen;
+}
+
+}  // namespace maskserve

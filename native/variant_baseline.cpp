@@ -1,0 +1,3 @@
+#define MASKSERVE_ISA baseline
+#define MASKSERVE_ISA_NAME "baseline"
+#include "kernels.hpp"

@@ -1,0 +1,134 @@
+// Walking a block: which of the layouts it has, and its tiles.
+// Included by kernels.hpp inside the namespace of one instruction set; see there why nothing here may be shared.
+
+enum class Walk { dense, columns };
+
+// A block turned so that a walk at full speed exists; results stay in the order of the original.
+struct Route {
+  bool found = false;
+  Walk walk = Walk::dense;
+  Block block;
+  int64_t repeats = 1;  // the block is walked once for each outer index, as `block` with the data moved on
+  int64_t data_repeat = 0, mask_repeat = 0;
+};
+
+// Strides of a dim of size 1 mean nothing: give them the value of a dense tensor.
+inline void densify(const Block& block, Operand& operand) {
+  if (block.inner == 1) operand.stride_inner = 1;
+  if (block.n == 1) operand.stride_n = block.inner;
+  if (block.outer == 1) operand.stride_outer = block.n * block.inner;
+}
+
+inline bool is_dense(const Block& block, const Operand& operand) {
+  return operand.stride_inner == 1 && operand.stride_n == block.inner;
+}
+
+inline void transpose(Operand& operand) {
+  operand.stride_inner = operand.stride_outer;
+  operand.stride_outer = 0;
+}
+
+inline Route find_route(const Block& given) {
+  Route route;
+  route.found = true;
+  Block& block = route.block = given;
+  densify(block, block.data), densify(block, block.mask);
+  if (is_dense(block, block.data) && block.leaf / 8 * block.inner <= n_dense) return route;
+  if (block.inner > 1 && block.data.stride_inner == 1) {
+    route.walk = Walk::columns;
+    return route;
+  }
+  if (block.inner == 1 && block.data.stride_outer == 1) {  // rows of a transposed tensor are columns
+    block.inner = block.outer, block.outer = 1;
+    transpose(block.data), transpose(block.mask);
+    route.walk = Walk::columns;
+    return route;
+  }
+  if (block.inner > 1 && block.data.stride_n == 1) {  // columns of a transposed tensor are rows
+    route.repeats = block.outer;
+    route.data_repeat = block.data.stride_outer, route.mask_repeat = block.mask.stride_outer;
+    block.outer = block.inner, block.inner = 1;
+    block.data.stride_outer = block.data.stride_inner, block.mask.stride_outer = block.mask.stride_inner;
+    densify(block, block.data), densify(block, block.mask);
+    return route;
+  }
+  route.found = false;
+  return route;
+}
+
+// A leaf of some results: outer indices [o, o + groups), rows [i, i + rows), columns [c, c + columns).
+struct Tile {
+  int64_t o, groups, i, rows, c, columns;
+  int64_t lanes() const { return groups * columns; }
+};
+
+inline const unsigned char* tile_ptr(const Operand& operand, const Tile& tile, int64_t cell_bytes) {
+  const int64_t at =
+      tile.o * operand.stride_outer + tile.i * operand.stride_n + tile.c * operand.stride_inner;
+  return operand.cells_ptr + at * cell_bytes;
+}
+
+inline bool is_flat(const Tile& tile, const Operand& operand) {
+  return operand.stride_outer == tile.rows * tile.columns || tile.groups == 1;
+}
+
+// The mask of a tile, walkable as the data are; where its strides differ (a broadcast mask), copied out.
+inline Operand tile_mask(const Block& block, Walk walk, const Tile& tile, unsigned char* copy_ptr) {
+  Operand mask = block.mask;
+  mask.cells_ptr = tile_ptr(mask, tile, 1);
+  const bool walkable = walk == Walk::columns
+                            ? mask.stride_inner == 1
+                            : is_dense(block, mask) && (tile.rows > 8 || is_flat(tile, mask));
+  if (walkable) return mask;
+  unsigned char* to_ptr = copy_ptr;
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    for (int64_t i = 0; i < tile.rows; ++i, to_ptr += tile.columns) {
+      const unsigned char* row_ptr = mask.cells_ptr + g * mask.stride_outer + i * mask.stride_n;
+      if (mask.stride_inner == 0) {
+        std::memset(to_ptr, *row_ptr, static_cast<size_t>(tile.columns));
+      } else {
+        for (int64_t c = 0; c < tile.columns; ++c) to_ptr[c] = row_ptr[c * mask.stride_inner];
+      }
+    }
+  }
+  return {copy_ptr, tile.rows * tile.columns, tile.columns, 1};
+}
+
+// Folds a tile's cells to one value a lane; both operands start at the tile.
+template <class SumType, bool is_masked>
+struct TileFold {
+  using Far = typename SumType::Far;
+  static constexpr int64_t cell_bytes = sizeof(typename SumType::Cell::Raw);
+
+  // One at a time is used, and none is initialised.
+  union {
+    DenseLeaf<SumType, is_masked> dense;
+    ShortRows<SumType, is_masked> short_rows;
+    ColumnLeaf<SumType, is_masked, 2> near_columns;
+    ColumnLeaf<SumType, is_masked, 4> far_columns;
+  };
+  TileFold() {}
+
+  void operator()(Walk walk, int64_t leaf, const Tile& tile, const Operand& data, const Operand& mask,
+                  Lanes<Far> out) {
+    if (walk == Walk::dense && tile.rows <= 8 && is_flat(tile, data)) {
+      return short_rows(data.cells_ptr, mask.cells_ptr, tile.groups, tile.rows, tile.columns, out);
+    }
+    for (int64_t g = 0; g < tile.groups; ++g) {
+      const unsigned char* cells_ptr = data.cells_ptr + g * data.stride_outer * cell_bytes;
+      const unsigned char* mask_ptr = is_masked ? mask.cells_ptr + g * mask.stride_outer : nullptr;
+      const Lanes<Far> out_g = out.from(g * tile.columns);
+      if (walk == Walk::dense) {
+        dense(cells_ptr, mask_ptr, tile.rows, tile.columns, out_g);
+        continue;
+      }
+      const CellStreams<typename SumType::Cell, is_masked> rows{cells_ptr, mask_ptr, data.stride_n * cell_bytes,
+                                                                mask.stride_n};
+      if (leaf <= 64) {
+        near_columns(rows, tile.rows, tile.columns, out_g);
+      } else {
+        far_columns(rows, tile.rows, tile.columns, out_g);
+      }
+    }
+  }
+};
