@@ -176,7 +176,7 @@ def resolve(row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(row: Row, parameter: Parameter, value: Any) -> Any:
     """`value` in its canonical form, or a ParameterError that says what is allowed."""
-    if value is REQUIRED:
+    if parameter.default is REQUIRED and value in (REQUIRED, None):
         raise ParameterError(f"{row.name} needs {parameter.name}: {parameter.help}", parameter=parameter.name)
     if value is None and parameter.default is None:
         return None

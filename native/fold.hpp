@@ -3,29 +3,46 @@
 // which leaves n/8 cells to do the same with. So each level reads eight streams side by side, at the speed of memory.
 // Included by kernels.hpp inside the namespace of one instruction set; see there why nothing here may be shared.
 
+constexpr int64_t cache_line = 64;
+#ifndef PFH
+#define PFH 3
+#endif
+
 template <class CellType, bool is_masked>
 struct CellStreams {
   const unsigned char* cells_ptr;
   const unsigned char* mask_ptr;
   int64_t step_bytes, mask_step;  // from one stream to the next
+  int64_t ahead_bytes = 0, mask_ahead = 0;  // from these streams to the ones that are folded after them
 
   ALWAYS_INLINE auto get(int64_t k, int64_t j) const {
     return load_cell<CellType, is_masked>(cells_ptr + k * step_bytes, is_masked ? mask_ptr + k * mask_step : nullptr, j);
   }
   CellStreams from(int64_t j) const {
     const int64_t n_bytes = j * static_cast<int64_t>(sizeof(typename CellType::Raw));
-    return {cells_ptr + n_bytes, is_masked ? mask_ptr + j : nullptr, step_bytes, mask_step};
+    return {cells_ptr + n_bytes, is_masked ? mask_ptr + j : nullptr, step_bytes, mask_step, ahead_bytes, mask_ahead};
+  }
+  // Eight streams in as many pages outrun the processor's own prefetcher, which follows one at a time.
+  ALWAYS_INLINE void prefetch(int64_t n_streams, int64_t n) const {
+    const int64_t n_bytes = n * static_cast<int64_t>(sizeof(typename CellType::Raw));
+    for (int64_t k = 0; k < n_streams; ++k) {
+      const unsigned char* ahead_ptr = cells_ptr + k * step_bytes + ahead_bytes;
+      for (int64_t b = 0; b < n_bytes; b += cache_line) __builtin_prefetch(ahead_ptr + b, 0, PFH);
+      if (!is_masked) continue;
+      for (int64_t b = 0; b < n; b += cache_line) __builtin_prefetch(mask_ptr + k * mask_step + mask_ahead + b, 0, PFH);
+    }
   }
 };
 
-template <class Value>
+// Values of an earlier level, widened to `As` before they are added.
+template <class Value, class As = Value>
 struct LaneStreams {
   Lanes<Value> lanes;
   int64_t step;
-  ALWAYS_INLINE Value get(int64_t k, int64_t j) const { return lanes.get(k * step + j); }
+  ALWAYS_INLINE As get(int64_t k, int64_t j) const { return As(lanes.get(k * step + j)); }
 };
 
-// Cells k of many short rows: lane j is a row of `step` cells.
+// Lane j is a run of `step` values, of which k is one.
 template <class Value, int step>
 struct RowStreams {
   Lanes<Value> lanes;
@@ -53,8 +70,20 @@ ALWAYS_INLINE void fold_loop(const Streams& given, int64_t n, Lanes<Value> out) 
 
 template <int n_streams, class Streams, class Value>
 NEVER_INLINE void fold_streams(const Streams& streams, int64_t n, Lanes<Value> out) {
-  if (n == 8) return fold_loop<n_streams>(streams, 8, out);  // rows of 64 cells: no loop, no left-over lanes
   fold_loop<n_streams>(streams, n, out);
+}
+
+// Eight streams of cells, and those to come prefetched meanwhile.
+template <class Streams, class Value>
+NEVER_INLINE void fold_ahead(const Streams& given, int64_t n, Lanes<Value> out) {
+  constexpr int64_t n_chunk = 64;
+  Streams streams = given;
+  int64_t j = 0;
+  for (; j + n_chunk <= n; j += n_chunk, streams = streams.from(n_chunk)) {
+    streams.prefetch(8, n_chunk);
+    fold_loop<8>(streams, n_chunk, out.from(j));
+  }
+  if (j < n) fold_loop<8>(streams, n - j, out.from(j));
 }
 
 template <class Streams, class Value>
@@ -67,7 +96,7 @@ void fold(const Streams& streams, int64_t count, int64_t n, Lanes<Value> out) {
     case 5: return fold_streams<5>(streams, n, out);
     case 6: return fold_streams<6>(streams, n, out);
     case 7: return fold_streams<7>(streams, n, out);
-    default: return fold_streams<8>(streams, n, out);
+    default: return fold_ahead(streams, n, out);
   }
 }
 
@@ -93,68 +122,129 @@ struct DenseLeaf {
     if (rows <= 8) return level(cells_ptr, mask_ptr, rows, 1, inner, out);
     if (rows <= 64) {
       level(cells_ptr, mask_ptr, rows, 8, inner, near_512.lanes());
-      return again(near_512.lanes(), inner, out);
+      return again<Near>(near_512.lanes(), inner, out);
     }
     if (rows <= 512) {
       level(cells_ptr, mask_ptr, rows, 64, inner, near_512.lanes());
-      again(near_512.lanes(), 8 * inner, near_64.lanes());
-      return again(near_64.lanes(), inner, out);
+      again<Near>(near_512.lanes(), 8 * inner, near_64.lanes());
+      return again<Far>(near_64.lanes(), inner, out);
     }
     level(cells_ptr, mask_ptr, rows, 512, inner, near_512.lanes());
-    again(near_512.lanes(), 64 * inner, near_64.lanes());
-    again(near_64.lanes(), 8 * inner, far_8.lanes());
-    again(far_8.lanes(), inner, out);
+    again<Near>(near_512.lanes(), 64 * inner, near_64.lanes());
+    again<Far>(near_64.lanes(), 8 * inner, far_8.lanes());
+    again<Far>(far_8.lanes(), inner, out);
   }
 
   // Rows i, i + h, i + 2h, ... for each i < h; the last of them may be there for the first rows only.
   template <class Value>
   void level(const unsigned char* cells_ptr, const unsigned char* mask_ptr, int64_t rows, int64_t h, int64_t inner,
              Lanes<Value> out) {
-    const Streams streams{cells_ptr, mask_ptr, h * inner * cell_bytes, h * inner};
+    // What follows a leaf in memory is the next leaf, of this row or of the next.
+    const Streams streams{cells_ptr, mask_ptr, h * inner * cell_bytes, h * inner, rows * inner * cell_bytes, rows * inner};
     const int64_t count = (rows + h - 1) / h;
     const int64_t n_last = (rows - (count - 1) * h) * inner;
     fold(streams, count, n_last, out);
     if (n_last < h * inner) fold(streams.from(n_last), count - 1, h * inner - n_last, out.from(n_last));
   }
 
-  template <class From, class Value>
+  template <class As, class From, class Value>
   void again(Lanes<From> from, int64_t n, Lanes<Value> out) {
-    fold_streams<8>(LaneStreams<From>{from, n}, n, out);
+    fold_streams<8>(LaneStreams<From, As>{from, n}, n, out);
   }
 };
 
-// ---- short rows: up to 8 rows of n cells, as many groups of them as there are lanes --------------------------------
-// Widened all at once as one run of cells, then folded across: a loop over 3 cells would never be a vector.
+// ---- short leaves: the first level would be a loop over a few cells ------------------------------------------------
 
+constexpr int64_t n_short = 64;  // lanes of the first level from which DenseLeaf is a vector loop over wide cells
+
+// Rows h apart are folded first: as many lanes as h * inner.
+inline int64_t first_level_rows(int64_t rows) { return rows <= 8 ? 1 : rows <= 64 ? 8 : rows <= 512 ? 64 : 512; }
+
+inline bool is_short(int64_t rows, int64_t inner) { return first_level_rows(rows) * inner < n_short; }
+
+// Groups of (rows, inner) cells, many at once: widened as one run of cells, then folded, where all have one width. (The
+// compiler fits a loop over bytes, floats and doubles to the bytes: it is a vector from 64 cells on.)
 template <class SumType, bool is_masked>
-struct ShortRows {
-  using Wide = typename SumType::Cell::Wide;
+struct ShortLeaves {
+  using Cell = typename SumType::Cell;
+  using Wide = typename Cell::Wide;
+  using Near = typename SumType::Near;
   using Far = typename SumType::Far;
 
-  Room<Wide, 8 * n_lanes> wide;
+  static constexpr int64_t n_wide = 2048;
+  static_assert(n_wide >= 8 * n_short, "one group fits");
 
-  void operator()(const unsigned char* cells_ptr, const unsigned char* mask_ptr, int64_t groups, int64_t rows,
-                  int64_t inner, Lanes<Far> out) {
-    const CellStreams<typename SumType::Cell, is_masked> streams{cells_ptr, mask_ptr, 0, 0};
-    fold_streams<1>(streams, groups * rows * inner, wide.lanes());
-    switch (rows) {
-      case 1: return across<1>(groups, inner, out);
-      case 2: return across<2>(groups, inner, out);
-      case 3: return across<3>(groups, inner, out);
-      case 4: return across<4>(groups, inner, out);
-      case 5: return across<5>(groups, inner, out);
-      case 6: return across<6>(groups, inner, out);
-      case 7: return across<7>(groups, inner, out);
-      default: return across<8>(groups, inner, out);
+  Room<Wide, n_wide> wide;
+  Room<Near, n_wide> eighths;
+
+  void operator()(const CellStreams<Cell, is_masked>& group_streams, int64_t groups, int64_t rows, int64_t inner,
+                  Lanes<Far> out) {
+    const int64_t group_cells = rows * inner, most = n_wide / group_cells;
+    auto streams = group_streams;
+    for (int64_t g = 0; g < groups; g += most) {
+      const int64_t some = least(most, groups - g);
+      widen(streams, some, group_cells);
+      fold_some(some, rows, inner, out.from(g * inner));
+      streams.cells_ptr += some * streams.step_bytes;
+      if (is_masked) streams.mask_ptr += some * streams.mask_step;
     }
   }
 
-  template <int rows>
-  NEVER_INLINE void across(int64_t groups, int64_t inner, Lanes<Far> out) {
-    if (inner == 1) return fold_loop<rows>(RowStreams<Wide, rows>{wide.lanes()}, groups, out);
+  void widen(CellStreams<Cell, is_masked> streams, int64_t groups, int64_t group_cells) {
+    constexpr int64_t cell_bytes = sizeof(typename Cell::Raw);
+    if (streams.step_bytes == group_cells * cell_bytes && (!is_masked || streams.mask_step == group_cells)) {
+      return fold_streams<1>(streams, groups * group_cells, wide.lanes());
+    }
     for (int64_t g = 0; g < groups; ++g) {
-      const LaneStreams<Wide> streams{wide.lanes().from(g * rows * inner), inner};
-      fold_loop<rows>(streams, inner, out.from(g * inner));
+      fold_streams<1>(streams, group_cells, wide.lanes().from(g * group_cells));
+      streams.cells_ptr += streams.step_bytes;
+      if (is_masked) streams.mask_ptr += streams.mask_step;
+    }
+  }
+
+  void fold_some(int64_t groups, int64_t rows, int64_t inner, Lanes<Far> out) {
+    switch (rows <= 8 ? rows : (rows + 7) / 8 + 7) {
+      case 1: return across<1>(wide.lanes(), groups, inner, out);
+      case 2: return across<2>(wide.lanes(), groups, inner, out);
+      case 3: return across<3>(wide.lanes(), groups, inner, out);
+      case 4: return across<4>(wide.lanes(), groups, inner, out);
+      case 5: return across<5>(wide.lanes(), groups, inner, out);
+      case 6: return across<6>(wide.lanes(), groups, inner, out);
+      case 7: return across<7>(wide.lanes(), groups, inner, out);
+      case 8: return across<8>(wide.lanes(), groups, inner, out);
+      case 9: return twice<2>(groups, rows, inner, out);
+      case 10: return twice<3>(groups, rows, inner, out);
+      case 11: return twice<4>(groups, rows, inner, out);
+      case 12: return twice<5>(groups, rows, inner, out);
+      case 13: return twice<6>(groups, rows, inner, out);
+      case 14: return twice<7>(groups, rows, inner, out);
+      default: return twice<8>(groups, rows, inner, out);
+    }
+  }
+
+  // Rows 8 apart first, the last of which may be there for some only; then the eight that are left.
+  template <int n_streams>
+  NEVER_INLINE void twice(int64_t groups, int64_t rows, int64_t inner, Lanes<Far> out) {
+    const int64_t n_last = (rows - 8 * (n_streams - 1)) * inner;
+    for (int64_t g = 0; g < groups; ++g) {
+      const LaneStreams<Wide> streams{wide.lanes().from(g * rows * inner), 8 * inner};
+      const Lanes<Near> eight_rows = eighths.lanes().from(g * 8 * inner);
+      if (n_last == 8) {  // a constant: one vector, no loop
+        fold_loop<n_streams>(streams, 8, eight_rows);
+        continue;
+      }
+      fold_loop<n_streams>(streams, n_last, eight_rows);
+      const LaneStreams<Wide> shorter{streams.lanes.from(n_last), streams.step};
+      fold_loop<n_streams - 1>(shorter, 8 * inner - n_last, eight_rows.from(n_last));
+    }
+    across<8>(eighths.lanes(), groups, inner, out);
+  }
+
+  template <int rows, class Value>
+  static NEVER_INLINE void across(Lanes<Value> lanes, int64_t groups, int64_t inner, Lanes<Far> out) {
+    if (inner == 1) return fold_loop<rows>(RowStreams<Value, rows>{lanes}, groups, out);
+    for (int64_t g = 0; g < groups; ++g) {
+      fold_loop<rows>(LaneStreams<Value>{lanes.from(g * rows * inner), inner}, inner, out.from(g * inner));
     }
   }
 };
@@ -179,9 +269,11 @@ struct ColumnLeaf {
       every_eighth.cells_ptr += g * rows.step_bytes;
       if (is_masked) every_eighth.mask_ptr += g * rows.mask_step;
       every_eighth.step_bytes *= 8, every_eighth.mask_step *= 8;
+      const int64_t rows_ahead = g < 7 ? 1 : n_rows - 7;
+      every_eighth.ahead_bytes = rows_ahead * rows.step_bytes, every_eighth.mask_ahead = rows_ahead * rows.mask_step;
       below(every_eighth, (n_rows - g + 7) / 8, columns, folded.lanes().from(g * n_lanes));
     }
-    fold_streams<8>(LaneStreams<typename Below::Value>{folded.lanes(), n_lanes}, columns, out);
+    fold_streams<8>(LaneStreams<typename Below::Value, Value>{folded.lanes(), n_lanes}, columns, out);
   }
 };
 

@@ -19,6 +19,8 @@ namespace maskserve {
 namespace MASKSERVE_ISA {
 namespace {
 
+ALWAYS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 #include "states.hpp"
 
 #include "cells.hpp"
@@ -26,8 +28,6 @@ namespace {
 #include "fold.hpp"
 
 #include "walk.hpp"
-
-ALWAYS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- settle: a leaf's sums become a state --------------------------------------------------------------------------
 

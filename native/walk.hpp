@@ -12,10 +12,10 @@ struct Route {
   int64_t data_repeat = 0, mask_repeat = 0;
 };
 
-// Strides of a dim of size 1 mean nothing: give them the value of a dense tensor.
+// Strides of a dim of size 1 (or 0) mean nothing: give them the value of a dense tensor.
 inline void densify(const Block& block, Operand& operand) {
   if (block.inner == 1) operand.stride_inner = 1;
-  if (block.n == 1) operand.stride_n = block.inner;
+  if (block.n <= 1) operand.stride_n = block.inner;
   if (block.outer == 1) operand.stride_outer = block.n * block.inner;
 }
 
@@ -68,17 +68,11 @@ inline const unsigned char* tile_ptr(const Operand& operand, const Tile& tile, i
   return operand.cells_ptr + at * cell_bytes;
 }
 
-inline bool is_flat(const Tile& tile, const Operand& operand) {
-  return operand.stride_outer == tile.rows * tile.columns || tile.groups == 1;
-}
-
 // The mask of a tile, walkable as the data are; where its strides differ (a broadcast mask), copied out.
 inline Operand tile_mask(const Block& block, Walk walk, const Tile& tile, unsigned char* copy_ptr) {
   Operand mask = block.mask;
   mask.cells_ptr = tile_ptr(mask, tile, 1);
-  const bool walkable = walk == Walk::columns
-                            ? mask.stride_inner == 1
-                            : is_dense(block, mask) && (tile.rows > 8 || is_flat(tile, mask));
+  const bool walkable = walk == Walk::columns ? mask.stride_inner == 1 : is_dense(block, mask);
   if (walkable) return mask;
   unsigned char* to_ptr = copy_ptr;
   for (int64_t g = 0; g < tile.groups; ++g) {
@@ -103,7 +97,7 @@ struct TileFold {
   // One at a time is used, and none is initialised.
   union {
     DenseLeaf<SumType, is_masked> dense;
-    ShortRows<SumType, is_masked> short_rows;
+    ShortLeaves<SumType, is_masked> short_leaves;
     ColumnLeaf<SumType, is_masked, 2> near_columns;
     ColumnLeaf<SumType, is_masked, 4> far_columns;
   };
@@ -111,8 +105,10 @@ struct TileFold {
 
   void operator()(Walk walk, int64_t leaf, const Tile& tile, const Operand& data, const Operand& mask,
                   Lanes<Far> out) {
-    if (walk == Walk::dense && tile.rows <= 8 && is_flat(tile, data)) {
-      return short_rows(data.cells_ptr, mask.cells_ptr, tile.groups, tile.rows, tile.columns, out);
+    if (walk == Walk::dense && is_short(tile.rows, tile.columns)) {
+      const CellStreams<typename SumType::Cell, is_masked> groups{
+          data.cells_ptr, mask.cells_ptr, data.stride_outer * cell_bytes, mask.stride_outer};
+      return short_leaves(groups, tile.groups, tile.rows, tile.columns, out);
     }
     for (int64_t g = 0; g < tile.groups; ++g) {
       const unsigned char* cells_ptr = data.cells_ptr + g * data.stride_outer * cell_bytes;

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from maskserve.errors import UnknownOpError, nearest
-from maskserve.ops import elementwise, normalizations, reductions, scans
+from maskserve.ops import elementwise, moves, normalizations, reductions, scans
 from maskserve.ops.rows import Row, Table
 
 OPS = Table()
-OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *elementwise.ROWS)
+OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *elementwise.ROWS, *moves.ROWS)
 
 
 def find(word: str, *, verb: str | None = None) -> Row:

@@ -105,5 +105,6 @@ ROWS = (
         summary="middle valid cell, or the mean of the two middle ones (1, 2, 3, 4 -> 2.5)",
         parameters=(DIMS, KEEPDIM, KEYWORD_DTYPE, *OURS),
         result=floated, select=".selections:median",
+        differs="torch.median gives the lower of two middle cells, maskserve.median their mean",
     ),
 )  # fmt: skip

@@ -147,6 +147,8 @@ class Row:
     result: ResultRule = same
     torch: tuple[str, ...] = ()
     """Further names of torch functions that mean this op."""
+    differs: str = ""
+    """Why torch's function of this name means something else; it then raises and names this op."""
 
     @property
     def requestable(self) -> tuple[Parameter, ...]:
@@ -218,6 +220,13 @@ class Elementwise(Row):
     """The Python operator's method, e.g. "add" for __add__ and __radd__."""
     unsafe: bool = False
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Move(Row):
+    """Cells that change their places and not their values; the mask moves along. Takes torch's own arguments."""
+
+    kind = "move"
 
 
 def kernel_name(reference: str) -> tuple[str, str]:

@@ -158,6 +158,7 @@ def _widened(codes: Array, dtype: DType) -> Array:
         return (codes.astype("<u4") << 16).view("<f4").astype(np.float64)
     if dtype is f8_e5m2:
         return (codes.astype("<u2") << 8).view("<f2").astype(np.float64)
+    codes = codes.astype(np.int64)  # in uint8, exponent - 7 would wrap
     exponent, fraction = (codes >> 3) & 15, (codes & 7) / 8.0
     size = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7))
     size = np.where(codes & 127 == 127, np.nan, size)
@@ -179,29 +180,32 @@ def texts_of(dtype: DType, shape: Shape, data: Any, mask: Output | None) -> Iter
 
 
 def _spelling(dtype: DType, cells: Array) -> Callable[[Any], str]:
+    import numpy as np
+
     if dtype is boolean:
         return lambda cell: "true" if cell else "false"
     if not dtype.is_float:
         return lambda cell: str(cell) if abs(int(cell)) <= EXACT_IN_DOUBLE else f'"{cell}"'
     if dtype in _NAN_CODE:
-        texts = {int(code): _shortest(int(code), dtype) for code in set(cells.tolist())}
+        texts = _shortest(np.unique(cells), dtype)
         return lambda code: texts[int(code)]
     return lambda cell: str(cell) if math.isfinite(cell) else _not_finite(float(cell))
 
 
-def _shortest(code: int, dtype: DType) -> str:
-    """The text with the fewest digits whose nearest value in `dtype` is this one."""
+def _shortest(codes: Array, dtype: DType) -> dict[int, str]:
+    """For each code the text with the fewest digits whose nearest value in `dtype` is that code's."""
     import numpy as np
 
-    value = float(_widened(np.array([code]), dtype)[0])
-    if not math.isfinite(value):
-        return _not_finite(value)
-    for digits in range(1, 10):
-        near = float(f"{value:.{digits}g}")
-        nearest, lost = _codes(np.array([near]), dtype)
-        if int(nearest[0]) == code and not lost[0]:
-            return repr(near)
-    return repr(value)
+    values = _widened(codes, dtype)
+    texts = {int(code): _not_finite(float(value)) for code, value in zip(codes, values, strict=True)}
+    left = np.isfinite(values)
+    for digits in range(1, 10):  # bf16 needs 4, fp8 fewer
+        near = np.array([float(f"{value:.{digits}g}") for value in values[left]], np.float64)
+        back, lost = _codes(near, dtype)
+        same = (back == codes[left]) & ~lost
+        texts.update({int(c): repr(float(v)) for c, v in zip(codes[left][same], near[same], strict=True)})
+        left[np.flatnonzero(left)[same]] = False
+    return texts
 
 
 def _not_finite(value: float) -> str:

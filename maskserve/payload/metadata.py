@@ -88,7 +88,10 @@ def _json_object(metadata: Pairs, key: str) -> dict[str, object]:
     if text is None:
         return {}
     text = text.strip(" \t\r\n")
-    value, end = strict_json(text, key)
+    try:
+        value, end = strict_json(text, key)
+    except PayloadError as error:
+        raise PayloadError(error.message, parameter=key) from None
     if not isinstance(value, dict) or text[end:].strip():
         raise PayloadError(f"{key} must be one JSON object", parameter=key)
     if not all(is_encodable(name) for name in value):

@@ -1,0 +1,65 @@
+"""In which form a payload comes and goes: what Content-Type, Content-Encoding and Accept say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+from starlette.datastructures import Headers
+
+from maskserve_api.errors import MediaTypeError, NotAcceptableError
+
+
+class Form(StrEnum):
+    """A form of payload; the value is its media type."""
+
+    SAFETENSORS = "application/vnd.safetensors"
+    JSON = "application/json"
+
+
+def of_question(headers: Headers) -> Form:
+    """JSON where the Content-Type says so, else safetensors: curl sends bytes under a form type."""
+    refuse_coding(headers)
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return Form.JSON if kind in (Form.JSON, "text/json") or kind.endswith("+json") else Form.SAFETENSORS
+
+
+def refuse_coding(headers: Headers) -> None:
+    codings = [word.strip().lower() for line in headers.getlist("content-encoding") for word in line.split(",")]
+    if any(coding not in ("", "identity") for coding in codings):
+        raise MediaTypeError("the body has a Content-Encoding: send it as it is, without one", parameter="Content-Encoding")
+
+
+def of_answer(headers: Headers, question: Form) -> Form:
+    """The form that Accept prefers; the question's where it does not say."""
+    ranges = dict(media_ranges(headers.getlist("accept")))
+    if not ranges:
+        return question
+    wanted = {form: quality(form, ranges) for form in (question, *Form)}  # the first of equals wins
+    best = max(wanted, key=lambda form: wanted[form])
+    if wanted[best] <= 0:
+        raise NotAcceptableError(
+            f"an answer is {' or '.join(Form)}; Accept asks for neither", parameter="Accept", allowed=list(Form)
+        )
+    return best
+
+
+def quality(form: Form, ranges: dict[str, float]) -> float:
+    """How much a form is wanted: the most specific range decides (RFC 9110, 12.5.1)."""
+    kind, _, _ = form.partition("/")
+    return next((ranges[name] for name in (form, f"{kind}/*", "*/*") if name in ranges), 0.0)
+
+
+def media_ranges(lines: Iterable[str]) -> Iterable[tuple[str, float]]:
+    """The (media range, quality) pairs of Accept; a quality that is no number is 0.
+
+    >>> list(media_ranges(["application/json;q=0.5, */*"]))
+    [('application/json', 0.5), ('*/*', 1.0)]
+    """
+    for part in (part for line in lines for part in line.split(",")):
+        name, *parameters = (word.strip().lower() for word in part.split(";"))
+        if not name:
+            continue
+        q = next((word.removeprefix("q=") for word in parameters if word.startswith("q=")), "1")
+        whole, _, rest = q.partition(".")
+        yield name, float(q) if whole.isdecimal() and (rest == "" or rest.isdecimal()) and q.isascii() else 0.0

@@ -1,0 +1,32 @@
+"""The query string as words for a request: which may come more than once is the type's to say."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qsl
+
+from maskserve import requests
+from maskserve.errors import ParameterError
+from maskserve.ops.rows import Type
+from maskserve.payload.header import shown
+
+MAX_FIELDS = 256
+REPEATABLE = frozenset({Type.DIMS, Type.WORDS})
+
+
+def words_of(verb: str, query: bytes) -> dict[str, Any]:
+    """Each name with its text, or with a list of texts where its type takes several."""
+    try:
+        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="replace")
+    except ValueError:
+        raise ParameterError(f"the query has more than {MAX_FIELDS} parameters") from None
+    repeatable = {p.name for p in requests.parameters(verb) if p.type in REPEATABLE}
+    words: dict[str, Any] = {}
+    for name, text in pairs:
+        if name in repeatable:
+            words.setdefault(name, []).append(text)
+        elif name in words:
+            raise ParameterError(f"the query gives {shown(name, 64)} twice; give it once", parameter=shown(name, 64))
+        else:
+            words[name] = text
+    return words

@@ -1,0 +1,120 @@
+"""What the shell is told: one exit code for every error, in one table, and one line that says what went wrong.
+
+The codes are those of sysexits, so that a scheduler can tell what to try again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+from maskserve import errors
+from maskserve.errors import MaskserveError
+
+DONE = 0
+USAGE = 2
+BAD_DATA = 65
+NO_INPUT = 66
+UNAVAILABLE = 69
+INTERNAL = 70
+CANNOT_CREATE = 73
+IO_ERROR = 74
+TRY_AGAIN = 75
+NO_PERMISSION = 77
+BAD_CONFIGURATION = 78
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+TERMINATED = 143
+
+BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
+    {
+        errors.RequestError: USAGE,
+        errors.DataError: BAD_DATA,
+        errors.PayloadError: BAD_DATA,
+        errors.InputError: IO_ERROR,
+        errors.InputNotFoundError: NO_INPUT,
+        errors.OutputError: CANNOT_CREATE,
+        errors.SettingsError: BAD_CONFIGURATION,
+        errors.OutOfMemoryError: TRY_AGAIN,
+    }
+)
+"""The exit code of a class and of those below it."""
+
+BY_ERRNO: Mapping[int, int] = MappingProxyType(
+    {
+        errno.EACCES: NO_PERMISSION,
+        errno.EPERM: NO_PERMISSION,
+        errno.ENOSPC: IO_ERROR,
+        errno.EDQUOT: IO_ERROR,
+        errno.EIO: IO_ERROR,
+    }
+)
+"""What the system said is more exact than that a file could not be read or written."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands so that nothing half-written stays behind."""
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of `error`; INTERNAL for one that nobody expected."""
+    if isinstance(error, OSError) and error.errno in BY_ERRNO:
+        return BY_ERRNO[error.errno]
+    for kind in type(error).__mro__:
+        if kind in BY_CLASS:
+            return BY_CLASS[kind]
+    if is_out_of_memory(error):
+        return TRY_AGAIN
+    return IO_ERROR if isinstance(error, OSError) else INTERNAL
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on either kind of device, ran out of memory; torch is not imported to tell."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def explained(error: BaseException) -> str:
+    """What the line says of `error`."""
+    if isinstance(error, MaskserveError):
+        return error.message
+    if is_out_of_memory(error):
+        return "out of memory; give a smaller file, or try again where more memory is free"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or error}"
+    return f"internal error: {type(error).__name__}: {error}; MASKSERVE_DEBUG=1 shows where"
+
+
+def report(error: BaseException) -> int:
+    """The exit code of `error`, after its line on stderr, or its traceback where MASKSERVE_DEBUG asks for one."""
+    code = code_of(error)
+    if code == INTERNAL and os.environ.get("MASKSERVE_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    say(explained(error))
+    return code
+
+
+def say(words: str) -> None:
+    """One line on stderr; what does not print is escaped, and a closed stderr is no reason to fail."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(words.splitlines()))
+    try:
+        print(f"maskserve: {line}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Errors of the block say which file they are about, unless they name one already."""
+    try:
+        yield
+    except (errors.RequestError, errors.DataError, errors.PayloadError) as error:
+        error.message = f"{name}: {error.message}"
+        raise

@@ -1,0 +1,49 @@
+"""maskserve computes on tensors with missing values; what is undefined comes back masked.
+
+The public names are loaded when they are first used, so that `import maskserve` imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maskserve.errors import MaskserveError
+from maskserve.ops import OPS
+
+_HOMES = {
+    "MaskedTensor": "tensor",
+    "masked_tensor": "tensor",
+    "as_masked_tensor": "tensor",
+    "from_lengths": "tensor",
+    "policy": "masks",
+    "using": "engine",
+    "load": "inout",
+    "save": "inout",
+    "compute": "inout",
+    "__version__": "version",
+}
+"""Where each name that is no op lives."""
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "__version__":
+        from maskserve.version import version
+
+        return version()
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"maskserve.{_HOMES[name]}"), name)
+    elif name in OPS:
+        value = importlib.import_module("maskserve.functions").public(name)
+    else:
+        raise AttributeError(f"module 'maskserve' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+__all__ = ["OPS", "MaskserveError", *(name for name in _HOMES if name != "__version__"), *OPS]

@@ -1,0 +1,112 @@
+"""Elementwise rows: torch computes the values, the row's mask rule their validity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskserve.backends.reference import kernel
+from maskserve.backends.reference.cells import select
+from maskserve.dtypes import BY_TORCH
+from maskserve.errors import DataError, ParameterError, ShapeError
+from maskserve.masks import Policy, check_equal, intersection, union
+from maskserve.ops.rows import Elementwise, MaskRule
+from maskserve.plan import accept, resolve
+
+Operand = tuple[Any, Tensor | None, bool]
+"""(tensor or number, its mask, whether it is a MaskedTensor): plain tensors and numbers are valid everywhere."""
+
+
+@cache
+def function(name: str) -> Callable[..., Tensor]:
+    """torch's function of that name, or the reference's where torch's is silently wrong."""
+    found: Callable[..., Tensor] = kernel(name) if ":" in name else getattr(torch, name)
+    return found
+
+
+def compute(
+    row: Elementwise, operands: Sequence[Operand], given: Mapping[str, Any], policy: Policy
+) -> tuple[Tensor, Tensor | None]:
+    """(values, mask) of the row on its operands, broadcast; hidden cells are 0."""
+    tensors = [value for value, _, _ in operands if isinstance(value, Tensor)]
+    for tensor in tensors:
+        accept(row, BY_TORCH[str(tensor.dtype).removeprefix("torch.")])
+    defaults = {p.name: p.default for p in row.parameters}
+    params = {name: value for name, value in resolve(row, given).items() if value != defaults[name]}
+    shape = broadcast_shape(row, tensors)
+    masks = [None if mask is None else padded(mask, len(shape)) for _, mask, _ in operands]
+    if policy is Policy.STRICT:
+        check_equal(row.name, [m for m, (_, _, masked) in zip(masks, operands, strict=True) if masked], shape)
+    values, mask = flow(row, operands, masks, policy)
+    data = call(row, values, params)
+    if mask is not None and data.shape != shape:  # two numbers
+        mask = mask.expand(shape)
+    return (data, None) if mask is None else (select(data, mask.expand(data.shape)), mask)
+
+
+def flow(
+    row: Elementwise, operands: Sequence[Operand], masks: list[Tensor | None], policy: Policy
+) -> tuple[list[Any], Tensor | None]:
+    """The values to compute with, and where the result is valid."""
+    values = [value for value, _, _ in operands]
+    if row.rule is MaskRule.CHOSEN:
+        condition, yes, no = masks
+        if yes is None and no is None:
+            return values, condition
+        chosen = torch.where(values[0], True if yes is None else yes, True if no is None else no)
+        return values, chosen if condition is None else chosen & condition
+    if policy is Policy.UNION and any(mask is not None for mask in masks):
+        return filled_with_identity(row, operands), union(masks)
+    if row.unsafe:
+        values = [safe(value, mask) for value, mask, _ in operands]
+    return values, intersection(masks)
+
+
+def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[Any]:
+    """Policy union: a missing operand is the op's identity on its side."""
+    values = []
+    for i, (value, mask, _) in enumerate(operands):
+        identity = row.identity[i] if row.identity else None
+        if mask is not None and identity is None:
+            raise ParameterError(
+                f"{row.name} has no identity for {row.operands[i]}, so policy union cannot fill it; use intersect",
+                parameter="policy",
+            )
+        values.append(value if mask is None else select(value, mask.expand(value.shape), identity or 0))
+    return values
+
+
+def safe(value: Any, mask: Tensor | None) -> Any:
+    """Integers whose hidden cells are 1: torch raises on a division by 0 wherever it stands."""
+    if mask is None or value.dtype.is_floating_point:
+        return value
+    return select(value, mask.expand(value.shape), 1)
+
+
+def call(row: Elementwise, values: Sequence[Any], params: Mapping[str, Any]) -> Tensor:
+    try:
+        return function(row.function)(*values, **params)
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{row.name}: {reason}") from error
+
+
+def broadcast_shape(row: Elementwise, tensors: Sequence[Tensor]) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*[tensor.shape for tensor in tensors])
+    except RuntimeError:
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise ShapeError(
+            f"{row.name}: shapes {shapes} do not broadcast; sizes must be equal or 1, counted from the last dim"
+        ) from None
+
+
+def padded(mask: Tensor, ndim: int) -> Tensor:
+    """The mask with leading dims of size 1."""
+    return mask.reshape((1,) * (ndim - mask.ndim) + tuple(mask.shape))

@@ -1,0 +1,207 @@
+"""Every setting as a row, and where its value comes from: flags > MASKSERVE_* > the TOML file > the default.
+
+Plain Python and tomllib: pydantic-settings takes 0.1 s to import, a third of what `maskserve info` may take in all.
+`python -m maskserve.settings` prints configs/default.toml.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from maskserve.errors import SettingsError, nearest
+
+PREFIX = "MASKSERVE_"
+CONFIG = f"{PREFIX}CONFIG"
+NOT_SETTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        CONFIG: "the settings file",
+        f"{PREFIX}DEBUG": "1 shows the traceback of an internal error",
+        f"{PREFIX}ISA": "the compiled variant of the native kernels",
+    }
+)
+"""Environment variables that are ours and stand in no file."""
+
+INJECTED = (f"{PREFIX}PORT", f"{PREFIX}SERVICE_")
+"""What Kubernetes sets in every pod beside a Service named maskserve starts so, and is not ours."""
+
+UNITS: Mapping[str, int] = MappingProxyType(
+    {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+)
+Value: TypeAlias = str | int | float
+Given: TypeAlias = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One setting; `parse` takes what a flag, a variable or the file says, or raises ValueError with what it must be."""
+
+    name: str
+    default: Value
+    help: str
+    parse: Callable[[object], Value]
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A row's value and its source: a flag, a variable, a file or "default"."""
+
+    row: Row
+    value: Value
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting by name; `unknown` are the variables that look like ours and are not, each with its message."""
+
+    rows: Mapping[str, Setting]
+    unknown: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.rows[name].value
+
+
+def whole(given: object) -> int:
+    """A whole number, 0 or more."""
+    if isinstance(given, bool) or not isinstance(given, int | str) or not str(given).strip().isdecimal():
+        raise ValueError("a whole number, 0 or more")
+    return int(given)
+
+
+def port(given: object) -> int:
+    """A TCP port; 0 lets the system choose one."""
+    try:
+        number = whole(given)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**16:
+        raise ValueError("a port, 0 to 65535")
+    return number
+
+
+def seconds(given: object) -> float:
+    """A finite number of seconds, 0 or more."""
+    try:
+        number = -1.0 if isinstance(given, bool) else float(str(given))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError("a number of seconds, 0 or more")
+    return number
+
+
+def size(given: object) -> int:
+    """Bytes from a number or a text with a unit; MB is 10^6, MiB 2^20.
+
+    >>> size("256MiB"), size("1.5 kB"), size(12)
+    (268435456, 1500, 12)
+    """
+    text = "" if isinstance(given, bool) else str(given).strip()
+    digits = text.rstrip("kKMGiB ")
+    factor = UNITS.get(text[len(digits) :].strip())
+    if factor is None or not digits.replace(".", "", 1).isdecimal():
+        raise ValueError(f"a size in bytes, plain or with one of {', '.join(unit for unit in UNITS if unit)}")
+    return int(float(digits) * factor) if "." in digits else int(digits) * factor
+
+
+def word(given: object) -> str:
+    """One word."""
+    if not isinstance(given, str) or not given or not given.isprintable():
+        raise ValueError("a word")
+    return given
+
+
+ROWS = (
+    Row(name="device", default="auto", help="where to compute: auto, cpu, cuda or cuda:N", parse=word),
+    Row(name="threads", default=0, help="threads to compute with; 0: the CPUs this process may run on", parse=whole),
+    Row(name="header_bytes", default="1MiB", help="largest payload header that is read", parse=size),
+    Row(name="max_tensors", default=1024, help="most tensors in a payload that is read", parse=whole),
+    Row(name="json_bytes", default="16MiB", help="largest JSON payload that is read", parse=size),
+    Row(name="serve_host", default="127.0.0.1", help="address that serve listens on", parse=word),
+    Row(name="serve_port", default=8000, help="port that serve listens on; 0 lets the system choose", parse=port),
+    Row(name="serve_max_body", default="256MiB", help="largest request body that serve accepts", parse=size),
+    Row(name="serve_request_timeout", default=60, help="seconds that a request may take", parse=seconds),
+    Row(name="serve_grace", default=25, help="seconds that running requests get when serve is told to stop", parse=seconds),
+)  # fmt: skip
+BY_NAME: Mapping[str, Row] = MappingProxyType({row.name: row for row in ROWS})
+
+
+def load(
+    flags: Given | None = None, config: str | None = None, environment: Mapping[str, str] | None = None
+) -> Settings:
+    """Every setting, from the first of flags, environment, file and default that gives it; SettingsError where one is wrong.
+
+    `flags` are by name, None where a flag was not given; `config` is the file that --config names.
+    """
+    environment = os.environ if environment is None else environment
+    path = config or environment.get(CONFIG) or None
+    said: list[tuple[str, str, object]] = []
+    if path is not None:
+        said += [(name, f"{path}: {name}", value) for name, value in read_file(path).items()]
+    said += [(row.name, row.variable, environment[row.variable]) for row in ROWS if row.variable in environment]
+    said += [(name, f"--{_flag(name)}", value) for name, value in (flags or {}).items() if value is not None]
+    found = {row.name: Setting(row=row, value=row.parse(row.default), source="default") for row in ROWS}
+    for name, source, given in said:
+        found[name] = _parsed(BY_NAME[name], given, source)
+    return Settings(found, tuple(unknown_variables(environment)))
+
+
+def _flag(name: str) -> str:
+    return name.removeprefix("serve_").replace("_", "-")
+
+
+def _parsed(row: Row, given: object, source: str) -> Setting:
+    try:
+        return Setting(row=row, value=row.parse(given), source=source)
+    except ValueError as error:
+        raise SettingsError(f"{source} is {given!r:.80}; it must be {error}", parameter=row.name) from None
+
+
+def read_file(path: str) -> dict[str, object]:
+    """What a TOML file sets; an unknown key is an error, since a slip there would otherwise change nothing in silence."""
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            given = tomllib.load(file)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}; --config and {CONFIG} name a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not TOML: {error}") from None
+    for name in given:
+        if name not in BY_NAME:
+            raise SettingsError(
+                f"{path}: {name!r:.80} is not a setting{nearest(name, BY_NAME)}", parameter=name, allowed=BY_NAME
+            )
+    return given
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """A line for each variable that looks like ours and sets nothing."""
+    known = {*(row.variable for row in ROWS), *NOT_SETTINGS}
+    strange = [name for name in environment if name.startswith(PREFIX) and name not in known]
+    return [f"{name} is not a setting{nearest(name, known)}" for name in strange if not name.startswith(INJECTED)]
+
+
+def default_toml() -> str:
+    """configs/default.toml: every setting with its default and what it means."""
+    lines = [
+        "# Every setting of maskserve with its default. Generated: python -m maskserve.settings > configs/default.toml",
+        f"# A flag wins over the environment (MASKSERVE_ and the name), which wins over this file ({CONFIG}, --config).",
+    ]
+    for row in ROWS:
+        value = f'"{row.default}"' if isinstance(row.default, str) else str(row.default)
+        lines += ["", f"# {row.help}", f"{row.name} = {value}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(default_toml(), end="")
