@@ -101,8 +101,9 @@ def answer(request: Request, payload: Payload) -> Answer:
     variables = resolved(request, payload)
     planned = steps(request, payload)
     results = [result(request, payload, variables, step) for step in planned]
-    alive = {dim for r in results for dim in r.dims or ()}
-    results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
+    alive = {(dim, n) for r in results for dim, n in zip(r.dims or (), r.data.shape, strict=True)}
+    kept = [c for c in variables.coordinates.values() if (c.name, *c.info.shape) in alive]  # keepdim leaves size 1
+    results += [coordinate(payload, c, variables) for c in kept]
     named = {r.name: r.dims for r in results if r.dims is not None}
     metadata = answer_metadata(
         payload.header.metadata, named, {"maskserve": version(), **request.canonical()}, version()

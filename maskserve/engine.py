@@ -201,15 +201,25 @@ def backend_of(plan: Plan) -> Backend:
 
 
 def reduce(plan: Plan, cells: Cells) -> Masked:
-    """Lift blocks, join runs, then the earlier groups of dims; a result cell is masked where too few cells were valid."""
+    """The slices' states, finalized; a result cell is masked where too few cells were valid."""
+    return finish(plan, joined(plan, cells))
+
+
+def state(plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
+    """The one state of each result cell, before finalize: parts of shape (kept dims before, kept dims after)."""
+    return joined(plan, Cells(plan, data, mask))
+
+
+def joined(plan: Plan, cells: Cells) -> Parts:
+    """Blocks lifted, runs joined, then the earlier groups of dims."""
     outer, n, inner = cells.shape
-    if not plan.n_reduced:  # nothing to read: the identity
-        return finish(plan, identity(plan, prod(plan.out_shape)))
+    if not plan.n_reduced:  # nothing to read
+        return identity(plan, prod(plan.fold[::2]))
     if outer * n * inner <= SMALL:  # one block: nothing to cut, assemble or hand out
         parts = lift(plan, backend_of(plan), cells, slice(0, outer), slice(0, n), slice(0, inner))
     else:
         parts = lift_all(plan, cells)
-    return finish(plan, join_groups(plan, parts))
+    return join_groups(plan, parts)
 
 
 def identity(plan: Plan, n: int) -> Parts:

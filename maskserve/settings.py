@@ -37,7 +37,7 @@ Given: TypeAlias = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One setting; `parse` takes what a flag, a variable or the file says, or raises ValueError with what it must be."""
+    """One setting; `parse` reads what is given, or raises ValueError with what it must be."""
 
     name: str
     default: Value
@@ -129,7 +129,7 @@ ROWS = (
     Row(name="serve_port", default=8000, help="port that serve listens on; 0 lets the system choose", parse=port),
     Row(name="serve_max_body", default="256MiB", help="largest request body that serve accepts", parse=size),
     Row(name="serve_request_timeout", default=60, help="seconds that a request may take", parse=seconds),
-    Row(name="serve_grace", default=25, help="seconds that running requests get when serve is told to stop", parse=seconds),
+    Row(name="serve_grace", default=25, help="seconds that running requests get at SIGTERM", parse=seconds),
 )  # fmt: skip
 BY_NAME: Mapping[str, Row] = MappingProxyType({row.name: row for row in ROWS})
 
@@ -137,7 +137,7 @@ BY_NAME: Mapping[str, Row] = MappingProxyType({row.name: row for row in ROWS})
 def load(
     flags: Given | None = None, config: str | None = None, environment: Mapping[str, str] | None = None
 ) -> Settings:
-    """Every setting, from the first of flags, environment, file and default that gives it; SettingsError where one is wrong.
+    """Every setting, from the first that gives it; SettingsError where a value cannot be.
 
     `flags` are by name, None where a flag was not given; `config` is the file that --config names.
     """
@@ -166,14 +166,16 @@ def _parsed(row: Row, given: object, source: str) -> Setting:
 
 
 def read_file(path: str) -> dict[str, object]:
-    """What a TOML file sets; an unknown key is an error, since a slip there would otherwise change nothing in silence."""
+    """What a TOML file sets; an unknown key is an error: a slip would otherwise change nothing, in silence."""
     import tomllib
 
     try:
         with open(path, "rb") as file:
             given = tomllib.load(file)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}; --config and {CONFIG} name a TOML file") from None
+        raise SettingsError(
+            f"{path} cannot be read: {error.strerror}; --config and {CONFIG} name a TOML file"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from None
     for name in given:
@@ -194,8 +196,8 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
 def default_toml() -> str:
     """configs/default.toml: every setting with its default and what it means."""
     lines = [
-        "# Every setting of maskserve with its default. Generated: python -m maskserve.settings > configs/default.toml",
-        f"# A flag wins over the environment (MASKSERVE_ and the name), which wins over this file ({CONFIG}, --config).",
+        "# Every setting of maskserve with its default. Made by python -m maskserve.settings.",
+        f"# A flag wins over the environment (MASKSERVE_ and the name), which wins over a file like this ({CONFIG}).",
     ]
     for row in ROWS:
         value = f'"{row.default}"' if isinstance(row.default, str) else str(row.default)

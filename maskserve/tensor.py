@@ -104,19 +104,21 @@ class MaskedTensor:
 
     def _fitting(self, fill: float) -> Tensor:
         """`fill` in the data's dtype, or an error where it would change."""
-        as_tensor = torch.as_tensor(fill, device=self._data.device)
         dtype = self._data.dtype
-        fits = torch.can_cast(as_tensor.dtype, dtype)
-        if fits and not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool:
+        if dtype is torch.bool:
+            fits = isinstance(fill, bool)
+        elif dtype.is_floating_point or dtype.is_complex:
+            fits = True
+        else:
             info = torch.iinfo(dtype)
-            fits = info.min <= fill <= info.max
+            fits = isinstance(fill, int) and info.min <= fill <= info.max
         if not fits:
             raise DtypeError(
                 f"fill {fill!r} does not fit {str(dtype).removeprefix('torch.')}; give a value that does, or convert "
                 "first: .to(torch.float64)",
                 parameter="fill",
             )
-        return as_tensor.to(dtype)
+        return torch.full((), fill, dtype=dtype, device=self._data.device)
 
     @property
     def shape(self) -> torch.Size:

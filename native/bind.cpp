@@ -30,7 +30,7 @@ bool run(maskserve::Kernel kernel, const Block& block, const Parts& parts) {
   return kernel(block, parts);
 }
 
-// Plain integers, not ndarray: 17 of them are read in a quarter of a microsecond, two ndarrays take twice that.
+// Plain integers: 17 of them are read in a tenth of a microsecond, so that a small block costs no more than its sum.
 bool total(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
            int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
            int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,

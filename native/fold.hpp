@@ -4,9 +4,6 @@
 // Included by kernels.hpp inside the namespace of one instruction set; see there why nothing here may be shared.
 
 constexpr int64_t cache_line = 64;
-#ifndef PFH
-#define PFH 3
-#endif
 
 template <class CellType, bool is_masked>
 struct CellStreams {
@@ -16,20 +13,21 @@ struct CellStreams {
   int64_t ahead_bytes = 0, mask_ahead = 0;  // from these streams to the ones that are folded after them
 
   ALWAYS_INLINE auto get(int64_t k, int64_t j) const {
-    return load_cell<CellType, is_masked>(cells_ptr + k * step_bytes, is_masked ? mask_ptr + k * mask_step : nullptr, j);
+    const unsigned char* stream_mask_ptr = is_masked ? mask_ptr + k * mask_step : nullptr;
+    return load_cell<CellType, is_masked>(cells_ptr + k * step_bytes, stream_mask_ptr, j);
   }
   CellStreams from(int64_t j) const {
     const int64_t n_bytes = j * static_cast<int64_t>(sizeof(typename CellType::Raw));
     return {cells_ptr + n_bytes, is_masked ? mask_ptr + j : nullptr, step_bytes, mask_step, ahead_bytes, mask_ahead};
   }
-  // Eight streams in as many pages outrun the processor's own prefetcher, which follows one at a time.
-  ALWAYS_INLINE void prefetch(int64_t n_streams, int64_t n) const {
+  // Eight streams in as many pages outrun the processor's own prefetcher. It follows these: one stream after another.
+  ALWAYS_INLINE void prefetch(int64_t first, int64_t last, int64_t n) const {
     const int64_t n_bytes = n * static_cast<int64_t>(sizeof(typename CellType::Raw));
-    for (int64_t k = 0; k < n_streams; ++k) {
+    for (int64_t k = first; k < last; ++k) {
       const unsigned char* ahead_ptr = cells_ptr + k * step_bytes + ahead_bytes;
-      for (int64_t b = 0; b < n_bytes; b += cache_line) __builtin_prefetch(ahead_ptr + b, 0, PFH);
+      for (int64_t b = 0; b < n_bytes; b += cache_line) __builtin_prefetch(ahead_ptr + b);
       if (!is_masked) continue;
-      for (int64_t b = 0; b < n; b += cache_line) __builtin_prefetch(mask_ptr + k * mask_step + mask_ahead + b, 0, PFH);
+      for (int64_t b = 0; b < n; b += cache_line) __builtin_prefetch(mask_ptr + k * mask_step + mask_ahead + b);
     }
   }
 };
@@ -77,13 +75,13 @@ NEVER_INLINE void fold_streams(const Streams& streams, int64_t n, Lanes<Value> o
 template <class Streams, class Value>
 NEVER_INLINE void fold_ahead(const Streams& given, int64_t n, Lanes<Value> out) {
   constexpr int64_t n_chunk = 64;
-  Streams streams = given;
-  int64_t j = 0;
-  for (; j + n_chunk <= n; j += n_chunk, streams = streams.from(n_chunk)) {
-    streams.prefetch(8, n_chunk);
-    fold_loop<8>(streams, n_chunk, out.from(j));
+  const int64_t n_chunks = n / n_chunk;
+  for (int64_t c = 0; c < n_chunks; ++c) {
+    given.prefetch(8 * c / n_chunks, 8 * (c + 1) / n_chunks, n);
+    fold_loop<8>(given.from(c * n_chunk), n_chunk, out.from(c * n_chunk));
   }
-  if (j < n) fold_loop<8>(streams, n - j, out.from(j));
+  const int64_t done = n_chunks * n_chunk;
+  if (done < n) fold_loop<8>(given.from(done), n - done, out.from(done));
 }
 
 template <class Streams, class Value>
@@ -140,7 +138,8 @@ struct DenseLeaf {
   void level(const unsigned char* cells_ptr, const unsigned char* mask_ptr, int64_t rows, int64_t h, int64_t inner,
              Lanes<Value> out) {
     // What follows a leaf in memory is the next leaf, of this row or of the next.
-    const Streams streams{cells_ptr, mask_ptr, h * inner * cell_bytes, h * inner, rows * inner * cell_bytes, rows * inner};
+    const int64_t step = h * inner, ahead = rows * inner;
+    const Streams streams{cells_ptr, mask_ptr, step * cell_bytes, step, ahead * cell_bytes, ahead};
     const int64_t count = (rows + h - 1) / h;
     const int64_t n_last = (rows - (count - 1) * h) * inner;
     fold(streams, count, n_last, out);
@@ -229,8 +228,10 @@ struct ShortLeaves {
     for (int64_t g = 0; g < groups; ++g) {
       const LaneStreams<Wide> streams{wide.lanes().from(g * rows * inner), 8 * inner};
       const Lanes<Near> eight_rows = eighths.lanes().from(g * 8 * inner);
-      if (n_last == 8) {  // a constant: one vector, no loop
-        fold_loop<n_streams>(streams, 8, eight_rows);
+      if (n_last == 8 * inner) {  // eight at a time is a vector, where a loop over so few would not be one
+        for (int64_t j = 0; j < n_last; j += 8) {
+          fold_loop<n_streams>(LaneStreams<Wide>{streams.lanes.from(j), streams.step}, 8, eight_rows.from(j));
+        }
         continue;
       }
       fold_loop<n_streams>(streams, n_last, eight_rows);

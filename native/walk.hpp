@@ -15,6 +15,7 @@ struct Route {
 // Strides of a dim of size 1 (or 0) mean nothing: give them the value of a dense tensor.
 inline void densify(const Block& block, Operand& operand) {
   if (block.inner == 1) operand.stride_inner = 1;
+  if (block.n == 0) operand.stride_inner = 1;
   if (block.n <= 1) operand.stride_n = block.inner;
   if (block.outer == 1) operand.stride_outer = block.n * block.inner;
 }

@@ -195,7 +195,7 @@ def test_many_columns_have_the_defined_bits(dtype: DType, n: int, inner: int) ->
 
 @every_dtype
 def test_many_short_rows_have_the_defined_bits(dtype: DType) -> None:
-    for outer, n, inner in ((700, 3, 1), (300, 8, 1), (300, 64, 1), (99, 21, 1), (200, 3, 3), (40, 64, 3)):
+    for outer, n, inner in ((300, 3, 1), (290, 8, 1), (99, 64, 1), (99, 21, 1), (200, 3, 3), (40, 64, 3)):
         assert_defined(*sample(dtype, (outer, n, inner), seed=outer))
 
 
@@ -206,24 +206,24 @@ def layouts(cells: torch.Tensor) -> dict[str, torch.Tensor]:
     padded[:, :n, :inner] = cells
     every_second = torch.zeros((outer, 2 * n, 2 * inner), dtype=cells.dtype)
     every_second[:, ::2, ::2] = cells
-    room = torch.zeros(cells.numel() * cells.element_size() + 1, dtype=torch.uint8).numpy()
-    room[1:] = np.frombuffer(cells.contiguous().view(torch.uint8).numpy().tobytes(), np.uint8)
     return {
         "dense": cells.contiguous(),
         "padded": padded[:, :n, :inner],
         "every second": every_second[:, ::2, ::2],
         "transposed": cells.transpose(1, 2).contiguous().transpose(1, 2),
         "outermost last": cells.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-        "unaligned": unaligned(room, cells),
+        "unaligned": unaligned(cells),
     }
 
 
-def unaligned(room: np.ndarray, cells: torch.Tensor) -> torch.Tensor:
-    kind = np.uint8 if cells.dtype is torch.bool else f"V{cells.element_size()}"
+def unaligned(cells: torch.Tensor) -> torch.Tensor:
+    """The same cells, one byte beyond an aligned address."""
     if cells.dtype is torch.bool:
-        return torch.from_numpy(room[1:].view(bool)).view(cells.shape)
-    del kind
-    return torch.frombuffer(room.data, dtype=cells.dtype, offset=1).view(cells.shape)
+        return torch.cat([torch.zeros(1, dtype=torch.bool), cells.flatten()])[1:].view(cells.shape)
+    n_bytes = cells.numel() * cells.element_size()
+    room = torch.zeros(n_bytes + 1, dtype=torch.uint8)
+    room[1:] = cells.contiguous().flatten().view(torch.uint8)
+    return torch.frombuffer(room.numpy().data, dtype=cells.dtype, offset=1).view(cells.shape)
 
 
 @every_dtype
@@ -242,7 +242,7 @@ def test_strides_and_addresses_change_no_bit(dtype: DType, shape: tuple[int, int
 
 
 @every_dtype
-@pytest.mark.parametrize("shape", [(3, 70, 5), (3, 70, 300), (4, 5000, 1), (5, 3, 1), (300, 3, 1), (5, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 70, 5), (3, 70, 300), (4, 5000, 1), (5, 3, 1), (40, 3, 1), (5, 3, 4)], ids=str)
 def test_a_broadcast_mask_is_the_mask_it_stands_for(dtype: DType, shape: tuple[int, int, int]) -> None:
     data, mask = sample(dtype, shape, seed=6)
     data[mask] = data.new_ones(())
@@ -321,11 +321,13 @@ def print_bits() -> None:
 
 
 def bits_of(isa: str) -> list[str]:
-    program = (
-        "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path('tests/test_native_sum.py')['print_bits']()"
-    )
+    program = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path('tests/test_native_sum.py')['print_bits']()"
     ran = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "MASKSERVE_ISA": isa}, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "MASKSERVE_ISA": isa},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()
@@ -357,7 +359,12 @@ def test_an_unknown_instruction_set_is_refused_by_name() -> None:
 
 def plan_for(name: str, dtype: DType, device: str = "cpu") -> SimpleNamespace:
     return SimpleNamespace(
-        row=SimpleNamespace(name=name), passes=[SimpleNamespace(name=name)], params={}, dtype=dtype, device=device, leaf=64
+        row=SimpleNamespace(name=name),
+        passes=[SimpleNamespace(name=name)],
+        params={},
+        dtype=dtype,
+        device=device,
+        leaf=64,
     )
 
 

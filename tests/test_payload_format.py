@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskserve.dtypes import ALL, BY_CODE, DType, f32, f64, u8
@@ -36,6 +36,7 @@ from maskserve.payload.variables import resolve
 from tests.payload_cases import CASES, VALID, Case, Source, at_most, container, entry, named, one
 
 MIB = 2**20
+unhurried = settings(deadline=None)  # a busy machine is no failure
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 refused_cases = pytest.mark.parametrize("case", [c for c in CASES if c.must is not None], ids=lambda case: case.id)
 accepted_cases = pytest.mark.parametrize("case", [c for c in CASES if c.must is None], ids=lambda case: case.id)
@@ -192,36 +193,53 @@ SEEDS = [
     to_bytes([Output("s", f32, (), bytes(4)), Output("z", u8, (0, 3), b"")], {"é": "\n"}),
 ]
 TOKENS = [
-    *(
-        word.encode()
-        for word in '{ } [ ] , : " 0 1 4 -1 1.0 1e0 null true \\u0078 "x" "F32" "U8" "dtype" "shape" [0,4]'.split()
-    ),
-    *(b" ", b"\t", b"\xff", b"\0", b'"__metadata__":{},', b"18446744073709551616", b"9223372036854775808"),
+    *(b"{", b"}", b"[", b"]", b",", b":", b'"', b" ", b"\t", b"\xff", b"\0"),
+    *(b"0", b"1", b"4", b"-1", b"1.0", b"1e0", b"null", b"true", b"18446744073709551616", b"9223372036854775808"),
+    *(b"\\u0078", b'"x"', b'"F32"', b'"U8"', b'"dtype"', b'"shape"', b"[0,4]", b'"__metadata__":{},'),
     b'"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},',
 ]
 
 
+ALIKE = [
+    *([b'"F32"', b'"I32"', b'"U32"', b'"F64"', b'"I64"', b'"BOOL"', b'"U8"', b'"I8"', b'"F8_E5M2"', b'"F4"'],),
+    *(
+        [b'"x"', b'"y"', b'"t3"', b'"mask"', b'"a"', b'"z"', b'"k"', b'"\\u0078"'],
+        [b"[2,2]", b"[4]", b"[4,1]", b"[1,2,2]"],
+    ),
+    *([b"0", b"1", b"2", b"4", b"8", b"16"], [b",", b", ", b" ,", b",\t"], [b":", b" : "]),
+]
+
+
 def mutated(rng: random.Random) -> bytes:
-    """A valid payload with some bytes flipped, cut, doubled or put in; half of them keep a true header length."""
+    """A valid payload with bytes flipped, cut, put in or put for others of their kind; mostly with a true length."""
     payload = rng.choice(SEEDS)
     n = int.from_bytes(payload[:8], "little")
-    keep_length = rng.random() < 0.6
+    keep_length = rng.random() < 0.8
     target = bytearray(payload[8 : 8 + n] if keep_length else payload)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        at, end = sorted((rng.randrange(len(target) + 1), rng.randrange(len(target) + 1)))
-        match rng.randrange(5):
-            case 0 if target:
-                target[at % len(target)] ^= 1 << rng.randrange(8)
-            case 1:
-                target[at:at] = rng.choice(TOKENS)
-            case 2:
-                del target[at : min(end, at + 8)]
-            case 3:
-                target[at : at + rng.randrange(9)] = rng.choice(TOKENS)
-            case _:
-                other = rng.choice(SEEDS)
-                target[at:at] = other[8 + rng.randrange(40) :][: rng.randrange(60)]
+        mutate(target, rng)
     return container(bytes(target), payload[8 + n :]) if keep_length else bytes(target)
+
+
+def mutate(target: bytearray, rng: random.Random) -> None:
+    at, token = rng.randrange(len(target) + 1), rng.choice(TOKENS)
+    match rng.randrange(8):
+        case 0 if target:
+            target[at % len(target)] ^= 1 << rng.randrange(8)
+        case 1:
+            target[at:at] = token
+        case 2:
+            del target[at : at + rng.randrange(9)]
+        case 3:
+            target[at : at + rng.randrange(9)] = token
+        case 4:
+            target[at:at] = rng.choice(SEEDS)[8 + rng.randrange(40) :][: rng.randrange(60)]
+        case _:
+            kind = rng.choice(ALIKE)
+            old, new = rng.sample(kind, 2)
+            found = target.find(old, at)
+            if found >= 0:
+                target[found : found + len(old)] = new
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -235,10 +253,10 @@ def test_whatever_we_accept_of_mutated_files_the_library_reads_alike(seed: int) 
         except PayloadError:
             refused += 1
             continue
-        accepted += 1
+        accepted += payload not in SEEDS
         assert read == oracle(payload), payload
-    assert accepted > 100
-    assert refused > 1000
+    assert accepted > 150, accepted
+    assert refused > 1000, refused
 
 
 json_junk = st.recursive(
@@ -256,6 +274,7 @@ entries = st.fixed_dictionaries(
 )
 
 
+@unhurried
 @given(
     header=st.dictionaries(st.sampled_from(["x", "y", "__metadata__"]) | st.text(max_size=3), entries | json_junk),
     n_body=st.integers(0, 12),
@@ -285,6 +304,7 @@ def tensors(draw: st.DrawFn, name: str = "x") -> Output:
 names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8).filter(str.isprintable)
 
 
+@unhurried
 @given(
     drawn=st.dictionaries(names.filter(lambda n: n != "__metadata__"), tensors(), max_size=5),
     metadata=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(codec="utf-8"))),
@@ -331,6 +351,14 @@ def test_the_size_is_known_before_a_chunk_is_made() -> None:
 def test_bytes_that_do_not_fit_the_shape_are_not_written(chunks: bytes | list[bytes]) -> None:
     with pytest.raises(ShapeError):
         to_bytes([Output("x", f32, (1,), chunks)], {})
+
+
+def test_more_bytes_than_were_promised_are_never_sent() -> None:
+    encoded = encode([Output("x", f32, (2,), iter([b"1234", b"56789", b"more"]))], {})
+    sent = []
+    with pytest.raises(ShapeError):
+        sent.extend(encoded.chunks)
+    assert sum(chunk.nbytes for chunk in sent) == encoded.n_bytes - 4
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "__metadata__", "x"])

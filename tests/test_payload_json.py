@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from maskserve.dtypes import ALL, BY_CODE, Kind
@@ -23,6 +23,7 @@ from maskserve.payload.variables import resolve
 from tests.payload_cases import at_most
 
 WRITABLE = [dtype for dtype in ALL if dtype.kind is not Kind.COMPLEX]
+unhurried = settings(deadline=None)  # a busy machine is no failure
 
 
 def read(text: str | bytes, name: str = "x") -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -172,6 +173,12 @@ def test_what_is_malformed_gets_one_clear_error(case: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+def test_a_message_says_what_is_wrong_with_the_values() -> None:
+    for case, says in (("bool and number", "mixes true or false"), ("ragged", "level 2"), ("beyond F64", "Infinity")):
+        with pytest.raises(PayloadError, match=says):
+            payload_json.decode(MALFORMED[case])
+
+
 def test_bytes_must_be_utf_8() -> None:
     for text in (b'{"\xff": [1]}', '{"x": [1]}'.encode("utf-16")):
         with pytest.raises(PayloadError):
@@ -203,6 +210,7 @@ def test_the_most_costly_json_within_the_cap_is_bounded() -> None:
         payload_json.decode(text)
 
 
+@unhurried
 @given(st.text(max_size=40) | st.text(alphabet='{}[],:"x1.-ntrue ', max_size=40))
 @example("{")
 def test_any_text_is_read_or_refused(text: str) -> None:
@@ -269,6 +277,7 @@ def test_every_value_of_a_small_float_comes_back_with_its_bits(dtype: str) -> No
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@unhurried
 @given(value=st.floats(-60000, 60000) | st.floats(-1e-4, 1e-4))
 @example(value=1.00390625)
 @example(value=1.01171875)
@@ -279,6 +288,20 @@ def test_a_value_is_rounded_once_to_the_nearest(dtype: str, value: float) -> Non
     around = torch.tensor([got]).to(getattr(torch, dtype))
     neighbours = [float(n) for n in neighbours_of(around)]
     assert all(abs(got - value) <= abs(n - value) for n in neighbours)
+
+
+@pytest.mark.parametrize("code", ["BF16", "F8_E4M3", "F8_E5M2"])
+def test_a_tie_goes_to_the_even_neighbour(code: str) -> None:
+    dtype = getattr(torch, BY_CODE[code].torch)
+    codes = torch.arange(0, 2**15 - 1, 97).to(torch.int16) if code == "BF16" else torch.arange(0, 0x7B).to(torch.uint8)
+    lower, upper = codes.view(dtype).double(), (codes + 1).view(dtype).double()
+    ties = ((lower + upper) / 2)[upper.isfinite()]
+    assert same_bits(read(explicit(code, ties.tolist()))[0], ties.float().to(dtype))
+
+
+def test_what_rounds_to_the_largest_value_still_fits() -> None:
+    assert read(explicit("F8_E4M3", [464, -464]))[0].tolist() == [448, -448]
+    assert read(explicit("F16", [65519]))[0].tolist() == [65504]
 
 
 def neighbours_of(cell: torch.Tensor) -> list[torch.Tensor]:
@@ -304,6 +327,7 @@ def masked(draw: st.DrawFn) -> tuple[Output, bytes]:
     return Output("x", dtype, shape, b"".join(cells)), bytes(valid)
 
 
+@unhurried
 @given(masked())
 def test_the_explicit_form_is_read_again_as_it_was(drawn: tuple[Output, bytes]) -> None:
     x, valid = drawn
@@ -326,6 +350,7 @@ def quiet(data: bytes, x: Output) -> list[Any]:
     return ["NaN" if math.isnan(v) else struct.pack("<d", v) for v in tensor.double().tolist()]
 
 
+@unhurried
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
 def test_float32_text_reads_back_and_none_shorter_does(values: list[float]) -> None:
     x = torch.tensor(values, dtype=torch.float32)

@@ -68,7 +68,7 @@ async def read_body(receive: Receive, n_bytes: int | None, max_body: int, claim:
 
 async def read_exactly(receive: Receive, n_bytes: int, claim: Claim) -> Buffer:
     # a bytearray would be written with zeros first: 0.1 s of the loop and all of its memory, for a promised 256 MiB
-    body = memoryview(np.empty(n_bytes, np.uint8))
+    body = np.empty(n_bytes, np.uint8).data
     at, more = 0, True
     while more:
         chunk, more = await next_chunk(receive)

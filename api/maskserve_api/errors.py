@@ -14,6 +14,8 @@
     ├── BusyError            busy
     ├── DrainingError        draining
     └── DeadlineError        deadline_exceeded
+
+Their status stands in the one table, in problems.py.
 """
 
 from __future__ import annotations

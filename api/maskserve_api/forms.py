@@ -27,7 +27,9 @@ def of_question(headers: Headers) -> Form:
 def refuse_coding(headers: Headers) -> None:
     codings = [word.strip().lower() for line in headers.getlist("content-encoding") for word in line.split(",")]
     if any(coding not in ("", "identity") for coding in codings):
-        raise MediaTypeError("the body has a Content-Encoding: send it as it is, without one", parameter="Content-Encoding")
+        raise MediaTypeError(
+            "the body has a Content-Encoding: send it as it is, without one", parameter="Content-Encoding"
+        )
 
 
 def of_answer(headers: Headers, question: Form) -> Form:
@@ -35,9 +37,8 @@ def of_answer(headers: Headers, question: Form) -> Form:
     ranges = dict(media_ranges(headers.getlist("accept")))
     if not ranges:
         return question
-    wanted = {form: quality(form, ranges) for form in (question, *Form)}  # the first of equals wins
-    best = max(wanted, key=lambda form: wanted[form])
-    if wanted[best] <= 0:
+    best: Form = max((question, *Form), key=lambda form: quality(form, ranges))  # the first of equals wins
+    if quality(best, ranges) <= 0:
         raise NotAcceptableError(
             f"an answer is {' or '.join(Form)}; Accept asks for neither", parameter="Accept", allowed=list(Form)
         )

@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from starlette.types import Receive
 
 from maskserve_api.errors import BusyError, DeadlineError, Disconnected
 
 T = TypeVar("T")
-Task = tuple["Future[Any]", Callable[[], Any]]
 
 
 class Lane:
@@ -23,7 +22,7 @@ class Lane:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.n_pending = 0
-        self._tasks: SimpleQueue[Task] = SimpleQueue()
+        self._tasks: SimpleQueue[Task[Any]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     async def run(self, work: Callable[[], T], receive: Receive, deadline_s: float) -> T:
@@ -35,7 +34,8 @@ class Lane:
         gone = asyncio.ensure_future(receive())
         try:
             left_s = deadline_s - asyncio.get_running_loop().time()
-            await asyncio.wait({done, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {done, gone}
+            await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if done.done():
                 return done.result()
             if gone.done():
@@ -51,19 +51,31 @@ class Lane:
             # a daemon: what still runs when the grace is over must not keep the process
             self._thread = threading.Thread(target=self._work, name="maskserve-lane", daemon=True)
             self._thread.start()
-        future: Future[T] = Future()
-        self._tasks.put((future, work))
-        return future
+        task = Task(work)
+        self._tasks.put(task)
+        return task.future
 
     def _work(self) -> None:
         while True:
-            run(*self._tasks.get())  # in a call of its own: while it waits, this thread holds no request's memory
+            self._tasks.get().run()  # bound to no name: while it waits, this thread holds no request's memory
 
 
-def run(future: Future[T], work: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except BaseException as error:  # the thread serves all requests: whatever one raises is that one's
-        future.set_exception(error)
+class Task(Generic[T]):
+    """Work to be done once; cancelled, it lets go of what it holds at once, though it still stands in the queue."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        self._work: Callable[[], T] | None = work
+        self.future.add_done_callback(self._forget)
+
+    def _forget(self, future: Future[T]) -> None:
+        self._work = None
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        assert self._work is not None
+        try:
+            self.future.set_result(self._work())
+        except BaseException as error:  # the thread serves all requests: whatever one raises is that one's
+            self.future.set_exception(error)

@@ -15,6 +15,7 @@ CONTENT_TYPE = "application/problem+json"
 MAX_BYTES = 8192
 DETAIL_BYTES, PARAMETER_BYTES, ALLOWED_BYTES = 2048, 512, 3072  # as JSON; the detail stands in a problem twice
 RETRY_AFTER_S = 1
+FAILED = "the service failed; its log has the reason under this request_id"
 Headers = list[tuple[bytes, bytes]]
 
 STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
@@ -98,23 +99,24 @@ def translated(error: Exception) -> MaskserveError:
     # torch has no class for a failed allocation on the CPU, only this text
     if isinstance(error, MemoryError) or "alloc_cpu.cpp" in str(error) or type(error).__name__ == "OutOfMemoryError":
         return errors.OutOfMemoryError("the request needs more memory than is free now; try again, or send less")
-    return service.InternalError("the service failed; its log has the reason under this request_id")
+    return service.InternalError(FAILED)
 
 
 def problem(error: MaskserveError, request_id: str) -> tuple[int, Headers, bytes]:
     """The status, headers and body that tell of `error`."""
     kind = type(error)
     status = status_of(kind)
-    is_hidden = status == 500  # settings and paths are nobody's business
-    detail = "the service failed; its log has the reason under this request_id" if is_hidden else error.message
+    if status == 500:  # its message may name settings and paths, which are nobody's business
+        error = service.InternalError(FAILED)
+    detail = clipped(error.message, DETAIL_BYTES)
     body = encoded(
         {
             "type": f"/docs/errors#{kind.code}",
             "title": title(kind),
             "status": status,
             "code": kind.code,
-            "detail": clipped(detail, DETAIL_BYTES),
-            "error": clipped(detail, DETAIL_BYTES),
+            "detail": detail,
+            "error": detail,
             "parameter": error.parameter and clipped(error.parameter, PARAMETER_BYTES),
             "allowed": few(error.allowed),
             "request_id": request_id,
@@ -129,7 +131,7 @@ def headers(error: MaskserveError, status: int, n_bytes: int) -> Headers:
     if status == 503:
         given.append((b"retry-after", str(RETRY_AFTER_S).encode()))
     if isinstance(error, service.MethodError):
-        given.append((b"allow", ", ".join(error.allowed).encode()))
+        given.append((b"allow", ", ".join(error.allowed).encode("ascii", "replace")))
     return given
 
 
@@ -142,7 +144,7 @@ def clipped(text: str, n_bytes: int) -> str:
     """`text`, or a beginning of it that takes at most `n_bytes` as JSON.
 
     >>> clipped("a" * 20, 10)
-    'aaaaa…'
+    'aaa…'
     """
     text = text if len(text) <= n_bytes else text[:n_bytes] + "…"
     while (size := len(encoded(text))) > n_bytes:

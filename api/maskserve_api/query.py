@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl
 
 from maskserve import requests
 from maskserve.errors import ParameterError
+from maskserve.ops import OPS
 from maskserve.ops.rows import Type
 from maskserve.payload.header import shown
 
 MAX_FIELDS = 256
 REPEATABLE = frozenset({Type.DIMS, Type.WORDS})
+
+
+@cache
+def repeatable_of(verb: str, n_ops: int) -> frozenset[str]:
+    """The parameters that may come more than once, in the table of `n_ops` rows: rows are only ever added."""
+    return frozenset(p.name for p in requests.parameters(verb) if p.type in REPEATABLE)
 
 
 def words_of(verb: str, query: bytes) -> dict[str, Any]:
@@ -20,7 +28,7 @@ def words_of(verb: str, query: bytes) -> dict[str, Any]:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="replace")
     except ValueError:
         raise ParameterError(f"the query has more than {MAX_FIELDS} parameters") from None
-    repeatable = {p.name for p in requests.parameters(verb) if p.type in REPEATABLE}
+    repeatable = repeatable_of(verb, len(OPS))
     words: dict[str, Any] = {}
     for name, text in pairs:
         if name in repeatable:

@@ -62,7 +62,7 @@ class Terminated(BaseException):
 
 def code_of(error: BaseException) -> int:
     """The exit code of `error`; INTERNAL for one that nobody expected."""
-    if isinstance(error, OSError) and error.errno in BY_ERRNO:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in BY_ERRNO:
         return BY_ERRNO[error.errno]
     for kind in type(error).__mro__:
         if kind in BY_CLASS:
@@ -86,7 +86,7 @@ def explained(error: BaseException) -> str:
     if is_out_of_memory(error):
         return "out of memory; give a smaller file, or try again where more memory is free"
     if isinstance(error, OSError):
-        return f"{error.filename or 'output'}: {error.strerror or error}"
+        return f"{error.filename or 'stdout'}: {error.strerror or error}"
     return f"internal error: {type(error).__name__}: {error}; MASKSERVE_DEBUG=1 shows where"
 
 

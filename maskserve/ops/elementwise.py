@@ -53,7 +53,7 @@ ROWS = (
     Elementwise(name="neg", summary="-input", function="neg", operator="neg", torch=("negative",),
                 accepts=NUMERIC - {boolean}),
     Elementwise(name="abs", summary="absolute value; an error for the smallest int, which has none",
-                function=".elementwise:checked_abs", operator="abs", torch=("absolute",)),
+                function=".elementwise:checked_abs", operator="abs", torch=("absolute",), unsafe=True),
     Elementwise(name="exp", summary="e to the power input", function="exp"),
     Elementwise(name="log", summary="natural logarithm", function="log"),
     Elementwise(name="sqrt", summary="square root", function="sqrt"),

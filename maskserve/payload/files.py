@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias, TypeVar
@@ -52,7 +53,7 @@ class Payload(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-class _Ranges:
+class _Ranges(ABC):
     """Tensors as ranges of bytes; who derives from it says how one range is read."""
 
     header: Header
@@ -87,8 +88,8 @@ class _Ranges:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _range(self, offset: int, n: int) -> memoryview:
-        raise NotImplementedError
+    @abstractmethod
+    def _range(self, offset: int, n: int) -> memoryview: ...
 
 
 class BytesPayload(_Ranges):

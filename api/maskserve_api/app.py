@@ -1,0 +1,109 @@
+"""The application, built by a function: routes from the op table, one outermost layer, one lane."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from maskserve.errors import UnknownOpError
+from maskserve.ops import find, verbs
+from maskserve_api import openapi, pages, table
+from maskserve_api.body import Memory
+from maskserve_api.edge import LOOPBACK_HOSTS, Edge
+from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
+from maskserve_api.lane import Lane
+from maskserve_api.verbs import Service, Verb
+
+MIB = 1 << 20
+BODIES_IN_FLIGHT = 4
+
+
+def create_app(
+    *,
+    max_body: int = 256 * MIB,
+    request_timeout: float = 60.0,
+    queue: int = 512,
+    allowed_hosts: Collection[str] | None = LOOPBACK_HOSTS,
+) -> FastAPI:
+    """The service as an ASGI application; sizes in bytes, times in seconds.
+
+    `allowed_hosts` are the Host names served, without ports; None serves all. `app.state.service` is the Service.
+    """
+    service = Service(
+        max_body=max_body,
+        request_timeout_s=request_timeout,
+        lane=Lane(queue),
+        memory=Memory(BODIES_IN_FLIGHT * max_body),
+    )
+    app = FastAPI(title="maskserve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    app.openapi = openapi.document  # type: ignore[method-assign]  # FastAPI's own way to give another document
+    app.add_middleware(Edge, allowed_hosts=allowed_hosts)
+    app.add_exception_handler(HTTPException, unrouted)
+    for verb in verbs():
+        app.add_route(f"/v1/{verb}", Verb(verb, service), methods=["POST"])  # type: ignore[arg-type]  # ASGI endpoint
+    app.add_route("/v1/ops", ops)
+    app.add_route("/v1/ops/{name}", op)
+    app.add_route("/livez", livez)
+    app.add_route("/readyz", readyz)
+    app.add_route("/openapi.json", document)
+    app.add_route("/docs", docs)
+    app.add_route("/docs/errors", errors)
+    return app
+
+
+async def unrouted(request: Request, error: Exception) -> Response:
+    """A path or a method that the router does not know: an error of ours, told where all are."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "").split(", ")
+        raise MethodError(f"this path takes {' or '.join(allowed)}", allowed=allowed) from None
+    raise UnknownPathError(
+        f"there is no such path; a request is a POST to {' or '.join(paths())}, and /docs tells more"
+    )
+
+
+def paths() -> list[str]:
+    return [f"/v1/{verb}" for verb in verbs()]
+
+
+async def ops(request: Request) -> Response:
+    return JSONResponse(table.ops())
+
+
+async def op(request: Request) -> Response:
+    try:
+        row = find(request.path_params["name"][:64])
+    except UnknownOpError as error:
+        raise UnknownPathError(error.message, parameter="name", allowed=error.allowed) from None
+    return JSONResponse(table.described(row))
+
+
+async def livez(request: Request) -> Response:
+    return JSONResponse({"status": "alive"})
+
+
+async def readyz(request: Request) -> Response:
+    if request.app.state.service.draining:
+        raise DrainingError("the service is shutting down")
+    return JSONResponse({"status": "ready"})
+
+
+async def document(request: Request) -> Response:
+    return JSONResponse(openapi.document())
+
+
+async def docs(request: Request) -> Response:
+    return html(pages.docs(f"http://{request.headers.get('host', 'localhost')}"))
+
+
+async def errors(request: Request) -> Response:
+    return html(pages.errors())
+
+
+def html(text: str) -> Response:
+    return HTMLResponse(text, headers={"content-security-policy": pages.POLICY})

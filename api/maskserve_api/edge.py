@@ -1,0 +1,139 @@
+"""The outermost layer: request ids, who may ask, and the one place where errors become problems. Pure ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Collection
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from maskserve.errors import MaskserveError
+from maskserve_api.errors import CrossSiteError, Disconnected, DrainingError, FramingError, HostError
+from maskserve_api.problems import problem, status_of, translated
+
+log = logging.getLogger("maskserve.api")
+
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+HEALTH = frozenset({"/livez", "/readyz"})
+"""A kubelet probes by IP: no guard stands before these."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+DISCARDED_BYTES = 1 << 16
+LINGER_S = 2.0
+
+
+class Edge:
+    """Wraps an application; `allowed_hosts` None allows all."""
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None) -> None:
+        self.app = app
+        self.allowed_hosts = allowed_hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        try:
+            if scope["path"] not in HEALTH:
+                check_host(exchange.headers, self.allowed_hosts)
+                check_origin(scope["method"], exchange.headers)
+            await self.app(scope, exchange.receive, exchange.send)
+        except Disconnected:
+            log.info("request %s: the client went away", exchange.request_id)
+        except asyncio.CancelledError:  # the grace of a shutdown is over
+            await exchange.fail(DrainingError("the service is shutting down; try again"))
+        except Exception as error:
+            await exchange.fail(error)
+
+
+class Exchange:
+    """One request and its response: names it, and knows how far both have come."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers = Headers(scope=scope)
+        given = self.headers.get("x-request-id", "")
+        self.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        self.is_started = False
+        self._receive, self._send = receive, send
+        self._is_read = "transfer-encoding" not in self.headers and self.headers.get("content-length", "0") == "0"
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if not message.get("more_body", False):
+            self._is_read = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            message["headers"] = [
+                *message.get("headers", ()),
+                (b"x-request-id", self.request_id.encode()),
+                (b"x-content-type-options", b"nosniff"),
+            ]
+        await self._send(message)
+
+    async def fail(self, error: Exception) -> None:
+        """Tells of `error`, if it is not too late."""
+        if self.is_started:  # the client sees a body that is too short
+            log.warning("request %s: the reply broke off: %s", self.request_id, type(error).__name__)
+            return
+        known = translated(error)
+        if status_of(type(known)) == 500:
+            log.error("request %s failed", self.request_id, exc_info=error)
+        status, headers, body = problem(known, self.request_id)
+        must_close = self._must_close(known)
+        if must_close:
+            headers.append((b"connection", b"close"))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": must_close})
+        if must_close:
+            await self._linger()
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _must_close(self, error: MaskserveError) -> bool:
+        """Whether the rest of the body is more than the server should read for nothing."""
+        if isinstance(error, FramingError):
+            return True
+        return not self._is_read and int(self.headers.get("content-length", DISCARDED_BYTES + 1)) > DISCARDED_BYTES
+
+    async def _linger(self) -> None:
+        """Reads on for a moment: closed at once, the connection would be reset and take the problem with it."""
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while not self._is_read:
+                    await self.receive()
+        except TimeoutError:
+            return
+
+
+def check_host(headers: Headers, allowed: Collection[str] | None) -> None:
+    """Refuses a Host that is not ours: a page whose name was made to point here must not reach a local service."""
+    if allowed is None:
+        return
+    host = without_port(headers.get("host", "").lower())
+    if host not in allowed:
+        raise HostError(f"this Host is not served here: use {', '.join(sorted(allowed))}", parameter="Host")
+
+
+def without_port(netloc: str) -> str:
+    """The host of "host:port".
+
+    >>> without_port("[::1]:8000"), without_port("localhost")
+    ('[::1]', 'localhost')
+    """
+    return re.sub(r":[0-9]*$", "", netloc)
+
+
+def check_origin(method: str, headers: Headers) -> None:
+    """Refuses what a page of another site makes a browser send; following a link here is no such thing."""
+    site = headers.get("sec-fetch-site", "none")
+    is_link = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+    origin = headers.get("origin")
+    is_foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
+    if is_foreign or (site not in ("none", "same-origin") and not is_link):
+        raise CrossSiteError("a page of another site may not use this service", parameter="Origin")

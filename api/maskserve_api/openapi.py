@@ -1,0 +1,124 @@
+"""The OpenAPI document, built from the op table: each verb with the union of its ops' parameters."""
+
+from __future__ import annotations
+
+from fastapi.openapi.models import OpenAPI
+
+from maskserve import requests
+from maskserve.ops import verbs
+from maskserve.ops.rows import REQUIRED
+from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
+from maskserve.version import version
+from maskserve_api.forms import Form
+from maskserve_api.problems import CONTENT_TYPE
+from maskserve_api.table import Json, value_schema
+from maskserve_api.work import EXAMPLE
+
+TENSOR: Json = {
+    "description": "nested lists, null where a cell is masked; or an object that names the dtype",
+    "anyOf": [
+        {"type": ["array", "number", "boolean", "string", "null"]},
+        {
+            "type": "object",
+            "required": sorted(REQUIRED_FIELDS),
+            "additionalProperties": False,
+            "properties": {field: {} for field in sorted(EXPLICIT_FIELDS)},
+        },
+    ],
+}
+PROBLEM: Json = {
+    "type": "object",
+    "description": "RFC 9457; `error` repeats `detail`",
+    "required": ["type", "title", "status", "code", "detail", "error", "parameter", "allowed", "request_id"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "code": {"type": "string"},
+        "detail": {"type": "string"},
+        "error": {"type": "string"},
+        "parameter": {"type": ["string", "null"]},
+        "allowed": {"type": "array", "items": {"type": "string"}},
+        "request_id": {"type": "string"},
+    },
+}
+FAILED: Json = {
+    "description": "a problem",
+    "content": {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
+
+
+def document() -> Json:
+    """The whole document, checked against FastAPI's models of OpenAPI."""
+    api = OpenAPI.model_validate(
+        {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "maskserve",
+                "version": version(),
+                "description": "Computes on tensors with missing values: a payload in, a payload out.",
+            },
+            "paths": {
+                **{f"/v1/{verb}": {"post": operation(verb)} for verb in verbs()},
+                "/v1/ops": {"get": getter("ops", "every op with its parameters and their exact JSON schema")},
+                "/v1/ops/{name}": {"get": getter("op", "one op") | {"parameters": [in_path("name")]}},
+                "/livez": {"get": getter("livez", "200 while the process lives")},
+                "/readyz": {"get": getter("readyz", "200 while requests are taken, else 503")},
+            },
+            "components": {"schemas": {"Problem": PROBLEM, "Tensor": TENSOR}},
+        }
+    )
+    written: Json = api.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return written
+
+
+def operation(verb: str) -> Json:
+    rows = requests.rows(verb)
+    payload = {
+        Form.SAFETENSORS: {"schema": {"type": "string", "format": "binary"}},
+        Form.JSON: {
+            "schema": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Tensor"}},
+            "example": EXAMPLE.decode(),
+        },
+    }
+    return {
+        "operationId": verb,
+        "summary": f"{verb}: {', '.join(row.name for row in rows)}",
+        "parameters": [op(verb), *(in_query(verb, p.name) for p in requests.parameters(verb)), *HEADERS],
+        "requestBody": {"required": True, "content": payload},
+        "responses": {"200": {"description": "the answer", "content": payload}, "default": FAILED},
+    }
+
+
+def op(verb: str) -> Json:
+    rows = requests.rows(verb)
+    words = [word for row in rows for word in (row.name, *row.aliases)]
+    text = "; ".join(f"{row.name}: {row.summary}" for row in rows)
+    return {"name": "op", "in": "query", "required": True, "description": text, "schema": {"enum": words}}
+
+
+def in_query(verb: str, name: str) -> Json:
+    """A parameter of the union; required only if each op of the verb requires it."""
+    p = next(p for p in requests.parameters(verb) if p.name == name)
+    own = [next((q for q in row.requestable if q.name == name), None) for row in requests.rows(verb)]
+    is_required = all(q is not None and q.default is REQUIRED for q in own)
+    return {"name": name, "in": "query", "required": is_required, "description": p.help, "schema": value_schema(p)}
+
+
+def in_path(name: str) -> Json:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def in_header(name: str, text: str, kind: str) -> Json:
+    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": kind}}
+
+
+HEADERS = (
+    in_header("X-Request-Id", "kept if it is 1 to 128 letters, digits, dots, dashes and underscores", "string"),
+    in_header("X-Request-Timeout", "seconds after which the request is given up", "number"),
+)
+
+
+def getter(name: str, text: str) -> Json:
+    ok: Json = {"description": "as said", "content": {"application/json": {"schema": {"type": "object"}}}}
+    return {"operationId": name, "summary": text, "responses": {"200": ok, "default": FAILED}}

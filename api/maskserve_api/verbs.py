@@ -1,0 +1,128 @@
+"""POST /v1/{verb}: the road of a request from its headers to the last byte of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from maskserve import requests
+from maskserve.errors import ParameterError
+from maskserve.payload.format import Buffer
+from maskserve_api import forms
+from maskserve_api.body import Memory, declared_bytes, read_body
+from maskserve_api.errors import BodyTimeoutError, DrainingError
+from maskserve_api.forms import Form
+from maskserve_api.lane import Lane
+from maskserve_api.query import words_of
+from maskserve_api.work import Reply, Stages, Work
+
+SEND_BYTES = 1 << 18
+"""The server copies each piece once on its way to the socket: pieces bound what that takes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """What all requests share."""
+
+    max_body: int
+    request_timeout_s: float
+    lane: Lane
+    memory: Memory
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """The ASGI application of one verb."""
+
+    name: str
+    service: Service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        if self.service.draining:
+            raise DrainingError("the service is shutting down; another replica, or a later try, may serve")
+        question = forms.of_question(headers)
+        answer = forms.of_answer(headers, question)
+        n_bytes = declared_bytes(headers, self.service.max_body)
+        request = requests.build(self.name, words_of(self.name, scope["query_string"]))
+        timeout_s = timeout_of(headers, self.service.request_timeout_s)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        stages = Stages()
+        with self.service.memory.claim() as claim:
+            with stages.stage("read"):
+                try:
+                    async with asyncio.timeout_at(deadline_s):
+                        body = await read_body(receive, n_bytes, self.service.max_body, claim)
+                except TimeoutError:
+                    raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
+            work = Work(request=request, body=body, question=question, answer=answer, stages=stages)
+            reply = await self.replied(work, receive, deadline_s)
+            await sent(reply, answer, stages, self.service.request_timeout_s, send)
+
+    async def replied(self, work: Work, receive: Receive, deadline_s: float) -> Reply:
+        """The reply, computed here where that is cheaper than a hop to the lane's thread."""
+        if work.is_small():
+            return work.small_reply()
+        submitted = time.perf_counter()
+
+        def in_lane() -> Reply:
+            work.stages.seconds["queue"] = time.perf_counter() - submitted
+            return work.reply()
+
+        return await self.service.lane.run(in_lane, receive, deadline_s)
+
+
+def timeout_of(headers: Headers, most_s: float) -> float:
+    """What X-Request-Timeout asks for, in seconds, and never more than the service grants."""
+    asked = headers.get("x-request-timeout")
+    if asked is None:
+        return most_s
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", asked) or float(asked) == 0:
+        raise ParameterError(
+            "X-Request-Timeout must be a number of seconds above 0, such as 30", parameter="X-Request-Timeout"
+        )
+    return min(float(asked), most_s)
+
+
+async def sent(reply: Reply, form: Form, stages: Stages, timeout_s: float, send: Send) -> None:
+    """Sends a complete reply; who takes no byte for `timeout_s` is left."""
+    headers = [
+        (b"content-type", form.encode()),
+        (b"content-length", str(reply.n_bytes).encode()),
+        (b"server-timing", stages.header().encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    left = reply.n_bytes
+    for piece in pieces(reply.chunks):
+        left -= len(piece)
+        async with asyncio.timeout(timeout_s):
+            await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
+
+
+def pieces(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The bytes of `chunks` in pieces of at most SEND_BYTES; small ones are joined, since each costs a write.
+
+    >>> list(pieces([b"ab", b"c"]))
+    [b'abc']
+    """
+    small: list[Buffer] = []
+    n_bytes = 0
+    for chunk in chunks:
+        view = memoryview(chunk)
+        if n_bytes + view.nbytes > SEND_BYTES and small:
+            yield b"".join(small)
+            small, n_bytes = [], 0
+        if view.nbytes <= SEND_BYTES:
+            small.append(view)
+            n_bytes += view.nbytes
+        else:
+            yield from (view[start : start + SEND_BYTES] for start in range(0, view.nbytes, SEND_BYTES))
+    if small:
+        yield b"".join(small)

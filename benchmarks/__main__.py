@@ -1,0 +1,73 @@
+"""`python -m benchmarks`: the quick set, under two minutes on 2 cores; `--full` for tensors of 67 million cells."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import cases, timing
+from benchmarks.report import Run, report, rewrite
+from maskserve.ops import find
+from maskserve.plan import SlicedRow
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+SAMPLE = ROOT / "examples" / "co2.safetensors"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints, and with --write rewrites the page; 1 where a result of ours agrees with no peer."""
+    given = parser().parse_args(arguments)
+    wanted = {find(word).name for word in given.op}
+    rows = tuple(row for row in cases.rows() if not wanted or row.name in wanted)
+    groups = cases.FULL if given.full else cases.QUICK
+    effort = timing.FULL if given.full else timing.QUICK
+    run = measured(groups, rows, effort, command="python -m benchmarks" + (" --full" if given.full else ""))
+    text = report(run)
+    print(text)
+    if given.write:
+        PAGE.write_text(rewrite(PAGE.read_text(), text))
+    return 1 if run.wrong else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="tensors of 67 million cells; needs 16 GB and half an hour")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--op", action="append", default=[], help="this op alone (repeatable)")
+    which.add_argument("--write", action="store_true", help="rewrite the figures in docs/performance.md")
+    return parser
+
+
+def measured(
+    groups: tuple[cases.Group, ...],
+    rows: tuple[SlicedRow, ...],
+    effort: timing.Effort,
+    *,
+    command: str,
+    best_of: int = timing.BEST_OF,
+) -> Run:
+    """Every cell of the groups, then the processes (best_of 0: none)."""
+    start = time.perf_counter()
+    timings = []
+    for group in groups:
+        for found in timing.measure_group(group, rows, effort):
+            timings.append(found)
+            progress(f"{len(timings)} cells, {found.row.name} {found.cell.label}")
+    progress("")
+    starts = timing.start_times(timing.command_lines(SAMPLE), best_of) if best_of else {}
+    seconds = time.perf_counter() - start
+    return Run(command=command, groups=groups, timings=tuple(timings), starts=starts, seconds=seconds)
+
+
+def progress(words: str) -> None:
+    """One line that is overwritten, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{words}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What is timed: shapes, dims, dtypes and masks. The ops come from the op table, so a new row is timed unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from maskserve.dtypes import DType, bf16, f16, f32, f64, i8, i32, i64
+from maskserve.ops import OPS
+from maskserve.ops.rows import Normalization, Reduction, Scan, Type
+from maskserve.plan import SlicedRow
+
+Shape = tuple[int, ...]
+SEED = 20240229
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One data set and the dim to work along; `mask` is a kind of `make_mask`, "none" or "nan"."""
+
+    label: str
+    shape: Shape
+    dim: int | None
+    dtype: DType = f32
+    mask: str = "70 %"
+
+    @property
+    def omits_nan(self) -> bool:
+        """Whether the missing values are NaN in the data, and no mask is given."""
+        return self.mask == "nan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Cells that are reported side by side; `is_small` ones are about the cost of a call, not of a cell."""
+
+    title: str
+    cells: tuple[Cell, ...]
+    is_small: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """The tensors of a cell; mask None: all valid, or NaN where missing."""
+
+    data: Tensor
+    mask: Tensor | None
+
+    @property
+    def full_mask(self) -> Tensor | None:
+        """The mask in the data's shape, for peers that do not broadcast it."""
+        return None if self.mask is None else self.mask.expand(self.data.shape).contiguous()
+
+
+def rows() -> tuple[SlicedRow, ...]:
+    """The rows that work on slices: reductions, normalizations and scans."""
+    return tuple(row for row in OPS.values() if isinstance(row, Reduction | Normalization | Scan))
+
+
+def fits(row: SlicedRow, cell: Cell) -> bool:
+    """Whether `row` can be asked for `cell`: it takes the dtype, and a dim where it needs one."""
+    types = {p.name: p.type for p in row.parameters}
+    needs_dim = types["dim"] is Type.DIM and cell.dim is None
+    return cell.dtype in row.accepts and not needs_dim and (not cell.omits_nan or "nan" in types)
+
+
+def pairs(groups: tuple[Group, ...], among: tuple[SlicedRow, ...]) -> Iterator[tuple[SlicedRow, Cell]]:
+    """Every row with every cell that fits it, cell by cell, so that a sample is made once."""
+    for group in groups:
+        for cell in group.cells:
+            yield from ((row, cell) for row in among if fits(row, cell))
+
+
+# -- the sets -----------------------------------------------------------------------------------------------------
+
+SMALL = Group(
+    title="about 1,000 cells",
+    is_small=True,
+    cells=(Cell(label="1,024", shape=(32, 32), dim=1), Cell(label="1,024 nan", shape=(32, 32), dim=1, mask="nan")),
+)
+
+QUICK = (
+    Group(
+        title="f32 with 70 % valid",
+        cells=(
+            Cell(label="all", shape=(8192, 1024), dim=None),
+            Cell(label="first", shape=(8192, 1024), dim=0),
+            Cell(label="last", shape=(8192, 1024), dim=1),
+            Cell(label="middle", shape=(64, 128, 256), dim=1),
+            Cell(label="n 3", shape=(700_000, 3), dim=1),
+            Cell(label="n 64", shape=(32_768, 64), dim=1),
+            Cell(label="inner 3", shape=(512, 1365, 3), dim=1),
+        ),
+    ),
+    Group(
+        title="other dtypes and masks, (2048, 1024) along the last dim",
+        cells=(
+            Cell(label="f64", shape=(2048, 1024), dim=1, dtype=f64),
+            Cell(label="f16", shape=(2048, 1024), dim=1, dtype=f16),
+            Cell(label="i64", shape=(2048, 1024), dim=1, dtype=i64),
+            Cell(label="no mask", shape=(2048, 1024), dim=1, mask="none"),
+            Cell(label="nan omit", shape=(2048, 1024), dim=1, mask="nan"),
+        ),
+    ),
+    SMALL,
+)
+
+N = 8192
+FULL = (
+    Group(
+        title="f32 with 70 % valid, 67 million cells",
+        cells=(
+            Cell(label="all", shape=(N, N), dim=None),
+            Cell(label="first", shape=(N, N), dim=0),
+            Cell(label="last", shape=(N, N), dim=1),
+            Cell(label="n 3", shape=(N * N // 3, 3), dim=1),
+            Cell(label="n 64", shape=(N * N // 64, 64), dim=1),
+            Cell(label="inner 3", shape=(8, N * 1024 // 3, 3), dim=1),
+            Cell(label="inner 1024", shape=(8, N, 1024), dim=1),
+        ),
+    ),
+    Group(
+        title="f32 with 70 % valid, other foldings",
+        cells=(
+            Cell(label="n 3 first", shape=(3, N * N // 3), dim=0),
+            Cell(label="n 3 inner 3", shape=(N * N // 9, 3, 3), dim=1),
+            Cell(label="n 3 in 1024", shape=(N * 1024 // 384, 3, 1024), dim=1),
+            Cell(label="n 64 inner 3", shape=(N * N // 192, 64, 3), dim=1),
+            Cell(label="n 64 in 1024", shape=(1024, 64, 1024), dim=1),
+        ),
+    ),
+    Group(
+        title="dtypes with 70 % valid, (8192, 8192) along the last dim",
+        cells=tuple(
+            Cell(label=dtype.name, shape=(N, N), dim=1, dtype=dtype) for dtype in (f64, f16, bf16, i64, i32, i8)
+        ),
+    ),
+    Group(
+        title="masks of f32, (8192, 8192) along the last dim",
+        cells=tuple(
+            Cell(label=mask, shape=(N, N), dim=1, mask=mask)
+            for mask in ("99 %", "1 %", "blocky", "broadcast", "none", "nan")
+        ),
+    ),
+    SMALL,
+)  # fmt: skip
+
+TINY = (
+    Group(
+        title="tiny",
+        cells=(
+            Cell(label="all", shape=(6, 40), dim=None),
+            Cell(label="first", shape=(6, 40), dim=0),
+            Cell(label="broadcast", shape=(6, 40), dim=1, mask="broadcast"),
+            Cell(label="f16", shape=(6, 40), dim=1, dtype=f16),
+            Cell(label="i64", shape=(6, 40), dim=1, dtype=i64),
+            Cell(label="none", shape=(6, 40), dim=1, mask="none"),
+            Cell(label="nan", shape=(6, 40), dim=1, mask="nan"),
+        ),
+    ),
+    Group(title="tiny calls", cells=(Cell(label="small", shape=(4, 4), dim=1, mask="blocky"),), is_small=True),
+)
+
+# -- samples ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def sample(shape: Shape, dtype: DType, mask: str) -> Sample:
+    """The tensors of a cell, the same in every run; only the last one is kept in memory."""
+    generator = torch.Generator().manual_seed(SEED)
+    data = make_data(shape, dtype, generator)
+    if mask == "none":
+        return Sample(data, None)
+    valid = make_mask(mask, shape, generator)
+    return Sample(data.masked_fill_(~valid, torch.nan), None) if mask == "nan" else Sample(data, valid)
+
+
+def make_data(shape: Shape, dtype: DType, generator: torch.Generator) -> Tensor:
+    """Normal around 1, so that sums do not cancel and figures can be compared; integers up to 2**20 either way."""
+    wanted: torch.dtype = getattr(torch, dtype.torch)
+    if dtype.is_float:
+        return torch.randn(shape, generator=generator).add_(1).to(wanted)
+    bound = min(2**20, torch.iinfo(wanted).max)
+    return torch.randint(-bound, bound, shape, generator=generator, dtype=wanted)
+
+
+def make_mask(kind: str, shape: Shape, generator: torch.Generator) -> Tensor:
+    """True = valid: a share of the cells ("70 %"; "nan" too), "blocky" prefixes of rows, or "broadcast" (one row)."""
+    if kind == "blocky":  # what padding leaves: the valid prefix of each row
+        lengths = torch.randint(0, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
+        return torch.arange(shape[-1]) < lengths
+    share = float(kind.removesuffix("%")) / 100 if kind.endswith("%") else 0.7
+    drawn = (*(1 for _ in shape[:-1]), shape[-1]) if kind == "broadcast" else shape
+    return torch.rand(drawn, generator=generator) < share

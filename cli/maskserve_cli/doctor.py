@@ -1,0 +1,112 @@
+"""`doctor`: what this installation is and can do, and where each setting comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from maskserve.settings import Settings
+from maskserve_cli import outputs
+from maskserve_cli.command import AsJson, Config, settings_of
+from maskserve_cli.table import columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendReport:
+    """A back end, how many of the ops it serves, and each reason it gives for the others."""
+
+    name: str
+    serves: int
+    of: int
+    refusals: dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that doctor knows."""
+
+    maskserve: str
+    python: str
+    torch: str
+    platform: str
+    cpus: int
+    devices: list[str]
+    backends: list[BackendReport]
+
+
+def doctor(as_json: AsJson = False, config: Config = None) -> None:
+    settings = settings_of(config)
+    report = examined()
+    if as_json:
+        said = {name: {"value": s.value, "source": s.source} for name, s in settings.rows.items()}
+        outputs.write_text([json.dumps({**asdict(report), "settings": said}, ensure_ascii=False)])
+    else:
+        outputs.write_text(lines(report, settings))
+
+
+def examined() -> Report:
+    import torch
+
+    from maskserve.version import version
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Report(
+        maskserve=version(),
+        python=sys.version.split()[0],
+        torch=str(torch.__version__),
+        platform=f"{platform.system()} {platform.machine()}",
+        cpus=len(os.sched_getaffinity(0)),
+        devices=["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(n_gpus))],
+        backends=backend_reports(),
+    )
+
+
+def backend_reports() -> list[BackendReport]:
+    """Every back end, asked about every op that a verb serves, on the dtype that most data has."""
+    from maskserve.backends import backends
+    from maskserve.dtypes import f32
+    from maskserve.ops import OPS
+    from maskserve.ops.rows import REQUIRED, Type
+    from maskserve.plan import SlicedRow, plan
+
+    plans = []
+    for row in OPS.values():
+        if not isinstance(row, SlicedRow):
+            continue
+        needed = [p for p in row.requestable if p.default is REQUIRED]
+        if all(p.type is Type.DIM for p in needed):
+            plans.append(plan(row, tuple((p.name, 0) for p in needed), (2, 2), f32, "cpu"))
+    reports = []
+    for backend in backends():
+        refusals: dict[str, list[str]] = {}
+        for one in plans:
+            reason = backend.why_not(one)
+            if reason is not None:
+                same_for_all = re.sub(rf"\b{one.row.name}\b", "this op", reason)
+                refusals.setdefault(same_for_all, []).append(one.row.name)
+        n_refused = sum(map(len, refusals.values()))
+        reports.append(
+            BackendReport(name=backend.name, serves=len(plans) - n_refused, of=len(plans), refusals=refusals)
+        )
+    return reports
+
+
+def lines(report: Report, settings: Settings) -> Iterator[str]:
+    """The report for people."""
+    yield f"maskserve {report.maskserve}, Python {report.python}, torch {report.torch}, {report.platform}"
+    yield f"devices: {', '.join(report.devices)} ({report.cpus} CPUs)"
+    yield ""
+    yield "back ends, in order of preference, for f32 on the CPU"
+    for backend in report.backends:
+        yield f"  {backend.name}: {backend.serves} of {backend.of} ops"
+        for reason, names in backend.refusals.items():
+            yield f"    not {', '.join(names)}: {reason}"
+    yield ""
+    yield "settings"
+    rows = [["name", "value", "from"], *([s.row.name, str(s.value), s.source] for s in settings.rows.values())]
+    yield from columns(rows, indent="  ")

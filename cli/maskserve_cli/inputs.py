@@ -1,0 +1,121 @@
+"""Where a question comes from: a file, a pipe or stdin, in safetensors or JSON, told apart by its first bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from typing import BinaryIO, Literal, TypeAlias
+
+from maskserve.errors import InputError, OutOfMemoryError
+from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload, open_payload
+from maskserve.payload.header import shown
+from maskserve.settings import Settings
+
+JsonForm: TypeAlias = Literal["plain", "explicit"]
+STDIN = "-"
+LENGTH_BYTES = 8
+CHUNK = 1 << 20
+
+
+def limits_of(settings: Settings) -> Limits:
+    """What a reader accepts at most, as the settings say."""
+    return Limits(
+        header_bytes=settings["header_bytes"], tensors=settings["max_tensors"], json_bytes=settings["json_bytes"]
+    )
+
+
+def title(path: str) -> str:
+    """What messages call the input."""
+    return "stdin" if path == STDIN else shown(path)
+
+
+def read(path: str, limits: Limits) -> Payload:
+    """The payload at `path`, "-" being stdin; a regular file is read where it lies, a pipe is read to its end."""
+    if path == STDIN:
+        if sys.stdin is None:
+            raise InputError("stdin is closed; give a file")
+        return read_stream(sys.stdin.buffer, title(path), limits)
+    if is_stream(path):
+        with open(path, "rb") as stream:
+            return read_stream(stream, title(path), limits)
+    text = json_text(path, limits)
+    return open_payload(path, limits) if text is None else decoded(text, limits)
+
+
+def form_of(payload: Payload) -> JsonForm | None:
+    """How the question was spelled, if it was JSON; an answer comes in the form of its question."""
+    return None if isinstance(payload, FilePayload) else getattr(payload, "form", None)
+
+
+def is_stream(path: str) -> bool:
+    """Whether `path` is a pipe, as in <(command): it can be read once and not by ranges."""
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False  # whoever opens it says what is wrong
+
+
+def is_json(first: bytes) -> bool:
+    """Whether a payload that begins with these 8 bytes is JSON.
+
+    The length that safetensors begins with has a NUL as its last byte, and JSON text holds none: a header of 123 bytes,
+    whose length begins with a brace, is told apart.
+    """
+    start = first.lstrip(b" \t\r\n\xef\xbb\xbf")
+    return b"\0" not in first and (start[:1] in (b"{", b"[") or (not start and bool(first)))
+
+
+def json_text(path: str, limits: Limits) -> bytes | None:
+    """The text of a JSON file; None for any other file, and where the one who opens it says better what is wrong."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with open(path, "rb") as file:
+            first = file.read(LENGTH_BYTES)
+            return first + file.read(limits.json_bytes + 1 - len(first)) if is_json(first) else None
+    except (OSError, ValueError):
+        return None
+
+
+def decoded(text: bytes, limits: Limits) -> Payload:
+    from maskserve.payload.json import decode
+
+    return decode(text, limits)
+
+
+def read_stream(stream: BinaryIO, name: str, limits: Limits) -> Payload:
+    """The payload that `stream` holds; no more is read than its header announces, and one byte to see a lie."""
+    try:
+        first = stream.read(LENGTH_BYTES)
+        if is_json(first):
+            return decoded(first + stream.read(limits.json_bytes + 1 - len(first)), limits)
+        buffer = bytearray(first)
+        n_header = int.from_bytes(first, "little")
+        if len(first) == LENGTH_BYTES and n_header <= limits.header_bytes:
+            buffer += stream.read(n_header)
+            read_up_to(stream, buffer, len(buffer) + announced(bytes(buffer[LENGTH_BYTES:])) + 1)
+    except OSError as cause:
+        error = InputError(f"{name} cannot be read: {cause.strerror or cause}")
+        error.errno = cause.errno
+        raise error from cause
+    except MemoryError as cause:
+        raise OutOfMemoryError(f"{name} does not fit into memory; give it as a file, which is read in parts") from cause
+    return BytesPayload(buffer, limits)
+
+
+def read_up_to(stream: BinaryIO, buffer: bytearray, n_bytes: int) -> None:
+    """Append what `stream` has, until `buffer` holds `n_bytes`."""
+    while len(buffer) < n_bytes and (chunk := stream.read(min(CHUNK, n_bytes - len(buffer)))):
+        buffer += chunk
+
+
+def announced(header: bytes) -> int:
+    """The bytes that a header says will follow; 0 where it makes no sense, for the strict reader to say why."""
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for entry in entries.values() if "data_offsets" in entry]
+        return max([0, *(end for end in ends if type(end) is int)])
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return 0

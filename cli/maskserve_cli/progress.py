@@ -1,0 +1,53 @@
+"""A progress bar for what takes more than two seconds, on a terminal only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PATIENCE_S = 2.0
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that hears how many of `total` bytes were done; the bar appears on stderr after PATIENCE_S."""
+    if total == 0 or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    bar = Bar(what, total)
+    try:
+        yield bar.tick
+    finally:
+        bar.close()
+
+
+class Bar:
+    """A bar of rich's, made when it is needed."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.start_s = time.monotonic()
+        self.close: Callable[[], None] = lambda: None
+        self.show: Callable[[int], None] = lambda done: None
+
+    def tick(self, n: int) -> None:
+        self.done += n
+        if self.start_s and time.monotonic() - self.start_s > PATIENCE_S:
+            self.start_s = 0.0
+            self.open()
+        self.show(self.done)
+
+    def open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        task = bar.add_task(self.what, total=self.total)
+        bar.start()
+        self.close = bar.stop
+        self.show = lambda done: bar.update(task, completed=done)

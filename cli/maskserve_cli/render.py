@@ -1,0 +1,140 @@
+"""An answer in the form that was asked for: a table, text, JSON or safetensors; on stdout or in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING
+
+from maskserve.payload.format import Encoded, Output, save
+from maskserve.payload.header import shown as printable
+from maskserve_cli import outputs, table
+from maskserve_cli.cells import stored
+from maskserve_cli.exits import say
+from maskserve_cli.inputs import JsonForm
+from maskserve_cli.outputs import Form, Target
+from maskserve_cli.table import Shown
+
+if TYPE_CHECKING:
+    from maskserve.answers import Answer, Result
+
+
+def write(answer: Answer, target: Target, question: JsonForm | None, hint: str | None) -> None:
+    """Writes the answer to its target; `hint` is what to do about valid NaN, where the op can do something."""
+    if target.path is not None:
+        write_file(answer, target, question)
+    elif target.form is Form.SAFETENSORS:
+        outputs.write_bytes(answer.encoded().chunks)
+    elif target.form is Form.JSON:
+        outputs.write_bytes(json_chunks(answer, question))
+    elif target.form is Form.TEXT:
+        outputs.write_text(text_lines(answer))
+    else:
+        outputs.write_text(table_lines(answer))
+    hint_at_nan(answer, hint)
+
+
+def write_file(answer: Answer, target: Target, question: JsonForm | None) -> None:
+    """The answer in a file, and one line that says so."""
+    assert target.path is not None
+    encoded = answer.encoded()
+    if target.form is Form.JSON:
+        text = memoryview(b"".join(json_chunks(answer, question)))
+        encoded = Encoded(text.nbytes, iter([text]))
+    if save(target.path, encoded, exists=target.exists):
+        say(f"wrote {printable(target.path)}: {summary(answer)}, {outputs.bytes_text(encoded.n_bytes)}")
+    else:
+        say_skipped(target.path)
+
+
+def say_skipped(path: str) -> None:
+    say(f"{printable(path)} exists; skipped")
+
+
+def summary(answer: Answer) -> str:
+    """What an answer holds: "rain f32 (lat 8), 3 of 96 masked", or totals where there are several variables."""
+    computed = [result for result in answer.results if not result.is_coordinate]
+    n_cells, n_masked = sum(r.data.numel() for r in computed), sum(map(masked, computed))
+    if len(computed) == 1:
+        result = computed[0]
+        what = f"{result.name} {result.dtype.name} {table.dims_text(tuple(result.data.shape), result.dims)}"
+    else:
+        what = f"{len(computed)} variables"
+    return f"{what}, {n_masked} of {n_cells} masked"
+
+
+def masked(result: Result) -> int:
+    """How many cells of a result are masked."""
+    return 0 if result.mask is None else result.mask.numel() - int(result.mask.count_nonzero())
+
+
+def json_chunks(answer: Answer, question: JsonForm | None) -> Iterator[bytes]:
+    from maskserve.payload.json import encode
+
+    return encode(answer.outputs(), answer.metadata, question or "explicit")
+
+
+def text_lines(answer: Answer) -> Iterator[str]:
+    """A row a line, cells between tabs, masked ones as `--`; of one dim: a cell a line, as in the table.
+
+    Each of several variables comes after a line with its name. Digits are those that read back as the same number.
+    """
+    from maskserve.payload.cells import texts_of
+    from maskserve.payload.json import refuse_complex
+
+    computed = [result for result in answer.results if not result.is_coordinate]
+    for result in computed:
+        refuse_complex(result.name, result.dtype)
+        if len(computed) > 1:
+            yield f"# {result.name} {table.dims_text(tuple(result.data.shape), result.dims)}"
+        data, *mask = result.outputs()
+        shape = data.shape
+        texts = texts_of(data.dtype, shape, data.chunks, mask[0] if mask else None)
+        n_columns = shape[-1] if len(shape) > 1 else 1
+        for _ in range(prod(shape) // n_columns if n_columns else 0):
+            yield "\t".join(text_cell(next(texts)) for _ in range(n_columns))
+
+
+def text_cell(word: str) -> str:
+    """A cell of JSON as a cell of text."""
+    return table.MASKED if word == "null" else word.strip('"')
+
+
+def table_lines(answer: Answer) -> Iterator[str]:
+    """Every variable as a table, with labels from the coordinates of its dims."""
+    coordinates = {r.name: shown(r) for r in answer.results if r.is_coordinate}
+    yield from table.tables((shown(r) for r in answer.results if not r.is_coordinate), coordinates)
+
+
+def shown(result: Result) -> Shown:
+    """A result as the table looks at it."""
+    data, *mask = result.outputs()
+    return Shown(
+        name=result.name,
+        dtype=data.dtype,
+        shape=data.shape,
+        dims=result.dims,
+        cells=stored(whole(data), data.dtype).reshape(data.shape),
+        valid=stored(whole(mask[0]), mask[0].dtype).reshape(data.shape) if mask else None,
+        note=f"{masked(result)} of {result.data.numel()} masked (true = valid)",
+    )
+
+
+def whole(output: Output) -> bytes | bytearray | memoryview:
+    assert isinstance(output.chunks, bytes | bytearray | memoryview), "a computed tensor is one buffer"
+    return output.chunks
+
+
+def hint_at_nan(answer: Answer, hint: str | None) -> None:
+    """Says how many NaN stand in the results as values, and what the op can do about them."""
+    n = sum(valid_nan(result) for result in answer.results if not result.is_coordinate)
+    if n:
+        say(f"{n} valid NaN{'; ' + hint if hint else ''}")
+
+
+def valid_nan(result: Result) -> int:
+    if not result.dtype.is_float:
+        return 0
+    if result.data.element_size() == 1:  # torch has no isnan for every fp8
+        return int(result.data.float().isnan().sum())
+    return int(result.data.isnan().count_nonzero())  # hidden cells are 0, so each NaN is valid

@@ -1,0 +1,102 @@
+"""One command for every verb of the op table: its options are what its rows take, and what every request may say."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from maskserve import requests
+from maskserve.ops.rows import Parameter, Type
+from maskserve_cli.command import AsJson, Config, Files
+from maskserve_cli.outputs import Wanted
+from maskserve_cli.words import default_row, flag, help_text, metavar, rows
+from maskserve_cli.work import Asked, perform
+
+PANELS: Mapping[str, str] = {"common": "Reading the payload", "running": "Running", "own": "Parameters of the op"}
+OUTPUT = "Output"
+REPEATED = (Type.DIMS, Type.WORDS)
+
+
+def command(verb: str) -> Callable[..., None]:
+    """The function behind a verb's command, with one keyword for every option."""
+    parameters = requests.parameters(verb)
+
+    def callback(**given: Any) -> None:
+        words = {name: given.pop(name) for name in ("op", *(p.name for p in parameters))}
+        said = {name: value for name, value in words.items() if value not in (None, [])}
+        wanted = Wanted(**{field.name: given.pop(field.name) for field in fields(Wanted)})
+        perform(Asked(verb=verb, words=said, wanted=wanted, **given))
+
+    options = [*own_options(verb, parameters), *OUTPUT_OPTIONS]
+    callback.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # typer reads the options here
+    callback.__annotations__ = {option.name: option.annotation for option in options}
+    return callback
+
+
+def own_options(verb: str, parameters: tuple[Parameter, ...]) -> Iterator[inspect.Parameter]:
+    """FILE, the op, and an option for each parameter."""
+    yield option("files", Files)
+    row = default_row(verb)
+    names = [row.name for row in rows(verb)]
+    default = f"; default: {row.name}" if row else ""
+    op = typer.Option(
+        "--op", metavar="OP", help=f"what to compute: {', '.join(names)}{default}", rich_help_panel=PANELS["own"],
+        autocompletion=completion(tuple(names)),
+    )  # fmt: skip
+    yield option("op", Annotated[str | None, op], row.name if row else None)
+    for parameter in parameters:
+        yield option(parameter.name, annotation(parameter))
+
+
+def option(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def annotation(parameter: Parameter) -> Any:
+    """The typer type of a parameter; what a word may be is checked where every front end's words are."""
+    panel = PANELS["common" if parameter in requests.COMMON else "running" if parameter in requests.RUNNING else "own"]
+    is_flag = parameter.type is Type.FLAG
+    name = f"{flag(parameter)}/--no-{flag(parameter)[2:]}" if is_flag and parameter.default else flag(parameter)
+    info = typer.Option(
+        name,
+        metavar=metavar(parameter) or None,
+        help=help_text(parameter),
+        rich_help_panel=panel,
+        show_default=False,
+        autocompletion=completion(parameter.choices) if parameter.choices else None,
+    )
+    kind = bool if is_flag else list[str] if parameter.type in REPEATED else str
+    return Annotated[kind | None, info]
+
+
+def completion(words: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+def output_option(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=OUTPUT, show_default=False, **more)
+
+
+OUT = output_option("-o", "--out", metavar="OUT", help="file to write: .safetensors, .json or no suffix; - is stdout")
+FORM = output_option("--format", metavar="table|text|json|safetensors", help="default: table on a terminal, else text")
+EXISTS = output_option("--exists", metavar="error|replace|skip", help="what to do where OUT stands; default: error")
+FORCE = output_option("--force", help="the same as --exists replace")
+DRY_RUN = output_option("--dry-run", help="say what would be read, computed and written; do nothing")
+EXPLAIN = output_option("--explain", help="say on stderr which back end computes, and why no other does")
+OUTPUT_OPTIONS = (
+    option("out", Annotated[str | None, OUT]),
+    option("form", Annotated[str | None, FORM]),
+    option("as_json", AsJson, False),
+    option("exists", Annotated[str | None, EXISTS]),
+    option("force", Annotated[bool, FORCE], False),
+    option("dry_run", Annotated[bool, DRY_RUN], False),
+    option("explain", Annotated[bool, EXPLAIN], False),
+    option("config", Config),
+)

@@ -1,0 +1,70 @@
+"""How the op table is spelled on the command line: options, their values, and examples. Imports no pydantic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from maskserve.ops import OPS
+from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
+
+SAMPLES: Mapping[Type, str] = {Type.DIMS: "time", Type.DIM: "-1", Type.COUNT: "2", Type.NUMBER: "0", Type.DTYPE: "f64"}
+METAVARS: Mapping[Type, str] = {
+    Type.DIMS: "DIM,...", Type.DIM: "DIM", Type.COUNT: "N", Type.NUMBER: "X", Type.DTYPE: "DTYPE", Type.WORD: "NAME",
+    Type.WORDS: "NAME", Type.FLAG: "",
+}  # fmt: skip
+
+
+def default_row(verb: str) -> Row | None:
+    """The row that a verb means when no op is given: the one of its own name."""
+    return next((row for row in rows(verb) if row.name == verb), None)
+
+
+def rows(verb: str) -> tuple[Row, ...]:
+    """The rows that a verb serves."""
+    return tuple(row for row in OPS.values() if row.verb == verb)
+
+
+def examples(verb: str) -> str:
+    """Commands that work, a line each."""
+    row = default_row(verb) or rows(verb)[0]
+    op = "" if row is default_row(verb) else f" --op {row.name}"
+    needed = "".join(f" {sample(p)}" for p in row.requestable if p.default is REQUIRED)
+    along = needed or next((f" {sample(p)}" for p in row.requestable if p.type in SAMPLES), "")
+    start = f"maskserve {verb}{op}"
+    last = f"maskserve {verb} --op {rows(verb)[-1].name}{needed}"
+    return "\n".join(
+        [
+            f"{start}{needed} rain.safetensors",
+            f"{start}{along} rain.safetensors -o result.safetensors",
+            f"cat rain.safetensors | {start}{along} - -o - | maskserve head -",
+            f"{last} rain.safetensors --dry-run",
+        ]
+    )
+
+
+def sample(parameter: Parameter) -> str:
+    return f"{flag(parameter)} {SAMPLES.get(parameter.type, 'NAME')}"
+
+
+def flag(parameter: Parameter) -> str:
+    """The option that gives a parameter."""
+    return f"--{parameter.name.replace('_', '-')}"
+
+
+def metavar(parameter: Parameter) -> str:
+    """What stands after the option; nothing after a flag."""
+    choices = [*parameter.choices, *(["X"] if parameter.type is Type.CHOICE_OR_NUMBER else [])]
+    return "|".join(choices) or METAVARS.get(parameter.type, "WORD")
+
+
+def usage(parameter: Parameter) -> str:
+    return f"{flag(parameter)} {metavar(parameter)}".rstrip()
+
+
+def help_text(parameter: Parameter) -> str:
+    """The table's help, with the default where there is a word for it."""
+    if parameter.default is REQUIRED:
+        return f"{parameter.help}; required"
+    if parameter.default in (None, False) or "default" in parameter.help:
+        return parameter.help
+    return f"{parameter.help}; default: {parameter.default}"

@@ -1,0 +1,167 @@
+"""A verb's request, from its words to its answer: read, explain, run, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from maskserve import requests
+from maskserve.payload.format import Payload
+from maskserve.requests import Request
+from maskserve.settings import Settings
+from maskserve_cli import inputs, outputs
+from maskserve_cli.command import collect_again, one_file, settings_of
+from maskserve_cli.exits import about, say
+from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
+
+if TYPE_CHECKING:
+    from maskserve.answers import Answer, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One call of a verb, as given."""
+
+    verb: str
+    words: Mapping[str, Any]
+    files: list[str] | None
+    wanted: Wanted
+    dry_run: bool
+    explain: bool
+    config: str | None
+
+
+def perform(asked: Asked) -> None:
+    """Runs what was asked, or says what would be run."""
+    settings = settings_of(asked.config, {"device": asked.words.get("device")})
+    request = requests.build(asked.verb, {**asked.words, "device": settings["device"]})
+    path = one_file(asked.verb, asked.files)
+    title = inputs.title(path)
+    if asked.wanted.out not in (None, outputs.STDOUT):
+        outputs.target(asked.wanted, None)  # what cannot be written is an error before stdin is waited for
+    with about(title):
+        payload = inputs.read(path, inputs.limits_of(settings))
+    with payload:
+        target = outputs.target(asked.wanted, inputs.form_of(payload))
+        with about(title):
+            act(asked, request, payload, target, settings)
+
+
+def act(asked: Asked, request: Request, payload: Payload, target: Target, settings: Settings) -> None:
+    """Explains, runs and writes, as far as was asked."""
+    from maskserve_cli import render
+
+    if target.skip and not asked.dry_run:
+        render.say_skipped(str(target.path))
+        return
+    if asked.explain:
+        for line in explained(requests.explain(request, payload)):
+            say(line)
+    if asked.dry_run:
+        outputs.write_text(dry_run(request, payload, target))
+        return
+    answer = computed(request, payload, settings)
+    render.write(answer, target, inputs.form_of(payload), nan_hint(request))
+
+
+def computed(request: Request, payload: Payload, settings: Settings) -> Answer:
+    """The answer, on the threads that the settings give."""
+    from maskserve import engine
+
+    collect_again()
+    with engine.using(threads=settings["threads"] or None):
+        return requests.run(request, payload)
+
+
+def nan_hint(request: Request) -> str | None:
+    """How to leave NaN out, from the row: the parameter that can omit them, unless it was given."""
+    for parameter in request.row.requestable:
+        if "omit" in parameter.choices and parameter.name not in request.params:
+            return f"--{parameter.name} omit treats them as missing"
+    return None
+
+
+# -- before it runs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a request would do with one variable, from the header alone."""
+
+    name: str
+    passes_through: bool
+    reads: str
+    writes: str
+    bytes_read: int
+    bytes_written: int
+    backend: str | None
+
+
+def outlook(step: Step) -> Outlook:
+    from maskserve_cli.table import dims_text
+
+    info, plan = step.variable.info, step.plan
+    return Outlook(
+        name=step.variable.name,
+        passes_through=plan is None,
+        reads=f"{info.dtype.name} {dims_text(info.shape, step.variable.dims)}",
+        writes=f"{(plan.result if plan else info.dtype).name} {dims_text(step.out_shape, step.dims)}",
+        bytes_read=step.bytes_read,
+        bytes_written=step.bytes_written,
+        backend=step.choice.backend.name if step.choice else None,
+    )
+
+
+def dry_run(request: Request, payload: Payload, target: Target) -> Iterator[str]:
+    """Lines that say what would be read, computed and written."""
+    looks = [outlook(step) for step in requests.explain(request, payload)]
+    if target.form is Form.JSON and target.path is None:
+        yield as_json(request, looks, target)
+        return
+    from maskserve_cli.table import columns
+
+    yield words_of(request)
+    yield from columns([("variable", "read", "", "written", "", "by"), *map(outlook_words, looks)], indent="  ")
+    n_read, n_written = sum(look.bytes_read for look in looks), sum(look.bytes_written for look in looks)
+    where = target.path or "stdout"
+    kept = " (it exists and would be skipped)" if target.skip else ""
+    sizes = f"would read {bytes_text(n_read)} and write {bytes_text(n_written)} of cells and masks"
+    yield f"{sizes} to {where} as {target.form}{kept}"
+    yield "a dry run: nothing was computed or written"
+
+
+def outlook_words(look: Outlook) -> tuple[str, ...]:
+    by = "passes through" if look.passes_through else str(look.backend)
+    return look.name, look.reads, bytes_text(look.bytes_read), look.writes, bytes_text(look.bytes_written), by
+
+
+def words_of(request: Request) -> str:
+    """The request as one would type it."""
+    said = request.canonical()
+    verb = said.pop("verb")
+    return f"{verb} " + " ".join(f"--{name.replace('_', '-')} {spelled(value)}" for name, value in said.items())
+
+
+def spelled(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def as_json(request: Request, looks: list[Outlook], target: Target) -> str:
+    from dataclasses import asdict
+
+    record = {"request": request.canonical(), "variables": [asdict(look) for look in looks], "out": target.path}
+    return json.dumps(record, ensure_ascii=False)
+
+
+def explained(steps: tuple[Step, ...]) -> Iterator[str]:
+    """A line for each variable: who computes it, and why those before in the list do not."""
+    for step in steps:
+        if step.plan is None or step.choice is None:
+            yield f"{step.variable.name}: passes through, it has no such dim"
+            continue
+        plan, choice = step.plan, step.choice
+        refused = "; ".join(f"not {name}: {reason}" for name, reason in choice.refusals)
+        what = f"{plan.row.name} of {plan.dtype.name} on {plan.device}"
+        yield f"{step.variable.name}: {what} by {choice.backend.name}{' (' + refused + ')' if refused else ''}"

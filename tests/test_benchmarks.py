@@ -1,0 +1,73 @@
+"""The benchmarks cover the op table, compare results before they time, and rewrite their page. No time is asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import maskserve as ms
+from benchmarks import cases, peers, timing
+from benchmarks.__main__ import PAGE, measured
+from benchmarks.report import BEGIN, END, Run, report, rewrite
+from maskserve.ops import find
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Run:
+    return measured(cases.TINY, cases.rows(), timing.LEAST, command="tiny", best_of=0)
+
+
+def test_every_sliced_row_is_timed_and_agrees_with_a_peer(tiny: Run) -> None:
+    timed = {t.row.name for t in tiny.timings if peers.OURS in t.seconds}
+    assert timed == {row.name for row in cases.rows()}
+    assert not tiny.wrong
+    assert {t.row.name for t in tiny.timings if not t.agreeing} <= timed - set(peers.FORMS)
+
+
+def test_the_plain_formulations_agree_wherever_they_are_tried(tiny: Run) -> None:
+    assert [(t.row.name, t.cell.label) for t in tiny.timings if peers.PLAIN in (*t.differing, *t.failed)] == []
+
+
+def test_the_report_has_a_line_for_each_op(tiny: Run) -> None:
+    text = report(tiny)
+    assert all(f"\n| {row.name} " in text for row in cases.rows())
+    assert "torch.masked (its time / ours)" in text
+
+
+def test_a_fast_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ms, "sum", lambda data, **_: ms.masked_tensor(torch.zeros(()), torch.tensor(True)), raising=False
+    )
+    found = timing.measure(find("sum"), cases.TINY[0].cells[0], timing.LEAST)
+    assert found.is_wrong
+    assert not found.seconds
+
+
+def test_a_wrong_cell_is_in_the_report(tiny: Run) -> None:
+    wrong = dataclasses.replace(tiny.timings[0], seconds={}, agreeing=(), differing=("torch.masked",))
+    text = report(dataclasses.replace(tiny, timings=(wrong, *tiny.timings[1:])))
+    assert "No peer agrees, not timed: sum (all)" in text
+
+
+@pytest.mark.parametrize("groups", [cases.QUICK, cases.FULL], ids=["quick", "full"])
+def test_every_row_has_cells_in_each_set(groups: tuple[cases.Group, ...]) -> None:
+    assert {row.name for row, _ in cases.pairs(groups, cases.rows())} == {row.name for row in cases.rows()}
+
+
+def test_a_command_that_is_not_there_has_no_time() -> None:
+    commands = {"no such": ["/no/such/command"], "false": ["false"], "true": ["true"]}
+    times = timing.start_times(commands, best_of=1)
+    assert [name for name, seconds in times.items() if seconds is None] == ["no such", "false"]
+
+
+def test_only_the_generated_block_of_the_page_is_rewritten() -> None:
+    page = Path(PAGE).read_text()
+    rewritten = rewrite(page, "new figures")
+    assert rewritten.split(BEGIN)[0] == page.split(BEGIN)[0]
+    assert rewritten.split(END)[1] == page.split(END)[1]
+    assert rewrite(rewritten, "new figures") == rewritten
+    with pytest.raises(ValueError, match="once each"):
+        rewrite("no markers", "new figures")

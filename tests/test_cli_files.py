@@ -1,0 +1,241 @@
+"""Looking at files from the command line, what it reads, and help from the op table."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from maskserve_cli import inputs, words
+from safetensors.numpy import save_file
+
+from maskserve import errors, requests
+from maskserve.ops import OPS, verbs
+from maskserve.payload.format import Limits
+from tests.command_line import (  # noqa: F401  # fixtures are found by name
+    ROOT,
+    Maskserve,
+    folder_fixture,
+    maskserve_fixture,
+    one_line,
+)
+
+# -- looking at files -------------------------------------------------------------------------------------------------
+
+
+def test_info_lists_variables_with_dims_and_masks(maskserve: Maskserve) -> None:
+    ran = maskserve("info", "rain.safetensors")
+    assert ran.lines[0].startswith("rain.safetensors: safetensors, ")
+    assert "rain  f32   (time 2, lat 3)  24 bytes  rain.mask (true = valid)" in ran.text
+    assert "lat   f64   (lat 3)          24 bytes  coordinate" in ran.text
+    assert "valid  masked" not in ran.text
+
+
+def test_info_counts_what_cells_are(maskserve: Maskserve) -> None:
+    ran = maskserve("info", "--stats", "--json", "rain.safetensors")
+    counts = {v["name"]: v["counts"] for v in json.loads(ran.out)["variables"]}
+    assert counts["rain"] == {"valid": 4, "masked": 2, "nan": 0, "inf": 0}
+    assert json.loads(maskserve("info", "--stats", "--json", "nan.safetensors").out)["variables"][0]["counts"] == {
+        "valid": 3, "masked": 0, "nan": 1, "inf": 1,
+    }  # fmt: skip
+
+
+def test_info_counts_every_kind_of_mask(maskserve: Maskserve) -> None:
+    save_file(
+        {
+            "a": np.zeros((2, 9), "f4"), "a.lengths": np.array([0, 5]),
+            "b": np.zeros((2, 9), "f4"), "b.bitmask": np.array([[255, 1], [1, 0]], "u1"),
+            "c": np.zeros((2, 9), "f4"), "c.mask": np.array([[True], [False]]),
+        },
+        "kinds.safetensors",
+    )  # fmt: skip
+    counts = {
+        v["name"]: v["counts"]["valid"]
+        for v in json.loads(maskserve("info", "--stats", "--json", "kinds.safetensors").out)["variables"]
+    }
+    assert counts == {"a": 5, "b": 10, "c": 9}
+
+
+def test_info_of_masks_that_do_not_add_up_lists_the_tensors_first(maskserve: Maskserve) -> None:
+    ran = maskserve("info", "orphan.safetensors")
+    assert ran.code == 65
+    assert "b.mask  bool  (1)" in ran.text
+    assert one_line(ran).startswith("maskserve: orphan.safetensors: b.mask belongs to")
+
+
+def test_head_shows_the_first_cells(maskserve: Maskserve) -> None:
+    assert maskserve("head", "-n", "1", "rain.safetensors").text == (
+        "rain  f32 (time 2, lat 3)  first cells, [:1, :]\n  time \\ lat  -10   0  10.5\n        2001    1  --     3\n"
+    )
+    assert maskserve("head", "-n", "2", "plain.safetensors").lines[1:] == ["  0  0", "  1  1"]
+
+
+def test_head_as_json_has_null_for_a_masked_cell(maskserve: Maskserve) -> None:
+    assert json.loads(maskserve("head", "-n", "1", "--json", "rain.safetensors").out) == [
+        {
+            "name": "rain", "dtype": "f32", "shape": [2, 3], "dims": ["time", "lat"],
+            "part": [1, 3], "values": [1.0, None, 3.0],
+        }
+    ]  # fmt: skip
+
+
+def test_head_shows_as_many_rows_as_asked_for(maskserve: Maskserve) -> None:
+    save_file({"data": np.arange(100)}, "long.safetensors")
+    assert [line.split()[-1] for line in maskserve("head", "-n", "50", "long.safetensors").lines[1:]] == [
+        str(i) for i in range(50)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (1, 1, 1, 1), (3, 4, 5, 200)])
+def test_head_takes_any_shape(maskserve: Maskserve, shape: tuple[int, ...]) -> None:
+    save_file({"data": np.ones(shape, "f4")}, "shape.safetensors")
+    ran = maskserve("head", "shape.safetensors")
+    assert (ran.code, ran.err) == (0, "")
+
+
+def test_validate_says_ok_or_what_is_wrong_a_line_each(maskserve: Maskserve) -> None:
+    ran = maskserve("validate", "rain.safetensors", "orphan.safetensors", "question.json", "none")
+    assert ran.code == 65
+    assert ran.lines == [
+        "rain.safetensors: ok, 1 variable",
+        "orphan.safetensors: b.mask belongs to a variable b, which is not in the payload; rename it or remove it",
+        "question.json: ok, 1 variable",
+        "none: cannot be opened: No such file or directory",
+    ]
+    assert maskserve("validate", "rain.safetensors").code == 0
+    assert maskserve("validate", "none").code == 66
+
+
+def test_validate_looks_into_the_masks(maskserve: Maskserve) -> None:
+    save_file({"a": np.zeros(2, "f4"), "a.mask": np.array([1, 2], "u1")}, "two.safetensors")
+    save_file({"a": np.zeros((1, 4), "f4"), "a.lengths": np.array([5])}, "long.safetensors")
+    ran = maskserve("validate", "two.safetensors", "long.safetensors", "--json")
+    assert [json.loads(line)["code"] for line in ran.lines] == ["mask_dtype", "bad_mask"]
+
+
+def test_ops_lists_every_row_and_one_row_s_parameters(maskserve: Maskserve) -> None:
+    text = maskserve("ops").text
+    assert all(row.summary in text for row in OPS.values())
+    row = requests.rows(verbs()[0])[0]
+    text = " ".join(maskserve("ops", row.name).text.split())
+    assert all(words.flag(p) in text and p.help in text for p in row.requestable)
+    schemas = {record["name"]: record["parameters"] for record in json.loads(maskserve("ops", "--json").out)}
+    assert schemas[row.name] == requests.schema(row)
+    assert set(schemas) == set(OPS)
+
+
+def test_doctor_says_what_there_is_and_where_settings_come_from(
+    maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASKSERVE_THREADS", "3")
+    ran = maskserve("doctor")
+    assert "threads                3          MASKSERVE_THREADS" in ran.text
+    assert "reference: " in ran.text
+    record = json.loads(maskserve("doctor", "--json").out)
+    assert record["settings"]["threads"] == {"value": 3, "source": "MASKSERVE_THREADS"}
+
+
+def test_a_variable_that_sets_nothing_is_warned_of(maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSERVE_THRAEDS", "3")
+    monkeypatch.setenv("MASKSERVE_SERVICE_PORT", "8000")
+    ran = maskserve("info", "plain.safetensors")
+    assert (ran.code, one_line(ran)) == (
+        0, "maskserve: warning: MASKSERVE_THRAEDS is not a setting; did you mean MASKSERVE_THREADS?",
+    )  # fmt: skip
+
+
+def test_serve_hands_its_settings_to_the_service(maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskserve_api import server
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(server, "serve", lambda **words: given.update(words) or 0)
+    monkeypatch.setenv("MASKSERVE_SERVE_GRACE", "1.5")
+    assert maskserve("serve", "--port", "0", "--max-body", "1MiB").code == 0
+    assert given == {
+        "host": "127.0.0.1", "port": 0, "max_body": 2**20, "request_timeout": 60.0, "grace": 1.5,
+        "allow_anonymous": False,
+    }  # fmt: skip
+
+
+# -- help, and the table behind it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_a_verb_s_help_shows_examples_first_and_every_parameter(maskserve: Maskserve, verb: str) -> None:
+    text = maskserve(verb, "--help").text
+    assert text.startswith("Examples:\n  maskserve")
+    assert text.index("Examples:") < text.index("Usage:") < text.index("Output:")
+    assert all(f"{words.flag(parameter)} " in text for parameter in requests.parameters(verb))
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_a_verb_s_examples_work(maskserve: Maskserve, verb: str) -> None:
+    for line in words.examples(verb).splitlines():
+        if "|" not in line:
+            ran = maskserve(*line.split()[1:])
+            assert ran.code == 0, (line, ran.err)
+
+
+def test_help_names_every_command(maskserve: Maskserve) -> None:
+    text = maskserve("--help").text
+    assert text == maskserve().text
+    assert all(f"\n  {name} " in text for name in (*verbs(), "info", "head", "validate", "ops", "serve", "doctor"))
+
+
+def test_no_op_and_no_parameter_of_an_op_is_named_in_the_command_line() -> None:
+    ours = {p.name for verb in verbs() for p in (*requests.COMMON, *requests.RUNNING)}
+    ops = {word for row in OPS.values() for word in (row.name, *row.aliases) if row.verb}
+    parameters = {p.name for row in OPS.values() if row.verb for p in row.requestable} - ours
+    forbidden = (ops | parameters) - {"nan"}  # also the count of NaN in info
+    for path in (ROOT / "cli/maskserve_cli").glob("*.py"):
+        strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        assert not strings & forbidden, path.name
+
+
+def test_a_parameter_does_not_take_the_name_of_an_option_of_ours() -> None:
+    from maskserve_cli.verbs import OUTPUT_OPTIONS
+
+    own = {"op", "files", *(option.name for option in OUTPUT_OPTIONS)}
+    for verb in verbs():
+        assert not own & {parameter.name for parameter in requests.parameters(verb)}
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "answer"),
+    [
+        (b'{"data":', True), (b"  \n{   ", True), (b"[1, 2]  ", True), (b"        ", True), (b"", False),
+        ((123).to_bytes(8, "little"), False), ((91).to_bytes(8, "little"), False), (b"PK\x03\x04    ", False),
+    ],
+)  # fmt: skip
+def test_json_is_told_from_a_header_length(first: bytes, answer: bool) -> None:
+    assert inputs.is_json(first) is answer
+
+
+def test_a_header_of_123_bytes_is_not_json(maskserve: Maskserve) -> None:
+    start = b'{"data":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}'
+    header = start + b" " * (122 - len(start)) + b"}"
+    Path("brace").write_bytes((123).to_bytes(8, "little") + header + np.array([2.5]).tobytes())
+    assert maskserve("reduce", "--op", "sum", "brace").text == "2.5\n"
+
+
+def test_a_stream_is_read_as_far_as_its_header_announces(folder: Path) -> None:
+    class Endless:
+        def __init__(self, start: bytes) -> None:
+            self.start, self.n = start, 0
+
+        def read(self, n: int) -> bytes:
+            chunk, self.start = self.start[:n], self.start[n:]
+            self.n += n
+            return chunk + b"\0" * (n - len(chunk))
+
+    whole = (folder / "plain.safetensors").read_bytes()
+    stream = Endless(whole)
+    with pytest.raises(errors.PayloadError):
+        inputs.read_stream(stream, "stdin", Limits())  # type: ignore[arg-type]  # read is all it needs
+    assert stream.n == len(whole) + 1
