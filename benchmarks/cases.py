@@ -78,14 +78,14 @@ def pairs(groups: tuple[Group, ...], among: tuple[SlicedRow, ...]) -> Iterator[t
 # -- the sets -----------------------------------------------------------------------------------------------------
 
 SMALL = Group(
-    title="about 1,000 cells",
+    title="About 1,000 cells",
     is_small=True,
     cells=(Cell(label="1,024", shape=(32, 32), dim=1), Cell(label="1,024 nan", shape=(32, 32), dim=1, mask="nan")),
 )
 
 QUICK = (
     Group(
-        title="f32 with 70 % valid",
+        title="Shapes: f32 with 70 % valid",
         cells=(
             Cell(label="all", shape=(8192, 1024), dim=None),
             Cell(label="first", shape=(8192, 1024), dim=0),
@@ -97,7 +97,7 @@ QUICK = (
         ),
     ),
     Group(
-        title="other dtypes and masks, (2048, 1024) along the last dim",
+        title="Other dtypes and masks, (2048, 1024) along the last dim",
         cells=(
             Cell(label="f64", shape=(2048, 1024), dim=1, dtype=f64),
             Cell(label="f16", shape=(2048, 1024), dim=1, dtype=f16),
@@ -112,7 +112,7 @@ QUICK = (
 N = 8192
 FULL = (
     Group(
-        title="f32 with 70 % valid, 67 million cells",
+        title="Shapes: f32 with 70 % valid, 67 million cells",
         cells=(
             Cell(label="all", shape=(N, N), dim=None),
             Cell(label="first", shape=(N, N), dim=0),
@@ -124,7 +124,7 @@ FULL = (
         ),
     ),
     Group(
-        title="f32 with 70 % valid, other foldings",
+        title="Shapes: f32 with 70 % valid, other foldings",
         cells=(
             Cell(label="n 3 first", shape=(3, N * N // 3), dim=0),
             Cell(label="n 3 inner 3", shape=(N * N // 9, 3, 3), dim=1),
@@ -134,13 +134,13 @@ FULL = (
         ),
     ),
     Group(
-        title="dtypes with 70 % valid, (8192, 8192) along the last dim",
+        title="Dtypes with 70 % valid, (8192, 8192) along the last dim",
         cells=tuple(
             Cell(label=dtype.name, shape=(N, N), dim=1, dtype=dtype) for dtype in (f64, f16, bf16, i64, i32, i8)
         ),
     ),
     Group(
-        title="masks of f32, (8192, 8192) along the last dim",
+        title="Masks of f32, (8192, 8192) along the last dim",
         cells=tuple(
             Cell(label=mask, shape=(N, N), dim=1, mask=mask)
             for mask in ("99 %", "1 %", "blocky", "broadcast", "none", "nan")
@@ -151,7 +151,7 @@ FULL = (
 
 TINY = (
     Group(
-        title="tiny",
+        title="Tiny",
         cells=(
             Cell(label="all", shape=(6, 40), dim=None),
             Cell(label="first", shape=(6, 40), dim=0),
@@ -162,7 +162,7 @@ TINY = (
             Cell(label="nan", shape=(6, 40), dim=1, mask="nan"),
         ),
     ),
-    Group(title="tiny calls", cells=(Cell(label="small", shape=(4, 4), dim=1, mask="blocky"),), is_small=True),
+    Group(title="Tiny calls", cells=(Cell(label="small", shape=(4, 4), dim=1, mask="blocky"),), is_small=True),
 )
 
 # -- samples ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.cases import Cell, Group
 from benchmarks.peers import BOTTLENECK, NUMPY_MA, OURS, PEERS, PLAIN, TORCH_MASKED, UNMASKED
-from benchmarks.targets import Miss, fastest_peer, misses, overhead_s, start_misses
+from benchmarks.targets import Miss, fastest_peer, misses, overhead_us, start_misses
 from benchmarks.timing import Timing
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -62,7 +62,7 @@ def parts(run: Run) -> Iterator[str]:
         timings = run.of(group)
         if not timings:
             continue
-        yield f"### {group.title[0].upper()}{group.title[1:]}"
+        yield f"### {group.title}"
         if group.is_small:
             yield calls(timings)
             continue
@@ -120,8 +120,8 @@ def calls(timings: Iterable[Timing]) -> str:
     lines = []
     for t in timings:
         times = [f"{t.seconds[name] * 1e6:.1f}" if name in t.seconds else NONE for name in names]
-        over = overhead_s(t)
-        lines.append([t.row.name, t.cell.label, *times, NONE if over is None else f"{over * 1e6:+.1f}"])
+        over = overhead_us(t)
+        lines.append([t.row.name, t.cell.label, *times, NONE if over is None else f"{over:.1f}"])
     return "Microseconds a call:\n\n" + table(["op", "cells", *names, "over unmasked"], lines)
 
 
@@ -163,8 +163,14 @@ def processes(starts: Mapping[str, float | None]) -> str:
 def failing(found: Sequence[Miss]) -> str:
     if not found:
         return "None."
-    lines = [[miss.aim, miss.figure, miss.worst, f"{miss.n_missed} of {miss.n_cells}"] for miss in found]
-    return table(["target", "worst", "where", "cells that miss"], lines)
+    lines = [
+        [miss.aim, miss.worst, miss.where, f"{miss.n_missed} of {miss.n_cells}", shortened(miss.ops)] for miss in found
+    ]
+    return table(["target", "worst", "where", "cells", "ops"], lines)
+
+
+def shortened(words: Sequence[str], at_most: int = 6) -> str:
+    return " ".join(words) if len(words) <= at_most else f"{len(words)} ops"
 
 
 # -- text ---------------------------------------------------------------------------------------------------------

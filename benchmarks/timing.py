@@ -192,7 +192,7 @@ def parts(result: Any) -> tuple[Tensor, Tensor | None]:
 
 # -- processes ----------------------------------------------------------------------------------------------------
 
-BASE = "python -c 'import torch'"
+BASE, REDUCE = "python -c 'import torch'", "maskserve reduce"
 BEST_OF = 5
 
 
@@ -205,7 +205,7 @@ def command_lines(path: Path) -> dict[str, list[str]]:
         "maskserve info": [program, "info", str(path)],
         "maskserve validate": [program, "validate", str(path)],
         "maskserve ops": [program, "ops"],
-        "maskserve reduce": [program, "reduce", "--op", "mean", "--dim", "week", str(path)],
+        REDUCE: [program, "reduce", "--op", "mean", "--dim", "week", str(path)],
     }
 
 

@@ -101,7 +101,7 @@ def answer(request: Request, payload: Payload) -> Answer:
     variables = resolved(request, payload)
     planned = steps(request, payload)
     results = [result(request, payload, variables, step) for step in planned]
-    alive = {(dim, n) for r in results for dim, n in zip(r.dims or (), r.data.shape, strict=True)}
+    alive = {(dim, n) for r in results if r.dims for dim, n in zip(r.dims, r.data.shape, strict=True)}
     kept = [c for c in variables.coordinates.values() if (c.name, *c.info.shape) in alive]  # keepdim leaves size 1
     results += [coordinate(payload, c, variables) for c in kept]
     named = {r.name: r.dims for r in results if r.dims is not None}

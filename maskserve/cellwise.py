@@ -99,7 +99,8 @@ def call(row: Elementwise, values: Sequence[Any], params: Mapping[str, Any]) -> 
 
 def broadcast_shape(row: Elementwise, tensors: Sequence[Tensor]) -> torch.Size:
     try:
-        return torch.broadcast_shapes(*[tensor.shape for tensor in tensors])
+        shape: torch.Size = torch.broadcast_shapes(*[tensor.shape for tensor in tensors])
+        return shape
     except RuntimeError:
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise ShapeError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,19 @@ class Execution:
     block_cells: int | None = None
 
 
-_execution: ContextVar[Execution] = ContextVar("execution", default=Execution())
+_execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
+
+
+def execution() -> Execution:
+    """How requests run here and now."""
+    return _execution.get() or Execution()
 
 
 @contextmanager
 def using(*, backend: str | None = None, threads: int | None = None, block_cells: int | None = None) -> Iterator[None]:
-    """Run what is inside with this back end (by name), number of threads and block size; None leaves a choice as it is."""
-    given = {"backend": backend, "threads": threads, "block_cells": block_cells}
-    token = _execution.set(replace(_execution.get(), **{k: v for k, v in given.items() if v is not None}))
+    """Run what is inside with this back end (by name), threads and block size; None leaves a choice as it is."""
+    given: dict[str, Any] = {"backend": backend, "threads": threads, "block_cells": block_cells}
+    token = _execution.set(replace(execution(), **{k: v for k, v in given.items() if v is not None}))
     try:
         yield
     finally:
@@ -56,8 +62,8 @@ def using(*, backend: str | None = None, threads: int | None = None, block_cells
 
 
 def n_threads() -> int:
-    """The threads to use: of `using`, else MASKSERVE_THREADS, else the CPUs that this process may run on."""
-    asked = _execution.get().threads
+    """The threads to use: `using`, else MASKSERVE_THREADS, else the CPUs that this process may run on."""
+    asked = execution().threads
     if asked is not None:
         return asked
     return int(os.environ.get("MASKSERVE_THREADS") or 0) or len(os.sched_getaffinity(0))
@@ -190,11 +196,11 @@ def in_parallel(backend: Backend, n_cells: int, tasks: list[Callable[[], None]])
 
 
 def block_cells(backend: Backend) -> int:
-    return _execution.get().block_cells or backend.block_cells
+    return execution().block_cells or backend.block_cells
 
 
 def backend_of(plan: Plan) -> Backend:
-    return choose(plan, _execution.get().backend).backend
+    return choose(plan, execution().backend).backend
 
 
 # -- reductions ---------------------------------------------------------------------------------------------------
@@ -367,7 +373,6 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     """State of each slice, then apply; a slice that fits a block is read once."""
     row = plan.row
     assert isinstance(row, Normalization)
-    outer, n, inner = cells.shape
     result, valid = empty_like(plan, cells)
     backend, merge = backend_of(plan), kernel(plan.passes[0].reference).merge
     blocks = cut(plan, cells.shape, block_cells(backend))
@@ -382,7 +387,7 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
 
 def scan(plan: Plan, row: Scan, cells: Cells) -> Masked:
     """Each slice whole, a tile of slices at a time."""
-    outer, n, inner = cells.shape
+    n = cells.shape[1]
     result, valid = empty_like(plan, cells)
     if not n:
         return result.view(plan.out_shape), valid.view(plan.out_shape)

@@ -156,9 +156,7 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
     yield typed("mask", "Tensor | None", "None")
     names = {p.name: p for p in row.parameters}
     yield from (
-        typed(other, f"{_HINTS[names[name].type]} | None", "None")
-        for name, other in _SYNONYMS.items()
-        if name in names
+        typed(other, f"{_HINTS[names[name].type]} | None", "None") for name, other in _SYNONYMS.items() if name in names
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -74,9 +75,7 @@ class Partial:
             below = replace(plan, shape=tuple(block.shape), fold=tuple(block.shape))
             parts = engine.state(below, block, own)
             shift = getattr(kernel(plan.passes[0].reference), "shift", None)
-            nodes.append(
-                Node(start=unit, n_units=n_units, parts=shift(parts, unit * plan.leaf) if shift else parts)
-            )
+            nodes.append(Node(start=unit, n_units=n_units, parts=shift(parts, unit * plan.leaf) if shift else parts))
         return cls(plan=plan, backend=engine.backend_of(plan).name, nodes=tuple(nodes))
 
     def merge(self, other: Partial) -> Partial:
@@ -87,7 +86,7 @@ class Partial:
                 f"the other {json.dumps(other.signature())[:200]}"
             )
         nodes = sorted((*self.nodes, *other.nodes), key=lambda node: node.start)
-        for left, right in zip(nodes, nodes[1:], strict=False):
+        for left, right in pairwise(nodes):
             if right.start < left.stop:
                 raise StateError(f"two states cover leaf {right.start} of the index; merge each shard once")
         merged: list[Node] = []
@@ -214,10 +213,11 @@ def _nodes(whole: Plan, payload: BytesPayload) -> Iterator[Node]:
     for name, info in payload.header.tensors.items():
         start, n_units, part = name.split(".")
         if info.dtype is not wanted[part] or info.shape != (outer, inner):
-            raise StateError(f"part {part} of the state is {info.dtype} {info.shape}, not {wanted[part]} {(outer, inner)}")
+            raise StateError(
+                f"part {part} of the state is {info.dtype} {info.shape}, not {wanted[part]} {(outer, inner)}"
+            )
         found.setdefault((int(start), int(n_units)), {})[part] = load_tensor(payload, info)
-    for (start, n_units), parts in found.items():
-        if parts.keys() != wanted.keys() or not 0 <= start < start + n_units <= -(-n // whole.leaf):
-            raise StateError(f"the state of leaves {start} to {start + n_units} is incomplete or outside the index")
-        yield Node(start=start, n_units=n_units, parts=parts)
-
+    for (first, size), parts in found.items():
+        if parts.keys() != wanted.keys() or not 0 <= first < first + size <= -(-n // whole.leaf):
+            raise StateError(f"the state of leaves {first} to {first + size} is incomplete or outside the index")
+        yield Node(start=first, n_units=size, parts=parts)

@@ -99,7 +99,9 @@ class MaskedTensor:
             return self._data.clone()
         if fill is None:
             n = int((~self._full_mask()).sum())
-            raise MaskedValueError(f"{n} of {self._data.numel()} cells are masked; give to_tensor(fill) a value for them")
+            raise MaskedValueError(
+                f"{n} of {self._data.numel()} cells are masked; give to_tensor(fill) a value for them"
+            )
         return torch.where(self._full_mask(), self._data, self._fitting(fill))
 
     def _fitting(self, fill: float) -> Tensor:

@@ -62,4 +62,3 @@ def uncovered(function: Callable[..., Any]) -> UncoveredFunctionError:
                 f"torch.{name} means several things; maskserve.{row.name} gives the {row.summary}"
             )
     return UncoveredFunctionError(f"torch.{name} has no rule for a MaskedTensor: {WAY_OUT}")
-

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from maskserve_cli.app import main
 from safetensors.numpy import save_file
+
+from maskserve_cli.app import main
 
 ROOT = Path(__file__).parent.parent
 PATHS = [str(ROOT), str(ROOT / "cli"), str(ROOT / "api"), os.environ.get("PYTHONPATH", "")]

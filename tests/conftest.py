@@ -8,5 +8,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
-settings.register_profile("maskserve", deadline=None, max_examples=int(os.environ.get("EXAMPLES", "6")), print_blob=True)
+settings.register_profile(
+    "maskserve", deadline=None, max_examples=int(os.environ.get("EXAMPLES", "6")), print_blob=True
+)
 settings.load_profile("maskserve")

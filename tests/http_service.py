@@ -13,12 +13,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-from maskserve_api.app import create_app
-from maskserve_api.server import Server
-from maskserve_api.verbs import Service
 
 from maskserve.dtypes import BY_TORCH
 from maskserve.payload.format import Output, to_bytes
+from maskserve_api.app import create_app
+from maskserve_api.server import Server
+from maskserve_api.verbs import Service
 
 MAX_BODY = 1 << 22
 SAFETENSORS, JSON = "application/vnd.safetensors", "application/json"

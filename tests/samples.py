@@ -99,5 +99,7 @@ def ulps(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
     a, b = got.double(), expected.double()
     same = (a == b) | (a.isnan() & b.isnan())
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-    step = torch.maximum(2.0 ** torch.floor(torch.log2(b.abs().clamp(min=tiny))) * eps, torch.tensor(tiny * eps).double())
+    step = torch.maximum(
+        2.0 ** torch.floor(torch.log2(b.abs().clamp(min=tiny))) * eps, torch.tensor(tiny * eps).double()
+    )
     return float(torch.where(same, 0.0, (a - b).abs() / step).max()) if a.numel() else 0.0

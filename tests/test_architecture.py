@@ -30,14 +30,14 @@ def imported(path: Path) -> Iterator[str]:
 
 def importers(folder: Path, *packages: str) -> set[str]:
     return {
-        path.name
-        for path in folder.rglob("*.py")
-        if any(name.split(".")[0] in packages for name in imported(path))
+        path.name for path in folder.rglob("*.py") if any(name.split(".")[0] in packages for name in imported(path))
     }
 
 
 def test_imports_point_one_way() -> None:
-    assert importers(ENGINE, "maskserve_cli", "maskserve_api", "typer", "fastapi", "starlette", "uvicorn", "rich") == set()
+    assert (
+        importers(ENGINE, "maskserve_cli", "maskserve_api", "typer", "fastapi", "starlette", "uvicorn", "rich") == set()
+    )
     assert importers(API, "maskserve_cli", "typer", "rich") == set()
     assert importers(CLI, "maskserve_api", "fastapi", "starlette", "uvicorn") == {"serve.py"}
 

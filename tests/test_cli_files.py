@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from maskserve_cli import inputs, words
 from safetensors.numpy import save_file
 
 from maskserve import errors, requests
 from maskserve.ops import OPS, verbs
 from maskserve.payload.format import Limits
+from maskserve_cli import inputs, words
 from tests.command_line import (  # noqa: F401  # fixtures are found by name
     ROOT,
     Maskserve,

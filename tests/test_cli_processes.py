@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from maskserve_cli import outputs, table
 from safetensors.numpy import save_file
 
 from maskserve.payload import files
+from maskserve_cli import outputs, table
 from tests.command_line import (  # noqa: F401  # fixtures are found by name
     COMMAND,
     environment,

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
-from maskserve_api import work
 
 from maskserve import requests
 from maskserve.payload.format import BytesPayload
 from maskserve.payload.json import decode
+from maskserve_api import work
 from tests.http_service import JSON, MAX_BODY, SAFETENSORS, Running, check_problem, payload, running
 from tests.payload_cases import CASES, VALID, Case, container, entry
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from maskserve_api import protocol
-from maskserve_api.server import serve
 
 from maskserve.errors import SettingsError
+from maskserve_api import protocol
+from maskserve_api.server import serve
 from tests.http_service import FIELDS, Running, check_problem, payload, running, wait_until
 
 QUESTION = payload(data=np.ones(3, np.float32))
@@ -260,7 +260,7 @@ def test_a_half_sent_body_keeps_no_process_beyond_its_grace() -> None:
             )
             time.sleep(0.3)
             child.send_signal(signal.SIGTERM)
-            told = connection.recv(65536)
+            told = b"".join(iter(lambda: connection.recv(65536), b""))
             assert told.startswith(b"HTTP/1.1 503 ")
             assert b"draining" in told
         assert child.wait(20) == 0

@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import maskserve_api
 import pytest
 from fastapi.openapi.models import OpenAPI
-from maskserve_api import problems
-from maskserve_api.app import create_app
 
+import maskserve_api
 from maskserve import requests
 from maskserve.errors import MaskserveError
 from maskserve.ops import OPS, verbs
+from maskserve_api import problems
+from maskserve_api.app import create_app
 from tests.http_service import Running, check_problem, running
 
 SOURCES = sorted(Path(maskserve_api.__file__).parent.glob("*.py"))

@@ -207,13 +207,18 @@ def test_merge_is_associative_within_the_rows_ulps(row: Reduction, seed: int, si
 def test_threads_blocks_and_strides_change_no_bit(row: Row, dtype: DType, shape: tuple[int, ...]) -> None:
     sample = cells(dtype, shape, 8)
     turned = list(range(len(shape)))[::-1]
-    other = sample.data.permute(turned).contiguous().permute(turned), sample.mask.permute(turned).contiguous().permute(turned)
+    other = (
+        sample.data.permute(turned).contiguous().permute(turned),
+        sample.mask.permute(turned).contiguous().permute(turned),
+    )
     pairs = [(0, len(shape) - 1)] if isinstance(row, Reduction) and len(shape) > 2 else []
     for dim in (*dims_of(row, len(shape)), *pairs):
         expected = run(row, sample.data, sample.mask, **along(dim))
         for threads, block_cells in ((1, 700), (2, 5000), (1, 1 << 22)):
             with engine.using(threads=threads, block_cells=block_cells):
-                assert_same_bits(run(row, sample.data, sample.mask, **along(dim)), expected, (dim, threads, block_cells))
+                assert_same_bits(
+                    run(row, sample.data, sample.mask, **along(dim)), expected, (dim, threads, block_cells)
+                )
                 assert_same_bits(run(row, *other, **along(dim)), expected, (dim, "transposed", block_cells))
 
 

@@ -70,7 +70,8 @@ def test_exact_cases(op: str, data: Tensor, expected: float) -> None:
     worst = nan if data.is_floating_point() else 1 if data.dtype is torch.bool else torch.iinfo(data.dtype).max
     junk = torch.full((1,), worst, dtype=data.dtype)
     surrounded = ms.masked_tensor(
-        torch.cat([junk, data, junk]), torch.cat([t([False], torch.bool), torch.ones(len(data)).bool(), t([False], torch.bool)])
+        torch.cat([junk, data, junk]),
+        torch.cat([t([False], torch.bool), torch.ones(len(data)).bool(), t([False], torch.bool)]),
     )
     moved = 1 if op.startswith("arg") else 0
     for tensor, offset in ((ms.masked_tensor(data), 0), (surrounded, moved)):
@@ -121,7 +122,11 @@ def test_one_rounding_is_numpys_or_exact(values: list[float], dtype: torch.dtype
     for value, result in zip(values, got.double().tolist(), strict=True):
         near = t([result], bf16)
         ups = [float(torch.nextafter(near, t([side], bf16))) for side in (inf, -inf)]
-        assert all(abs(Fraction(value) - Fraction(result)) <= abs(Fraction(value) - Fraction(up)) for up in ups if math.isfinite(up))
+        assert all(
+            abs(Fraction(value) - Fraction(result)) <= abs(Fraction(value) - Fraction(up))
+            for up in ups
+            if math.isfinite(up)
+        )
 
 
 def test_n06_and_n07_variances_of_data_far_from_zero() -> None:
@@ -258,9 +263,9 @@ def test_a_float64_variance_is_within_four_ulps_of_exact(values: list[float], ce
         return
     got = ms.var(data).item()
     assert abs(Fraction(got) - exact) <= 4 * Fraction(math.ulp(float(exact)))
-    assert abs(ms.std(data).item() - float(mpmath.sqrt(mpmath.mpf(exact.numerator) / exact.denominator))) <= 4 * math.ulp(
-        float(exact) ** 0.5
-    )
+    assert abs(
+        ms.std(data).item() - float(mpmath.sqrt(mpmath.mpf(exact.numerator) / exact.denominator))
+    ) <= 4 * math.ulp(float(exact) ** 0.5)
 
 
 @given(st.lists(st.floats(-700, 700, width=32), min_size=1, max_size=200), st.sampled_from([f32, f64]))

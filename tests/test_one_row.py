@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 EVERYWHERE = """
 import tests.rms_row
+tests.rms_row.add()
 import json, math, sys
 import torch
 import maskserve

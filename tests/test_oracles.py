@@ -19,7 +19,9 @@ SHAPES = ((60,), (7, 4500), (4500, 7), (6, 70, 5))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool)
 
 
-def sample(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor, np.ma.MaskedArray[Any, Any]]:
+def sample(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, np.ma.MaskedArray[Any, Any]]:
     """(data, mask, the same as a float64 numpy.ma); a fully masked slice among them."""
     generator = np.random.default_rng(seed)
     data = torch.from_numpy(np.abs(generator.normal(5, 3, shape)) % 11).to(dtype)

@@ -19,8 +19,8 @@ from maskserve.errors import (
     GradientError,
     MaskedValueError,
     MaskError,
-    MaskShapeError,
     MaskserveError,
+    MaskShapeError,
     NanError,
     ParameterError,
 )
@@ -169,7 +169,11 @@ def test_9_median_over_all_dims_is_global() -> None:
 
 def test_10_softmax_without_a_dim_is_an_error() -> None:
     m = ms.masked_tensor([[1.0, 2.0]])
-    for call in (lambda: ms.softmax(m), lambda: torch.nn.functional.softmax(m, dim=None), lambda: ms.softmax(m, (0, 1))):
+    for call in (
+        lambda: ms.softmax(m),
+        lambda: torch.nn.functional.softmax(m, dim=None),
+        lambda: ms.softmax(m, (0, 1)),
+    ):
         with pytest.raises(ParameterError, match="dim"):
             call()
 
@@ -276,7 +280,13 @@ def test_a_cached_plan_does_not_take_true_for_one() -> None:
 
 def test_conversions_refuse_masked_cells_and_keep_the_rest() -> None:
     m = ms.masked_tensor([[1.0, nan], [3.0, 4.0]], b([T, F], [T, T]))
-    for call in (lambda: m[0, 1].item(), lambda: float(m[0, 1]), lambda: bool(m[0, 1]), m.to_tensor, lambda: np.asarray(m)):
+    for call in (
+        lambda: m[0, 1].item(),
+        lambda: float(m[0, 1]),
+        lambda: bool(m[0, 1]),
+        m.to_tensor,
+        lambda: np.asarray(m),
+    ):
         with pytest.raises(MaskedValueError):
             call()
     assert (m[1, 1].item(), float(m[1, 0]), int(m[1, 0]), bool(m[0, 0])) == (4.0, 3.0, 3, True)

@@ -46,7 +46,7 @@ def backends() -> tuple[Backend, ...]:
 
 def choose(plan: Plan, name: str | None = None) -> Choice:
     """The first back end that serves the plan, or the one asked for by name, which must."""
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     known = [backend.name for backend in backends()]
     if name is not None and name not in known:
         raise BackendError(

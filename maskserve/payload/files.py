@@ -79,7 +79,7 @@ class _Ranges(ABC):
             )
         return self.header.tensors[name]
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - memory has nothing to give back
         """Gives back what it holds; buffers that were read stay valid."""
 
     def __enter__(self) -> Self:

@@ -57,7 +57,8 @@ def leaves(cells: Tensor | None, leaf: int, n: int | None = None) -> Tensor | No
     """(outer, n, inner) as (outer, leaves, leaf, inner)."""
     if cells is None:
         return None
-    return cells[:, :n].unflatten(1, (-1, leaf))
+    cut: Tensor = cells[:, :n].unflatten(1, (-1, leaf))
+    return cut
 
 
 __all__ = ["Parts", "ReferenceBackend", "join", "kernel", "lift"]

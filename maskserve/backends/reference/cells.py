@@ -96,8 +96,12 @@ def join(merge: Callable[[Parts, Parts], Parts], parts: Parts, dim: int) -> Part
     n = next(iter(parts.values())).shape[dim]
     while n > 1:
         even = n - n % 2
-        left = {name: part.narrow(dim, 0, even).unflatten(dim, (-1, 2)).select(dim + 1, 0) for name, part in parts.items()}
-        right = {name: part.narrow(dim, 0, even).unflatten(dim, (-1, 2)).select(dim + 1, 1) for name, part in parts.items()}
+        left = {
+            name: part.narrow(dim, 0, even).unflatten(dim, (-1, 2)).select(dim + 1, 0) for name, part in parts.items()
+        }
+        right = {
+            name: part.narrow(dim, 0, even).unflatten(dim, (-1, 2)).select(dim + 1, 1) for name, part in parts.items()
+        }
         joined = merge(left, right)
         if n % 2:
             joined = {name: torch.cat([part, parts[name].narrow(dim, n - 1, 1)], dim) for name, part in joined.items()}

@@ -5,6 +5,8 @@ Both run one cell after the other, so that a value depends on its logical index 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,13 +41,14 @@ def running_integer(plan: Plan, data: Tensor, mask: Tensor | None) -> Tensor:
     return check_fits(plan, limbs["high"], limbs["low"])
 
 
-def in_leaves(cells: Tensor, leaf: int, run) -> Tensor:  # type: ignore[no-untyped-def]
+def in_leaves(cells: Tensor, leaf: int, run: Callable[[Tensor], Tensor]) -> Tensor:
     """`run` over (outer, leaves, leaf, inner), the last leaf filled up with zeros."""
-    outer, n, inner = cells.shape
+    n = cells.shape[1]
     if n <= leaf:
         return run(cells.unsqueeze(1)).squeeze(1)
     padded = torch.nn.functional.pad(cells, (0, 0, 0, -n % leaf))
-    return run(padded.unflatten(1, (-1, leaf))).flatten(1, 2)[:, :n]
+    leaves: Tensor = padded.unflatten(1, (-1, leaf))
+    return run(leaves).flatten(1, 2)[:, :n]
 
 
 def running(cells: Tensor) -> Tensor:
