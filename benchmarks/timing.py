@@ -43,7 +43,7 @@ class Effort:
 
 
 QUICK = Effort(rounds=7, budget_s=0.05, once_s=0.2)
-FULL = Effort(rounds=9, budget_s=2.0, once_s=5.0)
+FULL = Effort(rounds=7, budget_s=0.5, once_s=1.0)
 LEAST = Effort(rounds=1, budget_s=0.0)
 
 

@@ -1,5 +1,5 @@
 // Values on the way from a cell to a leaf result: how a cell is loaded and widened, and how one value absorbs another.
-// Included by kernels.hpp inside the namespace of one instruction set; see there why nothing here may be shared.
+// Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
 
 // ---- values: absorb() is the one step of the tree -----------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 // Folding one leaf: the halving tree, evaluated eight streams at a time.
 // Halving n cells in a power of eight is: cell j absorbs those at j + k * n/8 (k = 1..7) in the order of tree() below,
 // which leaves n/8 cells to do the same with. So each level reads eight streams side by side, at the speed of memory.
-// Included by kernels.hpp inside the namespace of one instruction set; see there why nothing here may be shared.
+// Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
 
 constexpr int64_t cache_line = 64;
 

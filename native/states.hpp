@@ -1,5 +1,5 @@
 // States: what a leaf, and any tree of leaves, is remembered as; one state is n_lanes results side by side.
-// Included by kernels.hpp inside the namespace of one instruction set; see there why nothing here may be shared.
+// Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
 
 constexpr int n_lanes = 256;  // results computed side by side; a state of them is a few KB
 

@@ -1,5 +1,5 @@
 // Walking a block: which of the layouts it has, and its tiles.
-// Included by kernels.hpp inside the namespace of one instruction set; see there why nothing here may be shared.
+// Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
 
 enum class Walk { dense, columns };
 

@@ -1,29 +1,12 @@
-// The kernels, compiled once for each instruction set (variant_*.cpp), with the same bits from each: plain additions
-// in a fixed tree, no fused multiply-add, no reassociation.
-//
-// Everything lives in a namespace of the instruction set, and no inline function of the standard library is called
-// that the linker could share: it would keep one copy of it, perhaps the one for AVX-512, for every processor.
+// The sums and the counts of valid cells.
 
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <type_traits>
-
-#include "block.hpp"
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#define NEVER_INLINE __attribute__((noinline))
+#include "common.hpp"
 
 namespace maskserve {
 namespace MASKSERVE_ISA {
 namespace {
 
-ALWAYS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-#include "states.hpp"
-
-#include "cells.hpp"
+#include "tree.hpp"
 
 #include "fold.hpp"
 
@@ -88,63 +71,6 @@ struct LeafState {
     TileFold<ScaledF64Sum, is_masked> fold_scaled;
     fold_scaled(walk, leaf, tile, data, mask, sums.lanes());
     settle_scaled(sums.lanes(), tile.lanes(), state);
-  }
-};
-
-// ---- leaves joined in a power-of-two tree --------------------------------------------------------------------------
-
-constexpr int max_levels = 64;
-
-// A binary counter of states: slot k holds a finished tree of 2^k leaves where bit k of n_leaves is set.
-template <class State>
-struct LeafTree {
-  std::unique_ptr<State[]> room;
-  State* slot_ptr[max_levels];
-  State* carry_ptr;
-  int64_t n_leaves = 0;
-  CountState count;  // of the mask, where there is one: exact, so one running sum will do
-
-  void begin(int64_t most_leaves) {
-    if (room) return;
-    int levels = 1;
-    while (most_leaves >> levels) ++levels;
-    room.reset(new State[levels + 1]);  // new without (): not initialised
-    for (int k = 0; k < levels; ++k) slot_ptr[k] = &room[k];
-    carry_ptr = &room[levels];
-  }
-
-  // The state that the next push() adds.
-  State& next() { return *carry_ptr; }
-
-  void push(int64_t n) {
-    int level = 0;
-    for (; n_leaves >> level & 1; ++level) join_slot(level, n);
-    State* const filled_ptr = carry_ptr;
-    carry_ptr = slot_ptr[level], slot_ptr[level] = filled_ptr;
-    ++n_leaves;
-  }
-
-  // All leaves: what is left joins from the right. The tree is empty again after.
-  State& finish(int64_t n) {
-    if (n_leaves == 0) {
-      carry_ptr->clear(n);
-      return *carry_ptr;
-    }
-    int level = 0;
-    while (!(n_leaves >> level & 1)) ++level;
-    State* const filled_ptr = slot_ptr[level];
-    slot_ptr[level] = carry_ptr, carry_ptr = filled_ptr;
-    for (++level; n_leaves >> level; ++level) {
-      if (n_leaves >> level & 1) join_slot(level, n);
-    }
-    n_leaves = 0;
-    return *carry_ptr;
-  }
-
-  void join_slot(int level, int64_t n) {
-    slot_ptr[level]->join(*carry_ptr, n);
-    State* const joined_ptr = slot_ptr[level];
-    slot_ptr[level] = carry_ptr, carry_ptr = joined_ptr;
   }
 };
 
@@ -269,6 +195,8 @@ bool sum_route(const Block& given, const Parts& given_parts) {
   return true;
 }
 
+}  // namespace
+
 bool total(const Block& block, const Parts& parts) {
   switch (block.dtype) {
     case Dtype::f64: return sum_route<F64Sum>(block, parts);
@@ -296,11 +224,6 @@ bool count(const Block& block, const Parts& parts) {
   mask_block.mask = Operand();
   return sum_route<MaskSum>(mask_block, parts);
 }
-
-}  // namespace
-
-extern const Variant table;
-const Variant table{MASKSERVE_ISA_NAME, total, count};
 
 }  // namespace MASKSERVE_ISA
 }  // namespace maskserve

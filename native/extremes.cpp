@@ -1,0 +1,265 @@
+// Largest and smallest valid cells, where they are first, and how many cells are nonzero: exact, in any order.
+
+#include "common.hpp"
+
+namespace maskserve {
+namespace MASKSERVE_ISA {
+namespace {
+
+#include "tiles.hpp"
+
+// ---- keys: signed integers that are larger where the cell is better ----------------------------------------------------
+// A float's bits with the magnitude of negative ones inverted are ordered as the floats are, -0 below +0. For the
+// smallest cell all bits are inverted. NaN is the largest key, which no other cell has.
+
+template <class RawBits, bool is_float_>
+struct ToKey {
+  using Raw = RawBits;
+  using Out = std::make_signed_t<Raw>;
+  using Bits = Raw;
+  static constexpr bool is_float = is_float_;
+  static constexpr Raw sign = static_cast<Raw>(Raw{1} << (8 * sizeof(Raw) - 1));
+  static constexpr Out nan_key = static_cast<Out>(sign - 1);
+
+  Raw flip;      // all ones for the smallest
+  Raw bias;      // the sign bit for unsigned integers
+  Raw infinity;  // the bits of +inf
+  Out hidden = 0;
+
+  ALWAYS_INLINE Out operator()(Raw raw) const {
+    if constexpr (!is_float) return static_cast<Out>(raw ^ bias ^ flip);
+    const Raw magnitude = static_cast<Raw>(raw & (sign - 1));
+    const Raw ordered = static_cast<Raw>(raw ^ inverted(raw) ^ flip);
+    const Raw is_nan = static_cast<Raw>(-static_cast<Raw>(static_cast<Out>(magnitude) > static_cast<Out>(infinity)));
+    return static_cast<Out>(choose<Raw>(is_nan, static_cast<Raw>(nan_key), ordered));
+  }
+
+  // The cell of a key; NaN is quiet and positive.
+  ALWAYS_INLINE Raw cell(Out key) const {
+    const Raw raw = static_cast<Raw>(static_cast<Raw>(key) ^ flip);
+    if constexpr (!is_float) return static_cast<Raw>(raw ^ bias);
+    const Raw quiet = static_cast<Raw>((infinity & -infinity) >> 1);  // the top bit of the mantissa
+    if (key == nan_key) return static_cast<Raw>(infinity | quiet);
+    return static_cast<Raw>(raw ^ inverted(raw));
+  }
+
+  static ALWAYS_INLINE Raw inverted(Raw raw) {
+    return static_cast<Raw>(static_cast<Raw>(-static_cast<Raw>(raw >> (8 * sizeof(Raw) - 1))) & (sign - 1));
+  }
+};
+
+template <class Key>
+struct Best {
+  using K = typename Key::Out;
+  alignas(64) K best[n_tile_lanes];
+  alignas(64) int64_t at[n_tile_lanes];
+  alignas(64) int64_t count[n_tile_lanes];
+  bool found[n_tile_lanes];
+};
+
+// The keys of one tile, searched.
+template <class Key>
+struct TileBest {
+  using K = typename Key::Out;
+  alignas(64) K pattern[n_tile_lanes];
+  alignas(64) K chunk_of[n_tile_lanes];
+  alignas(64) K best[n_tile_lanes];
+
+  NEVER_INLINE void search(const K* __restrict keys, int64_t n_cells, int64_t lanes, K hidden) {
+    const int64_t period = period_of(lanes);
+    for (int64_t j = 0; j < period; ++j) pattern[j] = hidden;
+    K* const to = pattern;
+    each_cell(n_cells, period, [to, keys](int64_t p, int64_t j) { to[p] = keys[j] > to[p] ? keys[j] : to[p]; });
+    if (lanes == 1) {
+      for (int64_t half = n_tile_lanes / 2; half > 0; half /= 2) {
+        for (int64_t j = 0; j < half; ++j) pattern[j] = pattern[j + half] > pattern[j] ? pattern[j + half] : pattern[j];
+      }
+      best[0] = pattern[0];
+      return;
+    }
+    for (int64_t l = 0; l < lanes; ++l) best[l] = pattern[l];
+    for (int64_t k = lanes; k < period; k += lanes) {
+      for (int64_t l = 0; l < lanes; ++l) best[l] = pattern[k + l] > best[l] ? pattern[k + l] : best[l];
+    }
+  }
+
+  // Which chunk, a run of `period` cells, has the lane's best first; -1 for none.
+  NEVER_INLINE void locate(const K* __restrict keys, int64_t n_cells, int64_t lanes) {
+    const int64_t period = period_of(lanes);
+    spread(best, lanes, period, pattern);
+    for (int64_t j = 0; j < period; ++j) chunk_of[j] = -1;
+    K* const to = chunk_of;
+    const K* const wanted = pattern;
+    for (int64_t chunk = (n_cells - 1) / period; chunk >= 0; --chunk) {
+      const K number = static_cast<K>(chunk);
+      const int64_t n = least(period, n_cells - chunk * period);
+      const K* const from = keys + chunk * period;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < n; ++j) to[j] = from[j] == wanted[j] ? number : to[j];
+    }
+  }
+
+  int64_t first_row(int64_t lane, int64_t lanes) const {
+    const int64_t period = period_of(lanes), rows = period / lanes;
+    int64_t first = -1;
+    for (int64_t k = 0; k < rows; ++k) {
+      const int64_t chunk = chunk_of[k * lanes + lane];
+      if (chunk >= 0 && (first < 0 || chunk * rows + k < first)) first = chunk * rows + k;
+    }
+    return first;
+  }
+};
+
+constexpr int64_t n_key_rows = 4096;
+
+template <class Key>
+NEVER_INLINE bool best_cells(const Block& block, const Parts& parts, const Key& key) {
+  using K = typename Key::Out;
+  struct Room {
+    alignas(64) K keys[n_tile];
+    alignas(64) unsigned char keep[n_tile];
+    Best<Key> lanes;
+    TileBest<Key> tile;
+  };
+  const std::unique_ptr<Room> room(new Room);
+  Best<Key>& lane = room->lanes;
+  TileBest<Key>& tile = room->tile;
+  const bool with_at = parts.part_ptr[1] != nullptr;
+  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  each_window(block, most_rows, [&](Window& w) {
+    const int64_t lanes = w.lanes();
+    for (int64_t l = 0; l < lanes; ++l) lane.best[l] = key.hidden, lane.at[l] = lane.count[l] = 0, lane.found[l] = false;
+    for (w.i = 0; w.i < block.n; w.i += most_rows) {
+      w.rows = least(most_rows, block.n - w.i);
+      const unsigned char* const keep_ptr = gather_mask(block.mask, w, room->keep);
+      gather(block.data, w, keep_ptr, key, room->keys);
+      tile.search(room->keys, w.cells(), lanes, key.hidden);
+      int64_t better = 0, worst = 0;
+      for (int64_t l = 0; l < lanes; ++l) {
+        better |= tile.best[l] > lane.best[l];
+        worst |= tile.best[l] == key.hidden && !lane.found[l];
+      }
+      if (with_at && better) {
+        tile.locate(room->keys, w.cells(), lanes);
+        for (int64_t l = 0; l < lanes; ++l) {
+          if (tile.best[l] > lane.best[l]) lane.at[l] = w.i + tile.first_row(l, lanes), lane.found[l] = true;
+        }
+      }
+      for (int64_t l = 0; l < lanes; ++l) lane.best[l] = tile.best[l] > lane.best[l] ? tile.best[l] : lane.best[l];
+      if (with_at && worst) {  // the first cell may be as bad as a masked one, and still be the first
+        for (int64_t l = 0; l < lanes; ++l) {
+          for (int64_t r = 0; r < w.rows && !lane.found[l] && lane.best[l] == key.hidden; ++r) {
+            const int64_t j = r * lanes + l;
+            if (keep_ptr && !keep_ptr[j]) continue;
+            lane.found[l] = true, lane.at[l] = w.i + r;
+          }
+        }
+      }
+      count_window(keep_ptr, w, lane.count);
+    }
+    typename Key::Raw* const best = static_cast<typename Key::Raw*>(parts.part_ptr[0]) + w.o * block.inner + w.c;
+    for (int64_t l = 0; l < lanes; ++l) best[l] = key.cell(lane.best[l]);
+    write_lanes(block, w, lane.count, parts.count_ptr);
+    if (with_at) write_lanes(block, w, lane.at, parts.part_ptr[1]);
+  });
+  return true;
+}
+
+// What stands for a masked cell, and for no cells: -inf or the smallest integer for the largest cell; the opposite.
+template <class Raw>
+bool float_extremes(const Block& block, const Parts& parts, bool largest, Raw infinity) {
+  ToKey<Raw, true> key{static_cast<Raw>(largest ? Raw{0} : ~Raw{0}), 0, infinity};
+  key.hidden = key(static_cast<Raw>(largest ? infinity | key.sign : infinity));
+  return best_cells(block, parts, key);
+}
+
+template <class Raw>
+bool integer_extremes(const Block& block, const Parts& parts, bool largest, Raw least_cell, Raw most_cell) {
+  ToKey<Raw, false> key{static_cast<Raw>(largest ? Raw{0} : ~Raw{0}),
+                        static_cast<Raw>(least_cell == 0 ? Raw{1} << (8 * sizeof(Raw) - 1) : Raw{0}), 0};
+  key.hidden = key(largest ? least_cell : most_cell);
+  return best_cells(block, parts, key);
+}
+
+template <class Raw>
+bool signed_extremes(const Block& block, const Parts& parts, bool largest) {
+  const Raw least_cell = static_cast<Raw>(Raw{1} << (8 * sizeof(Raw) - 1));
+  return integer_extremes<Raw>(block, parts, largest, least_cell, static_cast<Raw>(least_cell - 1));
+}
+
+bool extremes(const Block& block, const Parts& parts, bool largest) {
+  switch (block.dtype) {
+    case Dtype::f64: return float_extremes<uint64_t>(block, parts, largest, 0x7ff0000000000000u);
+    case Dtype::f32: return float_extremes<uint32_t>(block, parts, largest, 0x7f800000u);
+    case Dtype::f16: return float_extremes<uint16_t>(block, parts, largest, 0x7c00u);
+    case Dtype::bf16: return float_extremes<uint16_t>(block, parts, largest, 0x7f80u);
+    case Dtype::i8: return signed_extremes<uint8_t>(block, parts, largest);
+    case Dtype::i16: return signed_extremes<uint16_t>(block, parts, largest);
+    case Dtype::i32: return signed_extremes<uint32_t>(block, parts, largest);
+    case Dtype::i64: return signed_extremes<uint64_t>(block, parts, largest);
+    case Dtype::u8: return integer_extremes<uint8_t>(block, parts, largest, 0, 255);
+    case Dtype::boolean: return integer_extremes<uint8_t>(block, parts, largest, 0, 1);
+  }
+  return false;
+}
+
+// ---- truths ---------------------------------------------------------------------------------------------------------
+
+template <class RawBits>
+struct ToTruth {
+  using Raw = RawBits;
+  using Out = uint8_t;
+  using Bits = uint8_t;
+  Raw magnitude;  // -0 is zero too
+  uint8_t hidden = 0;
+  ALWAYS_INLINE uint8_t operator()(Raw raw) const { return (raw & magnitude) != 0; }
+};
+
+template <class Raw>
+NEVER_INLINE bool true_cells(const Block& block, const Parts& parts, Raw magnitude) {
+  struct Room {
+    alignas(64) unsigned char truths[n_tile];
+    alignas(64) unsigned char keep[n_tile];
+    alignas(64) int64_t trues[n_tile_lanes];
+    alignas(64) int64_t count[n_tile_lanes];
+  };
+  const std::unique_ptr<Room> room(new Room);
+  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  each_window(block, most_rows, [&](Window& w) {
+    for (int64_t l = 0; l < w.lanes(); ++l) room->trues[l] = room->count[l] = 0;
+    for (w.i = 0; w.i < block.n; w.i += most_rows) {
+      w.rows = least(most_rows, block.n - w.i);
+      const unsigned char* const keep_ptr = gather_mask(block.mask, w, room->keep);
+      gather(block.data, w, keep_ptr, ToTruth<Raw>{magnitude}, room->truths);
+      count_lanes(room->truths, w.cells(), w.lanes(), room->trues);
+      count_window(keep_ptr, w, room->count);
+    }
+    write_lanes(block, w, room->count, parts.count_ptr);
+    write_lanes(block, w, room->trues, parts.part_ptr[0]);
+  });
+  return true;
+}
+
+}  // namespace
+
+bool largest(const Block& block, const Parts& parts) { return extremes(block, parts, true); }
+bool smallest(const Block& block, const Parts& parts) { return extremes(block, parts, false); }
+
+bool truths(const Block& block, const Parts& parts) {
+  switch (block.dtype) {
+    case Dtype::f64: return true_cells<uint64_t>(block, parts, ~uint64_t{0} >> 1);
+    case Dtype::f32: return true_cells<uint32_t>(block, parts, 0x7fffffffu);
+    case Dtype::f16:
+    case Dtype::bf16: return true_cells<uint16_t>(block, parts, 0x7fff);
+    case Dtype::i8:
+    case Dtype::u8:
+    case Dtype::boolean: return true_cells<uint8_t>(block, parts, 0xff);
+    case Dtype::i16: return true_cells<uint16_t>(block, parts, 0xffff);
+    case Dtype::i32: return true_cells<uint32_t>(block, parts, 0xffffffffu);
+    case Dtype::i64: return true_cells<uint64_t>(block, parts, ~uint64_t{0});
+  }
+  return false;
+}
+
+}  // namespace MASKSERVE_ISA
+}  // namespace maskserve

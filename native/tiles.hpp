@@ -1,0 +1,239 @@
+// Tiles: some rows of some results, gathered from any strides into one dense (rows, lanes) array, one lane a result.
+// What follows a gather is a plain loop over dense doubles or keys, whatever the dtype and the layout were.
+// Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
+
+constexpr int64_t n_tile = 1 << 14;     // cells of a tile: with the arrays beside it, it stays in L2
+constexpr int64_t n_tile_lanes = 256;
+constexpr int64_t n_short_group = 512;  // cells of a group up to which several of them share a tile
+
+// Rows [i, i + rows) of the groups [o, o + groups) x the columns [c, c + columns).
+struct Window {
+  int64_t o = 0, groups = 1, i = 0, rows = 0, c = 0, columns = 0;
+  int64_t lanes() const { return groups * columns; }
+  int64_t cells() const { return rows * lanes(); }
+};
+
+// Windows over all results of a block, each over all rows.
+template <class Visit>
+void each_window(const Block& block, int64_t most_rows, const Visit& visit) {
+  Window window;
+  const int64_t columns = least(block.inner, n_tile_lanes);
+  const int64_t rows = block.n < most_rows ? (block.n > 0 ? block.n : 1) : most_rows;
+  int64_t groups = 1;
+  if (columns == block.inner && block.n * columns <= n_short_group) {
+    groups = least(n_tile_lanes / columns, n_tile / 2 / (rows * columns));
+  } else if (block.inner == 1 && block.data.stride_outer < block.data.stride_n) {  // neighbours in memory, together
+    groups = least(n_tile_lanes, n_tile / rows);
+  }
+  for (window.o = 0; window.o < block.outer; window.o += groups) {
+    window.groups = least(groups, block.outer - window.o);
+    for (window.c = 0; window.c < block.inner; window.c += columns) {
+      window.columns = least(columns, block.inner - window.c);
+      visit(window);
+    }
+  }
+}
+
+// Calls run(first cell, its place in the tile, cells, stride, stride in the tile) for runs that are as long as can be.
+template <class Run>
+ALWAYS_INLINE void each_run(const Operand& operand, const Window& w, const Run& run) {
+  const int64_t first = w.o * operand.stride_outer + w.i * operand.stride_n + w.c * operand.stride_inner;
+  const bool inner_dense = w.columns == 1 || operand.stride_inner == 1;
+  if (w.groups == 1 && inner_dense && (w.rows <= 1 || operand.stride_n == w.columns)) {
+    return run(first, 0, w.cells(), int64_t{1}, int64_t{1});
+  }
+  const bool is_transposed = operand.stride_inner != 1 && operand.stride_n == 1;
+  if (w.columns < 8 ? w.rows > w.groups : is_transposed && w.rows > 1) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      for (int64_t c = 0; c < w.columns; ++c) {
+        run(first + g * operand.stride_outer + c * operand.stride_inner, g * w.columns + c, w.rows, operand.stride_n,
+            w.lanes());
+      }
+    }
+    return;
+  }
+  if (w.columns < 8) {
+    for (int64_t r = 0; r < w.rows; ++r) {
+      for (int64_t c = 0; c < w.columns; ++c) {
+        run(first + r * operand.stride_n + c * operand.stride_inner, r * w.lanes() + c, w.groups,
+            operand.stride_outer, w.columns);
+      }
+    }
+    return;
+  }
+  for (int64_t r = 0; r < w.rows; ++r) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      run(first + g * operand.stride_outer + r * operand.stride_n, r * w.lanes() + g * w.columns, w.columns,
+          w.columns == 1 ? int64_t{1} : operand.stride_inner, int64_t{1});
+    }
+  }
+}
+
+// The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
+inline const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr) {
+  if (!mask.cells_ptr) return nullptr;
+  const unsigned char* dense_ptr = nullptr;
+  each_run(mask, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
+    const unsigned char* from_ptr = mask.cells_ptr + first;
+    if (n == w.cells() && stride == 1 && tile_stride == 1) {
+      dense_ptr = from_ptr;
+    } else if (stride == 1 && tile_stride == 1) {
+      std::memcpy(copy_ptr + at, from_ptr, static_cast<size_t>(n));
+    } else {
+      for (int64_t j = 0; j < n; ++j) copy_ptr[at + j * tile_stride] = from_ptr[j * stride];
+    }
+  });
+  return dense_ptr ? dense_ptr : copy_ptr;
+}
+
+// Chosen by `keep`, all ones or all zeros: NaN-safe and without a branch.
+template <class Bits>
+ALWAYS_INLINE Bits choose(Bits keep, Bits a, Bits b) {
+  return static_cast<Bits>((a & keep) | (b & ~keep));
+}
+
+// Convert::operator()(raw) for each cell, as Convert::Out; what lies under the mask becomes `hidden`.
+template <class Convert, bool is_masked, bool is_dense>
+NEVER_INLINE void convert_run(const unsigned char* from_ptr, const unsigned char* keep_ptr, int64_t n, int64_t stride,
+                              int64_t tile_stride, Convert given, typename Convert::Out* out) {
+  using Out = typename Convert::Out;
+  using Bits = typename Convert::Bits;
+  const Convert convert = given;
+  const Bits hidden = bits_as<Bits>(convert.hidden);
+  const int64_t step = is_dense ? 1 : stride, tile_step = is_dense ? 1 : tile_stride;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    typename Convert::Raw raw;
+    std::memcpy(&raw, from_ptr + j * step * static_cast<int64_t>(sizeof raw), sizeof raw);
+    Out value = convert(raw);
+    if constexpr (is_masked) {
+      const Bits keep = static_cast<Bits>(-static_cast<Bits>(keep_ptr[j * tile_step]));
+      value = bits_as<Out>(choose<Bits>(keep, bits_as<Bits>(value), hidden));
+    }
+    out[j * tile_step] = value;
+  }
+}
+
+template <class Convert>
+void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr, const Convert& convert,
+            typename Convert::Out* out) {
+  constexpr int64_t cell_bytes = sizeof(typename Convert::Raw);
+  each_run(data, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
+    const unsigned char* from_ptr = data.cells_ptr + first * cell_bytes;
+    const bool dense = stride == 1 && tile_stride == 1;
+    if (keep_ptr) {
+      (dense ? convert_run<Convert, true, true> : convert_run<Convert, true, false>)(
+          from_ptr, keep_ptr + at, n, stride, tile_stride, convert, out + at);
+    } else {
+      (dense ? convert_run<Convert, false, true> : convert_run<Convert, false, false>)(
+          from_ptr, nullptr, n, stride, tile_stride, convert, out + at);
+    }
+  });
+}
+
+// ---- cells as doubles ------------------------------------------------------------------------------------------------
+
+template <class T>
+ALWAYS_INLINE double as_double(Sum<T> value) {
+  return static_cast<double>(value.sum);
+}
+ALWAYS_INLINE double as_double(Lone value) { return value.value; }
+ALWAYS_INLINE double as_double(Halves value) {
+  return static_cast<double>(static_cast<int64_t>(static_cast<uint64_t>(value.high) << 32 |
+                                                  static_cast<uint64_t>(value.low)));
+}
+
+template <class Cell>
+struct ToDouble {
+  using Raw = typename Cell::Raw;
+  using Out = double;
+  using Bits = uint64_t;
+  double hidden;
+  ALWAYS_INLINE double operator()(Raw raw) const { return as_double(Cell::widen(raw)); }
+};
+
+using I8Cell = IntCell<uint8_t, int8_t, int32_t>;
+using U8Cell = IntCell<uint8_t, uint8_t, int32_t>;
+using I16Cell = IntCell<uint16_t, int16_t, int32_t>;
+using I32Cell = IntCell<uint32_t, int32_t, int32_t>;
+
+template <class Cell>
+NEVER_INLINE void gather_cells(const Operand& data, const Window& w, const unsigned char* keep_ptr, double hidden,
+                               double* out) {
+  gather(data, w, keep_ptr, ToDouble<Cell>{hidden}, out);
+}
+
+// The cells of a window as doubles; what lies under the mask is `hidden`.
+inline void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr,
+                           double hidden, double* out) {
+  switch (dtype) {
+    case Dtype::f64: return gather_cells<F64Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::f32: return gather_cells<F32Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::f16: return gather_cells<F16Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::bf16: return gather_cells<BF16Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i8: return gather_cells<I8Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i16: return gather_cells<I16Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i32: return gather_cells<I32Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i64: return gather_cells<I64Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::u8:
+    case Dtype::boolean: return gather_cells<U8Cell>(data, w, keep_ptr, hidden, out);
+  }
+}
+
+// ---- lanes: loops over (rows, lanes) as a run of `period` values again and again --------------------------------------
+
+// A multiple of `lanes`, long enough for vector loops: lane values repeated to it are a pattern.
+ALWAYS_INLINE int64_t period_of(int64_t lanes) { return lanes * (lanes < n_tile_lanes ? n_tile_lanes / lanes : 1); }
+
+template <class T>
+void spread(const T* values, int64_t lanes, int64_t period, T* pattern) {
+  for (int64_t j = 0; j < period; j += lanes) std::memcpy(pattern + j, values, static_cast<size_t>(lanes) * sizeof(T));
+}
+
+// step(pattern index, cell index) for every cell of (rows, lanes).
+template <class Step>
+ALWAYS_INLINE void each_cell(int64_t n_cells, int64_t period, const Step& given) {
+  const Step step = given;
+  for (int64_t start = 0; start < n_cells; start += period) {
+    const int64_t n = least(period, n_cells - start);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) step(j, start + j);
+  }
+}
+
+// count[lane] += the bytes of its rows, each 0 or 1.
+inline NEVER_INLINE void count_lanes(const unsigned char* given_ptr, int64_t n_cells, int64_t lanes,
+                                     int64_t* __restrict count) {
+  const int64_t period = period_of(lanes);
+  alignas(64) uint8_t few[n_tile_lanes];
+  const unsigned char* bytes_ptr = given_ptr;
+  for (int64_t start = 0; start < n_cells;) {
+    const int64_t stop = least(n_cells, start + 255 * period);
+    std::memset(few, 0, sizeof few);
+    for (; start < stop; start += period) {
+      const int64_t n = least(period, stop - start);
+      for (int64_t j = 0; j < n; ++j) few[j] = static_cast<uint8_t>(few[j] + bytes_ptr[start + j]);
+    }
+    if (lanes == 1) {
+      int64_t sum = 0;
+      for (int64_t j = 0; j < period; ++j) sum += few[j];
+      count[0] += sum;
+    } else {
+      for (int64_t k = 0; k < period; k += lanes) {
+        for (int64_t l = 0; l < lanes; ++l) count[l] += few[k + l];
+      }
+    }
+  }
+}
+
+inline void count_window(const unsigned char* keep_ptr, const Window& w, int64_t* count) {
+  if (keep_ptr) return count_lanes(keep_ptr, w.cells(), w.lanes(), count);
+  for (int64_t l = 0; l < w.lanes(); ++l) count[l] += w.rows;
+}
+
+// Where the results of a window's lanes go: lane l of group g, column c is result (o + g) * inner + c.
+template <class T>
+void write_lanes(const Block& block, const Window& w, const T* values, void* part_ptr) {
+  T* const out = static_cast<T*>(part_ptr) + w.o * block.inner + w.c;
+  copy_lanes(values, w.lanes(), out);  // groups > 1 only where a window has all columns
+}

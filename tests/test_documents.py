@@ -1,0 +1,87 @@
+"""README and docs say what happens: every console and Python block is run, and the doors agree byte for byte."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+import torch
+
+import maskserve as ms
+from tests.documents import BLOCK, PAGES, ROOT, environment, rewritten
+from tests.http_service import running
+
+README = (ROOT / "README.md").read_text()
+MASKSERVE = str(Path(sys.executable).parent / "maskserve")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
+def test_console_blocks_print_what_the_page_says(page: Path) -> None:
+    assert page.read_text() == rewritten(page), "stale: run `python -m tests.documents`"
+
+
+def test_the_python_block_gives_what_its_comments_say() -> None:
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block
+    names: dict[str, object] = {"ROOT": ROOT}
+    for line in block.group(1).replace("examples/", f"{ROOT}/examples/").splitlines():
+        code, _, said = line.partition("  # ")
+        if said.strip().startswith(("masked_tensor(", "tensor(")):
+            assert repr(eval(code, names)) == said.strip()
+        else:
+            exec(code, names)
+
+
+def test_the_tables_of_the_first_screen_are_true() -> None:
+    cells = [[12, 15, None, 11], [20, None, 24, 25], [None] * 4, [7, 9, 8, 12]]
+    data = torch.tensor([[0 if c is None else c for c in row] for row in cells])
+    mask = torch.tensor([[c is not None for c in row] for row in cells])
+    means = ms.mean(data, 1, mask=mask).tolist()
+    assert means == [pytest.approx(38 / 3), 23.0, None, 9.0]
+
+
+def test_the_first_commands_output_is_the_readmes() -> None:
+    install = re.search(
+        r"```sh\n(python3 -m venv .*? && (\.venv/bin/maskserve .*?))\n```\n\n```\n(.*?)```", README, re.DOTALL
+    )
+    assert install
+    command = install.group(2).replace(".venv/bin/maskserve", MASKSERVE)
+    shown = subprocess.run(
+        ["bash", "-c", f"{command} --format table"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = [line.rstrip() for line in shown.stdout.splitlines()]
+    assert said == install.group(3).rstrip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("reduce", {"op": "mean", "dim": "week"}),
+        ("reduce", {"op": "median", "dim": "0", "keepdim": "true"}),
+        ("reduce", {"op": "max"}),
+        ("softmax", {"op": "log_softmax", "dim": "week"}),
+        ("scan", {"op": "cumsum", "dim": "year", "dtype": "f32"}),
+    ],
+)
+def test_python_command_line_and_http_give_the_same_bytes(verb: str, words: dict[str, str]) -> None:
+    file = ROOT / "examples" / "co2.safetensors"
+    python = ms.compute(verb, file, **words).to_bytes()
+    flags = [
+        part for name, value in words.items() for part in ((f"--{name}",) if value == "true" else (f"--{name}", value))
+    ]
+    shell = subprocess.run(
+        [MASKSERVE, verb, *flags, str(file), "-o", "-"], env=environment(), capture_output=True, check=True
+    )
+    with running() as service:
+        http = service.post(f"/v1/{verb}?{urlencode(words)}", file.read_bytes())
+    assert http.status_code == 200
+    assert python == shell.stdout == http.content
