@@ -1,4 +1,4 @@
-"""A request on a payload becomes an answer: variables in, variables out. Knows no files, no terminal and no HTTP."""
+"""A request on a payload becomes an answer: the one door behind every front end. Knows no files, no terminal, no HTTP."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Step:
         return prod(self.out_shape) * (dtype.n_bytes + 1)
 
 
-def steps(request: Request, payload: Payload) -> tuple[Step, ...]:
+def explain(request: Request, payload: Payload) -> tuple[Step, ...]:
     """What the request does with each variable, decided from the header alone."""
     variables = resolved(request, payload)
     device = device_of(str(request.running.get("device", "auto")))
@@ -96,10 +96,10 @@ def steps(request: Request, payload: Payload) -> tuple[Step, ...]:
     return planned
 
 
-def answer(request: Request, payload: Payload) -> Answer:
+def run(request: Request, payload: Payload) -> Answer:
     """Every variable of the payload computed on, or passed through where it lacks the named dim."""
     variables = resolved(request, payload)
-    planned = steps(request, payload)
+    planned = explain(request, payload)
     results = [result(request, payload, variables, step) for step in planned]
     alive = {(dim, n) for r in results if r.dims for dim, n in zip(r.dims, r.data.shape, strict=True)}
     kept = [c for c in variables.coordinates.values() if (c.name, *c.info.shape) in alive]  # keepdim leaves size 1

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from maskserve.answers import Answer
+from maskserve.answers import Answer, run
 from maskserve.payload.files import StrPath
 from maskserve.payload.format import Buffer, BytesPayload, Payload, encode, open_payload
 from maskserve.payload.format import save as save_bytes
 from maskserve.payload.tensors import load as load_parts
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import resolve
-from maskserve.requests import build, run
+from maskserve.requests import build
 from maskserve.tensor import MaskedTensor
 from maskserve.version import version
 

@@ -1,7 +1,4 @@
-"""What can be asked for, in words: request models built from the op table, and the one door behind every front end.
-
-Importing this module imports no torch; `run` does.
-"""
+"""What can be asked for, in words: request models built from the op table. Imports no torch; maskserve.answers runs them."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
@@ -17,10 +14,6 @@ from maskserve import dtypes
 from maskserve.errors import ParameterError, UnknownOpError, nearest
 from maskserve.ops import OPS, find
 from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
-
-if TYPE_CHECKING:
-    from maskserve.answers import Answer, Step
-    from maskserve.payload.format import Payload
 
 Words = Mapping[str, Any]
 
@@ -200,17 +193,3 @@ def refused(row: Row, error: ValidationError) -> ParameterError:
     return ParameterError(
         f"{row.name}: {name}: {reason[0].lower()}{reason[1:]}", parameter=name, allowed=known[name].choices
     )
-
-
-def run(request: Request, payload: Payload) -> Answer:
-    """The answer to `request` on the payload's variables: the one door behind the command line, the service and batch."""
-    from maskserve.answers import answer
-
-    return answer(request, payload)
-
-
-def explain(request: Request, payload: Payload) -> tuple[Step, ...]:
-    """What `run` would do with each variable, without reading a cell."""
-    from maskserve.answers import steps
-
-    return steps(request, payload)

@@ -26,23 +26,69 @@ struct Block {
   int64_t leaf = 0;  // 4096 or 64 cells of n
 };
 
-// Where the (outer, inner) results go, all contiguous 8-byte elements: count (int64), then by dtype
-//   f32 f16 bf16: total (double)
-//   f64:          total, low (double), exponent (int64)
-//   integers:     high, low (int64)
+// Where the (outer, inner) results go, all contiguous: count (int64), then the parts of the pass (ops/passes.py) in
+// their order, as double, int64 or, for the best cell, the data's own dtype. A null part is not asked for.
 struct Parts {
   int64_t* count_ptr = nullptr;
   void* part_ptr[3] = {nullptr, nullptr, nullptr};
 };
 
+// Where a block of the data's shape goes: values of `dtype` and validity, at the strides of `values`.
+struct Filled {
+  unsigned char* values_ptr = nullptr;
+  unsigned char* mask_ptr = nullptr;  // null without a mask
+  Operand values;
+  Dtype dtype = Dtype::f32;
+};
+
 // False, with nothing written, where the strides allow no walk at full speed: give a contiguous copy.
-using Kernel = bool (*)(const Block&, const Parts&);
+using Lift = bool (*)(const Block&, const Parts&);
+
+// fill_overflowed: a finite value became inf. fill_refused: the block needs the reference's way.
+enum FillStatus : int { fill_done, fill_overflowed, fill_refused };
+using Fill = int (*)(const Block&, const Filled&);
+
+constexpr const char* lift_names[] = {"total", "count", "largest", "smallest", "truths", "moments", "exponentials"};
+constexpr const char* fill_names[] = {"softmax", "log_softmax", "cumulative_sum"};
+constexpr int n_lifts = sizeof lift_names / sizeof *lift_names;
+constexpr int n_fills = sizeof fill_names / sizeof *fill_names;
 
 struct Variant {
   const char* name;
-  Kernel total;
-  Kernel count;
+  Lift lifts[n_lifts];
+  Fill fills[n_fills];
 };
+
+// The middle valid cell of each slice, as (outer, inner) doubles, and its count.
+void median(const Block& block, double* values, int64_t* count);
+
+// The states of n result cells: their parts as in Parts, and the correction of a variance.
+struct States {
+  int64_t n;
+  const int64_t* count_ptr;
+  const void* part_ptr[3];
+  double correction;
+};
+
+// A result is valid where its count reaches `min_count` and exceeds `needs`.
+struct Limits {
+  int64_t min_count;
+  double needs;
+};
+
+// `pair` and `limbs` are a sum's parts of f64 and of integers.
+enum class Finish : int {
+  sum, sum_pair, sum_limbs, mean, mean_pair, mean_limbs, var, std, same, count, at, any, all, logsumexp
+};
+constexpr const char* finish_names[] = {
+    "sum", "sum_pair", "sum_limbs", "mean", "mean_pair", "mean_limbs", "var", "std",
+    "same", "count", "at", "any", "all", "logsumexp",
+};
+constexpr int n_finishes = sizeof finish_names / sizeof *finish_names;
+
+// States to values of `dtype` and their validity; a FillStatus.
+int finish(int kernel, const States& states, const Limits& limits, Dtype dtype, unsigned char* values_ptr,
+           unsigned char* mask_ptr);
 
 // The variant for this processor, or the one MASKSERVE_ISA names. Decided once.
 const Variant& variant();

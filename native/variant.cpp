@@ -8,16 +8,27 @@
 
 namespace maskserve {
 
-namespace baseline {
-extern const Variant table;
-}
+#define MASKSERVE_VARIANT(isa)                                                                              \
+  namespace isa {                                                                                           \
+  bool total(const Block&, const Parts&);                                                                   \
+  bool count(const Block&, const Parts&);                                                                   \
+  bool largest(const Block&, const Parts&);                                                                 \
+  bool smallest(const Block&, const Parts&);                                                                \
+  bool truths(const Block&, const Parts&);                                                                  \
+  bool moments(const Block&, const Parts&);                                                                 \
+  bool exponentials(const Block&, const Parts&);                                                            \
+  int softmax(const Block&, const Filled&);                                                                 \
+  int log_softmax(const Block&, const Filled&);                                                             \
+  int cumulative_sum(const Block&, const Filled&);                                                          \
+  const Variant table{#isa,                                                                                 \
+                      {total, count, largest, smallest, truths, moments, exponentials},                     \
+                      {softmax, log_softmax, cumulative_sum}};                                              \
+  }
+
+MASKSERVE_VARIANT(baseline)
 #ifdef MASKSERVE_X86
-namespace avx2 {
-extern const Variant table;
-}
-namespace avx512 {
-extern const Variant table;
-}
+MASKSERVE_VARIANT(avx2)
+MASKSERVE_VARIANT(avx512)
 #endif
 
 namespace {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, load_file, save_file
 
-from maskserve import errors, requests
+from maskserve import answers, errors
 from maskserve.payload import files
 from maskserve_cli import exits
 from tests.command_line import (  # noqa: F401  # fixtures are found by name
@@ -94,7 +94,7 @@ def test_an_error_nobody_expected_is_one_line_and_70(maskserve: Maskserve, monke
     def fail(*_: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(requests, "run", fail)
+    monkeypatch.setattr(answers, "run", fail)
     ran = maskserve("reduce", "--op", "sum", "plain.safetensors")
     assert (ran.code, one_line(ran)) == (
         70, "maskserve: internal error: RuntimeError: two lines; MASKSERVE_DEBUG=1 shows where",
@@ -107,7 +107,7 @@ def test_running_out_of_memory_says_try_again(maskserve: Maskserve, monkeypatch:
     def fail(*_: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(requests, "run", fail)
+    monkeypatch.setattr(answers, "run", fail)
     ran = maskserve("reduce", "--op", "sum", "plain.safetensors")
     assert (ran.code, one_line(ran).startswith("maskserve: out of memory")) == (75, True)
 

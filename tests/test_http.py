@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from maskserve import requests
+from maskserve import answers, requests
 from maskserve.payload.format import BytesPayload
 from maskserve.payload.json import decode
 from maskserve_api import work
@@ -51,7 +51,7 @@ def test_safetensors_come_back_as_the_bytes_that_the_engine_gives(
     service: Running, verb: str, words: dict[str, str], question: bytes
 ) -> None:
     response = service.http.post(f"/v1/{verb}", params=words, content=question)
-    expected = requests.run(requests.build(verb, words), BytesPayload(question)).to_bytes()
+    expected = answers.run(requests.build(verb, words), BytesPayload(question)).to_bytes()
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == SAFETENSORS
     assert int(response.headers["content-length"]) == len(expected)
@@ -80,7 +80,7 @@ def test_a_plain_json_question_gets_a_plain_json_answer(
 def test_the_answer_comes_in_the_form_that_is_asked_for(service: Running) -> None:
     there = service.post("/v1/reduce?op=sum&dim=1", '{"data": [[1, null, 2]]}', content_type=JSON, accept=SAFETENSORS)
     request = requests.build("reduce", {"op": "sum", "dim": "1"})
-    assert there.content == requests.run(request, decode(b'{"data": [[1, null, 2]]}')).to_bytes()
+    assert there.content == answers.run(request, decode(b'{"data": [[1, null, 2]]}')).to_bytes()
     back = service.post("/v1/reduce?op=sum&dim=1", QUESTION, accept=JSON)
     assert back.json()["data"] == {"dtype": "F32", "shape": [3], "values": [5.0, 16.0, 27.0]}
 
@@ -138,7 +138,7 @@ def test_a_hundred_requests_at_once_each_get_their_own_answer(service: Running) 
     responses = asyncio.run(many(f"http://{service.netloc}", 100))
     request = requests.build("reduce", {"op": "sum"})
     for i, response in enumerate(responses):
-        assert response.content == requests.run(request, BytesPayload(payload(data=np.full(3, i)))).to_bytes()
+        assert response.content == answers.run(request, BytesPayload(payload(data=np.full(3, i)))).to_bytes()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -148,7 +148,7 @@ def test_curl_sends_a_file_and_saves_the_answer(service: Running, tmp_path, ques
     url = f"http://localhost:{service.port}/v1/reduce?op=mean&dim=0"
     command = ["curl", "-sS", "-4", "--data-binary", "@rain.safetensors", url, "-o", "mean.safetensors"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=30)
-    expected = requests.run(requests.build("reduce", {"op": "mean", "dim": "0"}), BytesPayload(question)).to_bytes()
+    expected = answers.run(requests.build("reduce", {"op": "mean", "dim": "0"}), BytesPayload(question)).to_bytes()
     assert (tmp_path / "mean.safetensors").read_bytes() == expected
 
 
@@ -236,7 +236,7 @@ def test_what_nobody_foresaw_is_a_500_that_says_nothing_of_its_insides(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(work.requests, "run", fail)
+    monkeypatch.setattr(work.answers, "run", fail)
     for question in (QUESTION, LARGE):
         response = service.post("/v1/reduce?op=sum", question)
         told = check_problem(response, 500, "internal")
@@ -253,7 +253,7 @@ def test_memory_that_is_not_there_is_a_503(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(work.requests, "run", fail)
+    monkeypatch.setattr(work.answers, "run", fail)
     check_problem(service.post("/v1/reduce?op=sum", QUESTION), 503, "out_of_memory")
 
 

@@ -17,8 +17,9 @@ import pytest
 
 import maskserve as ms
 from examples import make_co2, make_flights
+from maskserve.answers import run
 from maskserve.payload import json as payload_json
-from maskserve.requests import build, run
+from maskserve.requests import build
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CO2 = EXAMPLES / "co2.safetensors"

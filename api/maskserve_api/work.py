@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from maskserve import requests
+from maskserve import answers, requests
 from maskserve.answers import Answer
 from maskserve.errors import NotComputableError, PayloadError, TooLargeError
 from maskserve.ops import OPS
@@ -93,7 +93,7 @@ class Work:
         payload = self.payload()
         with self.stages.stage("compute"):
             refuse_growth(self.request, payload)
-            computed = requests.run(self.request, payload)
+            computed = answers.run(self.request, payload)
         with self.stages.stage("encode"):
             return ENCODERS[self.answer](computed, payload)
 
@@ -121,7 +121,7 @@ def refuse_growth(request: Request, payload: BytesPayload) -> None:
     """Refuses an answer out of all proportion to its question, from the header alone."""
     if all(info.n_bytes for info in payload.header.tensors.values()):
         return  # no dim has size 0, so no answer has more cells than its question has bytes
-    n_bytes = sum(step.bytes_written for step in requests.explain(request, payload))
+    n_bytes = sum(step.bytes_written for step in answers.explain(request, payload))
     most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)
     if n_bytes > most:
         raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")

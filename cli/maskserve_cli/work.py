@@ -57,7 +57,9 @@ def act(asked: Asked, request: Request, payload: Payload, target: Target, settin
         render.say_skipped(str(target.path))
         return
     if asked.explain:
-        for line in explained(requests.explain(request, payload)):
+        from maskserve import answers
+
+        for line in explained(answers.explain(request, payload)):
             say(line)
     if asked.dry_run:
         outputs.write_text(dry_run(request, payload, target))
@@ -68,11 +70,11 @@ def act(asked: Asked, request: Request, payload: Payload, target: Target, settin
 
 def computed(request: Request, payload: Payload, settings: Settings) -> Answer:
     """The answer, on the threads that the settings give."""
-    from maskserve import engine
+    from maskserve import answers, engine
 
     collect_again()
     with engine.using(threads=settings["threads"] or None):
-        return requests.run(request, payload)
+        return answers.run(request, payload)
 
 
 def nan_hint(request: Request) -> str | None:
@@ -116,7 +118,9 @@ def outlook(step: Step) -> Outlook:
 
 def dry_run(request: Request, payload: Payload, target: Target) -> Iterator[str]:
     """Lines that say what would be read, computed and written."""
-    looks = [outlook(step) for step in requests.explain(request, payload)]
+    from maskserve import answers
+
+    looks = [outlook(step) for step in answers.explain(request, payload)]
     if target.form is Form.JSON and target.path is None:
         yield as_json(request, looks, target)
         return

@@ -12,7 +12,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias, TypeVar
+from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
 from maskserve.errors import (
     InputError,
@@ -25,9 +25,7 @@ from maskserve.errors import (
     nearest,
 )
 from maskserve.payload.header import DEFAULT_LIMITS, Buffer, Header, Limits, TensorInfo, parse_header, shown
-
-if TYPE_CHECKING:
-    from maskserve.payload.format import Encoded
+from maskserve.payload.writing import Encoded
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Exists: TypeAlias = Literal["error", "replace", "skip"]

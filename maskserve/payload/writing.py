@@ -1,0 +1,92 @@
+"""Tensors as safetensors bytes: sizes known first, the same content always the same bytes. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+from maskserve.dtypes import DType
+from maskserve.errors import NotComputableError, ShapeError
+from maskserve.payload.header import METADATA, Buffer, Shape, check_metadata, check_name, check_shape, shown
+
+DATA_ALIGNMENT = 8  # as the safetensors library: 64 would gain nothing, since the tensors that follow are packed
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor to write: its little-endian bytes in row-major order, whole or in pieces made when they are due."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+    chunks: Buffer | Iterable[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A payload ready to be sent once: its exact size, known before the first of its `chunks` is made."""
+
+    n_bytes: int
+    chunks: Iterator[memoryview]
+
+
+def encode(outputs: Iterable[Output], metadata: Mapping[str, str]) -> Encoded:
+    """The payload of `outputs`, by width of dtype (widest first), then name: the same content gives the same bytes."""
+    ordered = sorted(outputs, key=lambda output: (-output.dtype.n_bytes, output.name))
+    header = encode_header(ordered, metadata)
+    sizes = [check_shape(output.name, output.dtype, output.shape) for output in ordered]
+    for output, n_bytes in zip(ordered, sizes, strict=True):
+        if isinstance(output.chunks, Buffer):
+            _check_size(output, memoryview(output.chunks).nbytes, n_bytes)
+    data = (_chunks(output, n_bytes) for output, n_bytes in zip(ordered, sizes, strict=True))
+    chunks = chain([memoryview(header)], chain.from_iterable(data))
+    return Encoded(len(header) + sum(sizes), chunks)
+
+
+def encode_header(ordered: Iterable[Output], metadata: Mapping[str, str]) -> bytes:
+    """The length and the header of `ordered`, padded so that the data starts at a multiple of 8."""
+    root: dict[str, object] = {}
+    if metadata:
+        root[METADATA] = dict(sorted(check_metadata(dict(metadata)).items()))
+    at = 0
+    for output in ordered:
+        check_name(output.name)
+        if output.name in root or output.name == METADATA:
+            raise NotComputableError(
+                f"two tensors would be written as {shown(output.name)}; rename one", parameter=shown(output.name)
+            )
+        end = at + check_shape(output.name, output.dtype, output.shape)
+        root[output.name] = {"dtype": output.dtype.code, "shape": list(output.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(root, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % DATA_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def to_bytes(outputs: Iterable[Output], metadata: Mapping[str, str]) -> bytes:
+    """The payload of `outputs` in one piece."""
+    return b"".join(encode(outputs, metadata).chunks)
+
+
+def _chunks(output: Output, n_bytes: int) -> Iterator[memoryview]:
+    """The bytes of `output`, counted: what is written must fit the header that was already sent."""
+    written = 0
+    for chunk in [output.chunks] if isinstance(output.chunks, Buffer) else output.chunks:
+        view = memoryview(chunk)
+        written += view.nbytes
+        if written > n_bytes:
+            _check_size(output, written, n_bytes)
+        if view.nbytes:
+            yield view.cast("B")
+    _check_size(output, written, n_bytes)
+
+
+def _check_size(output: Output, given: int, expected: int) -> None:
+    if given != expected:
+        raise ShapeError(
+            f"{shown(output.name)} has {given} bytes to write; {output.dtype.code} of shape "
+            f"{shown(str(output.shape))} takes {expected}",
+            parameter=shown(output.name),
+        )
