@@ -25,8 +25,8 @@ class ReferenceBackend:
     """Serves every plan."""
 
     name = "reference"
-    block_cells = 1 << 18
-    """A block and its float64 copies stay in L2 and L3; much smaller ones cost more in calls than they save."""
+    block_cells = 1 << 16
+    """A block and its float64 copies stay in L2; smaller ones cost more in calls than they save."""
     threads_inside = True
     """torch spreads each call over its own threads, so the engine hands over one block at a time."""
 
