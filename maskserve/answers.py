@@ -12,7 +12,7 @@ from torch import Tensor
 from maskserve import engine
 from maskserve.backends import Choice, choose
 from maskserve.dtypes import BY_TORCH, DType
-from maskserve.errors import DeviceError, DimError, nearest
+from maskserve.errors import DeviceError, DimError, TooLargeError, nearest
 from maskserve.ops.rows import Normalization, Reduction, Scan
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.tensors import load, output
@@ -20,6 +20,10 @@ from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_n
 from maskserve.plan import Plan, plan
 from maskserve.requests import Request
 from maskserve.version import version
+
+SMALL_ANSWER = 1 << 20
+GROWTH = 9
+"""An i64 and its mask for each byte: what an answer may be of a question without dims of size 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,12 @@ class Step:
         return self.variable.info.n_bytes + (mask.info.n_bytes if mask else 0)
 
     @property
+    def dims_alive(self) -> Dims:
+        """The named dims that are not reduced; keepdim leaves the name of one that is, and not its cells."""
+        reduced = self.plan.dims if self.plan and isinstance(self.plan.row, Reduction) else ()
+        return tuple(name for dim, name in enumerate(self.variable.dims or ()) if dim not in reduced)
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
         return self.plan.out_shape if self.plan else self.variable.info.shape
 
@@ -100,15 +110,25 @@ def run(request: Request, payload: Payload) -> Answer:
     """Every variable of the payload computed on, or passed through where it lacks the named dim."""
     variables = resolved(request, payload)
     planned = explain(request, payload)
+    refuse_growth(planned, payload)
     results = [result(request, payload, variables, step) for step in planned]
-    alive = {(dim, n) for r in results if r.dims for dim, n in zip(r.dims, r.data.shape, strict=True)}
-    kept = [c for c in variables.coordinates.values() if (c.name, *c.info.shape) in alive]  # keepdim leaves size 1
-    results += [coordinate(payload, c, variables) for c in kept]
+    alive = {dim for step in planned for dim in step.dims_alive}
+    results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
     named = {r.name: r.dims for r in results if r.dims is not None}
     metadata = answer_metadata(
         payload.header.metadata, named, {"maskserve": version(), **request.canonical()}, version()
     )
     return Answer(results=tuple(results), metadata=metadata)
+
+
+def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
+    """Refuses an answer out of all proportion to its question: a dim of size 0 lets 70 bytes ask for terabytes."""
+    if all(info.n_bytes for info in payload.header.tensors.values()):
+        return  # no dim has size 0, so no answer has more cells than its question has bytes
+    n_bytes = sum(step.bytes_written for step in planned)
+    most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)
+    if n_bytes > most:
+        raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
 
 
 def resolved(request: Request, payload: Payload) -> Variables:
@@ -211,10 +231,10 @@ def coordinate(payload: Payload, variable: Variable, variables: Variables) -> Re
 
 
 def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:
-    """The mask, less the cells that hold the fill value."""
-    if fill is None:
+    """The mask, less the cells that hold the fill value; a value that the dtype cannot hold is in no cell."""
+    if fill is None or not BY_TORCH[str(data.dtype).removeprefix("torch.")].holds(fill):
         return mask
-    valid = data != fill
+    valid = data != (fill if data.dtype.is_floating_point else int(fill))
     return valid if mask is None else valid & mask
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
-from maskserve.dtypes import BY_TORCH
-from maskserve.errors import DataError, ParameterError, ShapeError
+from maskserve.dtypes import BY_TORCH, DType
+from maskserve.errors import DataError, DtypeError, MaskserveError, ParameterError, ShapeError
 from maskserve.masks import Policy, check_equal, intersection, union
 from maskserve.ops.rows import Elementwise, MaskRule
 from maskserve.plan import accept, resolve
@@ -34,18 +34,32 @@ def compute(
     """(values, mask) of the row on its operands, broadcast; hidden cells are 0."""
     tensors = [value for value, _, _ in operands if isinstance(value, Tensor)]
     for tensor in tensors:
-        accept(row, BY_TORCH[str(tensor.dtype).removeprefix("torch.")])
+        accept(row, known(tensor))
     defaults = {p.name: p.default for p in row.parameters}
     params = {name: value for name, value in resolve(row, given).items() if value != defaults[name]}
     shape = broadcast_shape(row, tensors)
     masks = [None if mask is None else padded(mask, len(shape)) for _, mask, _ in operands]
     if policy is Policy.STRICT:
         check_equal(row.name, [m for m, (_, _, masked) in zip(masks, operands, strict=True) if masked], shape)
-    values, mask = flow(row, operands, masks, policy)
-    data = call(row, values, params)
-    if mask is not None and data.shape != shape:  # two numbers
-        mask = mask.expand(shape)
-    return (data, None) if mask is None else (select(data, mask.expand(data.shape)), mask)
+    try:
+        values, mask = flow(row, operands, masks, policy)
+        data = function(row.function)(*values, **params)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, MaskserveError):
+            raise
+        raise DataError(f"{row.name}: {str(error).splitlines()[0]}") from error
+    if mask is None:
+        return (data.clone() if any(data is tensor for tensor in tensors) else data), None
+    if any(mask.untyped_storage().data_ptr() == m.untyped_storage().data_ptr() for m in masks if m is not None):
+        mask = mask.clone()  # a later assignment into the result is none into the operand
+    return select(data, mask.expand(data.shape)), mask
+
+
+def known(tensor: Tensor) -> DType:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in BY_TORCH:
+        raise DtypeError(f"{name} is not supported: give one of {', '.join(BY_TORCH)}", parameter="dtype")
+    return BY_TORCH[name]
 
 
 def flow(
@@ -61,9 +75,10 @@ def flow(
         return values, chosen if condition is None else chosen & condition
     if policy is Policy.UNION and any(mask is not None for mask in masks):
         return filled_with_identity(row, operands), union(masks)
-    if row.unsafe:
-        values = [safe(value, mask) for value, mask, _ in operands]
-    return values, intersection(masks)
+    together = intersection(masks)
+    if row.unsafe and together is not None:
+        values = [safe(value, together) for value in values]
+    return values, together
 
 
 def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[Any]:
@@ -80,21 +95,12 @@ def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[
     return values
 
 
-def safe(value: Any, mask: Tensor | None) -> Any:
-    """Integers whose hidden cells are 1: torch raises on a division by 0 wherever it stands."""
-    if mask is None or value.dtype.is_floating_point:
+def safe(value: Any, mask: Tensor) -> Any:
+    """Integers that are 1 where the result is hidden: torch raises on a division by 0 wherever it stands."""
+    if not isinstance(value, Tensor) or value.dtype.is_floating_point:
         return value
-    return select(value, mask.expand(value.shape), 1)
-
-
-def call(row: Elementwise, values: Sequence[Any], params: Mapping[str, Any]) -> Tensor:
-    try:
-        return function(row.function)(*values, **params)
-    except (RuntimeError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{row.name}: {reason}") from error
+    shape = torch.broadcast_shapes(value.shape, mask.shape)
+    return select(value.expand(shape), mask.expand(shape), 1)
 
 
 def broadcast_shape(row: Elementwise, tensors: Sequence[Tensor]) -> torch.Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -37,11 +38,36 @@ class DType:
     def is_float(self) -> bool:
         return self.kind is Kind.FLOAT
 
+    def holds(self, value: float) -> bool:
+        """Whether a number is in this dtype's range, and whole where the dtype is.
+
+        >>> u8.holds(-1), u8.holds(0.5), f16.holds(1e6), f16.holds(0.1), i64.holds(2**63 - 1)
+        (False, False, False, True, True)
+        """
+        if self.is_float:
+            return math.isinf(value) or abs(value) <= _LARGEST[self.name]
+        if not math.isfinite(value) or value != int(value):
+            return False
+        bits = 1 if self.kind is Kind.BOOL else 8 * self.n_bytes
+        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if self.kind is Kind.INT else (0, (1 << bits) - 1)
+        return low <= value <= high
+
     @property
     def is_integral(self) -> bool:
         """Whether it is an integer or bool type, whose sums are exact."""
         return self.kind in (Kind.INT, Kind.UINT, Kind.BOOL)
 
+
+_LARGEST: Mapping[str, float] = MappingProxyType(
+    {
+        "f64": 1.7976931348623157e308,
+        "f32": 3.4028234663852886e38,
+        "bf16": 3.3895313892515355e38,
+        "f16": 65504.0,
+        "f8_e4m3": 448.0,
+        "f8_e5m2": 57344.0,
+    }
+)
 
 f64 = DType(name="f64", code="F64", torch="float64", n_bytes=8, kind=Kind.FLOAT)
 f32 = DType(name="f32", code="F32", torch="float32", n_bytes=4, kind=Kind.FLOAT)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskserve.backends import Backend, Parts, choose
+from maskserve.backends import Backend, Finisher, Parts, choose
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import canonical, rounded, select
-from maskserve.errors import EmptySliceError, NanError, ParameterError
+from maskserve.errors import EmptySliceError, NanError
 from maskserve.ops.rows import Normalization, Reduction, Scan
 from maskserve.plan import Plan
 
@@ -42,12 +42,13 @@ class Execution:
     block_cells: int | None = None
 
 
+_DEFAULT = Execution()
 _execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
 
 
 def execution() -> Execution:
     """How requests run here and now."""
-    return _execution.get() or Execution()
+    return _execution.get() or _DEFAULT
 
 
 @contextmanager
@@ -76,6 +77,10 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 def run(plan: Plan, data: Tensor, mask: Tensor | None) -> Masked:
     """(values, mask) of the plan on `data`, valid where `mask` (of data's ndim, size 1 broadcasts; None: everywhere)."""
+    finisher = finisher_of(plan) if data.numel() <= SMALL else None
+    small = finisher.run(plan, data, mask) if finisher else None
+    if small is not None:
+        return small
     cells = Cells(plan, data, mask)
     row = plan.row
     if isinstance(row, Reduction):
@@ -203,12 +208,40 @@ def backend_of(plan: Plan) -> Backend:
     return choose(plan, execution().backend).backend
 
 
+def finisher_of(plan: Plan) -> Finisher | None:
+    """The plan's back end where it writes results itself."""
+    return choose(plan, execution().backend).finisher
+
+
 # -- reductions ---------------------------------------------------------------------------------------------------
 
 
 def reduce(plan: Plan, cells: Cells) -> Masked:
     """The slices' states, finalized; a result cell is masked where too few cells were valid."""
-    return finish(plan, joined(plan, cells))
+    finisher = finisher_of(plan)
+    reduced = reduce_whole(plan, cells, finisher) if finisher else None
+    return finish(plan, joined(plan, cells)) if reduced is None else reduced
+
+
+def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
+    """Short slices, whole: their states never leave the back end. None where slices are long, or it cannot."""
+    outer, n, inner = cells.shape
+    if len(plan.fold) > 3 or not 0 < n * inner <= SMALL or not outer:
+        return None
+    values = torch.empty((outer, inner), dtype=getattr(torch, plan.result.torch))
+    valid = torch.empty((outer, inner), dtype=torch.bool)
+    served: list[bool] = []
+
+    def task(rows: slice) -> Callable[[], None]:
+        def reduce_block() -> None:
+            data, mask = cells.block(rows, slice(0, n), slice(0, inner))
+            served.append(finisher.reduce(plan, data, mask, values[rows], valid[rows]))
+
+        return reduce_block
+
+    rows = spans(outer, max(1, block_cells(finisher) // (n * inner)))
+    in_parallel(finisher, outer * n * inner, [task(some) for some in rows])
+    return (values.view(plan.out_shape), valid.view(plan.out_shape)) if all(served) else None
 
 
 def state(plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
@@ -245,7 +278,7 @@ def lift_all(plan: Plan, cells: Cells) -> Parts:
     outer, n, inner = cells.shape
     backend = backend_of(plan)
     blocks = cut(plan, cells.shape, block_cells(backend))
-    merge = kernel(plan.passes[0].reference).merge
+    merge = backend.merge(plan)
     states: Parts = {
         part.name: torch.empty(
             (outer, len(blocks.runs), inner), dtype=getattr(torch, part.dtype.torch), device=plan.device
@@ -268,7 +301,7 @@ def lift_all(plan: Plan, cells: Cells) -> Parts:
 
 def join_groups(plan: Plan, parts: Parts) -> Parts:
     """(outer, inner) states joined along the earlier groups of reduced dims, last first, until kept dims are left."""
-    of = kernel(plan.passes[0].reference)
+    of, merge = kernel(plan.passes[0].reference), backend_of(plan).merge(plan)
     below = plan.fold[-2]
     for group in range(len(plan.fold) - 4, 0, -2):
         n = plan.fold[group]
@@ -276,16 +309,30 @@ def join_groups(plan: Plan, parts: Parts) -> Parts:
         parts = {name: part.reshape(shape) for name, part in parts.items()}
         if hasattr(of, "shift"):
             parts = of.shift(parts, torch.arange(n, device=plan.device)[:, None] * below)
-        parts = join(of.merge, parts, 1)
+        parts = join(merge, parts, 1)
         below *= n
     return parts
 
 
 def finish(plan: Plan, parts: Parts) -> Masked:
     """States to (values, mask) in the result's shape and dtype."""
+    row, finisher = plan.row, finisher_of(plan)
+    assert isinstance(row, Reduction)
+    finished = finisher.finish(plan, parts) if finisher else None
+    if finished is not None:
+        return finished
+    enough = reached(plan, parts["count"])
+    if not enough.all():  # what becomes masked overflows nothing
+        parts = {"count": parts["count"]} | {k: select(part, enough) for k, part in parts.items() if k != "count"}
+    return masked_where_too_few(plan, kernel(row.finalize)(plan, parts), parts["count"])
+
+
+def reached(plan: Plan, count: Tensor) -> Tensor:
+    """Where enough cells were valid."""
     row = plan.row
     assert isinstance(row, Reduction)
-    return masked_where_too_few(plan, kernel(row.finalize)(plan, parts), parts["count"])
+    enough = count >= (0 if row.never_masked else plan.params["min_count"])
+    return enough if row.needs is None else enough & (count > row.needs(plan.params))
 
 
 def masked_where_too_few(plan: Plan, values: Tensor, count: Tensor) -> Masked:
@@ -294,11 +341,8 @@ def masked_where_too_few(plan: Plan, values: Tensor, count: Tensor) -> Masked:
     assert isinstance(row, Reduction)
     result = narrowed(plan, values).reshape(plan.out_shape)
     if row.never_masked:
-        return result, torch.ones(plan.out_shape, dtype=torch.bool, device=result.device)
-    valid = count >= params["min_count"]
-    if row.needs is not None:
-        valid &= count > row.needs(params)
-    valid = valid.reshape(plan.out_shape)
+        return result, reached(plan, count).reshape(plan.out_shape)
+    valid = reached(plan, count).reshape(plan.out_shape)
     result = select(result, valid)
     return (result, valid) if params["empty"] == "mask" else filled(plan, result, valid)
 
@@ -314,12 +358,16 @@ def narrowed(plan: Plan, values: Tensor) -> Tensor:
         return canonical(values)
     result = rounded(values.double(), dtype)
     if (result.isinf() & values.isfinite()).any():
-        warnings.warn(
-            f"{plan.row.name}: a finite result overflows {plan.result.name} and became inf; dtype=f64 holds it",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn_of_overflow(plan)
     return canonical(result)
+
+
+def warn_of_overflow(plan: Plan) -> None:
+    warnings.warn(
+        f"{plan.row.name}: a finite result overflows {plan.result.name} and became inf; dtype=f64 holds it",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def filled(plan: Plan, result: Tensor, valid: Tensor) -> Masked:
@@ -332,12 +380,6 @@ def filled(plan: Plan, result: Tensor, valid: Tensor) -> Masked:
                 parameter="empty",
             )
         return result, valid
-    if not plan.result.is_float and empty != int(empty):
-        raise ParameterError(
-            f"{plan.row.name}: empty={empty} does not fit the result's dtype {plan.result.name}; give a whole number "
-            "or dtype=f64",
-            parameter="empty",
-        )
     return torch.where(valid, result, torch.full((), empty, dtype=result.dtype, device=result.device)), valid | True
 
 
@@ -350,11 +392,19 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     outer, n, inner = cells.shape
     values = torch.empty((outer, inner), dtype=torch.float64, device=plan.device)
     counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)
-    for rows, columns in cut(plan, cells.shape, block_cells(backend_of(plan)), whole=True).tiles:
-        values[rows, columns], counts[rows, columns] = kernel(row.select)(
-            plan, *cells.block(rows, slice(0, n), columns)
-        )
-    return masked_where_too_few(plan, values, counts)
+    backend, finisher = backend_of(plan), finisher_of(plan)
+    of = finisher.select if finisher else kernel(row.select)
+
+    def task(rows: slice, columns: slice) -> Callable[[], None]:
+        def select_block() -> None:
+            values[rows, columns], counts[rows, columns] = of(plan, *cells.block(rows, slice(0, n), columns))
+
+        return select_block
+
+    tiles = cut(plan, cells.shape, block_cells(backend), whole=True).tiles
+    in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
+    finished = finisher.finish(plan, {"count": counts, "total": values}) if finisher else None
+    return masked_where_too_few(plan, values, counts) if finished is None else finished
 
 
 def gathered(plan: Plan, cells: Cells) -> Cells:
@@ -373,8 +423,12 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     """State of each slice, then apply; a slice that fits a block is read once."""
     row = plan.row
     assert isinstance(row, Normalization)
+    finisher = finisher_of(plan)
+    if finisher:
+        return fill(plan, cells, finisher)
     result, valid = empty_like(plan, cells)
-    backend, merge = backend_of(plan), kernel(plan.passes[0].reference).merge
+    backend = backend_of(plan)
+    merge = backend.merge(plan)
     blocks = cut(plan, cells.shape, block_cells(backend))
     for rows, columns in blocks.tiles:
         states = [lift(plan, backend, cells, rows, span, columns) for span in blocks.runs]
@@ -387,6 +441,9 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
 
 def scan(plan: Plan, row: Scan, cells: Cells) -> Masked:
     """Each slice whole, a tile of slices at a time."""
+    finisher = finisher_of(plan)
+    if finisher:
+        return fill(plan, cells, finisher)
     n = cells.shape[1]
     result, valid = empty_like(plan, cells)
     if not n:
@@ -398,12 +455,36 @@ def scan(plan: Plan, row: Scan, cells: Cells) -> Masked:
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
+def fill(plan: Plan, cells: Cells, finisher: Finisher) -> Masked:
+    """Each slice whole, written by the back end itself; what it refuses is a scan that the reference does."""
+    result, valid = empty_like(plan, cells)
+
+    def task(rows: slice, columns: slice) -> Callable[[], None]:
+        def fill_block() -> None:
+            where = (rows, slice(0, cells.shape[1]), columns)
+            data, mask = cells.block(*where)
+            status = finisher.fill(plan, data, mask, result[where], valid[where])
+            if status == "refused":
+                assert isinstance(plan.row, Scan)
+                write(plan, result, valid, where, kernel(plan.row.scan).scan(plan, data, mask), mask)
+            elif status == "overflowed":
+                warn_of_overflow(plan)
+
+        return fill_block
+
+    if result.numel():
+        tiles = cut(plan, cells.shape, block_cells(finisher), whole=True).tiles
+        in_parallel(finisher, result.numel(), [task(*tile) for tile in tiles])
+    return result.view(plan.out_shape), valid.view(plan.out_shape)
+
+
 def empty_like(plan: Plan, cells: Cells) -> Masked:
     """Memory for a result of the data's shape, folded."""
     dtype = getattr(torch, plan.result.torch)
+    written = cells.mask is not None
     return (
         torch.empty(cells.shape, dtype=dtype, device=plan.device),
-        torch.ones(cells.shape, dtype=torch.bool, device=plan.device),
+        (torch.empty if written else torch.ones)(cells.shape, dtype=torch.bool, device=plan.device),
     )
 
 

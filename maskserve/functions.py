@@ -16,11 +16,11 @@ from torch import Tensor
 from maskserve import cellwise, masks
 from maskserve.dtypes import BY_TORCH, DType
 from maskserve.engine import run
-from maskserve.errors import DtypeError, GradientError
+from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeError
 from maskserve.ops import OPS
 from maskserve.ops.rows import REQUIRED, Elementwise, Move, Parameter, Row, Type
 from maskserve.plan import SlicedRow, plan
-from maskserve.tensor import MaskedTensor
+from maskserve.tensor import MaskedTensor, as_masked_tensor, from_foreign, tensor_of
 
 Function = Callable[..., Any]
 
@@ -38,34 +38,57 @@ def sliced(row: SlicedRow, tensor: Any, mask: Any, given: tuple[tuple[str, Any],
 
 def elementwise(row: Elementwise, operands: tuple[Any, ...], policy: str | None, given: dict[str, Any]) -> MaskedTensor:
     """An elementwise op of tensors and numbers."""
-    unwrapped = [
-        (*unwrap(row, operand, None), isinstance(operand, MaskedTensor))
-        if isinstance(operand, MaskedTensor | Tensor)
-        else (operand, None, False)
-        for operand in operands
-    ]
+    unwrapped = [unwrapped_operand(row, operand) for operand in operands]
     return MaskedTensor._of(*cellwise.compute(row, unwrapped, given, masks.parse_policy(policy)))
+
+
+def unwrapped_operand(row: Elementwise, operand: Any) -> cellwise.Operand:
+    operand = from_foreign(operand)
+    if isinstance(operand, MaskedTensor | Tensor):
+        return (*unwrap(row, operand, None), isinstance(operand, MaskedTensor))
+    if not isinstance(operand, int | float):
+        raise DtypeError(f"{row.name} takes tensors and numbers, not a {type(operand).__name__}")
+    return operand, None, False
 
 
 def moved(row: Move, tensor: MaskedTensor, *args: Any, **kwargs: Any) -> MaskedTensor:
     """Data and mask by the same way; the result is a view where torch's is."""
+    if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
+        raise DtypeError(f"{row.name} as another dtype would take the mask's bytes for something else; use .to(dtype)")
+    if not isinstance(tensor, MaskedTensor):
+        tensor = as_masked_tensor(tensor)
     move = getattr(torch.Tensor, row.name)
-    mask = tensor._mask
-    return tensor._view_of(
-        move(tensor._data, *args, **kwargs),
-        None if mask is None else move(mask.expand(tensor.shape), *args, **kwargs),
-    )
+    try:
+        data = move(tensor._data, *args, **kwargs)
+        mask = None if tensor._mask is None else move_mask(move, tensor._full_mask(), args, kwargs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ShapeError(f"{row.name}: {str(error).splitlines()[0]}") from error
+    return tensor._view_of(data, mask)
+
+
+def move_mask(move: Function, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The mask moved; a copy of it where its strides allow no view and the data's do."""
+    try:
+        moved: Tensor = move(mask, *args, **kwargs)
+    except RuntimeError:
+        moved = move(mask.contiguous(), *args, **kwargs)
+    return moved
 
 
 def unwrap(row: Row, tensor: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
     """(data, mask) of a MaskedTensor, or of a plain tensor with `mask=`."""
+    if not isinstance(tensor, MaskedTensor):
+        tensor = tensor_of(tensor)
     if isinstance(tensor, MaskedTensor):
         data, own = tensor._data, tensor._mask
         if mask is not None:
             own = masks.intersection([own, masks.checked(data, mask)])
     else:
-        data = tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor)
-        own = masks.checked(data, mask)
+        data, own = tensor, masks.checked(tensor, mask)
+    if data.layout is not torch.strided or data.is_meta:
+        raise DtypeError(f"{row.name} takes strided tensors with cells, not {data.layout} on {data.device}")
+    if data.is_neg():
+        data = data.resolve_neg()
     if data.requires_grad and torch.is_grad_enabled():
         raise GradientError(
             f"{row.name}: the tensor requires grad, and this version computes no gradients: "
@@ -81,6 +104,13 @@ def dtype_of(data: Tensor) -> DType:
     return found
 
 
+def one(name: str, value: Any, other: str, synonym: Any) -> Any:
+    """numpy's word in place of torch's; not both."""
+    if value is not None and value is not False:
+        raise ParameterError(f"{name}={value} and {other}={synonym} say the same thing; give one", parameter=name)
+    return synonym
+
+
 # -- generated functions ------------------------------------------------------------------------------------------
 
 
@@ -90,21 +120,39 @@ def public(name: str) -> Function:
     return build(OPS[name])
 
 
+@cache
+def method(name: str) -> Function:
+    """The row's function as a method of MaskedTensor and of torch.Tensor."""
+    row, function = OPS[name], public(name)
+    if not isinstance(row, Elementwise) or not row.method:
+        return function
+
+    def reordered(*args: Any, **kwargs: Any) -> Any:
+        named = {row.operands[place]: arg for place, arg in zip(row.method, args, strict=False)}
+        return function(**named, **kwargs)
+
+    reordered.__doc__ = function.__doc__
+    return reordered
+
+
 def build(row: Row) -> Function:
     """The public function of a row."""
     lines = _ELEMENTWISE if isinstance(row, Elementwise) else _MOVE if isinstance(row, Move) else _SLICED
     source = lines.format(
         name=row.name,
         signature=signature(row),
+        masked="    if mask is not None: input = _masked(input, mask)\n" if takes_mask(row) else "",
         renames="".join(
-            f"    if {other} is not None: {name} = {other}\n"
+            f"    if {other} is not None: {name} = _one({name!r}, {name}, {other!r}, {other})\n"
             for name, other in _SYNONYMS.items()
             if any(p.name == name for p in row.parameters)
         ),
         given=given(row),
         operands="".join(f"{o}, " for o in getattr(row, "operands", ())),
     )
-    names: dict[str, Any] = {"_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved}
+    names: dict[str, Any] = {
+        "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_one": one, "_masked": as_masked_tensor
+    }  # fmt: skip
     exec(compile(source, f"<maskserve.{row.name}>", "exec"), names)  # our own text, from our own table
     function: Function = names[row.name]
     function.__doc__ = docstring(row)
@@ -119,12 +167,17 @@ def {name}({signature}):
 """
 _ELEMENTWISE = """\
 def {name}({signature}):
-    return _elementwise(_row, ({operands}), policy, {{k: v for k, v in ({given}) if v is not None}})
+{masked}    return _elementwise(_row, ({operands}), policy, {{k: v for k, v in ({given}) if v is not None}})
 """
 _MOVE = """\
 def {name}({signature}):
     return _moved(_row, input, *args, **kwargs)
 """
+
+
+def takes_mask(row: Row) -> bool:
+    """Whether a plain tensor may bring its mask along: there is one tensor that it can belong to."""
+    return not isinstance(row, Elementwise | Move) or (isinstance(row, Elementwise) and len(row.operands) == 1)
 
 
 def given(row: Row) -> str:
@@ -151,6 +204,8 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
     yield "*"
     yield from (parameter_text(p, typed) for p in row.parameters if p.keyword_only)
     if isinstance(row, Elementwise):
+        if takes_mask(row):
+            yield typed("mask", "Tensor | None", "None")
         yield typed("policy", "str | None", "None")
         return
     yield typed("mask", "Tensor | None", "None")
@@ -185,7 +240,7 @@ def docstring(row: Row) -> str:
     """Summary, parameters and accepted dtypes, from the row."""
     lines = [f"{row.summary[0].upper()}{row.summary[1:]}.", ""]
     lines += [f"{p.name}: {p.help}" for p in row.parameters]
-    if not isinstance(row, Elementwise | Move):
+    if takes_mask(row):
         lines += ["mask: bool, True = valid, of as many dims as a plain tensor; a MaskedTensor brings its own"]
     if isinstance(row, Elementwise):
         lines += ["policy: what different masks give: intersect (default), strict or union"]

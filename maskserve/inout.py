@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskserve.answers import Answer, run
+from maskserve.errors import ParameterError
 from maskserve.payload.files import StrPath
 from maskserve.payload.format import Buffer, BytesPayload, Payload, encode, open_payload
 from maskserve.payload.format import save as save_bytes
 from maskserve.payload.tensors import load as load_parts
 from maskserve.payload.tensors import output
-from maskserve.payload.variables import resolve
+from maskserve.payload.variables import MASK, MaskKind, resolve
 from maskserve.requests import build
-from maskserve.tensor import MaskedTensor
+from maskserve.tensor import MaskedTensor, as_masked_tensor
 from maskserve.version import version
 
 Source = StrPath | bytes | bytearray | memoryview
@@ -39,7 +40,12 @@ def save(path: StrPath, tensors: Mapping[str, MaskedTensor], *, exists: Any = "e
     from maskserve.engine import hidden_as_zero
 
     outputs = []
-    for name, tensor in tensors.items():
+    for name, given in tensors.items():
+        if name == MASK or name.rpartition(".")[2] in tuple(MaskKind):
+            raise ParameterError(
+                f"{name!r} is the name of a mask in a payload; call the tensor something else", parameter="tensors"
+            )
+        tensor = as_masked_tensor(given)
         mask = tensor.get_mask()
         outputs += [output(name, hidden_as_zero(tensor.get_data(), mask)), output(f"{name}.mask", mask)]
     save_bytes(path, encode(outputs, {"maskserve.version": version()}), exists=exists)

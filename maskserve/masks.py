@@ -54,7 +54,12 @@ def checked(data: Tensor, mask: object, name: str = "mask") -> Tensor | None:
     if isinstance(mask, bool):
         return torch.full((1,) * data.ndim, mask, device=data.device)
     if not isinstance(mask, Tensor):
-        mask = torch.as_tensor(mask)
+        try:
+            mask = torch.as_tensor(mask)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise MaskDtypeError(
+                f"{name} is a {type(mask).__name__}; a mask is a bool tensor, True = valid", parameter=name
+            ) from error
     if mask.dtype is not torch.bool:
         raise MaskDtypeError(
             f"{name} is {str(mask.dtype).removeprefix('torch.')}; a mask is bool, True = valid: pass {name}.bool()",
@@ -95,7 +100,7 @@ def union(masks: Sequence[Tensor | None]) -> Tensor | None:
 
 def check_equal(op: str, masks: Sequence[Tensor | None], shape: torch.Size) -> None:
     """Policy strict: raise unless every mask says the same."""
-    full = [torch.ones(shape, dtype=torch.bool) if m is None else m.expand(shape) for m in masks]
+    full = [torch.ones(shape, dtype=torch.bool) if m is None else m.expand(shape).cpu() for m in masks]
     if any(not torch.equal(full[0], other) for other in full[1:]):
         raise MaskMismatchError(
             f"{op}: the masks differ and the policy is strict; policy intersect takes cells valid in both, union in either"

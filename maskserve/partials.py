@@ -7,7 +7,8 @@ joins siblings only, so parts lifted anywhere and merged in any order finalize t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -16,13 +17,15 @@ from typing import Any
 
 from torch import Tensor
 
-from maskserve import dtypes, engine
+from maskserve import dtypes, engine, masks
 from maskserve.backends import Parts, choose
 from maskserve.backends.reference import kernel
 from maskserve.errors import MaskserveError, StateError
+from maskserve.functions import dtype_of
 from maskserve.ops import find
 from maskserve.ops.rows import Reduction
-from maskserve.payload.format import Buffer, BytesPayload, to_bytes
+from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, to_bytes
+from maskserve.payload.header import strict_json
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.plan import Plan, plan
 from maskserve.requests import spelled
@@ -59,6 +62,12 @@ class Partial:
         `start` is a multiple of the plan's leaf; n is too, or reaches the end of the index.
         """
         check_sliceable(plan)
+        if dtype_of(data) is not plan.dtype or data.device.type != "cpu":
+            raise StateError(
+                f"a partial of {plan.dtype.name} cells in CPU memory was given {data.dtype} on {data.device}"
+            )
+        mask = masks.checked(data, mask)
+        mask = None if mask is None else mask.expand(data.shape)
         outer, n_whole, inner = plan.fold
         n = data.shape[1]
         if data.shape != (outer, n, inner) or start % plan.leaf or (n % plan.leaf and start + n != n_whole):
@@ -86,9 +95,7 @@ class Partial:
                 f"the other {json.dumps(other.signature())[:200]}"
             )
         nodes = sorted((*self.nodes, *other.nodes), key=lambda node: node.start)
-        for left, right in pairwise(nodes):
-            if right.start < left.stop:
-                raise StateError(f"two states cover leaf {right.start} of the index; merge each shard once")
+        refuse_overlap(nodes)
         merged: list[Node] = []
         for node in nodes:
             merged.append(node)
@@ -98,7 +105,8 @@ class Partial:
         return replace(self, nodes=tuple(merged))
 
     def joined(self, left: Node, right: Node) -> Node:
-        merge = kernel(self.plan.passes[0].reference).merge
+        with engine.using(backend=self.backend):
+            merge = engine.backend_of(self.plan).merge(self.plan)
         return Node(start=left.start, n_units=left.n_units + right.n_units, parts=merge(left.parts, right.parts))
 
     def finalize(self) -> tuple[Tensor, Tensor]:
@@ -116,7 +124,8 @@ class Partial:
         last = self.nodes[-1]
         for node in reversed(self.nodes[:-1]):
             last = self.joined(node, last)
-        return engine.finish(self.plan, last.parts)
+        with engine.using(backend=self.backend):
+            return engine.finish(self.plan, last.parts)
 
     def signature(self) -> dict[str, Any]:
         """What two states must share to be merged."""
@@ -145,24 +154,19 @@ class Partial:
     def from_bytes(cls, buffer: Buffer) -> Partial:
         """The Partial that `to_bytes` wrote; StateError where the bytes are anything else."""
         payload = BytesPayload(buffer)
-        said = {
-            key.removeprefix(PREFIX): json.loads(value)
-            for key, value in payload.header.metadata.items()
-            if key.startswith(PREFIX)
-        }
-        if said.get("order") != ORDER_VERSION or said.get("version") != version():
+        said = _said(payload.header.metadata)
+        if said["order"] != ORDER_VERSION or said["version"] != version():
             raise StateError(
-                f"the state is of order {said.get('order')} and version {said.get('version')}, this is order "
-                f"{ORDER_VERSION} and version {version()}; states of different versions are never merged"
+                f"the state is of order {said['order']} and version {said['version']}, this is order {ORDER_VERSION} "
+                f"and version {version()}; states of different versions are never merged"
             )
         try:
             whole = _plan_of(said)
-            nodes = tuple(sorted(_nodes(whole, payload), key=lambda node: node.start))
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, MaskserveError) and not isinstance(error, StateError):
-                raise StateError(f"the bytes are no state of a reduction: {error}") from error
-            raise StateError("the bytes are no state of a reduction") from error
-        return cls(plan=whole, backend=str(said["backend"]), nodes=nodes)
+        except MaskserveError as error:
+            raise error if isinstance(error, StateError) else StateError(f"the bytes are no state: {error}") from error
+        nodes = sorted(_nodes(whole, payload), key=lambda node: node.start)
+        refuse_overlap(nodes)
+        return cls(plan=whole, backend=said["backend"], nodes=tuple(nodes))
 
 
 def check_sliceable(plan: Plan) -> None:
@@ -193,13 +197,43 @@ def are_siblings(left: Node, right: Node) -> bool:
     return n == right.n_units and left.stop == right.start and not n & (n - 1) and left.start % (2 * n) == 0
 
 
+def refuse_overlap(nodes: list[Node]) -> None:
+    for left, right in pairwise(nodes):
+        if right.start < left.stop:
+            raise StateError(f"two states cover leaf {right.start} of the index; merge each shard once")
+
+
+FIELDS = {"op": str, "params": dict, "dtype": str, "shape": list, "backend": str, "order": int, "version": str}
+"""What a state says of itself, each field as JSON of this type."""
+
+
+def _said(metadata: Mapping[str, str]) -> dict[str, Any]:
+    said = {}
+    for name, kind in FIELDS.items():
+        text = metadata.get(PREFIX + name)
+        if text is None:
+            raise StateError(f"the bytes are no state of a reduction: their metadata has no {PREFIX}{name}")
+        try:
+            value, end = strict_json(text, PREFIX + name, numbers=True)
+        except MaskserveError as error:
+            raise StateError(f"the bytes are no state of a reduction: {error}") from error
+        if type(value) is not kind or text[end:].strip():
+            raise StateError(f"the bytes are no state of a reduction: {PREFIX}{name} is no {kind.__name__}")
+        said[name] = value
+    return said
+
+
 def _plan_of(said: dict[str, Any]) -> Plan:
     row = find(said["op"])
-    params = {name: tuple(v) if isinstance(v, list) else v for name, v in said["params"].items()}
     if not isinstance(row, Reduction):
         raise StateError(f"{row.name} is no reduction")
-    shape = tuple(int(n) for n in said["shape"])
-    whole = plan(row, tuple(params.items()), shape, dtypes.parse(said["dtype"]), "cpu")
+    params = {name: tuple(v) if isinstance(v, list) else v for name, v in said["params"].items()}
+    shape = said["shape"]
+    if len(shape) > DEFAULT_LIMITS.dims or any(
+        type(n) is not int or not 0 <= n <= DEFAULT_LIMITS.dim_size for n in shape
+    ):
+        raise StateError("the bytes are no state of a reduction: the shape is no list of sizes")
+    whole = plan(row, tuple(params.items()), tuple(shape), dtypes.parse(said["dtype"]), "cpu")
     check_sliceable(whole)
     choose(whole, said["backend"])
     return whole
@@ -207,17 +241,35 @@ def _plan_of(said: dict[str, Any]) -> Plan:
 
 def _nodes(whole: Plan, payload: BytesPayload) -> Iterator[Node]:
     """The nodes, each with exactly the parts that the plan's pass has, in their dtypes and shape."""
-    outer, n, inner = whole.fold
+    outer, _, inner = whole.fold
     wanted = MappingProxyType({part.name: part.dtype for part in whole.passes[0].parts(whole.dtype)})
     found: dict[tuple[int, int], Parts] = {}
     for name, info in payload.header.tensors.items():
-        start, n_units, part = name.split(".")
-        if info.dtype is not wanted[part] or info.shape != (outer, inner):
-            raise StateError(
-                f"part {part} of the state is {info.dtype} {info.shape}, not {wanted[part]} {(outer, inner)}"
-            )
-        found.setdefault((int(start), int(n_units)), {})[part] = load_tensor(payload, info)
+        start, n_units, part = _node_name(name)
+        if info.dtype is not wanted.get(part) or info.shape != (outer, inner):
+            raise StateError(f"{name[:64]} is no part of this state: {info.dtype} {info.shape}")
+        found.setdefault((start, n_units), {})[part] = load_tensor(payload, info)
     for (first, size), parts in found.items():
-        if parts.keys() != wanted.keys() or not 0 <= first < first + size <= -(-n // whole.leaf):
-            raise StateError(f"the state of leaves {first} to {first + size} is incomplete or outside the index")
+        check_node(whole, first, size, parts, wanted.keys())
         yield Node(start=first, n_units=size, parts=parts)
+
+
+def _node_name(name: str) -> tuple[int, int, str]:
+    """(start, n_units, part) of "4.2.total"; each number in its one spelling."""
+    found = re.fullmatch(r"(0|[1-9][0-9]{0,15})\.([1-9][0-9]{0,15})\.([a-z0-9_]+)", name)
+    if found is None:
+        raise StateError(f"{name[:64]!r} names no part of a state")
+    return int(found[1]), int(found[2]), found[3]
+
+
+def check_node(whole: Plan, first: int, size: int, parts: Parts, wanted: Collection[str]) -> None:
+    """An aligned subtree inside the index (only the last may be smaller), whole, with counts that it can have."""
+    n = whole.fold[1]
+    n_units = -(-n // whole.leaf)
+    aligned = not size & (size - 1) and first % size == 0
+    if parts.keys() != set(wanted) or not aligned or first + size > n_units:
+        raise StateError(f"the state of leaves {first} to {first + size} is incomplete, unaligned or outside the index")
+    cells = min((first + size) * whole.leaf, n) - first * whole.leaf
+    count = parts["count"]
+    if count.numel() and not 0 <= int(count.min()) <= int(count.max()) <= cells:
+        raise StateError(f"the state of leaves {first} to {first + size} counts cells that it cannot have")

@@ -77,7 +77,7 @@ def fold(shape: Shape, dims: Shape) -> Shape:
 def plan(row: SlicedRow, given: tuple[tuple[str, Any], ...], shape: Shape, dtype: DType, device: str) -> Plan:
     """The plan of `row` with the parameters `given` on data of this shape; raises where they do not fit."""
     try:
-        return _plan(row, given, tuple([type(value) for _, value in given]), shape, dtype, device)
+        return _plan(row, given, tuple([kind_of(value) for _, value in given]), shape, dtype, device)
     except TypeError as error:
         if isinstance(error, DtypeError):
             raise
@@ -91,11 +91,15 @@ def plan(row: SlicedRow, given: tuple[tuple[str, Any], ...], shape: Shape, dtype
         raise
 
 
+def kind_of(value: Any) -> Any:
+    return tuple([type(item) for item in value]) if value.__class__ is tuple else value.__class__
+
+
 @lru_cache(maxsize=1024)
 def _plan(
     row: SlicedRow,
     given: tuple[tuple[str, Any], ...],
-    types: tuple[type, ...],  # 1 and True are one key otherwise
+    kinds: tuple[Any, ...],  # 1 and True are one key otherwise
     shape: Shape,
     dtype: DType,
     device: str,
@@ -107,7 +111,7 @@ def _plan(
     check_result(row, dtype, result)
     folded = fold(shape, dims)
     if isinstance(row, Reduction):
-        check_reduction(row, params)
+        check_reduction(row, params, result)
         out_shape = reduced_shape(shape, dims, keepdim=params["keepdim"])
     else:
         out_shape = shape
@@ -150,7 +154,14 @@ def check_result(row: Row, dtype: DType, result: DType) -> None:
         )
 
 
-def check_reduction(row: Reduction, params: Mapping[str, Any]) -> None:
+def check_reduction(row: Reduction, params: Mapping[str, Any], result: DType) -> None:
+    empty = params.get("empty")
+    if isinstance(empty, int | float) and not result.holds(empty):
+        raise ParameterError(
+            f"{row.name}: empty={empty!r:.40} does not fit the result's dtype {result.name}; give a number that does"
+            + ("" if result.is_float else ", or dtype=f64"),
+            parameter="empty",
+        )
     if params.get("min_count") == 0 and row.identity is None:
         raise ParameterError(
             f"{row.name}: min_count=0 needs an identity, and {row.name} of no cells is undefined; use min_count=1",
@@ -170,6 +181,8 @@ def resolve(row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
             )
     params = {name: check(row, p, given.get(name, p.default)) for name, p in known.items()}
     if params.get("unbiased") is not None:  # torch's older word for the same thing
+        if "correction" in given and params["correction"] not in (known["correction"].default, int(params["unbiased"])):
+            raise ParameterError(f"{row.name}: unbiased and correction say the same thing; give one", parameter="unbiased")
         params["correction"] = int(params["unbiased"])
     return params
 
@@ -191,7 +204,12 @@ def check(row: Row, parameter: Parameter, value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _is_count_like(value: Any) -> bool:
+    """A number that int64 and float64 arithmetic can hold; no count comes near its end."""
+    return _is_number(value) and abs(value) < 2**62
 
 
 def _check_dims(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
@@ -210,12 +228,12 @@ def _check_flag(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]
 
 
 def _check_count(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return ((value,) if fits else ()), "a whole number, 0 or more"
+    fits = isinstance(value, int) and _is_count_like(value) and value >= 0
+    return ((value,) if fits else ()), "a whole number from 0 to 2**62"
 
 
 def _check_number(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
-    return ((value,) if _is_number(value) else ()), "a number"
+    return ((value,) if _is_count_like(value) else ()), "a number of less than 2**62"
 
 
 def _check_choice(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
@@ -224,7 +242,8 @@ def _check_choice(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], st
 
 def _check_choice_or_number(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     fits = _is_number(value) or value in parameter.choices
-    return ((value,) if fits else ()), f"one of {', '.join(parameter.choices)}, or a number"
+    canonical = value + 0.0 if isinstance(value, float) else value  # -0.0 and 0.0 are one key of the cache
+    return ((canonical,) if fits else ()), f"one of {', '.join(parameter.choices)}, or a number"
 
 
 def _check_dtype(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:

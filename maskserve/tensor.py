@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maskserve import masks
+from maskserve.dtypes import BY_TORCH
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ParameterError, ShapeError
 from maskserve.formatting import nested, text_of
 
@@ -27,15 +28,21 @@ class MaskedTensor:
     `get_mask()` give the two; `to_tensor(fill)` gives a plain tensor.
     """
 
-    __slots__ = ("_data", "_is_view", "_mask")
+    __slots__ = ("_data", "_is_view", "_mask", "_owns_mask")
     __array_ufunc__ = None  # numpy arrays on the left leave the operator to us
     __hash__ = object.__hash__  # == is elementwise; as with torch, a tensor hashes by identity
 
     _data: Tensor
     _mask: Tensor | None
     _is_view: bool
+    """Whether another MaskedTensor sees the same data."""
+    _owns_mask: bool
+    """Whether a cell of the mask can be written in place: it is full, and every tensor that sees it should see that."""
 
     def __init__(self, data: Tensor, mask: Tensor | bool | None = None) -> None:
+        data = from_foreign(data)
+        if isinstance(data, MaskedTensor):
+            data, mask = data._data, masks.intersection([data._mask, masks.checked(data._data, mask)])
         if not isinstance(data, Tensor):
             raise DtypeError(
                 f"MaskedTensor takes a torch tensor, not a {type(data).__name__}; masked_tensor(...) converts lists, "
@@ -44,16 +51,25 @@ class MaskedTensor:
             )
         own = masks.checked(data, mask)
         self._data, self._mask, self._is_view = data, None if own is None else own.clone(), False
+        self._owns_mask = own is not None and own.shape == data.shape
 
     @classmethod
-    def _of(cls, data: Tensor, mask: Tensor | None, is_view: bool = False) -> MaskedTensor:
-        """From parts that fit together, without a copy or a check."""
+    def _of(cls, data: Tensor, mask: Tensor | None) -> MaskedTensor:
+        """From parts that fit together and are nobody else's, without a copy or a check."""
         made = object.__new__(cls)
-        made._data, made._mask, made._is_view = data, mask, is_view
+        made._data, made._mask, made._is_view = data, mask, False
+        made._owns_mask = mask is not None and mask.shape == data.shape
         return made
 
     def _view_of(self, data: Tensor, mask: Tensor | None) -> MaskedTensor:
-        return MaskedTensor._of(data, mask, is_view=data._base is not None)
+        """Parts that were made from this tensor's parts, as views or as copies."""
+        shares_data, shares_mask = _same_memory(data, self._data), _same_memory(mask, self._mask)
+        if shares_mask and not shares_data:
+            mask, shares_mask = mask.clone() if mask is not None else None, False
+        made = MaskedTensor._of(data, mask)
+        if shares_data:
+            made._is_view, made._owns_mask = True, shares_mask and self._owns_mask
+        return made
 
     # -- what torch asks -------------------------------------------------------------------------------------------
 
@@ -67,11 +83,11 @@ class MaskedTensor:
 
     def __getattr__(self, name: str) -> Any:
         """An op of the table as a method, built when it is first used."""
-        from maskserve.functions import public
+        from maskserve.functions import method
         from maskserve.ops import OPS
 
         if name in OPS:
-            setattr(MaskedTensor, name, public(name))
+            setattr(MaskedTensor, name, method(name))
             return getattr(self, name)
         known = "torch.Tensor has it, but no row covers it; " if hasattr(Tensor, name) else ""
         raise AttributeError(
@@ -107,14 +123,9 @@ class MaskedTensor:
     def _fitting(self, fill: float) -> Tensor:
         """`fill` in the data's dtype, or an error where it would change."""
         dtype = self._data.dtype
-        if dtype is torch.bool:
-            fits = isinstance(fill, bool)
-        elif dtype.is_floating_point or dtype.is_complex:
-            fits = True
-        else:
-            info = torch.iinfo(dtype)
-            fits = isinstance(fill, int) and info.min <= fill <= info.max
-        if not fits:
+        known = BY_TORCH[str(dtype).removeprefix("torch.")]
+        kind = bool if dtype is torch.bool else int if known.is_integral else float | int
+        if not isinstance(fill, kind) or not (known.holds(fill) or fill != fill):
             raise DtypeError(
                 f"fill {fill!r} does not fit {str(dtype).removeprefix('torch.')}; give a value that does, or convert "
                 "first: .to(torch.float64)",
@@ -197,7 +208,10 @@ class MaskedTensor:
         return self.clone()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._data, self._mask)
+        from maskserve.engine import hidden_as_zero
+
+        mask = None if self._mask is None else self._full_mask().clone()
+        return _unpickled, (hidden_as_zero(self._data, mask).clone(), mask)
 
     # -- cells as Python and numpy values --------------------------------------------------------------------------
 
@@ -233,11 +247,17 @@ class MaskedTensor:
         """numpy.ma, whose mask means the opposite: True there is masked."""
         import numpy as np
 
-        return np.ma.MaskedArray(self._data.detach().cpu().numpy(), mask=(~self._full_mask()).cpu().numpy())
+        return np.ma.MaskedArray(self._array(), mask=(~self._full_mask()).cpu().numpy())
+
+    def _array(self) -> np.ndarray[Any, Any]:
+        if self.dtype is torch.bfloat16:
+            raise DtypeError("numpy has no bfloat16: convert first, .float()")
+        array: np.ndarray[Any, Any] = self._data.detach().resolve_conj().resolve_neg().cpu().numpy()
+        return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         self._refuse_masked("numpy.asarray")
-        array = self._data.detach().cpu().numpy()
+        array = self._array()
         return array if dtype is None else array.astype(dtype)
 
     def __repr__(self) -> str:
@@ -267,27 +287,33 @@ class MaskedTensor:
         index = plain_index(index)
         value = from_foreign(value)
         new_data = value._data if isinstance(value, MaskedTensor) else value
-        new_mask = value._mask if isinstance(value, MaskedTensor) else None
+        new_mask = value._full_mask() if isinstance(value, MaskedTensor) and value._mask is not None else None
+        if isinstance(new_data, Tensor) and new_data.requires_grad and torch.is_grad_enabled():
+            raise GradientError("assignment of a tensor that requires grad: assign value.detach()")
+        if _overlaps(self._data):
+            raise ShapeError("assignment into an expanded tensor would write several cells at once; clone() it first")
         own = self._writable_mask(needed=new_mask is not None)
         try:
+            if new_mask is not None:  # what lies under the value's mask goes nowhere
+                new_data = torch.where(new_mask, new_data.to(self.dtype), self._data[index])
             self._data[index] = new_data
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
             raise ShapeError(f"assignment: {str(error).splitlines()[0]}") from error
         if own is not None:
-            own[index] = True if new_mask is None else value._full_mask()
+            own[index] = True if new_mask is None else new_mask
 
     def _writable_mask(self, *, needed: bool) -> Tensor | None:
         """The mask, in memory of its own where a cell of it can be written; None where all stay valid."""
         if self._mask is None and not needed:
             return None
-        if self._mask is not None and self._mask.shape == self.shape and not _overlaps(self._mask):
-            return self._mask
-        if self._is_view:
-            raise MaskError(
-                "assignment through a view whose mask is absent or broadcast would be lost on the tensor it views; "
-                "assign on that tensor itself: m[0, 1] = v, not m[0][1] = v"
-            )
-        self._mask = self._full_mask().clone()
+        if not self._owns_mask:
+            if self._is_view:
+                raise MaskError(
+                    "assignment through a view whose mask is absent or broadcast would be lost on the tensor it views; "
+                    "assign on that tensor itself: m[0, 1] = v, not m[0][1] = v"
+                )
+            self._mask = self._full_mask().contiguous().clone()
+            self._owns_mask = True
         return self._mask
 
     def copy_(self, source: Any) -> MaskedTensor:
@@ -296,8 +322,12 @@ class MaskedTensor:
         return self
 
 
-def _overlaps(mask: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(mask.stride(), mask.shape, strict=True))
+def _overlaps(cells: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(cells.stride(), cells.shape, strict=True))
+
+
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _unpickled(data: Tensor, mask: Tensor | None) -> MaskedTensor:
@@ -310,7 +340,11 @@ def plain_index(index: Any) -> Any:
         if index.dtype is torch.bool:
             return index._data & index._full_mask()
         return index.to_tensor()
-    return tuple(plain_index(i) for i in index) if isinstance(index, tuple) else index
+    if isinstance(index, tuple):
+        return tuple(plain_index(i) for i in index)
+    if isinstance(index, list) and any(isinstance(i, MaskedTensor) for i in index):
+        return torch.as_tensor([plain_index(i).tolist() if isinstance(i, MaskedTensor) else i for i in index])
+    return index
 
 
 # -- operators ----------------------------------------------------------------------------------------------------
@@ -348,7 +382,7 @@ def _binary(name: str, *, reflected: bool) -> Callable[[Any, Any], Any]:
         from maskserve.functions import public
 
         other = from_foreign(other)
-        if not isinstance(other, MaskedTensor | Tensor | int | float | complex):
+        if not isinstance(other, MaskedTensor | Tensor | int | float):
             return NotImplemented
         return public(name)(other, self) if reflected else public(name)(self, other)
 
@@ -376,6 +410,17 @@ def from_foreign(value: Any) -> Any:
     return value
 
 
+def tensor_of(value: Any) -> Any:
+    """A tensor or MaskedTensor of anything that can be one; DtypeError for the rest."""
+    value = from_foreign(value)
+    if isinstance(value, Tensor | MaskedTensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DtypeError(f"a {type(value).__name__} is no tensor: {str(error).splitlines()[0]}") from error
+
+
 def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -> MaskedTensor:
     """A new MaskedTensor with memory of its own, like torch.tensor; `data` may be a list, a tensor, numpy.ma or torch.masked."""
     source = as_masked_tensor(data, mask)
@@ -387,17 +432,18 @@ def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -
 
 def as_masked_tensor(data: Any, mask: Any = None) -> MaskedTensor:
     """A MaskedTensor on the same data, like torch.as_tensor; of a MaskedTensor the masks are intersected. Copies the mask."""
-    data = from_foreign(data)
-    if isinstance(data, MaskedTensor):
-        own = masks.intersection([data._mask, masks.checked(data._data, mask)])
-        return data._view_of(data._data, None if own is None else own.clone())
-    return MaskedTensor(data if isinstance(data, Tensor) else torch.as_tensor(data), mask)
+    return MaskedTensor(tensor_of(data), mask)
 
 
 def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
     """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
-    tensor = data if isinstance(data, Tensor) else torch.as_tensor(data)
-    counts = torch.as_tensor(lengths, device=tensor.device)
+    tensor = tensor_of(data)
+    if isinstance(tensor, MaskedTensor):
+        return as_masked_tensor(tensor, from_lengths(tensor._data, lengths, dim)._mask)
+    counts = tensor_of(lengths)
+    if not isinstance(counts, Tensor) or not isinstance(dim, int):
+        _refuse("lengths are whole numbers and dim is one dim number", "lengths")
+    counts = counts.to(tensor.device)
     if not -tensor.ndim <= dim < tensor.ndim:
         _refuse(f"dim {dim} is out of range for a tensor with {tensor.ndim} dims", "dim")
     along = dim % tensor.ndim
@@ -410,7 +456,7 @@ def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
         )
     if counts.dtype not in (torch.int64, torch.int32) or bool(((counts < 0) | (counts > n)).any()):
         _refuse(f"lengths must be whole numbers from 0 to {n}, the size of dim {along}", "lengths")
-    valid = torch.arange(n, device=tensor.device) < counts.unsqueeze(-1)
+    valid = torch.arange(n, device=counts.device) < counts.unsqueeze(-1)
     return MaskedTensor._of(tensor, valid.reshape(valid.shape + (1,) * (tensor.ndim - along - 1)))
 
 

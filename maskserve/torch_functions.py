@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from maskserve.errors import UncoveredFunctionError
-from maskserve.functions import public
+from maskserve.errors import MaskserveError, UncoveredFunctionError
+from maskserve.functions import method, public
 from maskserve.ops import OPS
 from maskserve.ops.rows import Row
 from maskserve.tensor import plain_index
@@ -28,32 +28,42 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         raise UncoveredFunctionError(
             "a plain tensor cannot take masked cells by assignment: make it a MaskedTensor first, or assign value.to_tensor(fill)"
         )
-    name = table().get(function)
-    if name is None:
+    ours = table().get(function)
+    if ours is None:
         raise uncovered(function)
     if "out" in kwargs:
-        raise UncoveredFunctionError(f"torch.{name}: out= would lose the mask; use the returned MaskedTensor")
-    return public(name)(*args, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
+        raise UncoveredFunctionError(f"{name_of(function)}: out= would lose the mask; use the returned MaskedTensor")
+    try:
+        return ours(*args, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
+    except TypeError as error:
+        if isinstance(error, MaskserveError) or "argument" not in str(error):
+            raise
+        raise UncoveredFunctionError(f"{name_of(function)}: {error}, as a MaskedTensor is given") from error
 
 
 @cache
-def table() -> Mapping[Callable[..., Any], str]:
-    """torch function -> name of its row."""
-    return {function: row.name for row in OPS.values() if not row.differs for function in functions_of(row)}
+def table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """torch function -> ours."""
+    return {theirs: ours for row in OPS.values() if not row.differs for theirs, ours in functions_of(row)}
 
 
-def functions_of(row: Row) -> Iterator[Callable[..., Any]]:
-    """torch's functions under the row's names."""
+def functions_of(row: Row) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """torch's functions under the row's names, and what they call here."""
     for namespace in NAMESPACES:
+        ours = method(row.name) if namespace is torch.Tensor else public(row.name)
         for name in (row.name, *row.torch):
-            function = getattr(namespace, name, None)
-            if function is not None:
-                yield function
+            theirs = getattr(namespace, name, None)
+            if theirs is not None:
+                yield theirs, ours
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    return "torch." + str(getattr(function, "__name__", function)).removeprefix("special_")
 
 
 def uncovered(function: Callable[..., Any]) -> UncoveredFunctionError:
     """The error that names the function and a way out."""
-    name = str(getattr(function, "__name__", function)).removeprefix("special_")
+    name = name_of(function).removeprefix("torch.")
     for row in OPS.values():
         if row.differs and name == row.name:
             return UncoveredFunctionError(f"{row.differs}: call maskserve.{row.name}")

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 
 #include "block.hpp"
@@ -99,6 +100,53 @@ int finish(int kernel, int64_t n, uint64_t count_ptr, uint64_t first_ptr, uint64
                            address<unsigned char>(valid_ptr));
 }
 
+void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
+  nb::gil_scoped_release released;
+  maskserve::raise(address<const double>(cells_ptr), address<double>(raised_ptr), n);
+}
+
+constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as have these, so that states stay in L2
+
+// lift (or, below 0, median) and finish in one call: states are memory traffic, and in a small tensor the calls are
+// what takes time. A status; where it is not fill_done, what was written means nothing.
+int reduce(int lift, int finish, int n_parts, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
+           int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
+           int64_t mask_inner, int64_t leaf, double correction, int64_t min_count, double needs, int result,
+           uint64_t values_ptr, uint64_t valid_ptr) {
+  check(lift < maskserve::n_lifts, "lift is an index into LIFTS, or below 0");
+  check(finish >= 0 && finish < maskserve::n_finishes, "finish is an index into FINISHES");
+  check(n_parts >= 1 && n_parts <= 4, "a state has a count and up to three parts");
+  Block block = block_of(data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
+                         mask_inner, leaf);
+  const Dtype result_dtype = dtype_of(result);
+  const int64_t cell_bytes = maskserve::cell_bytes(block.dtype);
+  nb::gil_scoped_release released;
+  const int64_t group_cells = n * inner > 0 ? n * inner : 1;
+  const int64_t most = group_cells < n_reduced_cells ? n_reduced_cells / group_cells : 1;
+  const size_t n_states = static_cast<size_t>((most < outer ? most : outer) * inner);
+  const std::unique_ptr<int64_t[]> room(new int64_t[n_states * static_cast<size_t>(n_parts) + 1]);
+  for (int64_t o = 0; o < outer; o += most) {
+    block.outer = outer - o < most ? outer - o : most;
+    const int64_t n_results = block.outer * inner;
+    void* part_ptr[3] = {};
+    for (int k = 0; k + 1 < n_parts; ++k) part_ptr[k] = room.get() + (k + 1) * n_results;
+    if (lift < 0) {
+      maskserve::median(block, static_cast<double*>(part_ptr[0]), room.get());
+    } else if (!maskserve::variant().lifts[lift](block, Parts{room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}})) {
+      return maskserve::fill_refused;
+    }
+    const maskserve::States states{n_results, room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}, correction};
+    const int status =
+        maskserve::finish(finish, states, {min_count, needs}, result_dtype,
+                          address<unsigned char>(values_ptr) + o * inner * maskserve::cell_bytes(result_dtype),
+                          address<unsigned char>(valid_ptr) + o * inner);
+    if (status != maskserve::fill_done) return status;
+    block.data.cells_ptr += block.outer * data_outer * cell_bytes;
+    if (block.mask.cells_ptr) block.mask.cells_ptr += block.outer * mask_outer;
+  }
+  return maskserve::fill_done;
+}
+
 template <size_t n>
 nb::tuple tuple_of(const char* const (&names)[n]) {
   nb::list list;
@@ -117,5 +165,7 @@ NB_MODULE(_native, m) {
   m.def("lift", &lift);
   m.def("fill", &fill);
   m.def("median", &median);
+  m.def("raise_", raise);
   m.def("finish", &finish);
+  m.def("reduce", &reduce);
 }

@@ -7,6 +7,10 @@ namespace maskserve {
 
 enum class Dtype : int { f64, f32, f16, bf16, i8, i16, i32, i64, u8, boolean };
 constexpr int n_dtypes = 10;
+constexpr int64_t cell_bytes(Dtype dtype) {
+  constexpr int64_t sizes[n_dtypes] = {8, 4, 2, 2, 1, 2, 4, 8, 1, 1};
+  return sizes[static_cast<int>(dtype)];
+}
 
 // A tensor seen as (outer, n, inner). Strides are in elements, never negative; 0 repeats.
 struct Operand {
@@ -85,6 +89,9 @@ constexpr const char* finish_names[] = {
     "same", "count", "at", "any", "all", "logsumexp",
 };
 constexpr int n_finishes = sizeof finish_names / sizeof *finish_names;
+
+// exp of n cells, as the kernels raise them: what merges their states must have the same bits.
+void raise(const double* cells_ptr, double* raised_ptr, int64_t n);
 
 // States to values of `dtype` and their validity; a FillStatus.
 int finish(int kernel, const States& states, const Limits& limits, Dtype dtype, unsigned char* values_ptr,

@@ -50,6 +50,8 @@ struct ExponentialsRoom {
   alignas(64) unsigned char keep[n_tile];
   alignas(64) double pattern[n_lanes];
   LeafTree<ExponentialsState> tree;
+  LeafTree<PlainState> totals;
+  std::unique_ptr<double[]> stored;  // the exponentials of all leaves, where they fit
   const unsigned char* keep_ptr;
 
   void load(const Block& block, const Window& w) {
@@ -103,12 +105,19 @@ NEVER_INLINE void leaf_exponentials(ExponentialsRoom& room, const Block& block, 
   for (int64_t l = 0; l < lanes; ++l) state.total[l] = room.sums[l] + 0.0;
 }
 
-const ExponentialsState& slice_exponentials(ExponentialsRoom& room, const Block& block, Window& w) {
+template <class Visit>
+void each_leaf(const Block& block, Window& w, const Visit& visit) {
   for (w.i = 0; w.i < block.n; w.i += block.leaf) {
     w.rows = least(block.leaf, block.n - w.i);
+    visit();
+  }
+}
+
+const ExponentialsState& slice_exponentials(ExponentialsRoom& room, const Block& block, Window& w) {
+  each_leaf(block, w, [&] {
     leaf_exponentials(room, block, w, room.tree.next());
     room.tree.push(w.lanes());
-  }
+  });
   return room.tree.finish(w.lanes());
 }
 
@@ -142,35 +151,73 @@ NEVER_INLINE void subtract_logs(ExponentialsRoom& room, const Window& w, const d
   each_cell(w.cells(), period, [=](int64_t p, int64_t j) { raised[j] = (cells[j] - pattern[p]) - log_of[p]; });
 }
 
-// A slice that is one leaf is read and raised once.
+constexpr int64_t n_stored = 1 << 17;  // 1 MB, a part of L2
+
+// The largest cells and the totals below them of slices of several leaves; `stored`, their exponentials are kept.
+NEVER_INLINE void slice_totals(ExponentialsRoom& room, const Block& block, Window& w, bool is_stored, double* top,
+                               double* total) {
+  const int64_t lanes = w.lanes();
+  alignas(64) double leaf_top[n_lanes], base[n_lanes];
+  for (int64_t l = 0; l < lanes; ++l) top[l] = -infinity;
+  each_leaf(block, w, [&] {
+    room.load(block, w);
+    largest_of_lanes(room, w.cells(), lanes, leaf_top);
+    for (int64_t l = 0; l < lanes; ++l) top[l] = larger(top[l], leaf_top[l]);
+  });
+  for (int64_t l = 0; l < lanes; ++l) base[l] = subtrahend(top[l]);
+  each_leaf(block, w, [&] {
+    room.load(block, w);
+    raise(room, w.cells(), lanes, base, block.dtype == Dtype::f64);
+    if (is_stored) copy_lanes(room.raised, w.cells(), room.stored.get() + w.i * lanes);
+    halve_into(room.raised, w.rows, lanes, room.sums);
+    for (int64_t l = 0; l < lanes; ++l) room.totals.next().total[l] = room.sums[l] + 0.0;
+    room.totals.push(lanes);
+  });
+  copy_lanes(room.totals.finish(lanes).total, lanes, total);
+}
+
+// A slice that is one leaf is read once; it, and one that is not too long, is raised once.
 template <bool is_log>
 int normalize(const Block& block, const Filled& filled) {
   const std::unique_ptr<ExponentialsRoom> room = room_for(block);
-  const bool is_f64 = block.dtype == Dtype::f64;
+  const bool is_f64 = block.dtype == Dtype::f64, is_one_leaf = block.n <= block.leaf;
+  const bool may_store = !is_one_leaf && block.n <= n_stored / 16;
+  const int64_t most_lanes = may_store ? least(n_tile_lanes, n_stored / block.n) : n_tile_lanes;
+  if (!is_one_leaf) room->totals.begin((block.n + block.leaf - 1) / block.leaf);
   bool overflowed = false;
-  each_window(block, block.leaf, [&](Window& w) {
+  const auto visit = [&](Window& w) {
     const int64_t lanes = w.lanes();
-    const ExponentialsState& state = slice_exponentials(*room, block, w);
-    alignas(64) double base[n_lanes], scale[n_lanes];
-    for (int64_t l = 0; l < lanes; ++l) {
-      base[l] = is_finite(state.top[l]) ? state.top[l] : not_a_number;
-      const double total = is_finite(state.top[l]) ? state.total[l] : not_a_number;
-      scale[l] = is_log ? logarithm(total) : total;
+    const bool is_stored = !is_log && !is_one_leaf && block.n * lanes <= n_stored;
+    if (is_stored && !room->stored) room->stored.reset(new double[n_stored]);
+    alignas(64) double top[n_lanes], total[n_lanes], base[n_lanes], scale[n_lanes];
+    if (is_one_leaf) {
+      const ExponentialsState& state = slice_exponentials(*room, block, w);
+      copy_lanes(state.top, lanes, top), copy_lanes(state.total, lanes, total);
+    } else {
+      slice_totals(*room, block, w, is_stored, top, total);
     }
-    for (w.i = 0; w.i < block.n; w.i += block.leaf) {
-      w.rows = least(block.leaf, block.n - w.i);
-      if (block.n > block.leaf) {
+    for (int64_t l = 0; l < lanes; ++l) {
+      base[l] = is_finite(top[l]) ? top[l] : not_a_number;
+      const double divisor = is_finite(top[l]) ? total[l] : not_a_number;
+      scale[l] = is_log ? logarithm(divisor) : divisor;
+    }
+    each_leaf(block, w, [&] {
+      if (is_stored) {
+        room->keep_ptr = gather_mask(block.mask, w, room->keep);
+        copy_lanes(room->stored.get() + w.i * lanes, w.cells(), room->raised);
+      } else if (!is_one_leaf) {
         room->load(block, w);
         if (!is_log) raise(*room, w.cells(), lanes, base, is_f64);
       }
       if (is_log) {
         subtract_logs(*room, w, base, scale);
       } else {
-        scale_cells(*room, w, scale, is_f64);
+        scale_cells(*room, w, scale, filled.dtype == Dtype::f64);
       }
       overflowed |= write_doubles(filled, w, room->raised, room->keep_ptr);
-    }
-  });
+    });
+  };
+  each_window(block, block.leaf, visit, most_lanes);
   return overflowed ? fill_overflowed : fill_done;
 }
 

@@ -10,6 +10,14 @@ namespace {
 
 #include "keys.hpp"
 
+// The key by which an index is found: -0 and +0, the keys -1 and 0, are equal there.
+template <class Key>
+ALWAYS_INLINE typename Key::Out level(typename Key::Out key) {
+  using K = typename Key::Out;
+  if constexpr (Key::is_float) return key == K{-1} ? K{0} : key;
+  return key;
+}
+
 template <class Key>
 struct Best {
   using K = typename Key::Out;
@@ -49,7 +57,7 @@ struct TileBest {
   NEVER_INLINE void locate(const K* __restrict keys, int64_t n_cells, int64_t lanes) {
     const int64_t period = period_of(lanes);
     spread(best, lanes, period, pattern);
-    for (int64_t j = 0; j < period; ++j) chunk_of[j] = -1;
+    for (int64_t j = 0; j < period; ++j) pattern[j] = level<Key>(pattern[j]), chunk_of[j] = -1;
     K* const to = chunk_of;
     const K* const wanted = pattern;
     for (int64_t chunk = (n_cells - 1) / period; chunk >= 0; --chunk) {
@@ -57,7 +65,7 @@ struct TileBest {
       const int64_t n = least(period, n_cells - chunk * period);
       const K* const from = keys + chunk * period;
 #pragma GCC ivdep
-      for (int64_t j = 0; j < n; ++j) to[j] = from[j] == wanted[j] ? number : to[j];
+      for (int64_t j = 0; j < n; ++j) to[j] = level<Key>(from[j]) == wanted[j] ? number : to[j];
     }
   }
 
@@ -98,13 +106,14 @@ NEVER_INLINE bool best_cells(const Block& block, const Parts& parts, const Key& 
       tile.search(room->keys, w.cells(), lanes, key.hidden);
       int64_t better = 0, worst = 0;
       for (int64_t l = 0; l < lanes; ++l) {
-        better |= tile.best[l] > lane.best[l];
+        better |= level<Key>(tile.best[l]) > level<Key>(lane.best[l]);
         worst |= tile.best[l] == key.hidden && !lane.found[l];
       }
       if (with_at && better) {
         tile.locate(room->keys, w.cells(), lanes);
         for (int64_t l = 0; l < lanes; ++l) {
-          if (tile.best[l] > lane.best[l]) lane.at[l] = w.i + tile.first_row(l, lanes), lane.found[l] = true;
+          if (level<Key>(tile.best[l]) <= level<Key>(lane.best[l])) continue;
+          lane.at[l] = w.i + tile.first_row(l, lanes), lane.found[l] = true;
         }
       }
       for (int64_t l = 0; l < lanes; ++l) lane.best[l] = tile.best[l] > lane.best[l] ? tile.best[l] : lane.best[l];

@@ -162,4 +162,8 @@ int finish(int kernel, const States& states, const Limits& limits, Dtype dtype, 
   return fill_refused;
 }
 
+void raise(const double* cells_ptr, double* raised_ptr, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) raised_ptr[j] = MASKSERVE_ISA::exponential(cells_ptr[j]);
+}
+
 }  // namespace maskserve

@@ -77,6 +77,11 @@ struct KeepBits {
   ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(raw); }
 };
 
+// Apart from the conversion to integers: GCC makes one truncation of the two, which keeps the sign of a zero.
+NEVER_INLINE void as_doubles(const int64_t* integers, int64_t n, double* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = static_cast<double>(integers[j]);
+}
+
 NEVER_INLINE void integer_deviations(MomentsRoom& room, const Operand& data, const Window& w,
                                      const unsigned char* keep_ptr, MomentsState& state) {
   const int64_t lanes = w.lanes(), period = period_of(lanes), n_cells = w.cells();
@@ -90,15 +95,15 @@ NEVER_INLINE void integer_deviations(MomentsRoom& room, const Operand& data, con
   for (int64_t start = 0; start < n_cells; start += lanes) {
     for (int64_t l = 0; l < lanes; ++l) high_sums[l] += high[start + l], low_sums[l] += low[start + l];
   }
-  int64_t whole[n_lanes];
+  alignas(64) int64_t whole[n_lanes] = {};
   for (int64_t l = 0; l < lanes; ++l) {
     const int64_t total_high = high_sums[l] + (low_sums[l] >> 32), total_low = low_sums[l] & 0xffffffff;
     const double total = static_cast<double>(total_high) * 0x1p32 + static_cast<double>(total_low);
     double mean = total / at_least_one(state.count[l]);
     mean = mean < -0x1p63 ? -0x1p63 : mean > 0x1p63 - 1024 ? 0x1p63 - 1024 : mean;
     whole[l] = static_cast<int64_t>(mean);
-    state.mean[l] = static_cast<double>(whole[l]);
   }
+  as_doubles(whole, lanes, state.mean);
   spread(whole, lanes, period, room.whole_pattern);
   const int64_t* const pattern = room.whole_pattern;
   double* const sums = room.sums;

@@ -67,9 +67,28 @@ NEVER_INLINE void narrow_run(const Wide* from, const unsigned char* keep_ptr, in
   }
 }
 
+// The window whose turn() undoes that of `w`.
+inline Window turned_back(const Window& w) {
+  Window back = w;
+  back.groups = w.rows, back.rows = w.groups;
+  return back;
+}
+
 template <class To, class Wide>
 void narrow_cells(const Filled& filled, const Window& w, const Wide* cells, const unsigned char* keep_ptr) {
   constexpr int64_t cell_bytes = sizeof(typename To::Raw);
+  if (is_run(filled.values, w)) {
+    using Raw = typename To::Raw;
+    alignas(64) Raw narrowed[n_tile];
+    unsigned char* const all_ptr = reinterpret_cast<unsigned char*>(narrowed);
+    if (keep_ptr) {
+      narrow_run<To, Wide, true, true>(cells, keep_ptr, w.cells(), 1, all_ptr, 1);
+    } else {
+      narrow_run<To, Wide, false, true>(cells, nullptr, w.cells(), 1, all_ptr, 1);
+    }
+    unsigned char* const to_ptr = filled.values_ptr + w.o * filled.values.stride_outer * cell_bytes;
+    return turn(narrowed, turned_back(w), reinterpret_cast<Raw*>(to_ptr));
+  }
   each_run(filled.values, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
     unsigned char* const to_ptr = filled.values_ptr + first * cell_bytes;
     const bool dense = stride == 1 && tile_stride == 1;
@@ -88,16 +107,23 @@ template <class To>
 bool narrow_tile(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr) {
   narrow_cells<To>(filled, w, cells, keep_ptr);
   if (To::overflow == std::numeric_limits<double>::infinity()) return false;
+  const auto overflows = [](double cell) {
+    const double size = bits_as<double>(bits_as<uint64_t>(cell) & 0x7fffffffffffffffu);
+    return static_cast<int64_t>(size >= To::overflow) & static_cast<int64_t>(size <= std::numeric_limits<double>::max());
+  };
   int64_t any = 0;
-  for (int64_t j = 0; j < w.cells(); ++j) {
-    const double size = bits_as<double>(bits_as<uint64_t>(cells[j]) & 0x7fffffffffffffffu);
-    any |= size >= To::overflow && size < std::numeric_limits<double>::infinity() && (!keep_ptr || keep_ptr[j]);
-  }
+  for (int64_t j = 0; j < w.cells(); ++j) any |= overflows(cells[j]);  // no branch: under the mask lies junk
+  if (!any || !keep_ptr) return any != 0;
+  any = 0;
+  for (int64_t j = 0; j < w.cells(); ++j) any |= overflows(cells[j]) & keep_ptr[j];
   return any != 0;
 }
 
 inline void write_mask(const Filled& filled, const Window& w, const unsigned char* keep_ptr) {
   if (!keep_ptr) return;
+  if (is_run(filled.values, w)) {
+    return turn(keep_ptr, turned_back(w), filled.mask_ptr + w.o * filled.values.stride_outer);
+  }
   each_run(filled.values, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
     unsigned char* const to_ptr = filled.mask_ptr + first;
     if (stride == 1 && tile_stride == 1) {

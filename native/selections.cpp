@@ -91,10 +91,14 @@ double middle(const Key& key, Dtype dtype, typename Key::Out* keys, int64_t n, s
 template <class Key>
 void medians(const Block& block, const Key& key, double* values, int64_t* count) {
   using K = typename Key::Out;
+  if (block.outer == 0 || block.inner == 0) return;
   constexpr int64_t n_side_by_side = 16;  // columns that share cache lines
   const int64_t columns = std::min(block.inner, n_side_by_side);
   int64_t groups = 1;
-  if (columns == block.inner) groups = std::max<int64_t>(1, std::min(n_tile_lanes / columns, 2048 / std::max<int64_t>(1, block.n * columns)));
+  if (columns == block.inner) {
+    const int64_t group_cells = std::max<int64_t>(1, block.n * columns);
+    groups = std::max<int64_t>(1, std::min(n_tile_lanes / columns, 2048 / group_cells));
+  }
   const int64_t most_rows = std::max<int64_t>(1, std::min(block.n, n_tile / (groups * columns)));
   struct Room {
     alignas(64) K keys[n_tile];

@@ -15,15 +15,16 @@ struct Window {
 
 // Windows over all results of a block, each over all rows.
 template <class Visit>
-void each_window(const Block& block, int64_t most_rows, const Visit& visit) {
+void each_window(const Block& block, int64_t most_rows, const Visit& visit, int64_t most_lanes = n_tile_lanes) {
+  if (block.outer == 0 || block.inner == 0) return;
   Window window;
-  const int64_t columns = least(block.inner, n_tile_lanes);
+  const int64_t columns = least(block.inner, most_lanes);
   const int64_t rows = block.n < most_rows ? (block.n > 0 ? block.n : 1) : most_rows;
   int64_t groups = 1;
   if (columns == block.inner && block.n * columns <= n_short_group) {
     groups = least(n_tile_lanes / columns, n_tile / 2 / (rows * columns));
   } else if (block.inner == 1 && block.data.stride_outer < block.data.stride_n) {  // neighbours in memory, together
-    groups = least(n_tile_lanes, n_tile / rows);
+    groups = least(most_lanes, n_tile / rows);
   }
   for (window.o = 0; window.o < block.outer; window.o += groups) {
     window.groups = least(groups, block.outer - window.o);
@@ -69,10 +70,46 @@ ALWAYS_INLINE void each_run(const Operand& operand, const Window& w, const Run& 
   }
 }
 
+// Several groups one after another in memory: read in one run, then turned, in the cache.
+inline bool is_run(const Operand& operand, const Window& w) {
+  return w.groups > 1 && (w.columns == 1 || operand.stride_inner == 1) &&
+         (w.rows <= 1 || operand.stride_n == w.columns) && operand.stride_outer == w.rows * w.columns;
+}
+
+// (groups, rows, columns) as (rows, groups, columns).
+template <class T, int columns_known>
+NEVER_INLINE void turn_cells(const T* from, int64_t groups, int64_t rows, int64_t given_columns, T* __restrict to) {
+  constexpr int64_t n_groups = 16;  // their cells stay in L1
+  const int64_t columns = columns_known ? columns_known : given_columns, lanes = groups * columns;
+  for (int64_t g = 0; g < groups; g += n_groups) {
+    const int64_t some = least(n_groups, groups - g);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* const row = from + (g * rows + r) * columns;
+      T* const turned = to + r * lanes + g * columns;
+      for (int64_t k = 0; k < some; ++k) {
+        for (int64_t c = 0; c < columns; ++c) turned[k * columns + c] = row[k * rows * columns + c];
+      }
+    }
+  }
+}
+
+template <class T>
+void turn(const T* from, const Window& w, T* to) {
+  switch (w.columns) {
+    case 1: return turn_cells<T, 1>(from, w.groups, w.rows, 1, to);
+    case 3: return turn_cells<T, 3>(from, w.groups, w.rows, 3, to);
+    default: return turn_cells<T, 0>(from, w.groups, w.rows, w.columns, to);
+  }
+}
+
 // The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
 inline const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr) {
   if (!mask.cells_ptr) return nullptr;
   const unsigned char* dense_ptr = nullptr;
+  if (is_run(mask, w)) {
+    turn(mask.cells_ptr + w.o * mask.stride_outer + w.i * mask.stride_n + w.c * mask.stride_inner, w, copy_ptr);
+    return copy_ptr;
+  }
   each_run(mask, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
     const unsigned char* from_ptr = mask.cells_ptr + first;
     if (n == w.cells() && stride == 1 && tile_stride == 1) {
@@ -118,6 +155,21 @@ template <class Convert>
 void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr, const Convert& convert,
             typename Convert::Out* out) {
   constexpr int64_t cell_bytes = sizeof(typename Convert::Raw);
+  if (is_run(data, w)) {
+    using Out = typename Convert::Out;
+    using Bits = typename Convert::Bits;
+    alignas(64) Out cells[n_tile];
+    const int64_t first = w.o * data.stride_outer + w.i * data.stride_n + w.c * data.stride_inner;
+    convert_run<Convert, false, true>(data.cells_ptr + first * cell_bytes, nullptr, w.cells(), 1, 1, convert, cells);
+    turn(cells, w, out);
+    if (!keep_ptr) return;
+    const Bits hidden = bits_as<Bits>(convert.hidden);
+    for (int64_t j = 0; j < w.cells(); ++j) {
+      out[j] = bits_as<Out>(
+          choose<Bits>(static_cast<Bits>(-static_cast<Bits>(keep_ptr[j])), bits_as<Bits>(out[j]), hidden));
+    }
+    return;
+  }
   each_run(data, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
     const unsigned char* from_ptr = data.cells_ptr + first * cell_bytes;
     const bool dense = stride == 1 && tile_stride == 1;

@@ -62,6 +62,28 @@ def test_the_first_commands_output_is_the_readmes() -> None:
     assert said == install.group(3).rstrip().splitlines()
 
 
+def test_the_curl_lines_work_verbatim_but_for_the_port(tmp_path: Path) -> None:
+    block = re.search(r"## HTTP\n\n```sh\n(.*?)```", README, re.DOTALL)
+    assert block
+    serve, *curls = block.group(1).splitlines()
+    assert serve.startswith("maskserve serve ")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with running() as service:
+        answers = [
+            subprocess.run(
+                ["bash", "-c", line.replace("localhost:8000", service.netloc)],
+                cwd=tmp_path,
+                env=environment(),
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for line in curls
+        ]
+    assert ms.load(tmp_path / "mean.safetensors")["co2"].shape == (44,)
+    assert answers[1] == '{"data": [1.5, 4.0]}\n'
+
+
 @pytest.mark.parametrize(
     ("verb", "words"),
     [

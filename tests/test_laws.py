@@ -260,7 +260,10 @@ def test_every_back_end_gives_the_references_bits(
     chosen = choose(plan).backend.name
     with engine.using(backend=chosen):
         got = engine.state(plan, sample.data, mask)
-    assert_same_bits(tuple(got[k] for k in expected), tuple(expected.values()), (chosen, sample))
+    exact = [k for k in expected if row.passes[0].exact_bits or k != "total"]
+    assert_same_bits(tuple(got[k] for k in exact), tuple(expected[k] for k in exact), (chosen, sample))
+    for part in expected.keys() - set(exact):
+        assert ulps(got[part], expected[part], torch.float64) <= 4, (chosen, sample)
 
 
 @every_dtype

@@ -222,7 +222,7 @@ def test_min_count_empty_and_keepdim() -> None:
     assert ms.mean(m, 1, empty=-1).tolist() == [1, -1]
     with pytest.raises(EmptySliceError):
         ms.mean(m, 1, empty="raise")
-    with pytest.raises(ParameterError, match="whole number"):
+    with pytest.raises(ParameterError, match="does not fit"):
         ms.argmax(m, 1, empty=0.5)
     assert ms.sum(m, 1, keepdim=True).shape == (2, 1)
     assert ms.sum(m, axis=1, keepdims=True).tolist() == [[1], [None]]
@@ -251,7 +251,7 @@ def test_nan_is_a_value_unless_asked() -> None:
         (lambda m: ms.sum(m, keepdim=1), ParameterError, "True or False"),
         (lambda m: ms.sum(m, dtype="f65"), DtypeError, "f64"),
         (lambda m: ms.sum(m, dtype=torch.int64), DtypeError, "cannot give i64"),
-        (lambda m: ms.sum(m, min_count=-1), ParameterError, "0 or more"),
+        (lambda m: ms.sum(m, min_count=-1), ParameterError, "from 0 to"),
         (lambda m: ms.sum(m, nan="drop"), ParameterError, "propagate, omit, raise"),
         (lambda m: ms.sum(m, dim=slice(1)), ParameterError, "dim"),
         (lambda m: ms.sum(m.to(torch.complex64)), DtypeError, "does not take c64"),

@@ -26,10 +26,6 @@ SMALL_BYTES = {Form.SAFETENSORS: 1 << 15, Form.JSON: 1 << 11}
 """Bodies computed where they are read: the slowest op takes 1 ms for them, the median one 0.4 ms, both of which the
 loop can bear; a hop to the lane and back takes 0.1 to 0.2 ms (2 cores, reference back end, one tensor)."""
 SMALL_TENSORS = 4
-GROWTH = 9
-"""An answer has at most 9 bytes (8 and a mask) a cell, and a cell of a question has at least 1."""
-SMALL_ANSWER = 1 << 20
-"""What an answer may take however small its question: a dim of size 0 makes cells out of no bytes."""
 
 
 @dataclass(slots=True)
@@ -92,7 +88,6 @@ class Work:
         """Everything that can fail has been done when it returns."""
         payload = self.payload()
         with self.stages.stage("compute"):
-            refuse_growth(self.request, payload)
             computed = answers.run(self.request, payload)
         with self.stages.stage("encode"):
             return ENCODERS[self.answer](computed, payload)
@@ -115,16 +110,6 @@ def decode(body: Buffer, form: Form) -> BytesPayload:
                 parameter="Content-Type",
             ) from error
         raise
-
-
-def refuse_growth(request: Request, payload: BytesPayload) -> None:
-    """Refuses an answer out of all proportion to its question, from the header alone."""
-    if all(info.n_bytes for info in payload.header.tensors.values()):
-        return  # no dim has size 0, so no answer has more cells than its question has bytes
-    n_bytes = sum(step.bytes_written for step in answers.explain(request, payload))
-    most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)
-    if n_bytes > most:
-        raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
 
 
 def as_safetensors(computed: Answer, payload: BytesPayload) -> Reply:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Protocol
+from functools import cache, lru_cache
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +28,26 @@ class Backend(Protocol):
 
     def lift(self, plan: Plan, data: Tensor, mask: Tensor | None) -> Parts: ...
 
+    def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]: ...
+
+
+@runtime_checkable
+class Finisher(Backend, Protocol):
+    """A back end that also writes results: whole slices of normalizations, scans and selections, and finished states.
+
+    Its `finish` means what the engine's own does, and gives the same bits.
+    """
+
+    def run(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None: ...
+
+    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool: ...
+
+    def fill(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> str: ...
+
+    def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def finish(self, plan: Plan, parts: Parts) -> tuple[Tensor, Tensor] | None: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -34,6 +55,8 @@ class Choice:
 
     backend: Backend
     refusals: tuple[tuple[str, str], ...]
+    finisher: Finisher | None
+    """The back end again, where it writes results itself."""
 
 
 @cache
@@ -44,6 +67,7 @@ def backends() -> tuple[Backend, ...]:
     return (CpuBackend(), ReferenceBackend())
 
 
+@lru_cache(maxsize=1024)
 def choose(plan: Plan, name: str | None = None) -> Choice:
     """The first back end that serves the plan, or the one asked for by name, which must."""
     refusals: list[tuple[str, str]] = []
@@ -59,6 +83,7 @@ def choose(plan: Plan, name: str | None = None) -> Choice:
             continue
         reason = backend.why_not(plan)
         if reason is None:
-            return Choice(backend=backend, refusals=tuple(refusals))
+            finisher = backend if isinstance(backend, Finisher) else None
+            return Choice(backend=backend, refusals=tuple(refusals), finisher=finisher)
         refusals.append((backend.name, reason))
     raise BackendError(f"back end {name} cannot serve {plan.row.name}: {refusals[0][1]}", parameter="backend")

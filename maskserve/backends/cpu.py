@@ -1,9 +1,14 @@
-"""Launches the native kernels: one block a call, in the calling thread, the GIL released, the bits of the reference."""
+"""Launches the native kernels: one block a call, in the calling thread, the GIL released, the bits of the reference.
+
+Rows with exp or log have bits of their own, the same from every instruction set.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -11,13 +16,49 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, f64
+from maskserve.backends.reference import kernel as reference
+from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, i64
+from maskserve.ops import passes
+from maskserve.ops.rows import Normalization, Reduction, Scan
 
 if TYPE_CHECKING:
     from maskserve.plan import Plan
 
 NO_MASK = (0, 0, 0)
 SERVED = FLOATING | INTEGRAL
+STATUS = ("done", "overflowed", "refused")
+
+# what the native kernels are called: by pass, by the reference's apply or scan, by its finalize
+LIFTS = {
+    passes.TOTAL: "total",
+    passes.COUNT: "count",
+    passes.MOMENTS: "moments",
+    passes.LARGEST: "largest",
+    passes.SMALLEST: "smallest",
+    passes.FIRST_LARGEST: "largest",
+    passes.FIRST_SMALLEST: "smallest",
+    passes.TRUTHS: "truths",
+    passes.EXPONENTIALS: "exponentials",
+}
+PASSES = {step.name: step for step in LIFTS}
+FILLS = {
+    ".normalizations:apply_softmax": "softmax",
+    ".normalizations:apply_log_softmax": "log_softmax",
+    ".scans:CumulativeSum": "cumulative_sum",
+}
+WHOLE = {*FILLS, ".selections:median"}
+FINISHES = {
+    ".reductions:finalize_sum": "sum",
+    ".reductions:finalize_mean": "mean",
+    ".reductions:finalize_var": "var",
+    ".reductions:finalize_std": "std",
+    ".reductions:finalize_best": "same",
+    ".reductions:finalize_at": "at",
+    ".reductions:finalize_count": "count",
+    ".reductions:finalize_any": "any",
+    ".reductions:finalize_all": "all",
+    ".reductions:finalize_logsumexp": "logsumexp",
+}
 
 
 @cache
@@ -37,61 +78,72 @@ def missing() -> str | None:
 
 
 @cache
-def total_kernel(dtype_name: str) -> tuple[int, tuple[tuple[str, torch.dtype], ...]]:
-    """The kernel's number for a dtype, and what it writes beside the count, in the order of its pointers.
+def number_of(dtype_name: str) -> int:
+    """The kernels' number for a dtype."""
+    return list(native().DTYPES).index(dtype_name)
+
+
+@cache
+def lift_kernel(pass_name: str, dtype_name: str) -> tuple[int, int, tuple[tuple[str, torch.dtype], ...]]:
+    """The number of the kernel, that of the dtype, and the parts it writes, in the order of its pointers.
 
     By name: the hash of a DType takes longer than the sum of a thousand cells.
     """
-    dtype = BY_NAME[dtype_name]
-    parts: tuple[tuple[str, torch.dtype], ...] = (("total", torch.float64),)
-    if dtype in INTEGRAL:
-        parts = (("high", torch.int64), ("low", torch.int64))
-    elif dtype == f64:
-        parts = (("total", torch.float64), ("low", torch.float64), ("exponent", torch.int64))
-    return list(native().DTYPES).index(dtype_name), parts
+    step = PASSES[pass_name]
+    parts = tuple((part.name, getattr(torch, part.dtype.torch)) for part in step.parts(BY_NAME[dtype_name]))
+    return list(native().LIFTS).index(LIFTS[step]), number_of(dtype_name), parts
 
 
-def lift_total(plan: Plan, data: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """Count and sum of the valid cells: (outer, n, inner) -> (outer, inner) of each part."""
-    outer, n, inner = data.shape
-    kernel_dtype, part_dtypes = total_kernel(plan.dtype.name)
-    parts = {"count": torch.empty((outer, inner), dtype=torch.int64)}
-    for name, dtype in part_dtypes:
-        parts[name] = torch.empty((outer, inner), dtype=dtype)
-    parts_ptr = [part.data_ptr() for part in parts.values()]
-    parts_ptr += [0] * (4 - len(parts_ptr))
-    mask_ptr, mask_strides = (0, NO_MASK) if mask is None else (mask.data_ptr(), mask.stride())
-
-    def walked(cells: Tensor) -> bool:
-        return bool(
-            native().total(
-                cells.data_ptr(), mask_ptr, kernel_dtype, outer, n, inner,
-                *cells.stride(), *mask_strides, plan.leaf, *parts_ptr,
-            )
-        )  # fmt: skip
-
-    if not walked(data):  # neither n nor a kept dim is dense
-        walked(data.contiguous())
-    return parts
+def strided(cells: Tensor | None) -> tuple[int, ...]:
+    """Address and strides of a block's operand."""
+    return (0, *NO_MASK) if cells is None else (cells.data_ptr(), *cells.stride())
 
 
-def lift_count(plan: Plan, data: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """Count of the valid cells: (outer, n, inner) -> (outer, inner). The data are not read."""
-    outer, n, inner = data.shape
-    if mask is None:
-        return {"count": torch.full((outer, inner), n, dtype=torch.int64)}
-    count = torch.empty((outer, inner), dtype=torch.int64)
-
-    def walked(cells: Tensor) -> bool:
-        return bool(native().count(cells.data_ptr(), outer, n, inner, *cells.stride(), plan.leaf, count.data_ptr()))
-
-    if not walked(mask):
-        walked(mask.contiguous())
-    return {"count": count}
+def raised(cells: Tensor) -> Tensor:
+    """exp of float64 cells, as the kernels compute it."""
+    cells = cells.contiguous()
+    powers = torch.empty_like(cells)
+    native().raise_(cells.data_ptr(), powers.data_ptr(), cells.numel())
+    return powers
 
 
-Lift = Callable[["Plan", Tensor, Tensor | None], dict[str, Tensor]]
-KERNELS: dict[str, Lift] = {"total": lift_total, "count": lift_count}  # by the name of the pass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finishing:
+    """What the native finish of a plan needs, decided once."""
+
+    kernel: int
+    parts: tuple[str, ...]
+    correction: float
+    min_count: int
+    needs: float
+    dtype: torch.dtype
+    number: int
+
+
+@lru_cache(maxsize=1024)
+def finishing(plan: Plan) -> Finishing | None:
+    """How the plan's states are finished natively; None where the reference's way is needed."""
+    row, params = plan.row, plan.params
+    if not isinstance(row, Reduction) or params.get("empty", "mask") != "mask":
+        return None
+    name = "sum"
+    parts: tuple[str, ...] = ("count", "total")  # a selection's values are in float64, as a sum's are
+    if row.passes:
+        if row.finalize not in FINISHES:
+            return None
+        name, parts = FINISHES[row.finalize], tuple(part.name for part in row.passes[0].parts(plan.dtype))
+        name += "_pair" if "exponent" in parts else "_limbs" if "high" in parts else ""
+        if name == "sum_limbs" and plan.result.is_integral and plan.result is not i64:
+            return None  # narrower than the kernel checks
+    return Finishing(
+        kernel=list(native().FINISHES).index(name),
+        parts=parts,
+        correction=float(params.get("correction", 0)),
+        min_count=-1 if row.never_masked else int(params["min_count"]),
+        needs=float(row.needs(params)) if row.needs else -math.inf,
+        dtype=getattr(torch, plan.result.torch),
+        number=number_of(plan.result.name),
+    )
 
 
 class CpuBackend:
@@ -105,14 +157,174 @@ class CpuBackend:
         """The first limit of this back end that the plan's row, dtype or device meets; None where it serves it."""
         if plan.device != "cpu":
             return f"it computes in CPU memory, and the tensor is on {plan.device}"
-        passes = [step.name for step in plan.passes]
-        unknown = [name for name in passes if name not in KERNELS]
-        if unknown or not passes:
-            return f"it has no kernel for {plan.row.name}"
+        row = plan.row
+        whole = [name for name in (getattr(row, kind, "") for kind in ("select", "apply", "scan")) if name]
+        known = all(step.name in PASSES for step in plan.passes) and all(name in WHOLE for name in whole)
+        if not known or not (plan.passes or whole):
+            return f"it has no kernel for {row.name}"
         if plan.dtype not in SERVED:
             return f"it has no kernel for {plan.dtype}"
+        if isinstance(row, Normalization | Scan) and plan.result not in FLOATING | {i64}:
+            return f"it has no kernel for {row.name} in {plan.result}"
         return missing()
 
+    def run(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """(values, mask) of the plan on dense cells in one native call; None where it takes more than that."""
+        how = direct(plan)
+        if how is None or not data.is_contiguous():
+            return None
+        mask_ptr = 0
+        if mask is not None:
+            if mask.shape != data.shape or not mask.is_contiguous():
+                return None
+            mask_ptr = mask.data_ptr()
+        values = torch.empty(plan.out_shape, dtype=how.dtype)
+        new_mask = torch.ones if how.strides and mask is None else torch.empty
+        valid = new_mask(plan.out_shape, dtype=torch.bool)
+        results_ptr = (values.data_ptr(), valid.data_ptr())
+        status = how.call(*how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *how.strides)
+        return (values, valid) if STATUS[status] == "done" else None
+
+    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool:
+        """Whole slices (outer, n, inner) reduced to `values` and `valid`, (outer, inner) and dense; False: not served."""
+        how = finishing(plan)
+        if how is None:
+            return False
+        row = plan.row
+        assert isinstance(row, Reduction)
+        lift = lift_kernel(row.passes[0].name, plan.dtype.name)[0] if row.passes else -1
+        mask_ptr, *mask_strides = strided(mask)
+        status: int = native().reduce(
+            lift, how.kernel, len(how.parts), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
+            *data.stride(), *mask_strides, plan.leaf, how.correction, how.min_count, how.needs, how.number,
+            values.data_ptr(), valid.data_ptr(),
+        )  # fmt: skip
+        return STATUS[status] == "done"
+
     def lift(self, plan: Plan, data: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """The named parts of a block's only pass, each (outer, inner)."""
-        return KERNELS[plan.passes[0].name](plan, data, mask)
+        """The named parts of a block's only pass: (outer, n, inner) -> (outer, inner) of each."""
+        outer, n, inner = data.shape
+        kernel, dtype, part_dtypes = lift_kernel(plan.passes[0].name, plan.dtype.name)
+        parts = {name: torch.empty((outer, inner), dtype=dtype) for name, dtype in part_dtypes}
+        parts_ptr = [part.data_ptr() for part in parts.values()]
+        parts_ptr += [0] * (4 - len(parts_ptr))
+        mask_ptr, *mask_strides = strided(mask)
+        lift = native().lift
+
+        def walked(cells: Tensor) -> bool:
+            walked: bool = lift(
+                kernel, cells.data_ptr(), mask_ptr, dtype, outer, n, inner,
+                *cells.stride(), *mask_strides, plan.leaf, *parts_ptr,
+            )  # fmt: skip
+            return walked
+
+        if walked(data):
+            return parts
+        if len(part_dtypes) == 1:  # a count reads the mask alone
+            assert mask is not None
+            mask = mask.contiguous()
+            mask_ptr, *mask_strides = strided(mask)
+        dense = data.contiguous()  # neither n nor a kept dim was dense
+        fits = walked(dense)
+        assert fits, "dense cells have a walk"
+        return parts
+
+    def merge(self, plan: Plan) -> Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]:
+        """The reference's merge; where that raises e to a power, with the kernels' own exp."""
+        of = reference(plan.passes[0].reference)
+        return of.merge if plan.passes[0].exact_bits else partial(of.merge, exp=raised)
+
+    def fill(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> str:
+        """A normalization or scan of whole slices, written to `values` and, with a mask, `valid`, hidden cells 0.
+
+        "done", "overflowed" where a finite value became inf, or "refused": the reference has to do this block.
+        """
+        kernel, result = fill_kernel(plan)
+        mask_ptr, *mask_strides = strided(mask)
+        status: int = native().fill(
+            kernel, data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
+            *data.stride(), *mask_strides, plan.leaf,
+            values.data_ptr(), valid.data_ptr(), result, *values.stride(),
+        )  # fmt: skip
+        return STATUS[status]
+
+    def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(values, count) of whole slices: (outer, n, inner) -> (outer, inner), float64 and int64."""
+        outer, n, inner = data.shape
+        values = torch.empty((outer, inner), dtype=torch.float64)
+        count = torch.empty((outer, inner), dtype=torch.int64)
+        mask_ptr, *mask_strides = strided(mask)
+        native().median(
+            data.data_ptr(), mask_ptr, number_of(plan.dtype.name), outer, n, inner,
+            *data.stride(), *mask_strides, values.data_ptr(), count.data_ptr(),
+        )  # fmt: skip
+        return values, count
+
+    def finish(self, plan: Plan, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """States to (values, mask) in the result's shape and dtype; None where the reference has to do it.
+
+        So it is for empty= other than "mask", a result that does not fit and a finite one that becomes inf.
+        """
+        how = finishing(plan)
+        if how is None:
+            return None
+        held = [part if part.is_contiguous() else part.contiguous() for part in (parts[name] for name in how.parts)]
+        parts_ptr = [part.data_ptr() for part in held]
+        parts_ptr += [0] * (4 - len(parts_ptr))
+        values = torch.empty(plan.out_shape, dtype=how.dtype)
+        valid = torch.empty(plan.out_shape, dtype=torch.bool)
+        status: int = native().finish(
+            how.kernel, held[0].numel(), *parts_ptr, how.correction, how.min_count, how.needs, how.number,
+            values.data_ptr(), valid.data_ptr(),
+        )  # fmt: skip
+        return (values, valid) if STATUS[status] == "done" else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direct:
+    """What one native call needs to run a plan on dense cells, decided once."""
+
+    call: Callable[..., int]
+    before: tuple[int, ...]
+    after: tuple[float, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=1024)
+def direct(plan: Plan) -> Direct | None:
+    """How the plan runs in one call; None where it takes several, or the reference's way."""
+    row, number, result = plan.row, number_of(plan.dtype.name), number_of(plan.result.name)
+    if len(plan.fold) != 3 or plan.params["nan"] != "propagate" or not math.prod(plan.shape):
+        return None
+    _, n, inner = plan.fold
+    dense = (n * inner, inner, 1)
+    if not isinstance(row, Reduction):
+        kernel, _ = fill_kernel(plan)
+        return Direct(
+            call=native().fill,
+            before=(kernel,),
+            after=(number, *plan.fold, *dense, *dense, plan.leaf),
+            strides=(result, *dense),
+            dtype=getattr(torch, plan.result.torch),
+        )
+    how = finishing(plan)
+    if how is None:
+        return None
+    lift = lift_kernel(row.passes[0].name, plan.dtype.name)[0] if row.passes else -1
+    return Direct(
+        call=native().reduce,
+        before=(lift, how.kernel, len(how.parts)),
+        after=(number, *plan.fold, *dense, *dense, plan.leaf, how.correction, how.min_count, how.needs, how.number),
+        strides=(),
+        dtype=how.dtype,
+    )
+
+
+@lru_cache(maxsize=1024)
+def fill_kernel(plan: Plan) -> tuple[int, int]:
+    """The numbers of the kernel and of the result's dtype."""
+    row = plan.row
+    assert not isinstance(row, Reduction)
+    name = FILLS[row.apply if isinstance(row, Normalization) else row.scan]
+    return list(native().FILLS).index(name), number_of(plan.result.name)

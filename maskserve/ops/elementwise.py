@@ -49,7 +49,7 @@ ROWS = (
                 torch=("__xor__", "__rxor__"), accepts=INTEGRAL, identity=(0, 0)),
     Elementwise(name="bitwise_not", summary="~input", function="bitwise_not", operator="invert", accepts=INTEGRAL),
     Elementwise(name="where", summary="input where condition, else other; validity from the chosen branch",
-                operands=("condition", "input", "other"), function="where", rule=MaskRule.CHOSEN),
+                operands=("condition", "input", "other"), function="where", rule=MaskRule.CHOSEN, method=(1, 0, 2)),
     Elementwise(name="neg", summary="-input", function="neg", operator="neg", torch=("negative",),
                 accepts=NUMERIC - {boolean}),
     Elementwise(name="abs", summary="absolute value; an error for the smallest int, which has none",

@@ -45,4 +45,5 @@ EXPONENTIALS = Pass(
     name="exponentials",
     parts=lambda _: (COUNT_PART, Part(name="max", dtype=f64), Part(name="total", dtype=f64)),
     reference=".reductions:Exponentials",
+    exact_bits=False,
 )

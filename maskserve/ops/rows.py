@@ -99,6 +99,8 @@ class Pass:
     name: str
     parts: Callable[[DType], tuple[Part, ...]]
     reference: str
+    exact_bits: bool = True
+    """Whether every CPU back end gives the same bits: so it is for + - * / and selection, not for exp (docs/order.md)."""
 
 
 # -- result dtypes: torch's own, under our names ------------------------------------------------------------------
@@ -218,6 +220,8 @@ class Elementwise(Row):
     rule: MaskRule = MaskRule.ALL
     operator: str = ""
     """The Python operator's method, e.g. "add" for __add__ and __radd__."""
+    method: tuple[int, ...] = ()
+    """Where the method's arguments stand among the operands, if not in their order: x.where(condition, other)."""
     unsafe: bool = False
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
 

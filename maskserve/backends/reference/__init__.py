@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from maskserve.backends.reference.cells import Parts, join
 from maskserve.ops.rows import Pass, kernel_name
 from maskserve.plan import Plan
+
+Merge = Callable[[Parts, Parts], Parts]
 
 
 @cache
@@ -36,6 +39,11 @@ class ReferenceBackend:
     def lift(self, plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
         """The one state of a block (outer, n, inner): parts of shape (outer, inner)."""
         return lift(plan, plan.passes[0], data, mask)
+
+    def merge(self, plan: Plan) -> Merge:
+        """What joins two of its states."""
+        merge: Merge = kernel(plan.passes[0].reference).merge
+        return merge
 
 
 def lift(plan: Plan, step: Pass, data: Tensor, mask: Tensor | None) -> Parts:

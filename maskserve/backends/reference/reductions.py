@@ -7,7 +7,9 @@ values of the parts' shape, at least as wide as the result's dtype. Every cell u
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,10 +112,15 @@ def merge_pairs(a: Parts, b: Parts) -> Parts:
 
 def add_pairs(a: Parts, b: Parts, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """(a + b) / 2**exponent as a pair."""
-    a_factor = torch.where(a["exponent"] < exponent, 2.0**-SCALE, 1.0)
-    b_factor = torch.where(b["exponent"] < exponent, 2.0**-SCALE, 1.0)
-    total, error = two_sum(a["total"] * a_factor, b["total"] * b_factor)
-    return total, (a["low"] * a_factor + b["low"] * b_factor) + error
+    a_total, a_low = (scaled_to(a[part], a["exponent"], exponent) for part in ("total", "low"))
+    b_total, b_low = (scaled_to(b[part], b["exponent"], exponent) for part in ("total", "low"))
+    total, error = two_sum(a_total, b_total)
+    return total, (a_low + b_low) + error
+
+
+def scaled_to(part: Tensor, exponent: Tensor, wanted: Tensor) -> Tensor:
+    """The part of a state in units of 2**wanted; multiplied as float64, whatever torch's default dtype is."""
+    return torch.where(exponent < wanted, part * 2.0**-SCALE, part)
 
 
 def finite_low(total: Tensor, low: Tensor, exponent: Tensor) -> Parts:
@@ -311,17 +318,18 @@ class Exponentials:
     def lift(plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
         count = counted(data, mask, CELLS)
         if data.shape[CELLS] == 0:
-            return {"count": count, "max": torch.full(count.shape, -math.inf).double(), "total": count.double()}
+            nothing = count.double()
+            return {"count": count, "max": nothing - math.inf, "total": nothing}
         cells = select(data.double(), mask, -math.inf)
         top = cells.amax(CELLS)
         raised = exponential(cells, finite(top).unsqueeze(CELLS), precise=plan.dtype is f64)
         return {"count": count, "max": top, "total": halve(raised)}
 
     @staticmethod
-    def merge(a: Parts, b: Parts) -> Parts:
+    def merge(a: Parts, b: Parts, exp: Callable[[Tensor], Tensor] = torch.exp) -> Parts:
         top = torch.maximum(a["max"], b["max"])
         base = finite(top)
-        total = a["total"] * torch.exp(a["max"] - base) + b["total"] * torch.exp(b["max"] - base)
+        total = a["total"] * exp(a["max"] - base) + b["total"] * exp(b["max"] - base)
         return {"count": a["count"] + b["count"], "max": top, "total": total}
 
 
@@ -376,7 +384,10 @@ def finalize_var(plan: Plan, parts: Parts) -> Tensor:
 
 
 def finalize_std(plan: Plan, parts: Parts) -> Tensor:
-    return finalize_var(plan, parts).sqrt()
+    variance = finalize_var(plan, parts)
+    if variance.device.type != "cpu":
+        return variance.sqrt()
+    return torch.from_numpy(np.sqrt(variance.numpy()))  # torch's, vectorised, is an ulp off for some float64
 
 
 def finalize_best(plan: Plan, parts: Parts) -> Tensor:

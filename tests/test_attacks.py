@@ -1,0 +1,324 @@
+"""What a hostile reader found once, and what must not come back."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import maskserve as ms
+from maskserve import MaskedTensor, dtypes
+from maskserve.errors import (
+    DataError,
+    DtypeError,
+    MaskError,
+    MaskserveError,
+    ParameterError,
+    ShapeError,
+    StateError,
+    TooLargeError,
+    UncoveredFunctionError,
+)
+from maskserve.ops import OPS
+from maskserve.partials import PREFIX, Partial
+from maskserve.payload.format import to_bytes
+from maskserve.payload.tensors import output
+from maskserve.plan import plan
+
+T, F = True, False
+
+
+def m(cells: Any, mask: Any = None) -> MaskedTensor:
+    return ms.masked_tensor(torch.tensor(cells), None if mask is None else torch.tensor(mask))
+
+
+# -- who owns a mask ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: x + 1, lambda x: x * x, lambda x: -x, abs, ms.exp, lambda x: x == 0, lambda x: (x == 0) & True,
+        lambda x: ms.where(x > 0, 1.0, 2.0), lambda x: torch.ones(3) - x, lambda x: x.sum(0, keepdim=True), lambda x: x.cumsum(0),
+    ],
+)  # fmt: skip
+def test_assigning_into_a_result_leaves_its_operand_as_it_was(op: Callable[[MaskedTensor], MaskedTensor]) -> None:
+    x = m([1.0, 666.0, 3.0], [T, F, T])
+    result = op(x)
+    result[0] = m(0.0, F).to(result.dtype)
+    result[-1] = 1
+    assert x.tolist() == [1, None, 3]
+    x[0] = m(0.0, F)
+    full = m([1.0, 2.0, 3.0], [T, T, T])
+    op(full)[-1] = m(0.0, F)
+    assert full.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "assign",
+    [
+        lambda x: x[0].__setitem__(1, 7.0), lambda x: x[0:1].__setitem__((0, 1), 7.0),
+        lambda x: x.select(0, 0).__setitem__(1, 7.0), lambda x: x.narrow(0, 0, 1).__setitem__((0, 1), 7.0),
+        lambda x: next(iter(x)).__setitem__(1, 7.0), lambda x: x.reshape(6).__setitem__(4, 7.0),
+        lambda x: x.flatten().__setitem__(4, 7.0), lambda x: x.view(6).__setitem__(4, 7.0),
+    ],
+)  # fmt: skip
+def test_a_write_through_a_view_of_a_broadcast_mask_is_refused(assign: Callable[[MaskedTensor], None]) -> None:
+    x = MaskedTensor(torch.arange(6.0).reshape(2, 3), torch.tensor([[T, F, T]]))
+    with pytest.raises(MaskError, match="would be lost"):
+        assign(x)
+    assert x.tolist() == [[0, None, 2], [3, None, 5]]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.detach(), lambda x: __import__("copy").copy(x), lambda x: x[0:2], lambda x: x.reshape(3)],
+)
+def test_a_masked_write_through_a_view_without_a_mask_is_refused(view: Callable[[MaskedTensor], MaskedTensor]) -> None:
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            x = MaskedTensor(torch.arange(3.0))
+            with pytest.raises(MaskError, match="would be lost"):
+                view(x)[0] = m(99.0, F)
+            assert x.tolist() == [0, 1, 2]
+
+
+def test_what_lies_under_an_assigned_mask_goes_nowhere() -> None:
+    x = m([0.0, 1.0])
+    alias = ms.as_masked_tensor(x)
+    alias[0] = m(99.0, F)
+    assert (x.tolist(), alias.tolist()) == ([0, 1], [None, 1])
+    with pytest.raises(ShapeError, match="clone"):
+        MaskedTensor(torch.arange(3.0).expand(2, 3))[0, 0] = m(99.0, F)
+
+
+def test_views_with_a_full_mask_still_write_through() -> None:
+    x = MaskedTensor(torch.arange(6.0).reshape(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    x.t()[2, 0] = m(0.0, F)
+    x.reshape(6)[0] = 9.0
+    x[1][1] = m(0.0, F)
+    assert x.tolist() == [[9, 1, None], [3, None, 5]]
+    picked = x[[0, 1]]
+    picked[0, 0] = m(0.0, F)
+    assert x.tolist()[0][0] == 9
+
+
+# -- what comes in ------------------------------------------------------------------------------------------------
+
+
+def test_numpy_ma_keeps_its_mask_wherever_a_tensor_goes() -> None:
+    theirs = np.ma.array([1.0, 2.0, 1000.0], mask=[0, 0, 1])
+    assert ms.mean(theirs).item() == 1.5
+    assert ms.from_lengths(theirs, 3, 0).sum().item() == 3
+    assert MaskedTensor(theirs).tolist() == [1, 2, None]  # type: ignore[arg-type]
+    assert ms.add(m([1.0, 1.0, 1.0]), theirs).tolist() == [2, 3, None]
+    assert (m([1.0, 1.0, 1.0]) + theirs).tolist() == [2, 3, None]
+
+
+def test_where_as_a_method_takes_torchs_arguments() -> None:
+    condition, x, other = torch.tensor([T, F]), m([1.0, 2.0]), torch.tensor([8.0, 9.0])
+    assert x.where(condition, other).tolist() == [1, 9]
+    assert other.where(condition, x).tolist() == [8, 2]
+    assert torch.where(condition, x, other).tolist() == [1, 9]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cells", "fill", "n_valid"),
+    [
+        (torch.uint8, [241, 1, 255], "-9999", 3), (torch.uint8, [241, 1, 255], "-1", 3), (torch.int8, [44, 1], "300", 2),
+        (torch.int32, [2147483600, 1], "2147483647.0", 2), (torch.int64, [-1000000001, 1], "-1e9", 2),
+        (torch.float32, [1, math.inf], "1e300", 2), (torch.int64, [1, 2], "10000000000000000000000000000000", 2),
+        (torch.int16, [-9999, 1], "-9999", 1), (torch.float32, [-9999, 1], "-9999", 1), (torch.int64, [5, 1], "5.0", 1),
+    ],
+)  # fmt: skip
+def test_a_fill_value_is_compared_exactly(dtype: torch.dtype, cells: list[Any], fill: str, n_valid: int) -> None:
+    payload = to_bytes([output("x", torch.tensor(cells, dtype=dtype))], {})
+    answer = ms.compute("reduce", payload, op="count", fill_value=fill)
+    assert answer.results[0].data.item() == n_valid
+
+
+# -- parameters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ms.sum(torch.ones(1), min_count=2**63), lambda: ms.sum(torch.ones(1), min_count=10**30),
+        lambda: ms.var(torch.ones(3), correction=2**63), lambda: ms.var(torch.ones(3), correction=10**400),
+        lambda: ms.amax(torch.ones(0, dtype=torch.uint8), empty=-1), lambda: ms.any(torch.ones(0), empty=2),
+        lambda: ms.sum(torch.ones(0, dtype=torch.float16), empty=1e6), lambda: ms.sum(torch.ones(0).long(), empty=math.inf),
+        lambda: ms.sum(torch.ones(0).long(), empty=10**30), lambda: ms.var(torch.ones(3), unbiased=False, correction=2),
+        lambda: ms.sum(torch.ones(3), 0, axis=0), lambda: ms.compute("reduce", b"", op="sum", min_count="9" * 20),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_count_or_dtype_holds_are_refused(call: Callable[[], Any]) -> None:
+    with pytest.raises(MaskserveError):
+        call()
+
+
+def test_the_first_call_does_not_decide_later_ones() -> None:
+    x = torch.ones(2, 3)
+    assert ms.sum(x, (1,)).tolist() == [3, 3]
+    for dim in ((True,), (1.0,)):
+        with pytest.raises(ParameterError):
+            ms.sum(x, dim)
+    empty = torch.ones(0)
+    for value in (-0.0, 0.0):
+        assert math.copysign(1, ms.amin(empty, empty=value).item()) == 1
+
+
+def test_a_float64_overflow_does_not_depend_on_torchs_default_dtype() -> None:
+    data = torch.tensor([1.7e308] * 8192 + [-1.7e308] * 8192 + [1.7e308], dtype=torch.float64)
+    for backend in ("reference", "cpu"):
+        for default in (torch.float32, torch.float16, torch.float64):
+            torch.set_default_dtype(default)
+            try:
+                with ms.using(backend=backend):
+                    assert ms.sum(data).item() == 1.7e308
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+
+def test_overflow_in_a_cell_that_the_result_masks_is_nobodys_error() -> None:
+    assert ms.sum(torch.tensor([[2**63 - 1, 1]]), 1, min_count=5).tolist() == [None]
+    assert ms.sum(torch.tensor([6e4, 6e4], dtype=torch.float16), min_count=5).tolist() is None
+
+
+def test_a_zero_under_the_results_mask_divides_nothing() -> None:
+    assert (m([4, 5], [T, F]) // torch.tensor([2, 0])).tolist() == [2, None]
+    assert (m([4, 5], [T, F]) % torch.tensor([2, 0])).tolist() == [0, None]
+    with pytest.raises(DataError, match="ZeroDivision"):
+        m([4, 5], [T, T]) // torch.tensor([2, 0])
+
+
+# -- errors, never tracebacks of others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: m([1]) + 10**30, lambda: m([1]).to(torch.int8).__setitem__(0, 10**30), lambda: ms.where(m([1.0]), m([1]), 2),
+        lambda: torch.where(m([T])), lambda: MaskedTensor(torch.ones(1), "x"), lambda: MaskedTensor(torch.ones(1), [None]),  # type: ignore[arg-type]
+        lambda: ms.sum("abc"), lambda: ms.sum(None), lambda: ms.exp(torch.ones(1, dtype=torch.complex128)),
+        lambda: ms.from_lengths(torch.ones(2), None, 0), lambda: m([1.0], [F]).to_tensor(1e300 * 10),
+        lambda: m([1.0]).to(torch.bfloat16).numpy(), lambda: ms.sum(torch.ones(2, device="meta")),
+        lambda: ms.sum(torch.ones(2).to_sparse()), lambda: m([1.0, 2.0]).view(torch.int32), lambda: m([1.0]).reshape(7),
+        lambda: ms.save("x", {"mask": m([1.0])}), lambda: ms.save("x", {"x.lengths": m([1.0])}),
+    ],
+)  # fmt: skip
+def test_bad_values_are_errors_of_our_own(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except MaskserveError:
+        return
+    except Exception as error:
+        pytest.fail(f"{type(error).__name__}: {error}")
+
+
+def test_a_plain_tensor_with_mask_is_accepted_by_rows_of_one_tensor() -> None:
+    x, k = torch.tensor([0.0, 1.0]), torch.tensor([T, F])
+    assert ms.exp(x, mask=k).tolist() == [1, None]
+    assert ms.reshape(torch.ones(2, 3), 6).shape == (6,)
+
+
+def test_complex_numbers_and_masked_lists_as_indices() -> None:
+    with pytest.raises(TypeError):
+        _ = m([1.0]) * 1j
+    assert m([5, 6, 7])[m([0, 2])].tolist() == m([5, 6, 7])[[m([0, 2])]].tolist()[0] == [5, 7]
+    negative = torch.tensor([1 + 2j]).conj().imag
+    for backend in ("reference", "cpu"):
+        with ms.using(backend=backend):
+            assert ms.sum(negative, mask=torch.tensor([T])).item() == ms.amax(negative).item() == -2
+
+
+def test_pickles_hold_nothing_hidden_and_no_more_than_they_show() -> None:
+    x = m([12345.0, 1.0] * 1000, [F, T] * 1000)
+    assert np.float32(12345.0).tobytes() not in pickle.dumps(x)
+    assert len(pickle.dumps(x[1])) < 3000
+
+
+# -- bytes that nobody vouches for --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(20_000_000, 0), (2**47, 0)])
+def test_a_tiny_file_cannot_ask_for_a_huge_answer(shape: tuple[int, ...]) -> None:
+    from maskserve.dtypes import f32
+    from maskserve.payload.format import Output
+
+    payload = to_bytes([Output("x", f32, shape, b"")], {})
+    with pytest.raises(TooLargeError, match="at most"):
+        ms.compute("reduce", payload, op="sum", dim=1)
+
+
+def state(**changes: Any) -> bytes:
+    """The bytes of a state with some of its metadata or tensors changed."""
+    whole = plan(OPS["mean"], (), (10_000,), dtypes.f64, "cpu")  # type: ignore[arg-type]
+    partial = Partial.lift(whole, torch.ones(1, 10_000, 1, dtype=torch.float64))
+    said = {PREFIX + k: json.dumps(v) for k, v in partial.signature().items()}
+    tensors = {f"{n.start}.{n.n_units}.{k}": p for n in partial.nodes for k, p in n.parts.items()}
+    said |= {PREFIX + k: v for k, v in changes.items() if isinstance(v, str)}
+    tensors = changes.get("tensors", lambda t: t)(tensors)
+    return to_bytes([output(name, part) for name, part in tensors.items()], said)
+
+
+def test_an_unchanged_state_is_accepted() -> None:
+    assert Partial.from_bytes(state()).finalize()[0].item() == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"op": "{"}, {"op": '"exp"'}, {"op": '"nonsense"'}, {"op": "7" * 5000}, {"shape": "[2, Infinity]"}, {"shape": "[2.7]"},
+        {"shape": '{"2": 1}'}, {"shape": "[-1]"}, {"shape": "[" + "1," * 99 + "1]"}, {"params": "[1]"}, {"params": '"x"'},
+        {"params": '{"min_count": ' + "9" * 30 + "}"}, {"dtype": "5"}, {"dtype": "null"}, {"backend": "null"}, {"order": "true"},
+        {"backend": '"nobody"'}, {"version": '"0.0.0"'}, {"shape": "[1000000]"},
+        {"tensors": lambda t: {k.replace("0.2.", "0.3."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k.replace("0.2.", "1.2."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k.replace("0.2.", "00.2."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k.replace("0.2.", "0.\uff12."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k: v for k, v in t.items() if "count" not in k}},
+        {"tensors": lambda t: {k: v - 10**6 if "count" in k else v for k, v in t.items()}},
+        {"tensors": lambda t: {k: v + 10**6 if "count" in k else v for k, v in t.items()}},
+        {"tensors": lambda t: {k: v.float() if v.is_floating_point() else v for k, v in t.items()}},
+        {"tensors": lambda t: t | {"0.1." + k.rsplit(".")[-1]: v for k, v in t.items()}},
+        {"tensors": lambda t: t | {"junk": torch.ones(1)}},
+    ],
+)  # fmt: skip
+def test_a_state_that_is_none_is_refused(changes: dict[str, Any]) -> None:
+    try:
+        Partial.from_bytes(state(**changes)).finalize()
+    except StateError:
+        return
+    except Exception as error:
+        pytest.fail(f"{type(error).__name__}: {error}")
+    pytest.fail("accepted")
+
+
+def test_a_partial_is_lifted_from_cells_of_its_plan_alone() -> None:
+    whole = plan(OPS["sum"], (), (64,), dtypes.f64, "cpu")  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="f64"):
+        Partial.lift(whole, torch.ones(1, 64, 1))
+    with pytest.raises(MaskError):
+        Partial.lift(whole, torch.ones(1, 64, 1).double(), torch.full((1, 64, 1), 2, dtype=torch.uint8))
+    some = Partial.lift(whole, torch.ones(1, 64, 1).double(), torch.ones(1, 1, 1, dtype=torch.bool))
+    assert some.finalize()[0].item() == 64
+
+
+def test_a_reduced_coordinate_of_size_one_does_not_survive_keepdim() -> None:
+    tensors = [output("rain", torch.ones(1, 3)), output("time", torch.ones(1)), output("lat", torch.ones(3))]
+    named = {"maskserve.dims": '{"rain": ["time", "lat"], "time": ["time"], "lat": ["lat"]}'}
+    answer = ms.compute("reduce", to_bytes(tensors, named), op="sum", dim="time", keepdim=True)
+    assert [r.name for r in answer.results] == ["rain", "lat"]
+
+
+def test_an_argument_that_only_torch_takes_is_named() -> None:
+    with pytest.raises(UncoveredFunctionError, match=r"torch\.where"):
+        torch.where(m([T]))
+    with pytest.raises(DtypeError):
+        m([1, 2]).view(torch.uint8)

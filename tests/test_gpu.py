@@ -1,0 +1,35 @@
+"""The reference on a CUDA device, beside the CPU. `pytest -m gpu` where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import maskserve as ms
+from maskserve import dtypes
+from maskserve.dtypes import DType
+from maskserve.ops.rows import Reduction, Row
+from tests.samples import SLICED, cells, ulps
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", sorted(dtypes.NUMERIC, key=lambda d: d.name), ids=lambda d: d.name)
+@pytest.mark.parametrize("row", SLICED, ids=lambda row: row.name)
+def test_a_cuda_device_gives_what_the_cpu_gives(row: Row, dtype: DType) -> None:
+    for shape in ((5, 130), (4097, 2), (3, 9000)):
+        sample = cells(dtype, shape, 1)
+        on_cpu = ms.masked_tensor(sample.data, sample.mask)
+        on_cuda = on_cpu.to("cuda")
+        for dim in (0, 1) + ((None,) if isinstance(row, Reduction) else ()):
+            expected, got = getattr(ms, row.name)(on_cpu, dim), getattr(ms, row.name)(on_cuda, dim)
+            assert got.device.type == "cuda"
+            assert torch.equal(got.get_mask().cpu(), expected.get_mask())
+            values, wanted = got.get_data().cpu(), expected.get_data()
+            if values.is_floating_point():
+                assert ulps(values, wanted, values.dtype) <= 4
+            else:
+                assert torch.equal(values, wanted)

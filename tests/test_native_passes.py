@@ -1,0 +1,311 @@
+"""The native kernels beside the sums: the reference's bits, or within ulps where there is an exp or a log."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+from maskserve import OPS, dtypes, engine
+from maskserve.backends import choose
+from maskserve.dtypes import DType
+from maskserve.ops.rows import Reduction, Row
+from tests.samples import REDUCTIONS, SLICED, assert_same_bits, bits, plan_of, ulps
+from tests.test_native_sum import layouts, sample
+
+ROOT = Path(__file__).parent.parent
+SERVED = sorted(dtypes.NUMERIC, key=lambda dtype: dtype.name)
+SHAPES = (
+    (3, 1, 1), (300, 3, 1), (290, 7, 3), (99, 64, 1), (40, 65, 3), (5, 513, 1), (2, 4095, 1), (3, 4097, 1),
+    (2, 12289, 1), (2, 130, 2), (3, 70, 17), (2, 131, 256), (1, 65, 300), (1, 4200, 3),
+)  # fmt: skip
+INEXACT = {row.name for row in SLICED if any(word in row.name for word in ("softmax", "logsumexp", "std"))}
+"""exp and log are each back end's own; torch's square root is not always the nearest."""
+
+every_dtype = pytest.mark.parametrize("dtype", SERVED, ids=repr)
+every_row = pytest.mark.parametrize("row", SLICED, ids=lambda row: row.name)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def both(row: Row, data: Tensor, mask: Tensor | None, **params: Any) -> tuple[Any, Any]:
+    """What cpu gives, and the reference."""
+    plan = plan_of(row, data, **params)
+    assert choose(plan).backend.name == "cpu"
+    with engine.using(backend="reference"):
+        expected = engine.run(plan, data, mask)
+    return engine.run(plan, data, mask), expected
+
+
+def tame(data: Tensor, mask: Tensor) -> Tensor:
+    """Valid cells small enough that no result overflows; the junk stays."""
+    if data.dtype is torch.float16:
+        return torch.where(mask, data / 512, data)
+    if data.is_floating_point() or data.dtype is torch.bool:
+        return data
+    return torch.where(mask, data % 100, data)
+
+
+def assert_agree(row: Row, got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], said: object) -> None:
+    assert_same_bits((got[1],), (expected[1],), said)
+    if row.name == "median":  # of -0 and +0 either may be the middle one
+        got, expected = (got[0] + 0.0, got[1]), (expected[0] + 0.0, expected[1])
+    if row.name not in INEXACT or not got[0].is_floating_point():
+        assert_same_bits(got, expected, said)
+        return
+    assert got[0].dtype == expected[0].dtype
+    most = 1 if got[0].dtype is not torch.float64 else 4
+    if row.name == "log_softmax":  # the subtraction loses what it loses in both
+        spread = float(expected[0].double().abs().nan_to_num(0, 0, 0).max()) if got[0].numel() else 0.0
+        differ = (got[0].double() - expected[0].double()).abs().nan_to_num(0, 0, 0)
+        assert not differ.numel() or float(differ.max()) <= torch.finfo(got[0].dtype).eps * max(spread, 1.0), said
+        return
+    assert ulps(*(values[0][expected[1]] for values in (got, expected)), got[0].dtype) <= most, said
+
+
+@every_shape
+@every_dtype
+@every_row
+def test_every_row_is_the_references(row: Row, dtype: DType, shape: tuple[int, int, int]) -> None:
+    data, mask = sample(dtype, shape, seed=shape[1])
+    data = tame(data, mask)
+    assert_agree(row, *both(row, data, mask, dim=1), "masked")
+    plain = torch.where(mask, data, torch.ones((), dtype=data.dtype))
+    assert_agree(row, *both(row, plain, None, dim=1), "no mask")
+
+
+@every_dtype
+@every_row
+@pytest.mark.parametrize("shape", [(3, 130, 17), (17, 70, 1), (2, 3, 5), (5, 4100, 1), (1, 65, 300)], ids=str)
+def test_strides_and_addresses_change_no_bit(row: Row, dtype: DType, shape: tuple[int, int, int]) -> None:
+    data, mask = sample(dtype, shape, seed=5)
+    data = tame(data, mask)
+    plan = plan_of(row, data, dim=1)
+    expected = engine.run(plan, data, mask)
+    masks = layouts(mask)
+    for name, strided in layouts(data).items():
+        for mask_name in {name, "dense", "every second"}:
+            assert_same_bits(engine.run(plan, strided, masks[mask_name]), expected, (name, mask_name))
+    data = torch.where(mask, data, torch.ones((), dtype=data.dtype))
+    for small in (mask[:1], mask[:, :1], mask[:, :, :1]):
+        expected = engine.run(plan, data, small.expand(shape).contiguous())
+        assert_same_bits(engine.run(plan, data, small), expected, ("broadcast", small.shape))
+
+
+@every_row
+def test_a_large_tensor_in_blocks_has_the_bits_of_a_small_one(row: Row) -> None:
+    data, mask = sample(dtypes.f32, (900, 33, 5), seed=6)
+    whole = engine.run(plan_of(row, data, dim=1), data, mask)
+    pieces = [engine.run(plan_of(row, d, dim=1), d, m) for d, m in zip(data.split(7), mask.split(7), strict=True)]
+    assert_same_bits(whole, tuple(torch.cat(part) for part in zip(*pieces, strict=True)), row.name)
+
+
+FLOATS = [dtype for dtype in SERVED if dtype.is_float]
+EXTREMES = [OPS[name] for name in ("amax", "amin", "argmax", "argmin")]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=repr)
+@pytest.mark.parametrize("row", EXTREMES, ids=lambda row: row.name)
+@pytest.mark.parametrize("inner", [1, 3, 70])
+@pytest.mark.parametrize("n", [1, 3, 64, 65, 5000])
+def test_extremes_of_special_cells(row: Row, dtype: DType, inner: int, n: int) -> None:
+    """NaN wins and the first one is the index; +0 is larger than -0; a valid -inf is found among masked cells."""
+    kind = getattr(torch, dtype.torch)
+    for cell, others in ((math.nan, 5.0), (0.0, -0.0), (-0.0, 0.0), (-math.inf, 0.0), (math.inf, 0.0)):
+        for places in ((0,), (n - 1,), (n // 3, n // 2)):
+            data = torch.full((2, n, inner), others, dtype=kind)
+            mask = torch.ones(data.shape, dtype=torch.bool)
+            data[:, list(places)] = torch.tensor(cell, dtype=kind)
+            got, expected = both(row, data, mask, dim=1)
+            assert_same_bits(got, expected, (cell, places))
+            mask[:] = False
+            mask[:, list(places)] = True
+            data[~mask] = math.inf if cell < 0 else -math.inf
+            got, expected = both(row, data, mask, dim=1)
+            assert_same_bits(got, expected, (cell, places, "only"))
+
+
+def test_a_nan_is_canonical_whatever_its_payload() -> None:
+    for bit_pattern in (0x7F800001, -1, -0x3FFFFF):
+        data = torch.tensor([1, bit_pattern, 2], dtype=torch.int32).view(torch.float32)
+        for row in EXTREMES[:2]:
+            values, _ = engine.run(plan_of(row, data), data, None)
+            assert values.view(torch.int32).item() == 0x7FC00000
+
+
+@pytest.mark.parametrize("dtype", [d for d in SERVED if d.is_integral], ids=repr)
+def test_extreme_integers_are_data(dtype: DType) -> None:
+    kind = getattr(torch, dtype.torch)
+    limits = (False, True) if kind is torch.bool else (torch.iinfo(kind).min, torch.iinfo(kind).max)
+    for row in EXTREMES:
+        for limit in limits:
+            data = torch.full((70, 9), limit, dtype=kind)
+            mask = torch.arange(9).expand(70, 9) > 4
+            got, expected = both(row, data, mask, dim=1)
+            assert_same_bits(got, expected, (row.name, limit))
+
+
+@pytest.mark.parametrize("n", [3, 64, 4097])
+def test_moments_of_i64_keep_the_low_bits(n: int) -> None:
+    for high in (2**62, -(2**62), 2**53 + 1):
+        data = torch.arange(n).repeat(2, 1) % 7 + high
+        got, expected = both(OPS["var"], data, None, dim=1)
+        assert_same_bits(got, expected, high)
+        assert float(got[0][0]) < 10
+
+
+@pytest.mark.parametrize("cells", [[1.7e308, 1.7e308, 1.6e308], [1e308] * 70, [math.inf, 1.0], [math.nan, 1.0], [-0.0]])
+def test_f64_means_survive_sums_that_overflow(cells: list[float]) -> None:
+    data = torch.tensor([cells], dtype=torch.float64)
+    for row in (OPS["mean"], OPS["sum"], OPS["var"]):
+        got, expected = both(row, data, None, dim=1, **({"correction": 0} if row.name == "var" else {}))
+        assert_same_bits(got, expected, row.name)
+
+
+# -- exp and log ---------------------------------------------------------------------------------------------------
+
+
+def ulps_of(value: float, exact: Any) -> float:
+    """Distance from the exact value in units in the last place of a double."""
+    return float(abs(mpmath.mpf(value) - exact) / mpmath.mpf(math.ulp(float(exact))))
+
+
+def test_softmax_of_f64_is_within_two_ulps_down_to_subnormals() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.cat([
+        -torch.rand(400, generator=generator, dtype=torch.float64),
+        -torch.rand(300, generator=generator, dtype=torch.float64) * 40,
+        -torch.rand(300, generator=generator, dtype=torch.float64) * 745,
+        torch.tensor([-745.0, -708.5, -1e-300, -5e-324, -0.5 * math.log(2), -math.log(2)], dtype=torch.float64),
+    ])  # fmt: skip
+    data = torch.stack([x, torch.zeros_like(x)], 1)
+    values, _ = engine.run(plan_of(OPS["softmax"], data, dim=1), data, None)
+    with mpmath.workprec(200):
+        for cell, value in zip(x.tolist(), values[:, 0].tolist(), strict=True):
+            raised = mpmath.exp(mpmath.mpf(cell))
+            assert ulps_of(value, raised / (1 + raised)) <= 2, cell
+
+
+def test_logsumexp_of_f64_is_within_two_ulps() -> None:
+    generator = torch.Generator().manual_seed(2)
+    data = torch.randn((300, 5), generator=generator, dtype=torch.float64) * 8 + 30
+    values, _ = engine.run(plan_of(OPS["logsumexp"], data, dim=1), data, None)
+    with mpmath.workprec(200):
+        for cells, value in zip(data.tolist(), values.tolist(), strict=True):
+            assert ulps_of(value, mpmath.log(sum(mpmath.exp(mpmath.mpf(c)) for c in cells))) <= 2, cells
+
+
+@pytest.mark.parametrize("row", [OPS["softmax"], OPS["log_softmax"]], ids=lambda row: row.name)
+@pytest.mark.parametrize("shape", [(50, 33), (2, 9000)], ids=str)
+def test_f32_normalizations_are_within_one_ulp_of_f64(row: Row, shape: tuple[int, int]) -> None:
+    data = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 4
+    values, _ = engine.run(plan_of(row, data, dim=1), data, None)
+    exact = getattr(torch, row.name)(data.double(), 1)
+    assert ulps(values, exact, torch.float32) <= 1
+
+
+@pytest.mark.parametrize("cells", [[math.inf, 1], [-math.inf, -math.inf], [math.nan, 1], [-math.inf, 3], [800, -800]])
+def test_special_cells_are_torchs(cells: list[float]) -> None:
+    data = torch.tensor([cells], dtype=torch.float64)
+    for name in ("softmax", "log_softmax", "logsumexp"):
+        got, expected = both(OPS[name], data, None, dim=1)
+        assert_agree(OPS[name], got, expected, name)
+        assert torch.equal(got[0].isnan(), getattr(torch, name)(data, 1).isnan())
+
+
+# -- finish: the back end's own, and the engine's, which is its meaning --------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("row", [row for row in REDUCTIONS if row.passes], ids=lambda row: row.name)
+def test_states_are_finished_as_the_engine_does(row: Reduction, dtype: DType) -> None:
+    data, mask = sample(dtype, (40, 9, 3), seed=11)
+    data, mask[:4] = tame(data, mask), False
+    names = {p.name for p in row.parameters}
+    for params in (
+        {},
+        {"min_count": 5},
+        {"keepdim": True},
+        {"correction": 3},
+        {"dtype": dtypes.bf16},
+        {"dtype": dtypes.f64},
+    ):
+        if not set(params) <= names or ("dtype" in params and row.name == "sum" and dtype is dtypes.boolean):
+            continue
+        plan = plan_of(row, data, dim=1, **params)
+        state = engine.state(plan, data, mask)
+        with engine.using(backend="reference"):
+            expected = engine.finish(plan, state)
+        assert_agree(row, engine.finish(plan, state), expected, params)
+
+
+def test_a_finite_result_that_becomes_inf_is_warned_of() -> None:
+    data = torch.full((3, 4), 6e4, dtype=torch.float16)
+    with pytest.warns(RuntimeWarning, match="overflows"):
+        values, _ = engine.run(plan_of(OPS["sum"], data, dim=1), data, None)
+    assert values.isinf().all()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_results_are_rounded_once(kind: torch.dtype) -> None:
+    """Doubles between, at and beside the middles of neighbours, subnormal ones too."""
+    generator = torch.Generator().manual_seed(4)
+    cells = torch.randn(4000, generator=generator).to(kind).double() * 2.0 ** torch.randint(-30, 12, (4000,)).double()
+    near = cells * (1 + torch.finfo(kind).eps / 2)
+    data = torch.cat([near, near.nextafter(cells), near.nextafter(2 * near), cells * torch.finfo(kind).tiny * 2.0**12])
+    name = dtypes.BY_TORCH[str(kind)[6:]]
+    got, expected = both(OPS["sum"], data[:, None], None, dim=1, dtype=name)
+    assert_same_bits(got, expected, kind)
+    got, expected = both(OPS["cumsum"], data[:, None], None, dim=1, dtype=name)
+    assert_same_bits(got, expected, kind)
+
+
+# -- instruction sets ----------------------------------------------------------------------------------------------
+
+
+def print_bits() -> None:
+    """The bits of every row on a few samples, for a process to compare with another's."""
+    from maskserve.backends import _native
+
+    print(_native.isa())
+    for row in SLICED:
+        for dtype in SERVED:
+            for shape in ((99, 3, 1), (40, 64, 1), (2, 4100, 1), (3, 131, 3), (2, 131, 70)):
+                data, mask = sample(dtype, shape, seed=3)
+                values, valid = engine.run(plan_of(row, tame(data, mask), dim=1), tame(data, mask), mask)
+                print(row.name, dtype, shape, [part.hex() for part in bits(values, valid)])
+
+
+def bits_of(isa: str) -> list[str]:
+    program = "import sys; sys.path.insert(0, '.'); from tests.test_native_passes import print_bits; print_bits()"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MASKSERVE_ISA": isa},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+    from maskserve.backends import _native
+
+    widest = _native.isa() if "MASKSERVE_ISA" not in os.environ else "avx512"
+    if isa == "avx512" and widest != "avx512":
+        pytest.skip("this processor has no AVX-512")
+    if isa == "avx2" and widest == "baseline":
+        pytest.skip("this processor has no AVX2")
+    first, *found = bits_of(isa)
+    assert first == isa
+    for line, expected in zip(found, bits_of("baseline")[1:], strict=True):
+        assert line == expected
