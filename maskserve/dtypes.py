@@ -45,8 +45,8 @@ class DType:
         (False, False, False, True, True)
         """
         if self.is_float:
-            return math.isinf(value) or abs(value) <= _LARGEST[self.name]
-        if not math.isfinite(value) or value != int(value):
+            return value in INFINITIES or abs(value) <= _LARGEST[self.name]
+        if value != value or value in INFINITIES or value != int(value):
             return False
         bits = 1 if self.kind is Kind.BOOL else 8 * self.n_bytes
         low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if self.kind is Kind.INT else (0, (1 << bits) - 1)
@@ -57,6 +57,8 @@ class DType:
         """Whether it is an integer or bool type, whose sums are exact."""
         return self.kind in (Kind.INT, Kind.UINT, Kind.BOOL)
 
+
+INFINITIES = (math.inf, -math.inf)  # math.isinf raises for an int beyond float64
 
 _LARGEST: Mapping[str, float] = MappingProxyType(
     {
