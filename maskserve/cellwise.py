@@ -35,8 +35,10 @@ def compute(
     tensors = [value for value, _, _ in operands if isinstance(value, Tensor)]
     for tensor in tensors:
         accept(row, known(tensor))
-    defaults = {p.name: p.default for p in row.parameters}
-    params = {name: value for name, value in resolve(row, given).items() if value != defaults[name]}
+    params = {}
+    if row.parameters:
+        defaults = {p.name: p.default for p in row.parameters}
+        params = {name: value for name, value in resolve(row, given).items() if value != defaults[name]}
     shape = broadcast_shape(row, tensors)
     masks = [None if mask is None else padded(mask, len(shape)) for _, mask, _ in operands]
     if policy is Policy.STRICT:
@@ -104,6 +106,11 @@ def safe(value: Any, mask: Tensor) -> Any:
 
 
 def broadcast_shape(row: Elementwise, tensors: Sequence[Tensor]) -> torch.Size:
+    if not tensors:
+        return torch.Size()
+    first = tensors[0].shape
+    if all(tensor.shape == first for tensor in tensors[1:]):
+        return first  # torch.broadcast_shapes takes 30 us for equal ones
     try:
         shape: torch.Size = torch.broadcast_shapes(*[tensor.shape for tensor in tensors])
         return shape

@@ -21,7 +21,7 @@ class Kind(StrEnum):
     COMPLEX = "complex"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DType:
     """One element type: `name` is ours and the command line's, `code` is safetensors', `torch` is torch's attribute."""
 
@@ -33,6 +33,9 @@ class DType:
 
     def __repr__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return parse, (self.name,)  # one object a dtype, also after pickling: it is compared by identity
 
     @property
     def is_float(self) -> bool:
