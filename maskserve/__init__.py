@@ -12,9 +12,9 @@ from maskserve.ops import OPS
 
 _HOMES = {
     "MaskedTensor": "tensor",
-    "masked_tensor": "tensor",
-    "as_masked_tensor": "tensor",
-    "from_lengths": "tensor",
+    "masked_tensor": "making",
+    "as_masked_tensor": "making",
+    "from_lengths": "making",
     "policy": "masks",
     "using": "engine",
     "load": "inout",

@@ -10,12 +10,12 @@ from maskserve.errors import MaskserveError as MaskserveError
 from maskserve.inout import compute as compute
 from maskserve.inout import load as load
 from maskserve.inout import save as save
+from maskserve.making import as_masked_tensor as as_masked_tensor
+from maskserve.making import from_lengths as from_lengths
+from maskserve.making import masked_tensor as masked_tensor
 from maskserve.masks import policy as policy
 from maskserve.ops import OPS as OPS
 from maskserve.tensor import MaskedTensor as MaskedTensor
-from maskserve.tensor import as_masked_tensor as as_masked_tensor
-from maskserve.tensor import from_lengths as from_lengths
-from maskserve.tensor import masked_tensor as masked_tensor
 
 __version__: str
 

@@ -26,11 +26,11 @@ def stub() -> str:
         "from collections.abc import Sequence\nfrom typing import Any\n\nimport torch\nfrom torch import Tensor\n\n"
         "from maskserve.engine import using as using\nfrom maskserve.errors import MaskserveError as MaskserveError\n"
         "from maskserve.inout import compute as compute\nfrom maskserve.inout import load as load\n"
-        "from maskserve.inout import save as save\nfrom maskserve.masks import policy as policy\n"
-        "from maskserve.ops import OPS as OPS\nfrom maskserve.tensor import MaskedTensor as MaskedTensor\n"
-        "from maskserve.tensor import as_masked_tensor as as_masked_tensor\n"
-        "from maskserve.tensor import from_lengths as from_lengths\n"
-        "from maskserve.tensor import masked_tensor as masked_tensor\n\n"
+        "from maskserve.inout import save as save\n"
+        "from maskserve.making import as_masked_tensor as as_masked_tensor\n"
+        "from maskserve.making import from_lengths as from_lengths\n"
+        "from maskserve.making import masked_tensor as masked_tensor\nfrom maskserve.masks import policy as policy\n"
+        "from maskserve.ops import OPS as OPS\nfrom maskserve.tensor import MaskedTensor as MaskedTensor\n\n"
         "__version__: str\n\nOperand = MaskedTensor | Tensor | float\n\n"
     )
     lines = [f"def {row.name}({signature(row, annotate=True)}) -> MaskedTensor: ...\n" for row in OPS.values()]

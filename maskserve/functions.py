@@ -17,10 +17,11 @@ from maskserve import cellwise, masks
 from maskserve.dtypes import BY_TORCH, DType
 from maskserve.engine import run
 from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeError
+from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.ops import OPS
 from maskserve.ops.rows import REQUIRED, Elementwise, Move, Parameter, Row, Type
 from maskserve.plan import SlicedRow, plan
-from maskserve.tensor import MaskedTensor, as_masked_tensor, from_foreign, tensor_of
+from maskserve.tensor import MaskedTensor, from_foreign
 
 Function = Callable[..., Any]
 

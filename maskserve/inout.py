@@ -7,6 +7,7 @@ from typing import Any
 
 from maskserve.answers import Answer, run
 from maskserve.errors import ParameterError
+from maskserve.making import as_masked_tensor
 from maskserve.payload.files import StrPath
 from maskserve.payload.format import Buffer, BytesPayload, Payload, encode, open_payload
 from maskserve.payload.format import save as save_bytes
@@ -14,7 +15,7 @@ from maskserve.payload.tensors import load as load_parts
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import MASK, MaskKind, resolve
 from maskserve.requests import build
-from maskserve.tensor import MaskedTensor, as_masked_tensor
+from maskserve.tensor import MaskedTensor
 from maskserve.version import version
 
 Source = StrPath | bytes | bytearray | memoryview

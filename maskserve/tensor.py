@@ -7,14 +7,14 @@ subclass would fall through to one that does not know the mask (docs/decisions.m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from maskserve import masks
 from maskserve.dtypes import BY_TORCH
-from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ParameterError, ShapeError
+from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
 from maskserve.formatting import nested, text_of
 
 if TYPE_CHECKING:
@@ -392,9 +392,6 @@ def _binary(name: str, *, reflected: bool) -> Callable[[Any, Any], Any]:
 _operators()
 
 
-# -- making them --------------------------------------------------------------------------------------------------
-
-
 def from_foreign(value: Any) -> Any:
     """numpy arrays (numpy.ma with its mask) and torch.masked tensors as ours; anything else as it is."""
     kind = type(value)
@@ -408,57 +405,3 @@ def from_foreign(value: Any) -> Any:
     if kind.__module__.startswith("torch.masked"):
         return MaskedTensor._of(value.get_data(), value.get_mask().clone())
     return value
-
-
-def tensor_of(value: Any) -> Any:
-    """A tensor or MaskedTensor of anything that can be one; DtypeError for the rest."""
-    value = from_foreign(value)
-    if isinstance(value, Tensor | MaskedTensor):
-        return value
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise DtypeError(f"a {type(value).__name__} is no tensor: {str(error).splitlines()[0]}") from error
-
-
-def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -> MaskedTensor:
-    """A new MaskedTensor with memory of its own, like torch.tensor; `data` may be a list, a tensor, numpy.ma or torch.masked."""
-    source = as_masked_tensor(data, mask)
-    copied = source._data.detach().clone()
-    if requires_grad:
-        copied.requires_grad_()
-    return MaskedTensor._of(copied, source._mask)
-
-
-def as_masked_tensor(data: Any, mask: Any = None) -> MaskedTensor:
-    """A MaskedTensor on the same data, like torch.as_tensor; of a MaskedTensor the masks are intersected. Copies the mask."""
-    return MaskedTensor(tensor_of(data), mask)
-
-
-def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
-    """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
-    tensor = tensor_of(data)
-    if isinstance(tensor, MaskedTensor):
-        return as_masked_tensor(tensor, from_lengths(tensor._data, lengths, dim)._mask)
-    counts = tensor_of(lengths)
-    if not isinstance(counts, Tensor) or not isinstance(dim, int):
-        _refuse("lengths are whole numbers and dim is one dim number", "lengths")
-    counts = counts.to(tensor.device)
-    if not -tensor.ndim <= dim < tensor.ndim:
-        _refuse(f"dim {dim} is out of range for a tensor with {tensor.ndim} dims", "dim")
-    along = dim % tensor.ndim
-    n = tensor.shape[along]
-    if counts.shape != tensor.shape[:along]:
-        _refuse(
-            f"lengths have shape {tuple(counts.shape)}, the dims before dim {along} {tuple(tensor.shape[:along])}; "
-            "they must be equal",
-            "lengths",
-        )
-    if counts.dtype not in (torch.int64, torch.int32) or bool(((counts < 0) | (counts > n)).any()):
-        _refuse(f"lengths must be whole numbers from 0 to {n}, the size of dim {along}", "lengths")
-    valid = torch.arange(n, device=counts.device) < counts.unsqueeze(-1)
-    return MaskedTensor._of(tensor, valid.reshape(valid.shape + (1,) * (tensor.ndim - along - 1)))
-
-
-def _refuse(message: str, parameter: str) -> NoReturn:
-    raise ParameterError(f"from_lengths: {message}", parameter=parameter)

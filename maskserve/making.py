@@ -1,0 +1,65 @@
+"""Making MaskedTensors: like torch.tensor, like torch.as_tensor, and from lengths."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from maskserve.errors import DtypeError, ParameterError
+from maskserve.tensor import MaskedTensor, from_foreign
+
+
+def tensor_of(value: Any) -> Any:
+    """A tensor or MaskedTensor of anything that can be one; DtypeError for the rest."""
+    value = from_foreign(value)
+    if isinstance(value, Tensor | MaskedTensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DtypeError(f"a {type(value).__name__} is no tensor: {str(error).splitlines()[0]}") from error
+
+
+def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -> MaskedTensor:
+    """A new MaskedTensor with memory of its own, like torch.tensor; `data` may be a list, a tensor, numpy.ma or torch.masked."""
+    source = as_masked_tensor(data, mask)
+    copied = source._data.detach().clone()
+    if requires_grad:
+        copied.requires_grad_()
+    return MaskedTensor._of(copied, source._mask)
+
+
+def as_masked_tensor(data: Any, mask: Any = None) -> MaskedTensor:
+    """A MaskedTensor on the same data, like torch.as_tensor; of a MaskedTensor the masks are intersected. Copies the mask."""
+    return MaskedTensor(tensor_of(data), mask)
+
+
+def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
+    """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
+    tensor = tensor_of(data)
+    if isinstance(tensor, MaskedTensor):
+        return as_masked_tensor(tensor, from_lengths(tensor._data, lengths, dim)._mask)
+    counts = tensor_of(lengths)
+    if not isinstance(counts, Tensor) or not isinstance(dim, int):
+        _refuse("lengths are whole numbers and dim is one dim number", "lengths")
+    counts = counts.to(tensor.device)
+    if not -tensor.ndim <= dim < tensor.ndim:
+        _refuse(f"dim {dim} is out of range for a tensor with {tensor.ndim} dims", "dim")
+    along = dim % tensor.ndim
+    n = tensor.shape[along]
+    if counts.shape != tensor.shape[:along]:
+        _refuse(
+            f"lengths have shape {tuple(counts.shape)}, the dims before dim {along} {tuple(tensor.shape[:along])}; "
+            "they must be equal",
+            "lengths",
+        )
+    if counts.dtype not in (torch.int64, torch.int32) or bool(((counts < 0) | (counts > n)).any()):
+        _refuse(f"lengths must be whole numbers from 0 to {n}, the size of dim {along}", "lengths")
+    valid = torch.arange(n, device=counts.device) < counts.unsqueeze(-1)
+    return MaskedTensor._of(tensor, valid.reshape(valid.shape + (1,) * (tensor.ndim - along - 1)))
+
+
+def _refuse(message: str, parameter: str) -> NoReturn:
+    raise ParameterError(f"from_lengths: {message}", parameter=parameter)
