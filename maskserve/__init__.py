@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from maskserve.errors import MaskserveError
-from maskserve.ops import OPS
+from maskserve.ops import OPS, instead_of
 
 _HOMES = {
     "MaskedTensor": "tensor",
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     elif name in OPS:
         value = importlib.import_module("maskserve.functions").public(name)
     else:
-        raise AttributeError(f"module 'maskserve' has no attribute {name!r}")
+        raise AttributeError(f"module 'maskserve' has no attribute {name!r}{instead_of(name)}")
     globals()[name] = value
     return value
 

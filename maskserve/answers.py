@@ -36,6 +36,8 @@ class Result:
     mask_name: str
     dims: Dims | None
     is_coordinate: bool = False
+    passed_through: bool = False
+    """Whether it lacks the named dim and is as it came."""
 
     @property
     def dtype(self) -> DType:
@@ -214,6 +216,7 @@ def result(request: Request, payload: Payload, variables: Variables, step: Step)
         mask=mask,
         mask_name=answer_mask_name(step.variable, variables),
         dims=step.dims,
+        passed_through=step.plan is None,
     )
 
 

@@ -45,6 +45,8 @@ def compute(
         check_equal(row.name, [m for m, (_, _, masked) in zip(masks, operands, strict=True) if masked], shape)
     try:
         values, mask = flow(row, operands, masks, policy)
+        if row.tensors_only:
+            values = [v if isinstance(v, Tensor) else torch.as_tensor(v, device=tensors[0].device) for v in values]
         data = function(row.function)(*values, **params)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, MaskserveError):

@@ -72,10 +72,12 @@ def errors_page() -> str:
     """docs/errors.md: every code, its class, and the tree."""
     tree = inspect.getdoc(errors) or ""
     lines = [f"<!-- {NOTE} -->", "# Errors", "", "```", *tree.splitlines()[2:], "```", ""]
+    lines += ["A running service lists the HTTP status of each at /docs/errors; `maskserve --help` the exit codes.", ""]
     lines += ["| code | class | also a |", "|---|---|---|"]
     for cls in error_classes():
-        builtin = next((c.__name__ for c in cls.__mro__ if c.__module__ == "builtins"), "")
-        lines.append(f"| `{cls.code}` | `{cls.__name__}` | `{builtin}` |")
+        plain = [c.__name__ for c in cls.__mro__ if c.__module__ == "builtins"]
+        own = ", ".join(f"`{name}`" for name in plain if name not in ("Exception", "BaseException", "object"))
+        lines.append(f"| `{cls.code}` | `{cls.__name__}` | {own} |")
     return "\n".join(lines) + "\n"
 
 

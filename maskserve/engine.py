@@ -25,6 +25,7 @@ from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import canonical, rounded, select
 from maskserve.errors import EmptySliceError, NanError
+from maskserve.ops.passes import COUNT
 from maskserve.ops.rows import Normalization, Reduction, Scan
 from maskserve.plan import Plan
 
@@ -77,7 +78,8 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 def run(plan: Plan, data: Tensor, mask: Tensor | None) -> Masked:
     """(values, mask) of the plan on `data`, valid where `mask` (of data's ndim, size 1 broadcasts; None: everywhere)."""
-    finisher = finisher_of(plan) if data.numel() <= SMALL else None
+    reads_nothing = mask is None and plan.passes == (COUNT,)
+    finisher = finisher_of(plan) if data.numel() <= SMALL or reads_nothing else None
     small = finisher.run(plan, data, mask) if finisher else None
     if small is not None:
         return small
@@ -191,13 +193,21 @@ def in_parallel(backend: Backend, n_cells: int, tasks: list[Callable[[], None]])
         for task in tasks:
             task()
         return
-    futures = [pool(n_threads()).submit(task) for task in tasks]
+    waiting = iter(tasks)
+
+    def work() -> None:
+        for task in waiting:
+            task()
+
+    futures = [pool(n_threads()).submit(work) for _ in range(threads - 1)]
     try:
-        for future in futures:
-            future.result()
+        work()  # this thread too: waking another one takes longer than a small block
     finally:
+        for _ in waiting:  # after an error nothing more is begun
+            pass
         for future in futures:
-            future.cancel()
+            if not future.cancel():
+                future.result()
 
 
 def block_cells(backend: Backend) -> int:

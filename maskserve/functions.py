@@ -20,7 +20,7 @@ from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeErr
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.ops import OPS
 from maskserve.ops.rows import REQUIRED, Elementwise, Move, Parameter, Row, Type
-from maskserve.plan import SlicedRow, plan
+from maskserve.plan import SlicedRow, names_of, plan
 from maskserve.tensor import MaskedTensor, from_foreign
 
 Function = Callable[..., Any]
@@ -240,7 +240,8 @@ _HINTS = {
 def docstring(row: Row) -> str:
     """Summary, parameters and accepted dtypes, from the row."""
     lines = [f"{row.summary[0].upper()}{row.summary[1:]}.", ""]
-    lines += [f"{p.name}: {p.help}" for p in row.parameters]
+    lines += [f"{p.name}: {p.help}{' (' + ', '.join(p.choices) + ')' if p.choices else ''}" for p in row.parameters]
+    lines += [f"{other}: numpy's word for {name}" for name, other in _SYNONYMS.items() if name in names_of(row)]
     if takes_mask(row):
         lines += ["mask: bool, True = valid, of as many dims as a plain tensor; a MaskedTensor brings its own"]
     if isinstance(row, Elementwise):

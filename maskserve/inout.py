@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maskserve.answers import Answer, run
-from maskserve.errors import ParameterError
+from maskserve.engine import hidden_as_zero
+from maskserve.errors import OutputError, ParameterError, UnknownOpError, nearest
 from maskserve.making import as_masked_tensor
-from maskserve.payload.files import StrPath
-from maskserve.payload.format import Buffer, BytesPayload, Payload, encode, open_payload
+from maskserve.ops import verbs
+from maskserve.payload.files import EXISTS, Exists, StrPath
+from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, encode
 from maskserve.payload.format import save as save_bytes
+from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, answer_metadata
+from maskserve.payload.opening import open_any
 from maskserve.payload.tensors import load as load_parts
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import MASK, MaskKind, resolve
@@ -19,37 +24,80 @@ from maskserve.tensor import MaskedTensor
 from maskserve.version import version
 
 Source = StrPath | bytes | bytearray | memoryview
+Dims = Mapping[str, Sequence[str]]
+
+
+class Variables(dict[str, MaskedTensor]):
+    """Tensors by name, as `load` gives them, with the names of their dims and the file's metadata: `save` keeps both."""
+
+    dims: dict[str, tuple[str, ...]]
+    metadata: dict[str, str]
 
 
 def opened(source: Source) -> Payload:
-    """The payload of a file, by path, or of bytes."""
-    return BytesPayload(source) if isinstance(source, Buffer) else open_payload(source)
+    """The payload of a file (safetensors or JSON), by path, or of safetensors bytes."""
+    return BytesPayload(source) if isinstance(source, Buffer) else open_any(source)
 
 
-def load(source: Source, *, mask: str | None = None) -> dict[str, MaskedTensor]:
-    """Every variable and coordinate of a safetensors payload by name, each with its mask (None: all valid)."""
+def load(source: Source, *, mask: str | None = None) -> Variables:
+    """Every variable and coordinate of a payload by name, each with its mask; `.dims` has the names of their dims."""
     with opened(source) as payload:
         variables = resolve(payload.header, mask=mask)
-        return {
-            variable.name: MaskedTensor._of(*load_parts(payload, variable))
-            for variable in (*variables, *variables.coordinates.values())
-        }
+        every = (*variables, *variables.coordinates.values())
+        loaded = Variables({v.name: MaskedTensor._of(*load_parts(payload, v)) for v in every})
+        loaded.dims = {v.name: v.dims for v in every if v.dims is not None}
+        ours = (KEY_DIMS, KEY_MASKS, KEY_MEANS)
+        loaded.metadata = {key: text for key, text in payload.header.metadata.items() if key not in ours}
+        return loaded
 
 
-def save(path: StrPath, tensors: Mapping[str, MaskedTensor], *, exists: Any = "error") -> None:
-    """Write the tensors and their masks (NAME and NAME.mask) as safetensors; what lies under a mask is written as 0."""
-    from maskserve.engine import hidden_as_zero
+def save(
+    tensors: Mapping[str, Any],
+    path: StrPath,
+    *,
+    dims: Dims | None = None,
+    metadata: Mapping[str, str] | None = None,
+    exists: Exists = "error",
+) -> bool:
+    """Write tensors as safetensors, each with its mask as NAME.mask; hidden cells are written as 0.
 
-    outputs = []
+    dims: names of the dims of each tensor, {"rain": ("time", "lat")}; a 1-D tensor named like its dim is a coordinate.
+    exists: what to do where the file is there already: "error", "replace" or "skip" (then the result is False).
+    """
+    check_save(tensors, path, exists)
+    named = {name: tuple(words) for name, words in (dims or getattr(tensors, "dims", {})).items() if name in tensors}
+    outputs: list[Output] = []
     for name, given in tensors.items():
+        tensor = as_masked_tensor(given)
+        check_dims(name, tensor, named.get(name))
+        outputs.append(output(name, hidden_as_zero(tensor.get_data(), None if tensor._mask is None else tensor._full_mask())))
+        if named.get(name) != (name,) or tensor._mask is not None:  # a coordinate has a mask only if it needs one
+            outputs.append(output(f"{name}.{MASK}", tensor.get_mask()))
+    kept = dict(metadata if metadata is not None else getattr(tensors, "metadata", {}))
+    return save_bytes(path, encode(outputs, answer_metadata(kept, named, None, version())), exists=exists)
+
+
+def check_save(tensors: Mapping[str, Any], path: StrPath, exists: Exists) -> None:
+    if not isinstance(tensors, Mapping):
+        raise ParameterError(
+            f"save takes tensors by name, then the path: save({{'x': tensor}}, 'x.safetensors'); given a "
+            f"{type(tensors).__name__}",
+            parameter="tensors",
+        )
+    if exists not in EXISTS:
+        raise ParameterError(f"exists is {exists!r}; it must be one of {', '.join(EXISTS)}", parameter="exists")
+    if os.path.splitext(os.fspath(path))[1] not in ("", ".safetensors"):
+        raise OutputError(f"{os.fspath(path)}: save writes safetensors; name it .safetensors")
+    for name in tensors:
         if name == MASK or name.rpartition(".")[2] in tuple(MaskKind):
             raise ParameterError(
                 f"{name!r} is the name of a mask in a payload; call the tensor something else", parameter="tensors"
             )
-        tensor = as_masked_tensor(given)
-        mask = tensor.get_mask()
-        outputs += [output(name, hidden_as_zero(tensor.get_data(), mask)), output(f"{name}.mask", mask)]
-    save_bytes(path, encode(outputs, {"maskserve.version": version()}), exists=exists)
+
+
+def check_dims(name: str, tensor: MaskedTensor, words: tuple[str, ...] | None) -> None:
+    if words is not None and len(words) != tensor.ndim:
+        raise ParameterError(f"{name} has {tensor.ndim} dims, and dims names {len(words)}: {words}", parameter="dims")
 
 
 def compute(verb: str, source: Source, **words: Any) -> Answer:
@@ -57,5 +105,11 @@ def compute(verb: str, source: Source, **words: Any) -> Answer:
 
     >>> compute("reduce", "rain.safetensors", op="mean", dim="time")  # doctest: +SKIP
     """
+    if verb not in verbs():
+        raise UnknownOpError(
+            f"verb {verb!r} is not known: give one of {', '.join(verbs())}{nearest(verb, verbs())}",
+            parameter="verb",
+            allowed=verbs(),
+        )
     with opened(source) as payload:
         return run(build(verb, words), payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -16,14 +17,29 @@ def tensor_of(value: Any) -> Any:
     value = from_foreign(value)
     if isinstance(value, Tensor | MaskedTensor):
         return value
+    if isinstance(value, list) and has_none(value):
+        valid = torch.as_tensor(mapped(value, lambda cell: cell is not None))
+        return MaskedTensor(torch.as_tensor(mapped(value, lambda cell: 0 if cell is None else cell)), valid)
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DtypeError(f"a {type(value).__name__} is no tensor: {str(error).splitlines()[0]}") from error
 
 
+def has_none(cells: list[Any]) -> bool:
+    return any(has_none(cell) if isinstance(cell, list) else cell is None for cell in cells)
+
+
+def mapped(cells: list[Any], change: Callable[[Any], Any]) -> list[Any]:
+    """The nested list with each cell changed."""
+    return [mapped(cell, change) if isinstance(cell, list) else change(cell) for cell in cells]
+
+
 def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -> MaskedTensor:
-    """A new MaskedTensor with memory of its own, like torch.tensor; `data` may be a list, a tensor, numpy.ma or torch.masked."""
+    """A new MaskedTensor with memory of its own, like torch.tensor.
+
+    `data` may be a list (None is masked), a tensor, numpy.ma or torch.masked.
+    """
     source = as_masked_tensor(data, mask)
     copied = source._data.detach().clone()
     if requires_grad:

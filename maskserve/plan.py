@@ -169,6 +169,10 @@ def check_reduction(row: Reduction, params: Mapping[str, Any], result: DType) ->
         )
 
 
+def names_of(row: Row) -> tuple[str, ...]:
+    return tuple(p.name for p in row.parameters)
+
+
 def resolve(row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
     """Every parameter of the row by name, defaults filled in, each value checked against its type."""
     known = {p.name: p for p in row.parameters}
@@ -215,7 +219,7 @@ def _is_count_like(value: Any) -> bool:
 def _check_dims(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     dims = value if isinstance(value, tuple) else (value,)
     fits = all(isinstance(d, int) and not isinstance(d, bool) for d in dims)
-    return ((dims,) if fits else ()), "a dim number or a tuple of them"
+    return ((dims,) if fits else ()), "a dim number or a tuple of them (maskserve.compute takes the names of a file's dims)"
 
 
 def _check_dim(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:

@@ -84,15 +84,21 @@ class MaskedTensor:
     def __getattr__(self, name: str) -> Any:
         """An op of the table as a method, built when it is first used."""
         from maskserve.functions import method
-        from maskserve.ops import OPS
+        from maskserve.ops import OPS, instead_of
 
         if name in OPS:
             setattr(MaskedTensor, name, method(name))
             return getattr(self, name)
-        known = "torch.Tensor has it, but no row covers it; " if hasattr(Tensor, name) else ""
+        known = "torch.Tensor has it, but no masked operation is defined for it; " if hasattr(Tensor, name) else ""
         raise AttributeError(
-            f"MaskedTensor has no attribute {name!r}; {known}get_data() and get_mask() give the parts as plain tensors"
+            f"MaskedTensor has no attribute {name!r}"
+            + (instead_of(name) or f"; {known}get_data() and get_mask() give the parts as plain tensors")
         )
+
+    def __dir__(self) -> list[str]:
+        from maskserve.ops import OPS
+
+        return sorted({*object.__dir__(self), *OPS})
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -281,11 +287,11 @@ class MaskedTensor:
         return self._view_of(self._data[index], None if self._mask is None else self._full_mask()[index])
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Cells take the value and its validity: a plain value makes them valid, a masked one masks them."""
+        """Cells take the value and its validity: a plain value makes them valid, a masked one or None masks them."""
         if self._data.requires_grad and torch.is_grad_enabled():
             raise GradientError("assignment into a tensor that requires grad: call it under torch.no_grad()")
         index = plain_index(index)
-        value = from_foreign(value)
+        value = MaskedTensor(torch.zeros((), dtype=self.dtype), False) if value is None else from_foreign(value)
         new_data = value._data if isinstance(value, MaskedTensor) else value
         new_mask = value._full_mask() if isinstance(value, MaskedTensor) and value._mask is not None else None
         if isinstance(new_data, Tensor) and new_data.requires_grad and torch.is_grad_enabled():

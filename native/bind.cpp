@@ -8,6 +8,10 @@
 
 #include "block.hpp"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace nb = nanobind;
 
 namespace {
@@ -63,6 +67,18 @@ bool lift(int kernel, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t o
   return run(block, parts);
 }
 
+constexpr uintptr_t huge_page = uintptr_t{1} << 21;
+
+// Huge pages for what is about to be written, where the system leaves that to programs: a fault for each 4 KB took a
+// third of the time of a large softmax.
+void advise([[maybe_unused]] unsigned char* first_ptr, [[maybe_unused]] int64_t n_bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first = reinterpret_cast<uintptr_t>(first_ptr), start = (first + huge_page - 1) & ~(huge_page - 1);
+  const uintptr_t stop = (first + static_cast<uintptr_t>(n_bytes)) & ~(huge_page - 1);
+  if (first_ptr && start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+#endif
+}
+
 int fill(int kernel, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
          int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
          int64_t mask_inner, int64_t leaf, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
@@ -74,6 +90,11 @@ int fill(int kernel, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t ou
                       operand(0, values_outer, values_n, values_inner), dtype_of(result)};
   const maskserve::Fill run = maskserve::variant().fills[kernel];
   nb::gil_scoped_release released;
+  if (outer > 0 && n > 0 && inner > 0) {
+    const int64_t span = (outer - 1) * values_outer + (n - 1) * values_n + (inner - 1) * values_inner + 1;
+    advise(filled.values_ptr, span * maskserve::cell_bytes(filled.dtype));
+    if (mask_ptr) advise(filled.mask_ptr, span);
+  }
   return run(block, filled);
 }
 

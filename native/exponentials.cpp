@@ -66,19 +66,33 @@ NEVER_INLINE void largest_of_lanes(ExponentialsRoom& room, int64_t n_cells, int6
   const double* const cells = room.cells;
   for (int64_t j = 0; j < period; ++j) pattern[j] = -infinity;
   each_cell(n_cells, period, [=](int64_t p, int64_t j) { pattern[p] = larger(pattern[p], cells[j]); });
-  for (int64_t l = 0; l < lanes; ++l) top[l] = pattern[l];
-  for (int64_t k = lanes; k < period; k += lanes) {
-    for (int64_t l = 0; l < lanes; ++l) top[l] = larger(top[l], pattern[k + l]);
+  for (int64_t rows = period / lanes; rows > 1;) {  // by halves: a loop over one lane would wait for each comparison
+    const int64_t half = (rows + 1) / 2;
+    const double* const rest = pattern + half * lanes;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < (rows - half) * lanes; ++j) pattern[j] = larger(pattern[j], rest[j]);
+    rows = half;
   }
+  copy_lanes(pattern, lanes, top);
 }
 
-// raised = exp(cells - base). The rounding error of a difference of f64 is made good: exp(d + e) = exp(d) + exp(d) e.
-NEVER_INLINE void raise(ExponentialsRoom& room, int64_t n_cells, int64_t lanes, const double* base, bool precise) {
+// How exact exp(cell - base) has to be: quick, for what is rounded to float32 or less, where base is the largest cell;
+// plain; or precise, where the rounding error of a difference of f64 is made good: exp(d + e) = exp(d) + exp(d) e.
+enum class Raising { quick, plain, precise };
+
+Raising raising_of(Dtype dtype) { return dtype == Dtype::f64 ? Raising::precise : Raising::plain; }
+
+// raised = exp(cells - base).
+NEVER_INLINE void raise(ExponentialsRoom& room, int64_t n_cells, int64_t lanes, const double* base, Raising raising) {
   const int64_t period = period_of(lanes);
   spread(base, lanes, period, room.pattern);
   const double *const pattern = room.pattern, *const cells = room.cells;
   double* const raised = room.raised;
-  if (!precise) {
+  if (raising == Raising::quick) {
+    each_cell(n_cells, period, [=](int64_t p, int64_t j) { raised[j] = quick_exponential(cells[j] - pattern[p]); });
+    return;
+  }
+  if (raising == Raising::plain) {
     each_cell(n_cells, period, [=](int64_t p, int64_t j) { raised[j] = exponential(cells[j] - pattern[p]); });
     return;
   }
@@ -91,18 +105,16 @@ NEVER_INLINE void raise(ExponentialsRoom& room, int64_t n_cells, int64_t lanes, 
 }
 
 // The state of a leaf; the room keeps its cells and their exponentials.
-NEVER_INLINE void leaf_exponentials(ExponentialsRoom& room, const Block& block, const Window& w,
+NEVER_INLINE void leaf_exponentials(ExponentialsRoom& room, const Block& block, const Window& w, Raising raising,
                                     ExponentialsState& state) {
   const int64_t lanes = w.lanes();
   room.load(block, w);
-  for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0;
-  count_window(room.keep_ptr, w, state.count);
   largest_of_lanes(room, w.cells(), lanes, state.top);
   alignas(64) double base[n_lanes];
   for (int64_t l = 0; l < lanes; ++l) base[l] = subtrahend(state.top[l]);
-  raise(room, w.cells(), lanes, base, block.dtype == Dtype::f64);
+  raise(room, w.cells(), lanes, base, raising);
   halve_into(room.raised, w.rows, lanes, room.sums);
-  for (int64_t l = 0; l < lanes; ++l) state.total[l] = room.sums[l] + 0.0;
+  for (int64_t l = 0; l < lanes; ++l) state.total[l] = room.sums[l] + 0.0, state.count[l] = 0;
 }
 
 template <class Visit>
@@ -113,9 +125,11 @@ void each_leaf(const Block& block, Window& w, const Visit& visit) {
   }
 }
 
-const ExponentialsState& slice_exponentials(ExponentialsRoom& room, const Block& block, Window& w) {
+const ExponentialsState& slice_exponentials(ExponentialsRoom& room, const Block& block, Window& w, Raising raising,
+                                            bool counts) {
   each_leaf(block, w, [&] {
-    leaf_exponentials(room, block, w, room.tree.next());
+    leaf_exponentials(room, block, w, raising, room.tree.next());
+    if (counts) count_window(room.keep_ptr, w, room.tree.next().count);
     room.tree.push(w.lanes());
   });
   return room.tree.finish(w.lanes());
@@ -130,14 +144,16 @@ std::unique_ptr<ExponentialsRoom> room_for(const Block& block) {
 // raised or cells become what is written: exp(cell - top) / total, or cell - top - log(total).
 NEVER_INLINE void scale_cells(ExponentialsRoom& room, const Window& w, const double* divisor, bool exact_quotient) {
   const int64_t lanes = w.lanes(), period = period_of(lanes);
-  spread(divisor, lanes, period, room.pattern);
   const double* const pattern = room.pattern;
   double* const raised = room.raised;
   if (exact_quotient) {
+    spread(divisor, lanes, period, room.pattern);
     each_cell(w.cells(), period, [=](int64_t p, int64_t j) { raised[j] = raised[j] / pattern[p]; });
     return;
   }
-  for (int64_t j = 0; j < period; ++j) room.pattern[j] = 1.0 / room.pattern[j];
+  alignas(64) double factor[n_lanes];
+  for (int64_t l = 0; l < lanes; ++l) factor[l] = 1.0 / divisor[l];
+  spread(factor, lanes, period, room.pattern);
   each_cell(w.cells(), period, [=](int64_t p, int64_t j) { raised[j] = raised[j] * pattern[p]; });
 }
 
@@ -167,7 +183,7 @@ NEVER_INLINE void slice_totals(ExponentialsRoom& room, const Block& block, Windo
   for (int64_t l = 0; l < lanes; ++l) base[l] = subtrahend(top[l]);
   each_leaf(block, w, [&] {
     room.load(block, w);
-    raise(room, w.cells(), lanes, base, block.dtype == Dtype::f64);
+    raise(room, w.cells(), lanes, base, raising_of(block.dtype));
     if (is_stored) copy_lanes(room.raised, w.cells(), room.stored.get() + w.i * lanes);
     halve_into(room.raised, w.rows, lanes, room.sums);
     for (int64_t l = 0; l < lanes; ++l) room.totals.next().total[l] = room.sums[l] + 0.0;
@@ -176,22 +192,29 @@ NEVER_INLINE void slice_totals(ExponentialsRoom& room, const Block& block, Windo
   copy_lanes(room.totals.finish(lanes).total, lanes, total);
 }
 
-// A slice that is one leaf is read once; it, and one that is not too long, is raised once.
+bool is_quick(Dtype dtype, Dtype result) {
+  const auto is_short = [](Dtype of) { return of == Dtype::f32 || of == Dtype::f16 || of == Dtype::bf16; };
+  return is_short(dtype) && is_short(result);
+}
+
+// A slice that is one leaf is read and raised once. A longer one is read twice and raised twice where that is quick;
+// else its largest cell is found first, and exponentials are kept where the slice is not too long.
 template <bool is_log>
 int normalize(const Block& block, const Filled& filled) {
   const std::unique_ptr<ExponentialsRoom> room = room_for(block);
-  const bool is_f64 = block.dtype == Dtype::f64, is_one_leaf = block.n <= block.leaf;
-  const bool may_store = !is_one_leaf && block.n <= n_stored / 16;
+  const bool quick = is_quick(block.dtype, filled.dtype), is_one_leaf = block.n <= block.leaf;
+  const Raising raising = quick ? Raising::quick : raising_of(block.dtype);
+  const bool may_store = !is_one_leaf && !quick && block.n <= n_stored / 16;
   const int64_t most_lanes = may_store ? least(n_tile_lanes, n_stored / block.n) : n_tile_lanes;
   if (!is_one_leaf) room->totals.begin((block.n + block.leaf - 1) / block.leaf);
   bool overflowed = false;
   const auto visit = [&](Window& w) {
     const int64_t lanes = w.lanes();
-    const bool is_stored = !is_log && !is_one_leaf && block.n * lanes <= n_stored;
+    const bool is_stored = !is_log && may_store && block.n * lanes <= n_stored;
     if (is_stored && !room->stored) room->stored.reset(new double[n_stored]);
     alignas(64) double top[n_lanes], total[n_lanes], base[n_lanes], scale[n_lanes];
-    if (is_one_leaf) {
-      const ExponentialsState& state = slice_exponentials(*room, block, w);
+    if (is_one_leaf || quick) {
+      const ExponentialsState& state = slice_exponentials(*room, block, w, raising, false);
       copy_lanes(state.top, lanes, top), copy_lanes(state.total, lanes, total);
     } else {
       slice_totals(*room, block, w, is_stored, top, total);
@@ -207,14 +230,14 @@ int normalize(const Block& block, const Filled& filled) {
         copy_lanes(room->stored.get() + w.i * lanes, w.cells(), room->raised);
       } else if (!is_one_leaf) {
         room->load(block, w);
-        if (!is_log) raise(*room, w.cells(), lanes, base, is_f64);
+        if (!is_log) raise(*room, w.cells(), lanes, base, raising);
       }
       if (is_log) {
         subtract_logs(*room, w, base, scale);
       } else {
         scale_cells(*room, w, scale, filled.dtype == Dtype::f64);
       }
-      overflowed |= write_doubles(filled, w, room->raised, room->keep_ptr);
+      overflowed |= write_doubles(filled, w, room->raised, room->keep_ptr, is_log);
     });
   };
   each_window(block, block.leaf, visit, most_lanes);
@@ -226,7 +249,7 @@ int normalize(const Block& block, const Filled& filled) {
 bool exponentials(const Block& block, const Parts& parts) {
   const std::unique_ptr<ExponentialsRoom> room = room_for(block);
   each_window(block, block.leaf, [&](Window& w) {
-    const ExponentialsState& state = slice_exponentials(*room, block, w);
+    const ExponentialsState& state = slice_exponentials(*room, block, w, raising_of(block.dtype), true);
     const int64_t at = w.o * block.inner + w.c;
     copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
     copy_canonical(state.top, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);

@@ -71,30 +71,30 @@ NEVER_INLINE void fold_streams(const Streams& streams, int64_t n, Lanes<Value> o
   fold_loop<n_streams>(streams, n, out);
 }
 
-// Eight streams of cells, and those to come prefetched meanwhile.
-template <class Streams, class Value>
+// Streams of cells, and those to come prefetched meanwhile.
+template <int n_streams, class Streams, class Value>
 NEVER_INLINE void fold_ahead(const Streams& given, int64_t n, Lanes<Value> out) {
   constexpr int64_t n_chunk = 64;
   const int64_t n_chunks = n / n_chunk;
   for (int64_t c = 0; c < n_chunks; ++c) {
-    given.prefetch(8 * c / n_chunks, 8 * (c + 1) / n_chunks, n);
-    fold_loop<8>(given.from(c * n_chunk), n_chunk, out.from(c * n_chunk));
+    given.prefetch(n_streams * c / n_chunks, n_streams * (c + 1) / n_chunks, n);
+    fold_loop<n_streams>(given.from(c * n_chunk), n_chunk, out.from(c * n_chunk));
   }
   const int64_t done = n_chunks * n_chunk;
-  if (done < n) fold_loop<8>(given.from(done), n - done, out.from(done));
+  if (done < n) fold_loop<n_streams>(given.from(done), n - done, out.from(done));
 }
 
 template <class Streams, class Value>
 void fold(const Streams& streams, int64_t count, int64_t n, Lanes<Value> out) {
   switch (count) {
-    case 1: return fold_streams<1>(streams, n, out);
-    case 2: return fold_streams<2>(streams, n, out);
-    case 3: return fold_streams<3>(streams, n, out);
-    case 4: return fold_streams<4>(streams, n, out);
-    case 5: return fold_streams<5>(streams, n, out);
-    case 6: return fold_streams<6>(streams, n, out);
-    case 7: return fold_streams<7>(streams, n, out);
-    default: return fold_ahead(streams, n, out);
+    case 1: return fold_ahead<1>(streams, n, out);
+    case 2: return fold_ahead<2>(streams, n, out);
+    case 3: return fold_ahead<3>(streams, n, out);
+    case 4: return fold_ahead<4>(streams, n, out);
+    case 5: return fold_ahead<5>(streams, n, out);
+    case 6: return fold_ahead<6>(streams, n, out);
+    case 7: return fold_ahead<7>(streams, n, out);
+    default: return fold_ahead<8>(streams, n, out);
   }
 }
 

@@ -104,9 +104,10 @@ void narrow_cells(const Filled& filled, const Window& w, const Wide* cells, cons
 
 // Whether a finite cell became inf.
 template <class To>
-bool narrow_tile(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr) {
+bool narrow_tile(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr,
+                 bool may_overflow) {
   narrow_cells<To>(filled, w, cells, keep_ptr);
-  if (To::overflow == std::numeric_limits<double>::infinity()) return false;
+  if (!may_overflow || To::overflow == std::numeric_limits<double>::infinity()) return false;
   const auto overflows = [](double cell) {
     const double size = bits_as<double>(bits_as<uint64_t>(cell) & 0x7fffffffffffffffu);
     return static_cast<int64_t>(size >= To::overflow) & static_cast<int64_t>(size <= std::numeric_limits<double>::max());
@@ -134,12 +135,13 @@ inline void write_mask(const Filled& filled, const Window& w, const unsigned cha
   });
 }
 
-inline bool write_doubles(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr) {
+inline bool write_doubles(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr,
+                          bool may_overflow = true) {
   write_mask(filled, w, keep_ptr);
   switch (filled.dtype) {
-    case Dtype::f64: return narrow_tile<ToF64>(filled, w, cells, keep_ptr);
-    case Dtype::f32: return narrow_tile<ToF32>(filled, w, cells, keep_ptr);
-    case Dtype::f16: return narrow_tile<ToF16>(filled, w, cells, keep_ptr);
-    default: return narrow_tile<ToBF16>(filled, w, cells, keep_ptr);
+    case Dtype::f64: return narrow_tile<ToF64>(filled, w, cells, keep_ptr, may_overflow);
+    case Dtype::f32: return narrow_tile<ToF32>(filled, w, cells, keep_ptr, may_overflow);
+    case Dtype::f16: return narrow_tile<ToF16>(filled, w, cells, keep_ptr, may_overflow);
+    default: return narrow_tile<ToBF16>(filled, w, cells, keep_ptr, may_overflow);
   }
 }

@@ -39,10 +39,13 @@ struct ScanRoom {
   alignas(64) int64_t running[n_tile_lanes];
 };
 
-// Four slices that lie side by side are walked at once: an addition waits for the one before it.
+// Slices that are long and lie one after the other.
+bool has_long_rows(const Block& block) { return block.inner == 1 && block.n > n_short_group; }
+
+// Four such slices are walked at once: an addition waits for the one before it.
 template <class Visit>
 void each_scan_window(const Block& block, const Visit& visit) {
-  if (block.inner > 1 || block.n <= n_short_group) return each_window(block, block.leaf, visit);
+  if (!has_long_rows(block)) return each_window(block, block.leaf, visit);
   Window window;
   window.columns = 1;
   for (window.o = 0; window.o < block.outer; window.o += 4) {
@@ -51,9 +54,7 @@ void each_scan_window(const Block& block, const Visit& visit) {
   }
 }
 
-template <int lanes_known>
-NEVER_INLINE void run_plain(ScanRoom& room, int64_t rows, int64_t given_lanes) {
-  const int64_t lanes = lanes_known ? lanes_known : given_lanes;
+NEVER_INLINE void run_plain(ScanRoom& room, int64_t rows, int64_t lanes) {
   double* __restrict cells = room.cells;
   double* __restrict inside = room.inside;
   double* __restrict before = room.before;
@@ -65,6 +66,51 @@ NEVER_INLINE void run_plain(ScanRoom& room, int64_t rows, int64_t given_lanes) {
     }
   }
   for (int64_t l = 0; l < lanes; ++l) before[l] += inside[l];
+}
+
+constexpr int64_t n_rows_at_once = 8;  // an addition waits for the one before it, of the same row
+
+// The rows of (n_rows, n), each a slice.
+template <int n_rows>
+NEVER_INLINE void run_rows(double* cells, int64_t n, double* before) {
+  double inside[n_rows] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    for (int k = 0; k < n_rows; ++k) {
+      inside[k] += cells[k * n + j];
+      cells[k * n + j] = inside[k] + before[k];
+    }
+  }
+  for (int k = 0; k < n_rows; ++k) before[k] += inside[k];
+}
+
+// Rows as they lie: nothing is turned. A fill status.
+int scan_rows(ScanRoom& room, const Block& block, const Filled& filled) {
+  const int64_t most = least(n_rows_at_once, n_tile / least(block.leaf, block.n));
+  const unsigned char* keep_ptr[n_rows_at_once];
+  int status = fill_done;
+  Window w;
+  w.columns = 1;
+  for (int64_t o = 0; o < block.outer; o += most) {
+    const int64_t n_rows = least(most, block.outer - o);
+    for (int64_t k = 0; k < n_rows; ++k) room.before[k] = 0.0;
+    for (w.i = 0; w.i < block.n; w.i += block.leaf) {
+      const int64_t n = w.rows = least(block.leaf, block.n - w.i);
+      for (int64_t k = 0; k < n_rows; ++k) {
+        w.o = o + k;
+        keep_ptr[k] = gather_mask(block.mask, w, room.keep + k * n);
+        gather_doubles(block.dtype, block.data, w, keep_ptr[k], 0.0, room.cells + k * n);
+      }
+      int64_t k = 0;
+      for (; k + 8 <= n_rows; k += 8) run_rows<8>(room.cells + k * n, n, room.before + k);
+      for (; k + 4 <= n_rows; k += 4) run_rows<4>(room.cells + k * n, n, room.before + k);
+      for (; k < n_rows; ++k) run_rows<1>(room.cells + k * n, n, room.before + k);
+      for (k = 0; k < n_rows; ++k) {
+        w.o = o + k;
+        if (write_doubles(filled, w, room.cells + k * n, keep_ptr[k])) status = fill_overflowed;
+      }
+    }
+  }
+  return status;
 }
 
 // Sum2 as a scan: rounding errors are summed alongside and added last. False where a sum is inf or NaN.
@@ -127,6 +173,8 @@ bool is_integer(Dtype dtype) { return dtype > Dtype::bf16; }
 
 int cumulative_sum(const Block& block, const Filled& filled) {
   const std::unique_ptr<ScanRoom> room(new ScanRoom);
+  const bool is_plain = !is_integer(block.dtype) && block.dtype != Dtype::f64;
+  if (is_plain && has_long_rows(block) && block.data.stride_n == 1) return scan_rows(*room, block, filled);
   int status = fill_done;
   each_scan_window(block, [&](Window& w) {
     const int64_t lanes = w.lanes();
@@ -143,7 +191,7 @@ int cumulative_sum(const Block& block, const Filled& filled) {
       }
       gather_doubles(block.dtype, block.data, w, keep_ptr, 0.0, room->cells);
       if (block.dtype != Dtype::f64) {
-        lanes == 4 ? run_plain<4>(*room, w.rows, lanes) : run_plain<0>(*room, w.rows, lanes);
+        run_plain(*room, w.rows, lanes);
       } else if (!run_pairs(*room, w.rows, lanes)) {
         status = fill_refused;
         continue;

@@ -102,6 +102,18 @@ void turn(const T* from, const Window& w, T* to) {
   }
 }
 
+constexpr int64_t n_ahead_rows = 4;
+constexpr int64_t n_ahead = 1024;  // cells; the processor's own prefetcher stops at the end of a page
+
+// What a run is followed by, in cells: more of the same run, or a row some rows on.
+ALWAYS_INLINE int64_t cells_ahead(const Operand& operand, const Window& w, int64_t n) {
+  return n == w.cells() ? n_ahead : n_ahead_rows * operand.stride_n;
+}
+
+ALWAYS_INLINE void prefetch(const unsigned char* first_ptr, int64_t n_bytes) {
+  for (int64_t b = 0; b < n_bytes; b += 64) __builtin_prefetch(first_ptr + b);
+}
+
 // The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
 inline const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr) {
   if (!mask.cells_ptr) return nullptr;
@@ -115,6 +127,7 @@ inline const unsigned char* gather_mask(const Operand& mask, const Window& w, un
     if (n == w.cells() && stride == 1 && tile_stride == 1) {
       dense_ptr = from_ptr;
     } else if (stride == 1 && tile_stride == 1) {
+      prefetch(from_ptr + cells_ahead(mask, w, n), n);
       std::memcpy(copy_ptr + at, from_ptr, static_cast<size_t>(n));
     } else {
       for (int64_t j = 0; j < n; ++j) copy_ptr[at + j * tile_stride] = from_ptr[j * stride];
@@ -128,6 +141,8 @@ template <class Bits>
 ALWAYS_INLINE Bits choose(Bits keep, Bits a, Bits b) {
   return static_cast<Bits>((a & keep) | (b & ~keep));
 }
+
+constexpr int64_t n_chunk = 256;  // cells converted between two bursts of prefetches
 
 // Convert::operator()(raw) for each cell, as Convert::Out; what lies under the mask becomes `hidden`.
 template <class Convert, bool is_masked, bool is_dense>
@@ -172,13 +187,22 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
   }
   each_run(data, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
     const unsigned char* from_ptr = data.cells_ptr + first * cell_bytes;
-    const bool dense = stride == 1 && tile_stride == 1;
-    if (keep_ptr) {
-      (dense ? convert_run<Convert, true, true> : convert_run<Convert, true, false>)(
-          from_ptr, keep_ptr + at, n, stride, tile_stride, convert, out + at);
-    } else {
-      (dense ? convert_run<Convert, false, true> : convert_run<Convert, false, false>)(
-          from_ptr, nullptr, n, stride, tile_stride, convert, out + at);
+    const unsigned char* const run_keep_ptr = keep_ptr ? keep_ptr + at : nullptr;
+    if (stride != 1 || tile_stride != 1) {
+      (keep_ptr ? convert_run<Convert, true, false> : convert_run<Convert, false, false>)(
+          from_ptr, run_keep_ptr, n, stride, tile_stride, convert, out + at);
+      return;
+    }
+    const int64_t ahead_bytes = cells_ahead(data, w, n) * cell_bytes;
+    for (int64_t j = 0; j < n; j += n_chunk) {
+      const int64_t some = least(n_chunk, n - j);
+      prefetch(from_ptr + j * cell_bytes + ahead_bytes, some * cell_bytes);
+      if (keep_ptr) {
+        prefetch(run_keep_ptr + j + n_ahead, some);
+        convert_run<Convert, true, true>(from_ptr + j * cell_bytes, run_keep_ptr + j, some, 1, 1, convert, out + at + j);
+      } else {
+        convert_run<Convert, false, true>(from_ptr + j * cell_bytes, nullptr, some, 1, 1, convert, out + at + j);
+      }
     }
   });
 }
@@ -239,7 +263,10 @@ ALWAYS_INLINE int64_t period_of(int64_t lanes) { return lanes * (lanes < n_tile_
 
 template <class T>
 void spread(const T* values, int64_t lanes, int64_t period, T* pattern) {
-  for (int64_t j = 0; j < period; j += lanes) std::memcpy(pattern + j, values, static_cast<size_t>(lanes) * sizeof(T));
+  std::memcpy(pattern, values, static_cast<size_t>(lanes) * sizeof(T));
+  for (int64_t n = lanes; n < period; n *= 2) {
+    std::memcpy(pattern + n, pattern, static_cast<size_t>(least(n, period - n)) * sizeof(T));
+  }
 }
 
 // step(pattern index, cell index) for every cell of (rows, lanes).

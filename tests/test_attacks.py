@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,8 @@ def test_a_zero_under_the_results_mask_divides_nothing() -> None:
         lambda: ms.from_lengths(torch.ones(2), None, 0), lambda: m([1.0], [F]).to_tensor(1e300 * 10),
         lambda: m([1.0]).to(torch.bfloat16).numpy(), lambda: ms.sum(torch.ones(2, device="meta")),
         lambda: ms.sum(torch.ones(2).to_sparse()), lambda: m([1.0, 2.0]).view(torch.int32), lambda: m([1.0]).reshape(7),
-        lambda: ms.save("x", {"mask": m([1.0])}), lambda: ms.save("x", {"x.lengths": m([1.0])}),
+        lambda: ms.save({"mask": m([1.0])}, "x"), lambda: ms.save({"x.lengths": m([1.0])}, "x"),
+        lambda: ms.save("x", {"x": m([1.0])}), lambda: ms.save({"x": m([1.0])}, "x.csv"), lambda: ms.compute("mean", b""),
     ],
 )  # fmt: skip
 def test_bad_values_are_errors_of_our_own(call: Callable[[], Any]) -> None:
@@ -315,6 +317,46 @@ def test_a_reduced_coordinate_of_size_one_does_not_survive_keepdim() -> None:
     named = {"maskserve.dims": '{"rain": ["time", "lat"], "time": ["time"], "lat": ["lat"]}'}
     answer = ms.compute("reduce", to_bytes(tensors, named), op="sum", dim="time", keepdim=True)
     assert [r.name for r in answer.results] == ["rain", "lat"]
+
+
+# -- what a new user stumbled over --------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_and_saved_keeps_dims_coordinates_and_metadata(tmp_path: Path) -> None:
+    given = Path(__file__).parent.parent / "examples" / "co2.safetensors"
+    record = ms.load(given)
+    ms.save(record, tmp_path / "again.safetensors")
+    again = ms.load(tmp_path / "again.safetensors")
+    assert (again.dims, again.metadata["title"]) == (record.dims, record.metadata["title"])
+    answers = [
+        ms.compute("reduce", path, op="mean", dim="week").results for path in (given, tmp_path / "again.safetensors")
+    ]
+    assert [r.name for r in answers[0]] == [r.name for r in answers[1]] == ["co2", "year"]
+    with pytest.raises(ParameterError, match="has 2 dims"):
+        ms.save({"x": torch.ones(2, 2)}, tmp_path / "x", dims={"x": ("a",)})
+    with pytest.raises(MaskserveError, match="exists"):
+        ms.save(record, tmp_path / "again.safetensors")
+
+
+def test_json_files_load() -> None:
+    sales = ms.load(Path(__file__).parent.parent / "examples" / "sales.json")["data"]
+    assert sales[2].tolist() == [None] * 4
+
+
+def test_none_is_a_masked_cell_in_lists_and_assignments() -> None:
+    x = ms.masked_tensor([[1.0, None], [None, 4.0]])
+    assert x.tolist() == [[1, None], [None, 4]]
+    x[1, 1] = None
+    x[0, 1] = 5.0
+    assert x.tolist() == [[1, 5], [None, None]]
+
+
+def test_a_name_that_only_requests_have_points_to_the_op() -> None:
+    for get in (lambda: ms.max, lambda: m([1.0]).max):
+        with pytest.raises(AttributeError, match=r"maskserve\.amax"):
+            get()
+    assert {"softmax", "amax", "std"} <= set(dir(m([1.0])))
+    assert ms.maximum(m([1.0, 5.0]), 3).tolist() == [3, 5]
 
 
 def test_an_argument_that_only_torch_takes_is_named() -> None:

@@ -47,8 +47,8 @@ from tests.command_line import (  # noqa: F401  # fixtures are found by name
         ("reduce --op mean rain.safetensors plain.safetensors", 2,
          "maskserve: reduce reads one FILE, and 2 are given: this version does not join files"),
         ("reduce --op mean rain.safetensors -o out.nc", 2,
-         "maskserve: -o out.nc: an answer is written as .safetensors, .json or with no suffix; for .nc write one of "
-         "these, then maskserve convert"),
+         "maskserve: -o out.nc: an answer is written as .safetensors, .json or with no suffix; write one of these; "
+         "maskserve convert"),
         ("reduce --op mean rain.safetensors -o out.json --format safetensors", 2,
          "maskserve: -o out.json and --format safetensors do not fit"),
         ("reduce --op mean rain.safetensors -o out --format table", 2,
@@ -65,7 +65,7 @@ from tests.command_line import (  # noqa: F401  # fixtures are found by name
         ("reduce --op mean rain.safetensors --device tpu", 2, "maskserve: rain.safetensors: device 'tpu' is not known"),
         ("reduce --op mean rain.safetensors --nan maybe", 2, "maskserve: mean: nan: input should be 'propagate'"),
         ("reduce --op mean nan.safetensors --nan raise", 65, "maskserve: nan.safetensors: mean: a valid cell is NaN"),
-        ("softmax rain.safetensors", 2, "maskserve: softmax needs dim: the dim to work along, by number or name"),
+        ("softmax rain.safetensors", 2, "maskserve: softmax needs dim: the dim to work along, by number"),
         ("head -n x rain.safetensors", 2, "maskserve: Invalid value for '-n' / '--rows'"),
         ("ops maen", 2, "maskserve: op 'maen' is not known: give one of sum"),
         ("serve --port x", 78, "maskserve: --port is 'x'; it must be a port, 0 to 65535"),

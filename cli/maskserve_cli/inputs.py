@@ -9,13 +9,13 @@ import sys
 from typing import BinaryIO, Literal, TypeAlias
 
 from maskserve.errors import InputError, OutOfMemoryError
-from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload, open_payload
+from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload
 from maskserve.payload.header import shown
+from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json, open_any
 from maskserve.settings import Settings
 
 JsonForm: TypeAlias = Literal["plain", "explicit"]
 STDIN = "-"
-LENGTH_BYTES = 8
 CHUNK = 1 << 20
 
 
@@ -40,8 +40,7 @@ def read(path: str, limits: Limits) -> Payload:
     if is_stream(path):
         with open(path, "rb") as stream:
             return read_stream(stream, title(path), limits)
-    text = json_text(path, limits)
-    return open_payload(path, limits) if text is None else decoded(text, limits)
+    return open_any(path, limits)
 
 
 def form_of(payload: Payload) -> JsonForm | None:
@@ -55,34 +54,6 @@ def is_stream(path: str) -> bool:
         return stat.S_ISFIFO(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False  # whoever opens it says what is wrong
-
-
-def is_json(first: bytes) -> bool:
-    """Whether a payload that begins with these 8 bytes is JSON.
-
-    The length that safetensors begins with has a NUL as its last byte, and JSON text holds none: a header of 123 bytes,
-    whose length begins with a brace, is told apart.
-    """
-    start = first.lstrip(b" \t\r\n\xef\xbb\xbf")
-    return b"\0" not in first and (start[:1] in (b"{", b"[") or (not start and bool(first)))
-
-
-def json_text(path: str, limits: Limits) -> bytes | None:
-    """The text of a JSON file; None for any other file, and where the one who opens it says better what is wrong."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return None
-        with open(path, "rb") as file:
-            first = file.read(LENGTH_BYTES)
-            return first + file.read(limits.json_bytes + 1 - len(first)) if is_json(first) else None
-    except (OSError, ValueError):
-        return None
-
-
-def decoded(text: bytes, limits: Limits) -> Payload:
-    from maskserve.payload.json import decode
-
-    return decode(text, limits)
 
 
 def read_stream(stream: BinaryIO, name: str, limits: Limits) -> Payload:

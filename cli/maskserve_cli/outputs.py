@@ -100,7 +100,7 @@ def file_target(path: str, form: Form | None, exists: Exists) -> Target:
     if suffix and suffix not in SUFFIXES:
         raise ParameterError(
             f"-o {shown(path)}: an answer is written as .safetensors, .json or with no suffix; "
-            f"for {shown(suffix)} write one of these, then maskserve convert",
+            f"write one of these; maskserve convert, which makes others of them, is not in this version",
             parameter="out",
             allowed=tuple(SUFFIXES),
         )

@@ -126,7 +126,10 @@ def whole(output: Output) -> bytes | bytearray | memoryview:
 
 
 def hint_at_nan(answer: Answer, hint: str | None) -> None:
-    """Says how many NaN stand in the results as values, and what the op can do about them."""
+    """Says what passed through, and how many NaN stand in the results as values and what the op can do about them."""
+    for result in answer.results:
+        if result.passed_through:
+            say(f"{printable(result.name)} has not every dim that was named: it passed through as it is")
     n = sum(valid_nan(result) for result in answer.results if not result.is_coordinate)
     if n:
         say(f"{n} valid NaN{'; ' + hint if hint else ''}")

@@ -67,6 +67,12 @@ def backends() -> tuple[Backend, ...]:
     return (CpuBackend(), ReferenceBackend())
 
 
+@cache
+def say_once(name: str, reason: str) -> None:
+    """A fall-back is slower, not wrong; it is said once."""
+    log.info("back end %s is passed over: %s", name, reason)
+
+
 @lru_cache(maxsize=1024)
 def choose(plan: Plan, name: str | None = None) -> Choice:
     """The first back end that serves the plan, or the one asked for by name, which must."""
@@ -86,4 +92,5 @@ def choose(plan: Plan, name: str | None = None) -> Choice:
             finisher = backend if isinstance(backend, Finisher) else None
             return Choice(backend=backend, refusals=tuple(refusals), finisher=finisher)
         refusals.append((backend.name, reason))
+        say_once(backend.name, reason)
     raise BackendError(f"back end {name} cannot serve {plan.row.name}: {refusals[0][1]}", parameter="backend")

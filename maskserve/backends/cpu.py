@@ -5,6 +5,7 @@ Rows with exp or log have bits of their own, the same from every instruction set
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ def missing() -> str | None:
     try:
         native().isa()
     except (ImportError, RuntimeError) as error:
-        return f"its native extension cannot be used ({error}): build it with `pip install .`, or name another back end"
+        reason = f"its native extension cannot be used ({error}): build it with `pip install .`, or name another back end"
+        logging.getLogger("maskserve").warning("the cpu back end is passed over, and all is slower: %s", reason)
+        return reason
     return None
 
 

@@ -23,9 +23,17 @@ def find(word: str, *, verb: str | None = None) -> Row:
     return words[word]
 
 
+def instead_of(name: str) -> str:
+    """'; maskserve.amax gives the largest valid cell' for "max"; nothing where `name` is no op's other word."""
+    for row in OPS.values():
+        if name in row.aliases:
+            return f"; maskserve.{row.name} gives the {row.summary}"
+    return ""
+
+
 def verbs() -> tuple[str, ...]:
     """The verbs that some row is served by, in the table's order."""
     return tuple(dict.fromkeys(row.verb for row in OPS.values() if row.verb is not None))
 
 
-__all__ = ["OPS", "Row", "find", "verbs"]
+__all__ = ["OPS", "Row", "find", "instead_of", "verbs"]

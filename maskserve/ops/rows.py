@@ -58,8 +58,8 @@ class Parameter:
     """Kept for torch's signature; requests have a plainer word for it."""
 
 
-DIMS = Parameter(name="dim", type=Type.DIMS, help="dims to reduce, by number or name; all when not given")
-DIM = Parameter(name="dim", type=Type.DIM, default=REQUIRED, help="the dim to work along, by number or name")
+DIMS = Parameter(name="dim", type=Type.DIMS, help="dims to reduce, by number (in files also by name); all when not given")
+DIM = Parameter(name="dim", type=Type.DIM, default=REQUIRED, help="the dim to work along, by number (in files also by name)")
 KEEPDIM = Parameter(name="keepdim", type=Type.FLAG, default=False, help="keep each reduced dim with size 1")
 DTYPE = Parameter(name="dtype", type=Type.DTYPE, help="dtype of the result, e.g. f64; torch's own rule when not given")
 KEYWORD_DTYPE = Parameter(name="dtype", type=Type.DTYPE, keyword_only=True, help=DTYPE.help)
@@ -222,6 +222,8 @@ class Elementwise(Row):
     """The Python operator's method, e.g. "add" for __add__ and __radd__."""
     method: tuple[int, ...] = ()
     """Where the method's arguments stand among the operands, if not in their order: x.where(condition, other)."""
+    tensors_only: bool = False
+    """torch's function takes no numbers: they become tensors of no dims first."""
     unsafe: bool = False
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
 

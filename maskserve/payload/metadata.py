@@ -102,7 +102,7 @@ def _json_object(metadata: Pairs, key: str) -> dict[str, object]:
 def answer_metadata(
     metadata: Pairs,
     dims: Mapping[str, Dims],
-    history_line: Mapping[str, object],
+    history_line: Mapping[str, object] | None,
     version: str,
     limits: Limits = DEFAULT_LIMITS,
 ) -> dict[str, str]:
@@ -119,7 +119,8 @@ def answer_metadata(
     if n_bytes > limits.metadata_bytes:
         raise TooLargeError(f"the answer's metadata has {n_bytes} bytes; at most {limits.metadata_bytes} can be read")
     lines = [line for line in metadata.get(KEY_HISTORY, "").split("\n") if line]
-    history = _newest([*lines, _compact(history_line)], limits.metadata_bytes - n_bytes - len(KEY_HISTORY))
+    lines += [] if history_line is None else [_compact(history_line)]
+    history = _newest(lines, limits.metadata_bytes - n_bytes - len(KEY_HISTORY))
     return answer | ({KEY_HISTORY: history} if history else {})
 
 
