@@ -16,7 +16,7 @@ _HOMES = {
     "as_masked_tensor": "making",
     "from_lengths": "making",
     "policy": "masks",
-    "using": "engine",
+    "using": "execution",
     "load": "inout",
     "save": "inout",
     "compute": "inout",

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskserve.engine import using as using
 from maskserve.errors import MaskserveError as MaskserveError
+from maskserve.execution import using as using
 from maskserve.inout import compute as compute
 from maskserve.inout import load as load
 from maskserve.inout import save as save

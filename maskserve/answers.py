@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from maskserve import engine
+from maskserve import engine, execution
 from maskserve.backends import Choice, choose
 from maskserve.dtypes import BY_TORCH, DType
 from maskserve.errors import DeviceError, DimError, TooLargeError, nearest
@@ -203,7 +203,7 @@ def result(request: Request, payload: Payload, variables: Variables, step: Step)
     mask = without_fill(data, mask, request.common.get("fill_value"))
     if step.plan is not None:
         device = step.plan.device
-        with engine.using(backend=request.running.get("backend")):
+        with execution.using(backend=request.running.get("backend")):
             data, mask = engine.run(step.plan, data.to(device), None if mask is None else mask.to(device))
     elif mask is None:
         mask = torch.ones(data.shape, dtype=torch.bool)

@@ -24,7 +24,7 @@ def stub() -> str:
     head = (
         f"# {NOTE}\n"
         "from collections.abc import Sequence\nfrom typing import Any\n\nimport torch\nfrom torch import Tensor\n\n"
-        "from maskserve.engine import using as using\nfrom maskserve.errors import MaskserveError as MaskserveError\n"
+        "from maskserve.errors import MaskserveError as MaskserveError\nfrom maskserve.execution import using as using\n"
         "from maskserve.inout import compute as compute\nfrom maskserve.inout import load as load\n"
         "from maskserve.inout import save as save\n"
         "from maskserve.making import as_masked_tensor as as_masked_tensor\n"

@@ -5,75 +5,26 @@ Blocks are free (threads, strides and cache decide them); the order of arithmeti
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
+from collections.abc import Callable
+from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskserve.backends import Backend, Finisher, Parts, choose
+from maskserve.backends import Backend, Finisher, Parts
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import canonical, rounded, select
-from maskserve.errors import EmptySliceError, NanError
+from maskserve.blocks import Cells, cut, spans
+from maskserve.errors import EmptySliceError
+from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel
 from maskserve.ops.passes import COUNT
 from maskserve.ops.rows import Normalization, Reduction, Scan
 from maskserve.plan import Plan
 
 Masked = tuple[Tensor, Tensor]
-SMALL = 1 << 16
-"""Cells below which one block in this thread beats handing work out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
-    """What changes how a request runs, and never what it gives."""
-
-    backend: str | None = None
-    threads: int | None = None
-    block_cells: int | None = None
-
-
-_DEFAULT = Execution()
-_execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
-
-
-def execution() -> Execution:
-    """How requests run here and now."""
-    return _execution.get() or _DEFAULT
-
-
-@contextmanager
-def using(*, backend: str | None = None, threads: int | None = None, block_cells: int | None = None) -> Iterator[None]:
-    """Run what is inside with this back end (by name), threads and block size; None leaves a choice as it is."""
-    given: dict[str, Any] = {"backend": backend, "threads": threads, "block_cells": block_cells}
-    token = _execution.set(replace(execution(), **{k: v for k, v in given.items() if v is not None}))
-    try:
-        yield
-    finally:
-        _execution.reset(token)
-
-
-def n_threads() -> int:
-    """The threads to use: `using`, else MASKSERVE_THREADS, else the CPUs that this process may run on."""
-    asked = execution().threads
-    if asked is not None:
-        return asked
-    return int(os.environ.get("MASKSERVE_THREADS") or 0) or len(os.sched_getaffinity(0))
-
-
-@cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="maskserve")
 
 
 def run(plan: Plan, data: Tensor, mask: Tensor | None) -> Masked:
@@ -90,137 +41,6 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None) -> Masked:
     if isinstance(row, Normalization):
         return normalize(plan, cells)
     return scan(plan, row, cells)
-
-
-# -- blocks -------------------------------------------------------------------------------------------------------
-
-
-class Cells:
-    """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
-
-    def __init__(self, plan: Plan, data: Tensor, mask: Tensor | None) -> None:
-        *outer, n, inner = plan.fold
-        self.shape = (prod(outer), n, inner)
-        self.plan = plan
-        self.data = Folded(data, self.shape)
-        self.mask = None if mask is None else Folded(mask.expand(plan.shape), self.shape)
-
-    def block(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
-        """Data and mask of a block; the mask tells what counts, NaN policy included."""
-        data = self.data[outer, run, inner]
-        mask = None if self.mask is None else self.mask[outer, run, inner]
-        policy = self.plan.params["nan"]
-        if policy == "propagate" or not self.plan.dtype.is_float:
-            return data, mask
-        nan = data.isnan()
-        if policy == "raise" and (nan if mask is None else nan & mask).any():
-            raise NanError(f"{self.plan.row.name}: a valid cell is NaN and nan=raise; nan=omit treats NaN as missing")
-        return data, ~nan if mask is None else mask & ~nan
-
-
-class Folded:
-    """A tensor seen in a folded shape; where strides allow no view, only the block asked for is copied."""
-
-    def __init__(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        self.tensor = tensor.detach()
-        self.shape = shape
-        try:
-            self.view: Tensor | None = self.tensor.view(shape)
-        except RuntimeError:
-            self.view = None
-
-    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
-        if self.view is not None:
-            return self.view[slices]
-        return self.window(slices)
-
-    def window(self, slices: tuple[slice, ...]) -> Tensor:
-        """A copy of the block: each group of dims narrowed as far as its range allows, flattened, then cut exactly."""
-        tensor, dim, sizes, exact = self.tensor, 0, [], []
-        for size, wanted in zip(self.shape, slices, strict=True):
-            start, stop, rest, height = wanted.start, wanted.stop, size, 1
-            while rest > 1 and height == 1:  # a range inside one index of a dim goes on to the next dim
-                rest //= tensor.shape[dim]
-                first, last = start // rest, -(-stop // rest)
-                tensor = tensor.narrow(dim, first, last - first)
-                start, stop = start - first * rest, stop - first * rest
-                height, dim = last - first, dim + 1
-            sizes.append(height * rest)
-            exact.append(slice(start, stop))
-            while rest > 1:
-                rest //= tensor.shape[dim]
-                dim += 1
-        return tensor.reshape(sizes)[tuple(exact)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """How (outer, n, inner) is cut: `tiles` of result cells, `runs` of whole subtrees of the reduced dim."""
-
-    tiles: tuple[tuple[slice, slice], ...]
-    runs: tuple[slice, ...]
-
-
-def cut(plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: bool = False) -> Cut:
-    """Blocks of about `block_cells`; a run is leaf * 2**k cells, so that it is a subtree of its own; or n, if `whole`."""
-    outer, n, inner = shape
-    run, width = n, inner
-    if n * inner > block_cells:
-        width = min(inner, max(1, block_cells // max(1, n if whole else min(n, plan.leaf))))
-        if not whole and n * width > block_cells:
-            leaves = max(1, block_cells // (plan.leaf * width))
-            run = plan.leaf << (leaves.bit_length() - 1)
-    height = max(1, block_cells // max(1, min(n, run) * width)) if run >= n and width == inner else 1
-    return Cut(
-        tiles=tuple(product(spans(outer, height), spans(inner, width))),
-        runs=tuple(spans(n, run)) or (slice(0, 0),),
-    )
-
-
-def spans(n: int, step: int) -> list[slice]:
-    """0..n cut every `step`.
-
-    >>> spans(5, 2)
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    """
-    return [slice(start, min(start + step, n)) for start in range(0, n, max(step, 1))]
-
-
-def in_parallel(backend: Backend, n_cells: int, tasks: list[Callable[[], None]]) -> None:
-    """Run the tasks, on the shared pool where that pays; the first error is raised."""
-    threads = 1 if backend.threads_inside or n_cells < SMALL else min(n_threads(), len(tasks))
-    if threads <= 1:
-        for task in tasks:
-            task()
-        return
-    waiting = iter(tasks)
-
-    def work() -> None:
-        for task in waiting:
-            task()
-
-    futures = [pool(n_threads()).submit(work) for _ in range(threads - 1)]
-    try:
-        work()  # this thread too: waking another one takes longer than a small block
-    finally:
-        for _ in waiting:  # after an error nothing more is begun
-            pass
-        for future in futures:
-            if not future.cancel():
-                future.result()
-
-
-def block_cells(backend: Backend) -> int:
-    return execution().block_cells or backend.block_cells
-
-
-def backend_of(plan: Plan) -> Backend:
-    return choose(plan, execution().backend).backend
-
-
-def finisher_of(plan: Plan) -> Finisher | None:
-    """The plan's back end where it writes results itself."""
-    return choose(plan, execution().backend).finisher
 
 
 # -- reductions ---------------------------------------------------------------------------------------------------

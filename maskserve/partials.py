@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from maskserve import dtypes, engine, masks
+from maskserve import dtypes, engine, execution, masks
 from maskserve.backends import Parts, choose
 from maskserve.backends.reference import kernel
 from maskserve.errors import MaskserveError, StateError
@@ -85,7 +85,7 @@ class Partial:
             parts = engine.state(below, block, own)
             shift = getattr(kernel(plan.passes[0].reference), "shift", None)
             nodes.append(Node(start=unit, n_units=n_units, parts=shift(parts, unit * plan.leaf) if shift else parts))
-        return cls(plan=plan, backend=engine.backend_of(plan).name, nodes=tuple(nodes))
+        return cls(plan=plan, backend=execution.backend_of(plan).name, nodes=tuple(nodes))
 
     def merge(self, other: Partial) -> Partial:
         """The states of both, siblings joined; they must come from one plan and back end, and not overlap."""
@@ -105,8 +105,8 @@ class Partial:
         return replace(self, nodes=tuple(merged))
 
     def joined(self, left: Node, right: Node) -> Node:
-        with engine.using(backend=self.backend):
-            merge = engine.backend_of(self.plan).merge(self.plan)
+        with execution.using(backend=self.backend):
+            merge = execution.backend_of(self.plan).merge(self.plan)
         return Node(start=left.start, n_units=left.n_units + right.n_units, parts=merge(left.parts, right.parts))
 
     def finalize(self) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class Partial:
         last = self.nodes[-1]
         for node in reversed(self.nodes[:-1]):
             last = self.joined(node, last)
-        with engine.using(backend=self.backend):
+        with execution.using(backend=self.backend):
             return engine.finish(self.plan, last.parts)
 
     def signature(self) -> dict[str, Any]:

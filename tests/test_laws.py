@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskserve import dtypes, engine
+from maskserve import dtypes, engine, execution
 from maskserve.backends import backends, choose
 from maskserve.backends.reference import kernel
 from maskserve.dtypes import DType
@@ -148,7 +148,7 @@ def test_a_split_at_leaf_borders_changes_no_bit(
     n_leaves = -(-size // plan.leaf)
     cuts = data.draw(st.sets(st.integers(1, max(1, n_leaves - 1)), max_size=3))
     borders = sorted({0, size, *(min(c * plan.leaf, size) for c in cuts)})
-    with engine.using(backend=backend):
+    with execution.using(backend=backend):
         whole = engine.run(plan, sample.data, sample.mask)
         folded = sample.data.reshape(plan.fold), sample.mask.reshape(plan.fold)
         parts = [
@@ -218,7 +218,7 @@ def test_threads_blocks_and_strides_change_no_bit(row: Row, dtype: DType, shape:
     for dim in (*dims_of(row, len(shape)), *pairs):
         expected = run(row, sample.data, sample.mask, **along(dim))
         for threads, block_cells in ((1, 700), (2, 5000), (1, 1 << 22)):
-            with engine.using(threads=threads, block_cells=block_cells):
+            with execution.using(threads=threads, block_cells=block_cells):
                 assert_same_bits(
                     run(row, sample.data, sample.mask, **along(dim)), expected, (dim, threads, block_cells)
                 )
@@ -230,7 +230,7 @@ def test_blocks_of_one_cell_change_no_bit(row: Row) -> None:
     sample = cells(dtypes.f64, (3, 70), 19)
     for dim in dims_of(row, 2):
         expected = run(row, sample.data, sample.mask, **along(dim))
-        with engine.using(block_cells=1):
+        with execution.using(block_cells=1):
             assert_same_bits(run(row, sample.data, sample.mask, **along(dim)), expected, (row.name, dim))
 
 
@@ -258,10 +258,10 @@ def test_every_back_end_gives_the_references_bits(
     sample = cells(dtype, (3, size, inner), seed)
     mask = sample.mask if masked else None
     plan = plan_of(row, sample.data, dim=1)
-    with engine.using(backend="reference"):
+    with execution.using(backend="reference"):
         expected = engine.state(plan, sample.data, mask)
     chosen = choose(plan).backend.name
-    with engine.using(backend=chosen):
+    with execution.using(backend=chosen):
         got = engine.state(plan, sample.data, mask)
     exact = [k for k in expected if row.passes[0].exact_bits or k != "total"]
     assert_same_bits(tuple(got[k] for k in exact), tuple(expected[k] for k in exact), (chosen, sample))

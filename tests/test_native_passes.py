@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskserve import OPS, dtypes, engine
+from maskserve import OPS, dtypes, engine, execution
 from maskserve.backends import choose
 from maskserve.dtypes import DType
 from maskserve.ops.rows import Reduction, Row
@@ -39,7 +39,7 @@ def both(row: Row, data: Tensor, mask: Tensor | None, **params: Any) -> tuple[An
     """What cpu gives, and the reference."""
     plan = plan_of(row, data, **params)
     assert choose(plan).backend.name == "cpu"
-    with engine.using(backend="reference"):
+    with execution.using(backend="reference"):
         expected = engine.run(plan, data, mask)
     return engine.run(plan, data, mask), expected
 
@@ -241,7 +241,7 @@ def test_states_are_finished_as_the_engine_does(row: Reduction, dtype: DType) ->
             continue
         plan = plan_of(row, data, dim=1, **params)
         state = engine.state(plan, data, mask)
-        with engine.using(backend="reference"):
+        with execution.using(backend="reference"):
             expected = engine.finish(plan, state)
         assert_agree(row, engine.finish(plan, state), expected, params)
 

@@ -70,10 +70,10 @@ def act(asked: Asked, request: Request, payload: Payload, target: Target, settin
 
 def computed(request: Request, payload: Payload, settings: Settings) -> Answer:
     """The answer, on the threads that the settings give."""
-    from maskserve import answers, engine
+    from maskserve import answers, execution
 
     collect_again()
-    with engine.using(threads=settings["threads"] or None):
+    with execution.using(threads=settings["threads"] or None):
         return answers.run(request, payload)
 
 

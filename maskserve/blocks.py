@@ -1,0 +1,103 @@
+"""Blocks: a plan's cells as (outer, n, inner), cut into unions of whole subtrees, without a copy where strides allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from torch import Tensor
+
+from maskserve.errors import NanError
+from maskserve.plan import Plan
+
+
+class Cells:
+    """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
+
+    def __init__(self, plan: Plan, data: Tensor, mask: Tensor | None) -> None:
+        *outer, n, inner = plan.fold
+        self.shape = (prod(outer), n, inner)
+        self.plan = plan
+        self.data = Folded(data, self.shape)
+        self.mask = None if mask is None else Folded(mask.expand(plan.shape), self.shape)
+
+    def block(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
+        """Data and mask of a block; the mask tells what counts, NaN policy included."""
+        data = self.data[outer, run, inner]
+        mask = None if self.mask is None else self.mask[outer, run, inner]
+        policy = self.plan.params["nan"]
+        if policy == "propagate" or not self.plan.dtype.is_float:
+            return data, mask
+        nan = data.isnan()
+        if policy == "raise" and (nan if mask is None else nan & mask).any():
+            raise NanError(f"{self.plan.row.name}: a valid cell is NaN and nan=raise; nan=omit treats NaN as missing")
+        return data, ~nan if mask is None else mask & ~nan
+
+
+class Folded:
+    """A tensor seen in a folded shape; where strides allow no view, only the block asked for is copied."""
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        self.tensor = tensor.detach()
+        self.shape = shape
+        try:
+            self.view: Tensor | None = self.tensor.view(shape)
+        except RuntimeError:
+            self.view = None
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
+        if self.view is not None:
+            return self.view[slices]
+        return self.window(slices)
+
+    def window(self, slices: tuple[slice, ...]) -> Tensor:
+        """A copy of the block: each group of dims narrowed as far as its range allows, flattened, then cut exactly."""
+        tensor, dim, sizes, exact = self.tensor, 0, [], []
+        for size, wanted in zip(self.shape, slices, strict=True):
+            start, stop, rest, height = wanted.start, wanted.stop, size, 1
+            while rest > 1 and height == 1:  # a range inside one index of a dim goes on to the next dim
+                rest //= tensor.shape[dim]
+                first, last = start // rest, -(-stop // rest)
+                tensor = tensor.narrow(dim, first, last - first)
+                start, stop = start - first * rest, stop - first * rest
+                height, dim = last - first, dim + 1
+            sizes.append(height * rest)
+            exact.append(slice(start, stop))
+            while rest > 1:
+                rest //= tensor.shape[dim]
+                dim += 1
+        return tensor.reshape(sizes)[tuple(exact)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How (outer, n, inner) is cut: `tiles` of result cells, `runs` of whole subtrees of the reduced dim."""
+
+    tiles: tuple[tuple[slice, slice], ...]
+    runs: tuple[slice, ...]
+
+
+def cut(plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: bool = False) -> Cut:
+    """Blocks of about `block_cells`; a run is leaf * 2**k cells, so that it is a subtree of its own; or n, if `whole`."""
+    outer, n, inner = shape
+    run, width = n, inner
+    if n * inner > block_cells:
+        width = min(inner, max(1, block_cells // max(1, n if whole else min(n, plan.leaf))))
+        if not whole and n * width > block_cells:
+            leaves = max(1, block_cells // (plan.leaf * width))
+            run = plan.leaf << (leaves.bit_length() - 1)
+    height = max(1, block_cells // max(1, min(n, run) * width)) if run >= n and width == inner else 1
+    return Cut(
+        tiles=tuple(product(spans(outer, height), spans(inner, width))),
+        runs=tuple(spans(n, run)) or (slice(0, 0),),
+    )
+
+
+def spans(n: int, step: int) -> list[slice]:
+    """0..n cut every `step`.
+
+    >>> spans(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return [slice(start, min(start + step, n)) for start in range(0, n, max(step, 1))]

@@ -1,0 +1,97 @@
+"""Where and how blocks run: the back end, the threads and the size of a block. Nothing here changes a bit of a result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from maskserve.backends import Backend, Finisher, choose
+from maskserve.plan import Plan
+
+SMALL = 1 << 16
+"""Cells below which one block in this thread beats handing work out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """What changes how a request runs, and never what it gives."""
+
+    backend: str | None = None
+    threads: int | None = None
+    block_cells: int | None = None
+
+
+_DEFAULT = Execution()
+_execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
+
+
+def execution() -> Execution:
+    """How requests run here and now."""
+    return _execution.get() or _DEFAULT
+
+
+@contextmanager
+def using(*, backend: str | None = None, threads: int | None = None, block_cells: int | None = None) -> Iterator[None]:
+    """Run what is inside with this back end (by name), threads and block size; None leaves a choice as it is."""
+    given: dict[str, Any] = {"backend": backend, "threads": threads, "block_cells": block_cells}
+    token = _execution.set(replace(execution(), **{k: v for k, v in given.items() if v is not None}))
+    try:
+        yield
+    finally:
+        _execution.reset(token)
+
+
+def n_threads() -> int:
+    """The threads to use: `using`, else MASKSERVE_THREADS, else the CPUs that this process may run on."""
+    asked = execution().threads
+    if asked is not None:
+        return asked
+    return int(os.environ.get("MASKSERVE_THREADS") or 0) or len(os.sched_getaffinity(0))
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="maskserve")
+
+
+def in_parallel(backend: Backend, n_cells: int, tasks: list[Callable[[], None]]) -> None:
+    """Run the tasks, on the shared pool where that pays; the first error is raised."""
+    threads = 1 if backend.threads_inside or n_cells < SMALL else min(n_threads(), len(tasks))
+    if threads <= 1:
+        for task in tasks:
+            task()
+        return
+    waiting = iter(tasks)
+
+    def work() -> None:
+        for task in waiting:
+            task()
+
+    futures = [pool(n_threads()).submit(work) for _ in range(threads - 1)]
+    try:
+        work()  # this thread too: waking another one takes longer than a small block
+    finally:
+        for _ in waiting:  # after an error nothing more is begun
+            pass
+        for future in futures:
+            if not future.cancel():
+                future.result()
+
+
+def block_cells(backend: Backend) -> int:
+    return execution().block_cells or backend.block_cells
+
+
+def backend_of(plan: Plan) -> Backend:
+    return choose(plan, execution().backend).backend
+
+
+def finisher_of(plan: Plan) -> Finisher | None:
+    """The plan's back end where it writes results itself."""
+    return choose(plan, execution().backend).finisher
