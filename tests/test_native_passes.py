@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from maskserve import OPS, dtypes, engine, execution
 from maskserve.backends import choose
 from maskserve.dtypes import DType
 from maskserve.ops.rows import Reduction, Row
+from tests.instruction_sets import assert_same_bits_as_baseline
 from tests.samples import REDUCTIONS, SLICED, assert_same_bits, bits, plan_of, ulps
 from tests.test_native_sum import layouts, sample
 
@@ -283,29 +281,6 @@ def print_bits() -> None:
                 print(row.name, dtype, shape, [part.hex() for part in bits(values, valid)])
 
 
-def bits_of(isa: str) -> list[str]:
-    program = "import sys; sys.path.insert(0, '.'); from tests.test_native_passes import print_bits; print_bits()"
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "MASKSERVE_ISA": isa},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
-
-
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
-    from maskserve.backends import _native
-
-    widest = _native.isa() if "MASKSERVE_ISA" not in os.environ else "avx512"
-    if isa == "avx512" and widest != "avx512":
-        pytest.skip("this processor has no AVX-512")
-    if isa == "avx2" and widest == "baseline":
-        pytest.skip("this processor has no AVX2")
-    first, *found = bits_of(isa)
-    assert first == isa
-    for line, expected in zip(found, bits_of("baseline")[1:], strict=True):
-        assert line == expected
+    assert_same_bits_as_baseline("tests.test_native_passes", isa)

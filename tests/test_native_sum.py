@@ -15,6 +15,7 @@ import torch
 from maskserve import dtypes
 from maskserve.backends.cpu import CpuBackend
 from maskserve.dtypes import DType
+from tests.instruction_sets import assert_same_bits_as_baseline
 
 ROOT = Path(__file__).parent.parent
 SERVED = sorted(dtypes.NUMERIC, key=lambda dtype: dtype.name)
@@ -320,31 +321,9 @@ def print_bits() -> None:
                 print(dtype, shape, name, part.tobytes().hex())
 
 
-def bits_of(isa: str) -> list[str]:
-    program = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path('tests/test_native_sum.py')['print_bits']()"
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "MASKSERVE_ISA": isa},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
-
-
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
-    from maskserve.backends import _native
-
-    widest = _native.isa() if "MASKSERVE_ISA" not in os.environ else "avx512"
-    if isa == "avx512" and widest != "avx512":
-        pytest.skip("this processor has no AVX-512")
-    if isa == "avx2" and widest == "baseline":
-        pytest.skip("this processor has no AVX2")
-    first, *bits = bits_of(isa)
-    assert first == isa
-    assert bits == bits_of("baseline")[1:]
+    assert_same_bits_as_baseline("tests.test_native_sum", isa)
 
 
 def test_an_unknown_instruction_set_is_refused_by_name() -> None:

@@ -1,0 +1,40 @@
+"""One module's bits under each instruction set: the extension reads MASKSERVE_ISA once, so each needs a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def assert_same_bits_as_baseline(module: str, isa: str) -> None:
+    """`module.print_bits()` prints the name of the set, then lines that are the same from `isa` and baseline."""
+    from maskserve.backends import _native
+
+    widest = _native.isa() if "MASKSERVE_ISA" not in os.environ else "avx512"
+    if isa == "avx512" and widest != "avx512":
+        pytest.skip("this processor has no AVX-512")
+    if isa == "avx2" and widest == "baseline":
+        pytest.skip("this processor has no AVX2")
+    first, *found = printed(module, isa)
+    assert first == isa
+    for line, expected in zip(found, printed(module, "baseline")[1:], strict=True):
+        assert line == expected
+
+
+def printed(module: str, isa: str) -> list[str]:
+    program = f"import sys; sys.path.insert(0, '.'); from {module} import print_bits; print_bits()"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MASKSERVE_ISA": isa},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
