@@ -99,7 +99,11 @@ class Step:
 
 def explain(request: Request, payload: Payload) -> tuple[Step, ...]:
     """What the request does with each variable, decided from the header alone."""
-    variables = resolved(request, payload)
+    return steps(request, resolved(request, payload))
+
+
+def steps(request: Request, variables: Variables) -> tuple[Step, ...]:
+    """A step for each variable; a named dim that none of them has is an error."""
     device = device_of(str(request.running.get("device", "auto")))
     planned = tuple(step(request, variable, device) for variable in variables)
     dims = request.params.get("dim")
@@ -111,7 +115,7 @@ def explain(request: Request, payload: Payload) -> tuple[Step, ...]:
 def run(request: Request, payload: Payload) -> Answer:
     """Every variable of the payload computed on, or passed through where it lacks the named dim."""
     variables = resolved(request, payload)
-    planned = explain(request, payload)
+    planned = steps(request, variables)
     refuse_growth(planned, payload)
     results = [result(request, payload, variables, step) for step in planned]
     alive = {dim for step in planned for dim in step.dims_alive}
@@ -157,7 +161,7 @@ def step(request: Request, variable: Variable, device: str) -> Step:
     try:
         planned = plan(row, tuple(params.items()), variable.info.shape, variable.info.dtype, device)
     except DimError as error:
-        hint = f"{variable.name}: {error.message}; --tensor picks the variables to compute on"
+        hint = f"{variable.name}: {error.message}; tensor (--tensor) picks the variables to compute on"
         raise DimError(hint, parameter="dim", allowed=error.allowed) from None
     choice = choose(planned, request.running.get("backend"))
     return Step(variable=variable, plan=planned, choice=choice, dims=answer_dims(planned, variable))

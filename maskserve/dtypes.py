@@ -47,7 +47,7 @@ class DType:
         >>> u8.holds(-1), u8.holds(0.5), f16.holds(1e6), f16.holds(0.1), i64.holds(2**63 - 1)
         (False, False, False, True, True)
         """
-        if self.is_float:
+        if self.kind in (Kind.FLOAT, Kind.COMPLEX):
             return value in INFINITIES or abs(value) <= _LARGEST[self.name]
         if value != value or value in INFINITIES or value != int(value):
             return False
@@ -69,6 +69,7 @@ _LARGEST: Mapping[str, float] = MappingProxyType(
         "f32": 3.4028234663852886e38,
         "bf16": 3.3895313892515355e38,
         "f16": 65504.0,
+        "c64": 3.4028234663852886e38,
         "f8_e4m3": 448.0,
         "f8_e5m2": 57344.0,
     }

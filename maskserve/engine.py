@@ -20,7 +20,6 @@ from maskserve.backends.reference.cells import canonical, rounded, select
 from maskserve.blocks import Cells, cut, spans
 from maskserve.errors import EmptySliceError
 from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel
-from maskserve.ops.passes import COUNT
 from maskserve.ops.rows import Normalization, Reduction, Scan
 from maskserve.plan import Plan
 
@@ -29,8 +28,8 @@ Masked = tuple[Tensor, Tensor]
 
 def run(plan: Plan, data: Tensor, mask: Tensor | None) -> Masked:
     """(values, mask) of the plan on `data`, valid where `mask` (of data's ndim, size 1 broadcasts; None: everywhere)."""
-    reads_nothing = mask is None and plan.passes == (COUNT,)
-    finisher = finisher_of(plan) if data.numel() <= SMALL or reads_nothing else None
+    walked = data.numel() if mask is not None or not plan.passes or plan.passes[0].reads_cells else 0
+    finisher = finisher_of(plan) if walked <= SMALL else None
     small = finisher.run(plan, data, mask) if finisher else None
     if small is not None:
         return small
@@ -154,7 +153,7 @@ def finish(plan: Plan, parts: Parts) -> Masked:
     enough = reached(plan, parts["count"])
     if not enough.all():  # what becomes masked overflows nothing
         parts = {"count": parts["count"]} | {k: select(part, enough) for k, part in parts.items() if k != "count"}
-    return masked_where_too_few(plan, kernel(row.finalize)(plan, parts), parts["count"])
+    return masked_where_too_few(plan, kernel(row.finalize)(plan, parts), enough)
 
 
 def reached(plan: Plan, count: Tensor) -> Tensor:
@@ -165,16 +164,11 @@ def reached(plan: Plan, count: Tensor) -> Tensor:
     return enough if row.needs is None else enough & (count > row.needs(plan.params))
 
 
-def masked_where_too_few(plan: Plan, values: Tensor, count: Tensor) -> Masked:
-    """`values` in the result's dtype, valid where `count` reaches min_count and exceeds what the row needs."""
-    row, params = plan.row, plan.params
-    assert isinstance(row, Reduction)
-    result = narrowed(plan, values).reshape(plan.out_shape)
-    if row.never_masked:
-        return result, reached(plan, count).reshape(plan.out_shape)
-    valid = reached(plan, count).reshape(plan.out_shape)
-    result = select(result, valid)
-    return (result, valid) if params["empty"] == "mask" else filled(plan, result, valid)
+def masked_where_too_few(plan: Plan, values: Tensor, enough: Tensor) -> Masked:
+    """`values` in the result's dtype, valid where `enough` cells were."""
+    valid = enough.reshape(plan.out_shape)
+    result = select(narrowed(plan, values).reshape(plan.out_shape), valid)
+    return (result, valid) if plan.params.get("empty", "mask") == "mask" else filled(plan, result, valid)
 
 
 def narrowed(plan: Plan, values: Tensor) -> Tensor:
@@ -234,7 +228,7 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     tiles = cut(plan, cells.shape, block_cells(backend), whole=True).tiles
     in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
     finished = finisher.finish(plan, {"count": counts, "total": values}) if finisher else None
-    return masked_where_too_few(plan, values, counts) if finished is None else finished
+    return masked_where_too_few(plan, values, reached(plan, counts)) if finished is None else finished
 
 
 def gathered(plan: Plan, cells: Cells) -> Cells:

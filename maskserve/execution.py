@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from maskserve.backends import Backend, Finisher, choose
+from maskserve.errors import SettingsError
 from maskserve.plan import Plan
 
 SMALL = 1 << 16
@@ -52,7 +53,10 @@ def n_threads() -> int:
     asked = execution().threads
     if asked is not None:
         return asked
-    return int(os.environ.get("MASKSERVE_THREADS") or 0) or len(os.sched_getaffinity(0))
+    word = os.environ.get("MASKSERVE_THREADS") or "0"
+    if not word.isdecimal():
+        raise SettingsError(f"MASKSERVE_THREADS is {word[:40]!r}; it must be a whole number, 0 for every CPU")
+    return int(word) or len(os.sched_getaffinity(0))
 
 
 @cache

@@ -134,7 +134,7 @@ def accept(row: Row, dtype: DType) -> None:
     if dtype not in row.accepts:
         names = ", ".join(d.name for d in dtypes.ALL if d in row.accepts)
         raise DtypeError(
-            f"{row.name} does not take {dtype.name}: give one of {names} (convert with .to(...) or --dtype)",
+            f"{row.name} does not take {dtype.name}: give one of {names} (convert the data first)",
             parameter="dtype",
             allowed=names.split(", "),
         )

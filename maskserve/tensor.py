@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskserve import masks
-from maskserve.dtypes import BY_TORCH
+from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
 from maskserve.formatting import nested, text_of
 
@@ -129,7 +129,7 @@ class MaskedTensor:
     def _fitting(self, fill: float) -> Tensor:
         """`fill` in the data's dtype, or an error where it would change."""
         dtype = self._data.dtype
-        known = BY_TORCH[str(dtype).removeprefix("torch.")]
+        known = BY_TORCH.get(str(dtype).removeprefix("torch."), f64)  # what we compute nothing on, as complex128, is wide
         kind = bool if dtype is torch.bool else int if known.is_integral else float | int
         if not isinstance(fill, kind) or not (known.holds(fill) or fill != fill):
             raise DtypeError(

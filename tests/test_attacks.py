@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ import torch
 
 import maskserve as ms
 from maskserve import MaskedTensor, dtypes
+from maskserve.backends import backends
 from maskserve.errors import (
     DataError,
     DtypeError,
     MaskError,
     MaskserveError,
     ParameterError,
+    SettingsError,
     ShapeError,
     StateError,
     TooLargeError,
     UncoveredFunctionError,
 )
 from maskserve.ops import OPS
+from maskserve.ops.rows import Reduction
 from maskserve.partials import PREFIX, Partial
 from maskserve.payload.format import to_bytes
 from maskserve.payload.tensors import output
@@ -357,6 +361,26 @@ def test_a_name_that_only_requests_have_points_to_the_op() -> None:
             get()
     assert {"softmax", "amax", "std"} <= set(dir(m([1.0])))
     assert ms.maximum(m([1.0, 5.0]), 3).tolist() == [3, 5]
+
+
+def test_a_fill_fits_complex_cells() -> None:
+    for dtype in (torch.complex64, torch.complex128):
+        assert MaskedTensor(torch.ones(2, dtype=dtype), torch.tensor([T, F])).to_tensor(0.5).tolist() == [1, 0.5]
+
+
+def test_a_pass_that_borrows_a_kernels_name_does_not_get_the_kernel() -> None:
+    row = OPS["sum"]
+    assert isinstance(row, Reduction)
+    borrowed = replace(row, name="other", passes=(replace(row.passes[0], reference="tests.rms_row:Squares"),))
+    why_not = backends()[0].why_not(plan(borrowed, (), (3,), dtypes.f32, "cpu"))
+    assert why_not is not None
+    assert "no kernel" in why_not
+
+
+def test_a_thread_count_that_is_none_is_an_error_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSERVE_THREADS", "many")
+    with pytest.raises(SettingsError, match="MASKSERVE_THREADS"):
+        ms.sum(torch.ones(8, 40_000))
 
 
 def test_an_argument_that_only_torch_takes_is_named() -> None:

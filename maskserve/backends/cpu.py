@@ -162,7 +162,7 @@ class CpuBackend:
             return f"it computes in CPU memory, and the tensor is on {plan.device}"
         row = plan.row
         whole = [name for name in (getattr(row, kind, "") for kind in ("select", "apply", "scan")) if name]
-        known = all(step.name in PASSES for step in plan.passes) and all(name in WHOLE for name in whole)
+        known = all(PASSES.get(step.name) is step for step in plan.passes) and all(name in WHOLE for name in whole)
         if not known or not (plan.passes or whole):
             return f"it has no kernel for {row.name}"
         if plan.dtype not in SERVED:

@@ -17,7 +17,7 @@ def total_parts(dtype: DType) -> tuple[Part, ...]:
     return (COUNT_PART, Part(name="total", dtype=f64))
 
 
-COUNT = Pass(name="count", parts=lambda _: (COUNT_PART,), reference=".reductions:Count")
+COUNT = Pass(name="count", parts=lambda _: (COUNT_PART,), reference=".reductions:Count", reads_cells=False)
 TOTAL = Pass(name="total", parts=total_parts, reference=".reductions:Total")
 MOMENTS = Pass(
     name="moments",

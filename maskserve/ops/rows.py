@@ -99,6 +99,8 @@ class Pass:
     name: str
     parts: Callable[[DType], tuple[Part, ...]]
     reference: str
+    reads_cells: bool = True
+    """Whether it looks at the data; a count looks at the mask alone."""
     exact_bits: bool = True
     """Whether every CPU back end gives the same bits: so it is for + - * / and selection, not for exp (docs/order.md)."""
 
