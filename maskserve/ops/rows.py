@@ -27,11 +27,15 @@ class Type(StrEnum):
     FLAG = "flag"
     COUNT = "count"  # an int >= 0
     NUMBER = "number"
+    REAL = "real"  # a number, inf and -inf among them
+    NUMBERS = "numbers"  # one number or several
+    RANGE = "range"  # two numbers, the lower first
     DTYPE = "dtype"
     CHOICE = "choice"
     CHOICE_OR_NUMBER = "choice_or_number"
     WORD = "word"
     WORDS = "words"  # several, by repeating the option
+    TENSOR = "tensor"  # in Python a tensor, in a request the name of one in the payload: a side input
 
 
 class Required:
@@ -56,6 +60,8 @@ class Parameter:
     keyword_only: bool = False
     python_only: bool = False
     """Kept for torch's signature; requests have a plainer word for it."""
+    request_only: bool = False
+    """Python says it in its own words."""
 
 
 DIMS = Parameter(name="dim", type=Type.DIMS, help="dims to reduce, by number (in files also by name); all when not given")
@@ -82,6 +88,11 @@ CORRECTION = Parameter(
 UNBIASED = Parameter(
     name="unbiased", type=Type.FLAG, python_only=True, help="torch's older word: True is correction=1, False correction=0"
 )
+WEIGHTS = Parameter(
+    name="weights", type=Type.TENSOR, keyword_only=True,
+    help="what each cell counts for, aligned by dim names or broadcast; a masked weight masks its cell",
+)  # fmt: skip
+ORD = Parameter(name="ord", type=Type.REAL, default=2, help="order of the norm: any number, inf and -inf among them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +149,10 @@ kept = chosen(lambda dtype: dtype)
 class Row:
     """What every row says, whatever its kind. A row equals itself alone, so that it is a cheap key of caches."""
 
-    verb: ClassVar[str | None] = None
-    """The command and the path that serve this kind; None: Python and expressions only."""
     kind: ClassVar[str]
 
+    verb: str | None = None
+    """The command and the path that serve it; None: Python and expressions only."""
     name: str
     summary: str
     aliases: tuple[str, ...] = ()
@@ -159,45 +170,123 @@ class Row:
         """The parameters that a request may name."""
         return tuple(p for p in self.parameters if not p.python_only)
 
+    @property
+    def callable(self) -> tuple[Parameter, ...]:
+        """The parameters of the Python function."""
+        return tuple(p for p in self.parameters if not p.request_only)
+
+
+class OnComplex(StrEnum):
+    """What a sliced op makes of complex cells; each is arithmetic on real ones."""
+
+    PARTS = "parts"  # real and imaginary parts by themselves: sum, mean
+    SPREAD = "spread"  # the two results added: the variance
+    MAGNITUDE = "magnitude"  # of the absolute values: norm, count
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reduction(Row):
-    """Many cells to one; a slice with too few valid cells gives `--`.
+class Sliced(Row):
+    """An op along dims: every result cell depends on one slice alone.
 
-    A row with `passes` is mergeable. A row with `select` needs each slice whole.
     `needs(params)` is the count that must be exceeded beside min_count (var: its correction).
     """
 
-    verb = "reduce"
+    outputs: tuple[str, ...] = ("values",)
+    """What the Python function gives; a request gets the first. ("values", "indices") come as a named pair."""
+    needs: Callable[[Params], float] | None = None
+    on_complex: OnComplex | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reduction(Sliced):
+    """Many cells to one; a slice with too few valid cells gives `--`.
+
+    A row with `passes` is mergeable. A row with `select` needs each slice whole.
+    """
+
     kind = "reduction"
+    verb: str | None = "reduce"
 
     passes: tuple[Pass, ...] = ()
     finalize: str = ""
+    finalize_indices: str = ""
+    """For a mergeable row with indices: what makes them of its parts."""
+    weighted: tuple[Pass, ...] = ()
+    finalize_weighted: str = ""
+    """The passes, and what ends them, when `weights` are given."""
     select: str = ""
+    leading: Callable[[Params], int | None] = lambda _: None
+    """The size of a new first dim, where the params ask for several results a slice."""
+    leading_dim: str = ""
+    """The name of that dim."""
     identity: Number | None = None
     never_masked: bool = False
-    needs: Callable[[Params], float] | None = None
+    binary: str = ""
+    """The elementwise op that the function means when its second argument is a tensor: torch.max(a, b)."""
+    torch_dim: int | None = None
+    """The dim that torch's function of this name takes when none is given, where that is not all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Normalization(Row):
+class Normalization(Sliced):
     """Cells scaled by a state of their slice: a pass, then `apply(block, state) -> block`."""
 
-    verb = "softmax"
     kind = "normalization"
+    verb: str | None = "softmax"
 
     passes: tuple[Pass, ...]
     apply: str
+    negates: bool = False
+    """Whether it is the op of the negated cells: softmin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Scan(Row):
+class Scan(Sliced):
     """A running state along one dim; masked cells are skipped and stay masked."""
 
-    verb = "scan"
     kind = "scan"
+    verb: str | None = "scan"
 
     scan: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fill(Scan):
+    """Masked cells that become valid ones; those that find no value stay masked."""
+
+    kind = "fill"
+    verb: str | None = "fill"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ordering(Scan):
+    """Cells of a slice in order, masked ones last. Python only: the masks change their places."""
+
+    kind = "ordering"
+    verb: str | None = None
+
+    size: Callable[[Params, int], int] = lambda _, n: n
+    """How many cells of each slice it gives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Masking(Row):
+    """A new mask for the same cells: a function of cell values and of the old mask; the data stays."""
+
+    kind = "masking"
+    verb: str | None = "mask"
+
+    function: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Whole(Row):
+    """A function of the whole tensor whose shape the data decides, or that gives several tensors. Python only."""
+
+    kind = "whole"
+
+    function: str
+    outputs: tuple[str, ...] = ("values",)
 
 
 class MaskRule(StrEnum):
