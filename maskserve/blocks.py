@@ -6,33 +6,54 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+import torch
 from torch import Tensor
 
 from maskserve.errors import NanError
+from maskserve.ops.rows import Normalization, Row
 from maskserve.plan import Plan
 
 
 class Cells:
     """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
 
-    def __init__(self, plan: Plan, data: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
         *outer, n, inner = plan.fold
         self.shape = (prod(outer), n, inner)
         self.plan = plan
         self.data = Folded(data, self.shape)
         self.mask = None if mask is None else Folded(mask.expand(plan.shape), self.shape)
+        self.weights = None if weights is None else Folded(weights.expand(plan.shape), self.shape)
+
+    def weight(self, *where: slice) -> tuple[Tensor, ...]:
+        """The weights of a block, where there are any."""
+        return () if self.weights is None else (self.weights[where],)
 
     def block(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
-        """Data and mask of a block; the mask tells what counts, NaN policy included."""
-        data = self.data[outer, run, inner]
+        """Data and mask of a block, as kernels see them; the mask tells what counts, NaN policy included."""
+        data = seen(self.plan, self.data[outer, run, inner])
         mask = None if self.mask is None else self.mask[outer, run, inner]
-        policy = self.plan.params["nan"]
-        if policy == "propagate" or not self.plan.dtype.is_float:
-            return data, mask
-        nan = data.isnan()
-        if policy == "raise" and (nan if mask is None else nan & mask).any():
-            raise NanError(f"{self.plan.row.name}: a valid cell is NaN and nan=raise; nan=omit treats NaN as missing")
-        return data, ~nan if mask is None else mask & ~nan
+        return data, counting(self.plan.row, data, mask, self.plan.params.get("nan", "propagate"))
+
+
+def counting(row: Row, data: Tensor, mask: Tensor | None, policy: str) -> Tensor | None:
+    """Where cells count: the mask, and what the policy makes of a valid NaN."""
+    if policy == "propagate" or not (data.is_floating_point() or data.is_complex()):
+        return mask
+    nan = data.isnan()
+    if policy == "raise" and (nan if mask is None else nan & mask).any():
+        raise NanError(f"{row.name}: a valid cell is NaN and nan=raise; nan=omit treats NaN as missing")
+    return ~nan if mask is None else mask & ~nan
+
+
+def seen(plan: Plan, data: Tensor) -> Tensor:
+    """The cells in the dtype that kernels compute in."""
+    if plan.as_stored:
+        return data
+    if plan.flipped:
+        return data.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    wide = data.to(getattr(torch, plan.dtype.torch))
+    return wide.neg() if isinstance(plan.row, Normalization) and plan.row.negates else wide
 
 
 class Folded:

@@ -95,7 +95,9 @@ c64 = DType(name="c64", code="C64", torch="complex64", n_bytes=8, kind=Kind.COMP
 ALL: tuple[DType, ...] = (f64, f32, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean, f8_e4m3, f8_e5m2, c64)
 FLOATING = frozenset({f64, f32, f16, bf16})
 INTEGRAL = frozenset({i64, i32, i16, i8, u8, boolean})
-NUMERIC = FLOATING | INTEGRAL
+WIDENED: Mapping[DType, DType] = MappingProxyType({u16: i64, u32: i64, f8_e4m3: f32, f8_e5m2: f32})
+"""What is stored narrow and computed wide: torch has no arithmetic of its own for these."""
+NUMERIC = FLOATING | INTEGRAL | frozenset(WIDENED)
 
 BY_CODE: Mapping[str, DType] = MappingProxyType({dtype.code: dtype for dtype in ALL})
 BY_TORCH: Mapping[str, DType] = MappingProxyType({dtype.torch: dtype for dtype in ALL})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -16,30 +17,113 @@ from torch import Tensor
 from maskserve.backends import Backend, Finisher, Parts
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
-from maskserve.backends.reference.cells import canonical, rounded, select
-from maskserve.blocks import Cells, cut, spans
+from maskserve.backends.reference.cells import BITS, canonical, rounded, select
+from maskserve.blocks import Cells, counting, cut, spans
+from maskserve.dtypes import DType, Kind, f32, f64, i64
 from maskserve.errors import EmptySliceError
 from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel
-from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.masks import intersection
+from maskserve.ops.rows import Normalization, OnComplex, Ordering, Reduction, Scan
 from maskserve.plan import Plan
+from maskserve.plan import plan as plan_of
 
 Masked = tuple[Tensor, Tensor]
+Weights = tuple[Tensor, Tensor | None]
 
 
-def run(plan: Plan, data: Tensor, mask: Tensor | None) -> Masked:
-    """(values, mask) of the plan on `data`, valid where `mask` (of data's ndim, size 1 broadcasts; None: everywhere)."""
+def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None) -> Masked:
+    """(values, mask) of the plan on `data`, valid where `mask` (of data's ndim, size 1 broadcasts; None: everywhere).
+
+    `weights` are a tensor and its mask, both of data's ndim.
+    """
+    if plan.row.picks:
+        values, valid, _ = run_with_indices(plan, data, mask)
+        return values, valid
+    if plan.stored.kind is Kind.COMPLEX:
+        if not plan.shape:  # a dim to reduce that is not that of the parts
+            line = replace(plan, shape=(1,), dims=(0,))
+            return run_complex(line, data.view(1), None if mask is None else mask.view(1), weights)
+        return run_complex(plan, data, mask, weights)
+    return compute(plan, data, mask, weights)
+
+
+def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, mask, indices) of a row that picks cells: an index counts within its slice, flat where dims are several."""
+    indices, valid = compute(indexing(plan), data, mask)
+    return picked(plan, data, indices, valid), valid, indices
+
+
+def compute(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None) -> Masked:
+    """(values, mask) of the plan by whoever is fastest at its size."""
     walked = data.numel() if mask is not None or not plan.passes or plan.passes[0].reads_cells else 0
-    finisher = finisher_of(plan) if walked <= SMALL else None
+    finisher = finisher_of(plan) if walked <= SMALL and plan.as_stored else None
     small = finisher.run(plan, data, mask) if finisher else None
     if small is not None:
         return small
-    cells = Cells(plan, data, mask)
+    if weights is not None:
+        mask = intersection([mask, weights[1]])
+    cells = Cells(plan, data, mask, weights[0] if weights is not None else None)
     row = plan.row
     if isinstance(row, Reduction):
         return select_whole(plan, cells) if row.select else reduce(plan, cells)
     if isinstance(row, Normalization):
         return normalize(plan, cells)
     return scan(plan, row, cells)
+
+
+# -- cells that are picked, complex cells ---------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def indexing(plan: Plan) -> Plan:
+    """The plan of a picking row's indices."""
+    return replace(plan, result=i64)
+
+
+def picked(plan: Plan, data: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
+    """The cells at `indices` of their slices; 0 where no cell is valid."""
+    data, outer = data.detach(), prod(plan.fold[::2])
+    if len(plan.fold) > 3:
+        order = kept_first(plan)
+        data, folded = data.permute(order), (outer, plan.n_reduced, 1)
+    else:
+        folded = (plan.fold[0], plan.fold[1], plan.fold[2])
+    dtype = getattr(torch, plan.result.torch)
+    if not data.numel() or not indices.numel():
+        return torch.zeros(plan.out_shape, dtype=dtype, device=data.device)
+    places = indices.reshape(folded[0], -1, folded[2])
+    bits = BITS[data.element_size()]  # torch gathers no u16, u32 or u64
+    values = data.reshape(folded).view(bits).gather(1, places).view(data.dtype).reshape(plan.out_shape)
+    return select(canonical(values.to(dtype)), valid)
+
+
+def run_complex(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None) -> Masked:
+    """Complex cells by way of real ones: by parts, as a spread over both, or as magnitudes."""
+    row = plan.row
+    mask = counting(row, data, mask, plan.params["nan"])
+    if row.on_complex is OnComplex.MAGNITUDE:
+        values, valid = compute(real_plan(plan, plan.shape, f64), data.to(torch.complex128).abs(), mask)
+        return narrowed(plan, values).reshape(plan.out_shape), valid.reshape(plan.out_shape)
+    parts = torch.view_as_real(data.resolve_conj())
+    mask = None if mask is None else mask.unsqueeze(-1)
+    if weights is not None:
+        weights = (weights[0].unsqueeze(-1), None if weights[1] is None else weights[1].unsqueeze(-1))
+    values, valid = compute(real_plan(plan, (*plan.shape, 2), f32), parts, mask, weights)
+    if row.on_complex is OnComplex.PARTS:
+        joined = torch.view_as_complex(values.contiguous()).to(getattr(torch, plan.result.torch))
+    else:
+        joined = narrowed(plan, values.sum(-1) if row.on_complex is OnComplex.SPREAD else values.norm(dim=-1))
+    return joined.reshape(plan.out_shape), valid[..., 0].reshape(plan.out_shape)
+
+
+@lru_cache(maxsize=1024)
+def real_plan(plan: Plan, shape: tuple[int, ...], dtype: DType) -> Plan:
+    """The plan of a complex one's real cells, in float64 where the result is no count."""
+    dims: tuple[int, ...] | int = plan.dims if isinstance(plan.row, Reduction) else plan.dims[0]
+    said = {name: value for name, value in plan.params.items() if name not in ("dim", "dtype", "nan")}
+    if not plan.result.is_integral:
+        said["dtype"] = f64
+    return plan_of(plan.row, (*said.items(), ("dim", dims)), shape, dtype, plan.device)
 
 
 # -- reductions ---------------------------------------------------------------------------------------------------
@@ -97,7 +181,7 @@ def identity(plan: Plan, n: int) -> Parts:
 
 
 def lift(plan: Plan, backend: Backend, cells: Cells, outer: slice, run: slice, inner: slice) -> Parts:
-    parts = backend.lift(plan, *cells.block(outer, run, inner))
+    parts = backend.lift(plan, *cells.block(outer, run, inner), *cells.weight(outer, run, inner))
     shift = getattr(kernel(plan.passes[0].reference), "shift", None)
     return shift(parts, run.start) if shift and run.start else parts
 
@@ -151,9 +235,11 @@ def finish(plan: Plan, parts: Parts) -> Masked:
     if finished is not None:
         return finished
     enough = reached(plan, parts["count"])
+    if plan.weighted:
+        enough &= parts["weight"] != 0
     if not enough.all():  # what becomes masked overflows nothing
         parts = {"count": parts["count"]} | {k: select(part, enough) for k, part in parts.items() if k != "count"}
-    return masked_where_too_few(plan, kernel(row.finalize)(plan, parts), enough)
+    return masked_where_too_few(plan, kernel(plan.finalize)(plan, parts), enough)
 
 
 def reached(plan: Plan, count: Tensor) -> Tensor:
@@ -214,30 +300,38 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     if len(plan.fold) > 3:
         cells = gathered(plan, cells)
     outer, n, inner = cells.shape
-    values = torch.empty((outer, inner), dtype=torch.float64, device=plan.device)
+    leading = row.leading(plan.params)
+    wide = torch.int64 if plan.result.is_integral else torch.float64
+    values = torch.empty((leading or 1, outer, inner), dtype=wide, device=plan.device)
     counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)
     backend, finisher = backend_of(plan), finisher_of(plan)
     of = finisher.select if finisher else kernel(row.select)
 
     def task(rows: slice, columns: slice) -> Callable[[], None]:
         def select_block() -> None:
-            values[rows, columns], counts[rows, columns] = of(plan, *cells.block(rows, slice(0, n), columns))
+            values[:, rows, columns], counts[rows, columns] = of(plan, *cells.block(rows, slice(0, n), columns))
 
         return select_block
 
     tiles = cut(plan, cells.shape, block_cells(backend), whole=True).tiles
     in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
-    finished = finisher.finish(plan, {"count": counts, "total": values}) if finisher else None
-    return masked_where_too_few(plan, values, reached(plan, counts)) if finished is None else finished
+    finished = finisher.finish(plan, {"count": counts, "total": values[0]}) if finisher else None
+    enough = reached(plan, counts) if leading is None else reached(plan, counts).expand(values.shape)
+    return masked_where_too_few(plan, values, enough) if finished is None else finished
 
 
 def gathered(plan: Plan, cells: Cells) -> Cells:
     """The cells with all reduced dims moved last (a view where strides allow)."""
-    order = [dim for dim in range(len(plan.shape)) if dim not in plan.dims] + list(plan.dims)
+    order = kept_first(plan)
     shape = tuple(plan.shape[dim] for dim in order)
-    moved = replace(plan, shape=shape, fold=(prod(plan.out_shape), plan.n_reduced, 1))
+    moved = replace(plan, shape=shape, fold=(prod(plan.fold[::2]), plan.n_reduced, 1))
     data, mask = cells.data.tensor, None if cells.mask is None else cells.mask.tensor
     return Cells(moved, data.permute(order), None if mask is None else mask.permute(order))
+
+
+def kept_first(plan: Plan) -> list[int]:
+    """The dims of the data with the reduced ones last."""
+    return [dim for dim in range(len(plan.shape)) if dim not in plan.dims] + list(plan.dims)
 
 
 # -- normalizations and scans -------------------------------------------------------------------------------------
@@ -257,9 +351,12 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     for rows, columns in blocks.tiles:
         states = [lift(plan, backend, cells, rows, span, columns) for span in blocks.runs]
         state = join(merge, {name: torch.stack([s[name] for s in states], 1) for name in states[0]}, 1)
+        enough = None if row.needs is None else (state["count"] > row.needs(plan.params)).unsqueeze(1)
         for span in blocks.runs:
             data, mask = cells.block(rows, span, columns)
-            write(plan, result, valid, (rows, span, columns), kernel(row.apply)(plan, data, mask, state), mask)
+            values = kernel(row.apply)(plan, data, mask, state)
+            own = intersection([mask, None if enough is None else enough.expand(data.shape)])
+            write(plan, result, valid, (rows, span, columns), values, own)
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
@@ -269,19 +366,21 @@ def scan(plan: Plan, row: Scan, cells: Cells) -> Masked:
     if finisher:
         return fill(plan, cells, finisher)
     n = cells.shape[1]
-    result, valid = empty_like(plan, cells)
+    size = row.size(plan.params, n) if isinstance(row, Ordering) else n
+    result, valid = empty_like(plan, cells, size)
     if not n:
         return result.view(plan.out_shape), valid.view(plan.out_shape)
     for rows, columns in cut(plan, cells.shape, block_cells(backend_of(plan)), whole=True).tiles:
-        where = (rows, slice(0, n), columns)
-        data, mask = cells.block(*where)
-        write(plan, result, valid, where, kernel(row.scan).scan(plan, data, mask), mask)
+        values, own = kernel(row.scan).scan(plan, *cells.block(rows, slice(0, n), columns))
+        write(plan, result, valid, (rows, slice(0, size), columns), values, own)
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
 def fill(plan: Plan, cells: Cells, finisher: Finisher) -> Masked:
     """Each slice whole, written by the back end itself; what it refuses is a scan that the reference does."""
     result, valid = empty_like(plan, cells)
+    if cells.mask is None:  # no mask, nothing that the back end would write of it
+        valid.fill_(True)
 
     def task(rows: slice, columns: slice) -> Callable[[], None]:
         def fill_block() -> None:
@@ -290,7 +389,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher) -> Masked:
             status = finisher.fill(plan, data, mask, result[where], valid[where])
             if status == "refused":
                 assert isinstance(plan.row, Scan)
-                write(plan, result, valid, where, kernel(plan.row.scan).scan(plan, data, mask), mask)
+                write(plan, result, valid, where, *kernel(plan.row.scan).scan(plan, data, mask))
             elif status == "overflowed":
                 warn_of_overflow(plan)
 
@@ -302,14 +401,12 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher) -> Masked:
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
-def empty_like(plan: Plan, cells: Cells) -> Masked:
-    """Memory for a result of the data's shape, folded."""
-    dtype = getattr(torch, plan.result.torch)
-    written = cells.mask is not None
-    return (
-        torch.empty(cells.shape, dtype=dtype, device=plan.device),
-        (torch.empty if written else torch.ones)(cells.shape, dtype=torch.bool, device=plan.device),
-    )
+def empty_like(plan: Plan, cells: Cells, size: int | None = None) -> Masked:
+    """Memory for a result of the data's folded shape, or of `size` cells a slice."""
+    outer, n, inner = cells.shape
+    shape = (outer, n if size is None else size, inner)
+    values = torch.empty(shape, dtype=getattr(torch, plan.result.torch), device=plan.device)
+    return values, torch.empty(shape, dtype=torch.bool, device=plan.device)
 
 
 def write(
@@ -317,8 +414,7 @@ def write(
 ) -> None:
     """One block of the result, its hidden cells 0."""
     result[where] = narrowed(plan, select(values, mask))
-    if mask is not None:
-        valid[where] = mask
+    valid[where] = True if mask is None else mask
 
 
 def hidden_as_zero(data: Tensor, mask: Tensor | None) -> Tensor:

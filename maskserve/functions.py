@@ -6,21 +6,25 @@ more than a dict look-up and a cached plan.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskserve import cellwise, masks
-from maskserve.dtypes import BY_TORCH, DType
-from maskserve.engine import run
+from maskserve.backends.reference import kernel
+from maskserve.backends.reference.cells import canonical
+from maskserve.blocks import counting
+from maskserve.dtypes import BY_TORCH, WIDENED, DType
+from maskserve.engine import run, run_with_indices
 from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeError
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.ops import OPS
-from maskserve.ops.rows import REQUIRED, Elementwise, Move, Parameter, Row, Type
-from maskserve.plan import SlicedRow, names_of, plan
+from maskserve.ops.rows import REQUIRED, Elementwise, Move, Parameter, Reduction, Row, Type, Whole, same
+from maskserve.plan import SlicedRow, accept, as_floats, names_of, plan, resolve
 from maskserve.tensor import MaskedTensor, from_foreign
 
 Function = Callable[..., Any]
@@ -30,11 +34,65 @@ _SYNONYMS = {"dim": "axis", "keepdim": "keepdims"}
 """numpy's words, which torch takes too."""
 
 
-def sliced(row: SlicedRow, tensor: Any, mask: Any, given: tuple[tuple[str, Any], ...]) -> MaskedTensor:
-    """A reduction, normalization or scan of one tensor."""
+class Pair(NamedTuple):
+    """What torch's functions with a dim give: the cells, and where they stand in their slices."""
+
+    values: MaskedTensor
+    indices: MaskedTensor
+
+
+def sliced(
+    row: SlicedRow, tensor: Any, mask: Any, given: tuple[tuple[str, Any], ...], weights: Any = None
+) -> MaskedTensor | Pair:
+    """An op along dims of one tensor."""
     data, own = unwrap(row, tensor, mask)
     device = "cpu" if data.device.type == "cpu" else str(data.device)
-    return MaskedTensor._of(*run(plan(row, given, tuple(data.shape), dtype_of(data), device), data, own))
+    if weights is not None:
+        weights = side_input(row, weights, data)
+        given = (*given, ("weights", dtype_of(weights[0])))
+    planned = plan(row, given, tuple(data.shape), dtype_of(data), device)
+    if row.indices and planned.params["dim"] is not None:
+        values, valid, indices = run_with_indices(planned, data, own)
+        return Pair(MaskedTensor._of(values, valid), MaskedTensor._of(indices, valid.clone()))
+    return MaskedTensor._of(*run(planned, data, own, weights))
+
+
+def whole(row: Whole, tensor: Any, mask: Any, given: dict[str, Any]) -> Any:
+    """A function of the whole tensor: one MaskedTensor, or several by name."""
+    data, own = unwrap(row, tensor, mask)
+    dtype = dtype_of(data)
+    accept(row, dtype)
+    params = resolve(row, given)
+    if dtype in WIDENED:
+        data = data.to(getattr(torch, WIDENED[dtype].torch))
+    own = counting(row, data, own, params["nan"])
+    parts = kernel(row.function)(data, own, params)
+    wide = getattr(torch, row.result(as_floats(dtype), params).torch)
+    made = {
+        name: MaskedTensor._of(canonical(values.to(wide) if row.result is not same else values), valid)
+        for name, (values, valid) in zip(row.outputs, parts, strict=True)
+        if params.get(f"return_{name}", True)
+    }
+    return namedtuple(row.name, made)(**made) if len(made) > 1 else next(iter(made.values()))
+
+
+def side_input(row: Row, given: Any, data: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A tensor that is used and not computed on, and its mask, both with data's ndim."""
+    values, valid = unwrap(row, given, None)
+    grown = [1] * (data.ndim - values.ndim) + list(values.shape)
+    if len(grown) != data.ndim or any(m not in (1, n) for m, n in zip(grown, data.shape, strict=True)):
+        raise ShapeError(
+            f"{row.name}: weights have shape {tuple(values.shape)}, the data {tuple(data.shape)}; weights must broadcast to "
+            "the data: sizes equal or 1, counted from the last dim"
+        )
+    return values.reshape(grown), None if valid is None else valid.expand(values.shape).reshape(grown)
+
+
+def several(value: Any) -> Any:
+    """Lists, ranges and plain tensors of numbers as tuples, so that a plan can be cached by them."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, list | range) else value
 
 
 def elementwise(row: Elementwise, operands: tuple[Any, ...], policy: str | None, given: dict[str, Any]) -> MaskedTensor:
@@ -138,7 +196,7 @@ def method(name: str) -> Function:
 
 def build(row: Row) -> Function:
     """The public function of a row."""
-    lines = _ELEMENTWISE if isinstance(row, Elementwise) else _MOVE if isinstance(row, Move) else _SLICED
+    lines = next(text for kind, text in _LINES.items() if isinstance(row, kind))
     source = lines.format(
         name=row.name,
         signature=signature(row),
@@ -148,11 +206,16 @@ def build(row: Row) -> Function:
             for name, other in _SYNONYMS.items()
             if any(p.name == name for p in row.parameters)
         ),
+        tuples="".join(_TUPLE.format(name=p.name) for p in row.callable if p.type in _MANY),
+        other=_OTHER.format(name=row.binary) if isinstance(row, Reduction) and row.binary else "",
         given=given(row),
+        sides="".join(f", {p.name}" for p in row.callable if p.type is Type.TENSOR),
         operands="".join(f"{o}, " for o in getattr(row, "operands", ())),
     )
     names: dict[str, Any] = {
-        "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_one": one, "_masked": as_masked_tensor
+        "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_whole": whole,
+        "_one": one, "_masked": as_masked_tensor, "_many": (list, range, Tensor), "_several": several,
+        "_tensors": (Tensor, MaskedTensor), "_public": public,
     }  # fmt: skip
     exec(compile(source, f"<maskserve.{row.name}>", "exec"), names)  # our own text, from our own table
     function: Function = names[row.name]
@@ -163,9 +226,13 @@ def build(row: Row) -> Function:
 
 _SLICED = """\
 def {name}({signature}):
-{renames}    if dim.__class__ is list: dim = tuple(dim)
-    return _sliced(_row, input, mask, ({given}))
+{other}{renames}{tuples}    return _sliced(_row, input, mask, ({given}){sides})
 """
+_TUPLE = "    if {name}.__class__ in _many: {name} = _several({name})\n"
+_OTHER = "    if isinstance(dim, _tensors): return _public({name!r})(input, dim)\n"
+_MANY = (Type.DIMS, Type.NUMBERS, Type.RANGE)
+"""Parameters that may be given as lists."""
+
 _ELEMENTWISE = """\
 def {name}({signature}):
 {masked}    return _elementwise(_row, ({operands}), policy, {{k: v for k, v in ({given}) if v is not None}})
@@ -176,13 +243,20 @@ def {name}({signature}):
 """
 
 
+_WHOLE = """\
+def {name}({signature}):
+{tuples}    return _whole(_row, input, mask, {{k: v for k, v in ({given}) if v is not None}})
+"""
+_LINES: dict[type[Row], str] = {Elementwise: _ELEMENTWISE, Move: _MOVE, Whole: _WHOLE, Row: _SLICED}
+
+
 def takes_mask(row: Row) -> bool:
     """Whether a plain tensor may bring its mask along: there is one tensor that it can belong to."""
     return not isinstance(row, Elementwise | Move) or (isinstance(row, Elementwise) and len(row.operands) == 1)
 
 
 def given(row: Row) -> str:
-    return "".join(f"({p.name!r}, {p.name}), " for p in row.parameters)
+    return "".join(f"({p.name!r}, {p.name}), " for p in row.callable if p.type is not Type.TENSOR)
 
 
 def signature(row: Row, annotate: bool = False) -> str:
@@ -201,13 +275,14 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
         return
     operands = row.operands if isinstance(row, Elementwise) else ("input",)
     yield from (typed(operand, "Operand") for operand in operands)
-    yield from (parameter_text(p, typed) for p in row.parameters if not p.keyword_only)
+    yield from (parameter_text(p, typed) for p in row.callable if not p.keyword_only)
     yield "*"
-    yield from (parameter_text(p, typed) for p in row.parameters if p.keyword_only)
-    if isinstance(row, Elementwise):
+    yield from (parameter_text(p, typed) for p in row.callable if p.keyword_only)
+    if isinstance(row, Elementwise | Whole):
         if takes_mask(row):
             yield typed("mask", "Tensor | None", "None")
-        yield typed("policy", "str | None", "None")
+        if isinstance(row, Elementwise):
+            yield typed("policy", "str | None", "None")
         return
     yield typed("mask", "Tensor | None", "None")
     names = {p.name: p for p in row.parameters}
@@ -231,6 +306,11 @@ _HINTS = {
     Type.FLAG: "bool",
     Type.COUNT: "int",
     Type.NUMBER: "float",
+    Type.REAL: "float",
+    Type.CELL: "float",
+    Type.NUMBERS: "float | Sequence[float]",
+    Type.RANGE: "Sequence[float]",
+    Type.TENSOR: "Operand",
     Type.DTYPE: "torch.dtype | str",
     Type.CHOICE: "str",
     Type.CHOICE_OR_NUMBER: "str | float",

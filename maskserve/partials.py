@@ -20,6 +20,7 @@ from torch import Tensor
 from maskserve import dtypes, engine, execution, masks
 from maskserve.backends import Parts, choose
 from maskserve.backends.reference import kernel
+from maskserve.dtypes import Kind
 from maskserve.errors import MaskserveError, StateError
 from maskserve.functions import dtype_of
 from maskserve.ops import find
@@ -62,9 +63,9 @@ class Partial:
         `start` is a multiple of the plan's leaf; n is too, or reaches the end of the index.
         """
         check_sliceable(plan)
-        if dtype_of(data) is not plan.dtype or data.device.type != "cpu":
+        if dtype_of(data) is not plan.stored or data.device.type != "cpu":
             raise StateError(
-                f"a partial of {plan.dtype.name} cells in CPU memory was given {data.dtype} on {data.device}"
+                f"a partial of {plan.stored.name} cells in CPU memory was given {data.dtype} on {data.device}"
             )
         mask = masks.checked(data, mask)
         mask = None if mask is None else mask.expand(data.shape)
@@ -134,7 +135,7 @@ class Partial:
         return {
             "op": p.row.name,
             "params": params,
-            "dtype": p.dtype.name,
+            "dtype": p.stored.name,
             "shape": list(p.shape),
             "backend": self.backend,
             "order": ORDER_VERSION,
@@ -170,7 +171,9 @@ class Partial:
 
 
 def check_sliceable(plan: Plan) -> None:
-    if not isinstance(plan.row, Reduction) or plan.row.select or len(plan.fold) != 3:
+    row = plan.row
+    whole = not isinstance(row, Reduction) or bool(row.select) or row.picks or plan.weighted
+    if whole or plan.stored.kind is Kind.COMPLEX or len(plan.fold) != 3:
         raise StateError(
             f"{plan.row.name} over dims {plan.dims} has no state that can be merged: "
             "take a row with passes, over dims that stand side by side"

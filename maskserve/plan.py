@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from maskserve import dtypes
-from maskserve.dtypes import DType
+from maskserve.dtypes import DType, f64, i64, u64
 from maskserve.errors import DimError, DtypeError, ParameterError, nearest
-from maskserve.ops.rows import REQUIRED, Normalization, Parameter, Pass, Reduction, Row, Scan, Type
+from maskserve.ops.rows import REQUIRED, Normalization, Ordering, Parameter, Pass, Reduction, Row, Scan, Type
 
 INNER_LEAF = 4096
 OUTER_LEAF = 64
@@ -27,11 +27,16 @@ SlicedRow = Reduction | Normalization | Scan
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """One op on one shape: `fold` is the shape as (kept, reduced, kept, reduced, ..., kept), size-1 dims left out."""
+    """One op on one shape: `fold` is the shape as (kept, reduced, kept, reduced, ..., kept), size-1 dims left out.
+
+    `stored` is the dtype of the cells as they come, `dtype` the one that kernels see: what torch cannot compute with
+    is widened, and u64 is seen as i64 with the sign bit flipped, which keeps its order.
+    """
 
     row: SlicedRow
     params: Mapping[str, Any]
     shape: Shape
+    stored: DType
     dtype: DType
     device: str
     result: DType
@@ -42,7 +47,30 @@ class Plan:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        return () if isinstance(self.row, Scan) else self.row.passes
+        if isinstance(self.row, Scan):
+            return ()
+        return self.row.weighted if self.weighted and isinstance(self.row, Reduction) else self.row.passes
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each cell counts for its weight."""
+        return self.params.get("weights") is not None
+
+    @property
+    def finalize(self) -> str:
+        """The kernel that ends the passes."""
+        assert isinstance(self.row, Reduction)
+        return self.row.finalize_weighted if self.weighted else self.row.finalize
+
+    @property
+    def flipped(self) -> bool:
+        """Whether kernels see u64 cells as i64, 2**63 less than they are."""
+        return self.stored is u64 and self.dtype is i64
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether kernels see the cells as they lie in memory."""
+        return self.stored is self.dtype and not (isinstance(self.row, Normalization) and self.row.negates)
 
     @property
     def n_reduced(self) -> int:
@@ -106,20 +134,26 @@ def _plan(
 ) -> Plan:
     accept(row, dtype)
     params = resolve(row, dict(given))
-    dims = normalize_dims(row, params["dim"], shape)
-    result = row.result(dtype, params)
-    check_result(row, dtype, result)
+    check_cells(row, params, dtype)
+    if (wrong := row.check(params)) is not None:
+        raise ParameterError(f"{row.name}: {wrong}")
+    dims = normalize_dims(row, params.get("dim"), shape)
+    result = row.result(as_floats(dtype), params)
+    check_result(row, as_floats(dtype), result)
     folded = fold(shape, dims)
+    out_shape = shape
     if isinstance(row, Reduction):
         check_reduction(row, params, result)
-        out_shape = reduced_shape(shape, dims, keepdim=params["keepdim"])
-    else:
-        out_shape = shape
+        leading = row.leading(params)
+        out_shape = (() if leading is None else (leading,)) + reduced_shape(shape, dims, keepdim=params["keepdim"])
+    elif isinstance(row, Ordering) and shape:
+        out_shape = tuple(resized(row, params, n) if dim in dims else n for dim, n in enumerate(shape))
     return Plan(
         row=row,
         params=MappingProxyType(params),
         shape=shape,
-        dtype=dtype,
+        stored=dtype,
+        dtype=seen(row, dtype),
         device=device,
         result=result,
         dims=dims,
@@ -127,6 +161,26 @@ def _plan(
         fold=folded,
         leaf=INNER_LEAF if folded[-1] == 1 else OUTER_LEAF,
     )
+
+
+def resized(row: Ordering, params: Mapping[str, Any], n: int) -> int:
+    """How many cells the row gives of the `n` of a slice."""
+    size = row.size(params, n)
+    if size > n:
+        raise ParameterError(f"{row.name}: {size} cells are asked for, and a slice has {n}; give at most {n}", parameter="k")
+    return size
+
+
+def as_floats(dtype: DType) -> DType:
+    """fp8 is storage alone: its results are float32."""
+    return dtypes.WIDENED[dtype] if dtype.is_float and dtype in dtypes.WIDENED else dtype
+
+
+def seen(row: SlicedRow, dtype: DType) -> DType:
+    """The dtype in which kernels see cells of `dtype`."""
+    wide = i64 if dtype is u64 else dtypes.WIDENED.get(dtype, dtype)
+    negates = isinstance(row, Normalization) and row.negates
+    return f64 if negates and wide.is_integral else wide
 
 
 def accept(row: Row, dtype: DType) -> None:
@@ -154,6 +208,18 @@ def check_result(row: Row, dtype: DType, result: DType) -> None:
         )
 
 
+def check_cells(row: Row, params: Mapping[str, Any], dtype: DType) -> None:
+    """A number that becomes a cell must be one that the data's dtype can hold."""
+    for parameter in row.parameters:
+        value = params[parameter.name]
+        if parameter.type is Type.CELL and value is not None and not dtype.holds(value):
+            raise ParameterError(
+                f"{row.name}: {parameter.name} {value!r:.40} does not fit {dtype.name}; give a value that does, or convert "
+                "the data first",
+                parameter=parameter.name,
+            )
+
+
 def check_reduction(row: Reduction, params: Mapping[str, Any], result: DType) -> None:
     empty = params.get("empty")
     if isinstance(empty, int | float) and not result.holds(empty):
@@ -166,6 +232,11 @@ def check_reduction(row: Reduction, params: Mapping[str, Any], result: DType) ->
         raise ParameterError(
             f"{row.name}: min_count=0 needs an identity, and {row.name} of no cells is undefined; use min_count=1",
             parameter="min_count",
+        )
+    if params.get("weights") is not None and params.get("correction"):
+        raise ParameterError(
+            f"{row.name}: weights are no counts, so no correction is defined for them; give correction=0",
+            parameter="correction",
         )
 
 
@@ -227,6 +298,25 @@ def _check_dim(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     return (((value,),) if fits else ()), "one dim number"
 
 
+def _check_real(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    value = float(value) if value in ("inf", "-inf") else value
+    return ((value + 0.0 if isinstance(value, float) else value,) if _is_number(value) else ()), "a number, or inf or -inf"
+
+
+def _check_numbers(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    several = value if isinstance(value, tuple) else (value,)
+    return ((value,) if several and all(map(_is_number, several)) else ()), "a number, or several as a tuple"
+
+
+def _check_range(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    fits = isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+    return ((value,) if fits else ()), "two numbers, the lower first"
+
+
+def _check_tensor(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    return ((value,) if isinstance(value, DType) else ()), "a tensor"
+
+
 def _check_flag(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     return ((value,) if isinstance(value, bool) else ()), "True or False"
 
@@ -262,6 +352,11 @@ _CHECKS = {
     Type.FLAG: _check_flag,
     Type.COUNT: _check_count,
     Type.NUMBER: _check_number,
+    Type.REAL: _check_real,
+    Type.CELL: _check_real,
+    Type.NUMBERS: _check_numbers,
+    Type.RANGE: _check_range,
+    Type.TENSOR: _check_tensor,
     Type.CHOICE: _check_choice,
     Type.CHOICE_OR_NUMBER: _check_choice_or_number,
     Type.DTYPE: _check_dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -56,7 +57,9 @@ def spelled(value: Any) -> Any:
     """A parameter's value as JSON data."""
     if isinstance(value, dtypes.DType):
         return value.name
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [spelled(item) for item in value]
+    return str(value) if value in (math.inf, -math.inf) else value
 
 
 def build(verb: str, words: Words) -> Request:

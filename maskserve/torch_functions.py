@@ -14,7 +14,7 @@ from maskserve.ops import OPS
 from maskserve.ops.rows import Row
 from maskserve.tensor import plain_index
 
-NAMESPACES = (torch, torch.Tensor, torch.nn.functional, torch.special)
+NAMESPACES = (torch, torch.Tensor, torch.nn.functional, torch.special, torch.linalg)
 WAY_OUT = (
     "compute on its parts, get_data() and get_mask(), or on to_tensor(fill), where you choose what a missing cell is"
 )
@@ -31,7 +31,7 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     ours = table().get(function)
     if ours is None:
         raise uncovered(function)
-    if "out" in kwargs:
+    if kwargs.pop("out", None) is not None:
         raise UncoveredFunctionError(f"{name_of(function)}: out= would lose the mask; use the returned MaskedTensor")
     try:
         return ours(*args, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
@@ -54,7 +54,23 @@ def functions_of(row: Row) -> Iterator[tuple[Callable[..., Any], Callable[..., A
         for name in (row.name, *row.torch):
             theirs = getattr(namespace, name, None)
             if theirs is not None:
-                yield theirs, ours
+                yield theirs, spoken(row, ours) if row.torch_words or row.torch_values or row.torch_defaults else ours
+
+
+def spoken(row: Row, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Our function, called in torch's words and with torch's defaults."""
+
+    def ours_for(value: Any) -> Any:
+        return row.torch_values.get(value, value) if isinstance(value, str) else value
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(ours_for(value) for value in args)
+        said = {row.torch_words.get(name, name): ours_for(value) for name, value in kwargs.items()}
+        positional = {p.name for p in row.callable[: len(args) - 1]}
+        missing = {k: v for k, v in row.torch_defaults.items() if k not in positional and said.get(k) is None}
+        return ours(*args, **said | missing)
+
+    return called
 
 
 def name_of(function: Callable[..., Any]) -> str:

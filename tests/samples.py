@@ -11,17 +11,28 @@ import torch
 from torch import Tensor
 
 from maskserve import OPS, dtypes, engine
+from maskserve.backends.cpu import CpuBackend
+from maskserve.backends.reference.cells import BITS
 from maskserve.dtypes import DType
-from maskserve.ops.rows import Elementwise, Normalization, Reduction, Row, Scan
+from maskserve.ops.rows import REQUIRED, Elementwise, Normalization, Reduction, Row, Scan, Type
 from maskserve.plan import Plan, plan
 
 SIZES = (1, 2, 63, 64, 65, 4095, 4096, 4097, 3 * 4096 + 1)
 """Slices within, at and beyond a leaf, of 64 and of 4,096 cells."""
 
 REDUCTIONS = [row for row in OPS.values() if isinstance(row, Reduction)]
-MERGEABLE = [row for row in REDUCTIONS if row.passes]
+MERGEABLE = [row for row in REDUCTIONS if row.passes and not row.picks]
 SLICED = [row for row in OPS.values() if isinstance(row, Reduction | Normalization | Scan)]
 ELEMENTWISE = [row for row in OPS.values() if isinstance(row, Elementwise)]
+
+NEEDED = {Type.NUMBERS: (0.25, 0.7), Type.CELL: 1, Type.COUNT: 1}
+"""A value for each parameter that has no default, dims apart."""
+PRODUCTS = ("prod", "cumprod")
+
+
+def needed(row: Row) -> dict[str, Any]:
+    """The parameters without which a row does not run."""
+    return {p.name: NEEDED[p.type] for p in row.parameters if p.default is REQUIRED and p.type in NEEDED}
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,16 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return found
 
 
-def cells(dtype: DType, shape: tuple[int, ...], seed: int, share: float = 0.7) -> Masked:
-    """Random cells, a `share` of them valid; small enough that no sum of them overflows its dtype."""
+def cells(dtype: DType, shape: tuple[int, ...], seed: int, share: float = 0.7, *, row: Row | None = None) -> Masked:
+    """Random cells, a `share` of them valid; small enough that no sum of them overflows its dtype, nor the row's product."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+    if row is not None and row.name in PRODUCTS:
+        wide = (wide * 0.003).exp() if dtype.is_float else wide.sign()
     mask = torch.rand(shape, generator=generator) < share
     if dtype is dtypes.boolean:
         return Masked(seed, wide > 0, mask)
-    if dtype is dtypes.u8:
+    if dtype.kind is dtypes.Kind.UINT:
         wide = wide.abs()
     return Masked(seed, wide.to(torch_dtype(dtype)), mask)
 
@@ -68,16 +81,21 @@ def poisoned(sample: Masked) -> Iterator[Tensor]:
     """The data with each kind of junk under the mask."""
     name = str(sample.data.dtype).removeprefix("torch.")
     for poison in junk(dtypes.BY_TORCH[name]):
-        data = sample.data.clone()
-        data[~sample.mask] = poison
-        yield data
+        exact = torch.uint64 if sample.data.dtype is torch.uint64 else torch.int64
+        filler = torch.tensor(poison, dtype=exact if type(poison) is int else torch.float64).to(sample.data.dtype)
+        yield torch.where(sample.mask, as_bits(sample.data), as_bits(filler)).view(sample.data.dtype)
+
+
+def as_bits(data: Tensor) -> Tensor:
+    """The cells as signed integers: torch moves no others of every dtype."""
+    return data.view(BITS[data.element_size()])
 
 
 def plan_of(row: Row, data: Tensor, **params: Any) -> Plan:
     """The plan of a sliced row on the CPU."""
     assert isinstance(row, Reduction | Normalization | Scan)
     dtype = dtypes.BY_TORCH[str(data.dtype).removeprefix("torch.")]
-    return plan(row, tuple(params.items()), tuple(data.shape), dtype, "cpu")
+    return plan(row, tuple((needed(row) | params).items()), tuple(data.shape), dtype, "cpu")
 
 
 def run(row: Row, data: Tensor, mask: Tensor | None = None, **params: Any) -> tuple[Tensor, Tensor]:
@@ -103,3 +121,12 @@ def ulps(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
         2.0 ** torch.floor(torch.log2(b.abs().clamp(min=tiny))) * eps, torch.tensor(tiny * eps).double()
     )
     return float(torch.where(same, 0.0, (a - b).abs() / step).max()) if a.numel() else 0.0
+
+
+def served(row: Row) -> bool:
+    """Whether the native kernels compute the row."""
+    data = torch.zeros(2, 3)
+    return "dim" in {p.name for p in row.parameters} and CpuBackend().why_not(plan_of(row, data, dim=1)) is None
+
+
+NATIVE = [row for row in SLICED if served(row)]

@@ -127,14 +127,14 @@ class Finishing:
 def finishing(plan: Plan) -> Finishing | None:
     """How the plan's states are finished natively; None where the reference's way is needed."""
     row, params = plan.row, plan.params
-    if not isinstance(row, Reduction) or params.get("empty", "mask") != "mask":
+    if not isinstance(row, Reduction) or params.get("empty", "mask") != "mask" or plan.result not in SERVED:
         return None
     name = "sum"
     parts: tuple[str, ...] = ("count", "total")  # a selection's values are in float64, as a sum's are
     if row.passes:
-        if row.finalize not in FINISHES:
+        if plan.finalize not in FINISHES:
             return None
-        name, parts = FINISHES[row.finalize], tuple(part.name for part in row.passes[0].parts(plan.dtype))
+        name, parts = FINISHES[plan.finalize], tuple(part.name for part in row.passes[0].parts(plan.dtype))
         name += "_pair" if "exponent" in parts else "_limbs" if "high" in parts else ""
         if name == "sum_limbs" and plan.result.is_integral and plan.result is not i64:
             return None  # narrower than the kernel checks
@@ -164,9 +164,9 @@ class CpuBackend:
         whole = [name for name in (getattr(row, kind, "") for kind in ("select", "apply", "scan")) if name]
         known = all(PASSES.get(step.name) is step for step in plan.passes) and all(name in WHOLE for name in whole)
         if not known or not (plan.passes or whole):
-            return f"it has no kernel for {row.name}"
-        if plan.dtype not in SERVED:
-            return f"it has no kernel for {plan.dtype}"
+            return f"it has no kernel for {row.name}" + (" with weights" if plan.weighted else "")
+        if plan.dtype not in SERVED or plan.flipped:
+            return f"it has no kernel for {plan.stored}"
         if isinstance(row, Normalization | Scan) and plan.result not in FLOATING | {i64}:
             return f"it has no kernel for {row.name} in {plan.result}"
         return missing()
@@ -204,7 +204,7 @@ class CpuBackend:
         )  # fmt: skip
         return STATUS[status] == "done"
 
-    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """The named parts of a block's only pass: (outer, n, inner) -> (outer, inner) of each."""
         outer, n, inner = data.shape
         kernel, dtype, part_dtypes = lift_kernel(plan.passes[0].name, plan.dtype.name)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from maskserve.errors import UnknownOpError, nearest
-from maskserve.ops import elementwise, moves, normalizations, reductions, scans
+from maskserve.ops import elementwise, fills, moves, normalizations, orderings, reductions, scans, wholes
 from maskserve.ops.rows import Row, Table
 
 OPS = Table()
-OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *elementwise.ROWS, *moves.ROWS)
+OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *fills.ROWS, *orderings.ROWS, *wholes.ROWS)
+OPS.add(*elementwise.ROWS, *moves.ROWS)
 
 
 def find(word: str, *, verb: str | None = None) -> Row:
     """The row that `word` names or is an alias of, among the rows of `verb`."""
-    words = {w: row for row in OPS.values() if verb is None or row.verb == verb for w in (row.name, *row.aliases)}
+    among = [row for row in OPS.values() if row.verb == verb or (verb is None and row.verb)]
+    words = {w: row for row in among for w in (row.name, *row.aliases)}
     if word not in words:
         raise UnknownOpError(
             f"op {word!r} is not known{f' to {verb}' if verb else ''}: "

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from maskserve.ops import passes
-from maskserve.ops.rows import DIM, DTYPE, NAN, Normalization, floated
+from maskserve.ops.rows import CORRECTION, DIM, DTYPE, KEYWORD_DTYPE, NAN, ORD, Normalization, Parameter, Type, floated
+
+EPS = Parameter(
+    name="eps", type=Type.REAL, default=1e-12, keyword_only=True, help="the least norm that cells are divided by"
+)
 
 ROWS = (
     Normalization(
@@ -17,5 +21,25 @@ ROWS = (
         summary="logarithm of the softmax of the valid cells along dim",
         parameters=(DIM, DTYPE, NAN),
         result=floated, passes=(passes.EXPONENTIALS,), apply=".normalizations:apply_log_softmax",
+    ),
+    Normalization(
+        name="softmin",
+        summary="softmax of the negated valid cells along dim",
+        parameters=(DIM, DTYPE, NAN),
+        result=floated, passes=(passes.EXPONENTIALS,), apply=".normalizations:apply_softmax", negates=True,
+    ),
+    Normalization(
+        name="normalize",
+        summary="valid cells divided by their norm along dim",
+        parameters=(ORD, DIM, EPS, KEYWORD_DTYPE, NAN),
+        result=floated, passes=(passes.POWERS,), apply=".norms:apply_normalize",
+        torch_words={"p": "ord"}, torch_defaults={"dim": 1},
+    ),
+    Normalization(
+        name="standardize",
+        summary="valid cells less their mean, divided by their standard deviation along dim",
+        parameters=(DIM, CORRECTION, KEYWORD_DTYPE, NAN),
+        result=floated, passes=(passes.MOMENTS,), apply=".normalizations:apply_standardize",
+        needs=lambda params: params["correction"],
     ),
 )  # fmt: skip

@@ -17,6 +17,12 @@ def total_parts(dtype: DType) -> tuple[Part, ...]:
     return (COUNT_PART, Part(name="total", dtype=f64))
 
 
+def product_parts(dtype: DType) -> tuple[Part, ...]:
+    """(high + low) * 2**exponent; for integers also the product modulo 2**64."""
+    wrapped = (Part(name="wrapped", dtype=i64),) if dtype.is_integral else ()
+    return (COUNT_PART, Part(name="high", dtype=f64), Part(name="low", dtype=f64), Part(name="exponent", dtype=i64), *wrapped)
+
+
 COUNT = Pass(name="count", parts=lambda _: (COUNT_PART,), reference=".reductions:Count", reads_cells=False)
 TOTAL = Pass(name="total", parts=total_parts, reference=".reductions:Total")
 MOMENTS = Pass(
@@ -46,4 +52,33 @@ EXPONENTIALS = Pass(
     parts=lambda _: (COUNT_PART, Part(name="max", dtype=f64), Part(name="total", dtype=f64)),
     reference=".reductions:Exponentials",
     exact_bits=False,
+)
+PRODUCT = Pass(name="product", parts=product_parts, reference=".products:Product")
+POWERS = Pass(
+    name="powers",
+    parts=lambda _: (
+        COUNT_PART, Part(name="total", dtype=f64), Part(name="exponent", dtype=i64), Part(name="ord", dtype=f64)
+    ),
+    reference=".norms:Powers",
+    exact_bits=False,
+)  # fmt: skip
+FIRST = Pass(name="first", parts=lambda d: (COUNT_PART, Part(name="best", dtype=d)), reference=".places:First")
+LAST = Pass(name="last", parts=lambda d: (COUNT_PART, Part(name="best", dtype=d)), reference=".places:Last")
+EXTENT = Pass(
+    name="extent",
+    parts=lambda d: (COUNT_PART, Part(name="low", dtype=d), Part(name="high", dtype=d)),
+    reference=".places:Extent",
+)
+WEIGHT_PARTS = (COUNT_PART, Part(name="weight", dtype=f64))
+WEIGHTED_TOTAL = Pass(
+    name="weighted_total",
+    parts=lambda _: (
+        *WEIGHT_PARTS, Part(name="weight_low", dtype=f64), Part(name="total", dtype=f64), Part(name="low", dtype=f64)
+    ),
+    reference=".weighted:WeightedTotal",
+)  # fmt: skip
+WEIGHTED_MOMENTS = Pass(
+    name="weighted_moments",
+    parts=lambda _: (*WEIGHT_PARTS, Part(name="mean", dtype=f64), Part(name="m2", dtype=f64)),
+    reference=".weighted:WeightedMoments",
 )

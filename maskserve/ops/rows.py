@@ -28,6 +28,7 @@ class Type(StrEnum):
     COUNT = "count"  # an int >= 0
     NUMBER = "number"
     REAL = "real"  # a number, inf and -inf among them
+    CELL = "cell"  # a number that the data's dtype can hold
     NUMBERS = "numbers"  # one number or several
     RANGE = "range"  # two numbers, the lower first
     DTYPE = "dtype"
@@ -138,6 +139,18 @@ def always(dtype: DType) -> ResultRule:
 
 
 summed = chosen(lambda dtype: dtypes.i64 if dtype.is_integral else dtype)
+
+
+def summed_or_weighted(dtype: DType, params: Params) -> DType:
+    """As a sum, and float64 where integers count for weights."""
+    return floated(dtype, params) if params.get("weights") else summed(dtype, params)
+
+
+def spread(dtype: DType, params: Params) -> DType:
+    """As a mean, and real for complex cells."""
+    return floated(dtypes.f32 if dtype is dtypes.c64 else dtype, params)
+
+
 floated = chosen(lambda dtype: dtypes.f64 if dtype.is_integral else dtype)
 kept = chosen(lambda dtype: dtype)
 
@@ -162,6 +175,12 @@ class Row:
     result: ResultRule = same
     torch: tuple[str, ...] = ()
     """Further names of torch functions that mean this op."""
+    torch_words: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that torch calls otherwise: {theirs: ours}."""
+    torch_values: Params = field(default_factory=dict)
+    """Values that torch spells otherwise: {theirs: ours}."""
+    torch_defaults: Params = field(default_factory=dict)
+    """What torch's function of this name takes where a parameter is not given and our default is another."""
     differs: str = ""
     """Why torch's function of this name means something else; it then raises and names this op."""
 
@@ -181,6 +200,7 @@ class OnComplex(StrEnum):
 
     PARTS = "parts"  # real and imaginary parts by themselves: sum, mean
     SPREAD = "spread"  # the two results added: the variance
+    HYPOT = "hypot"  # the root of their squares' sum: the standard deviation
     MAGNITUDE = "magnitude"  # of the absolute values: norm, count
 
 
@@ -191,10 +211,14 @@ class Sliced(Row):
     `needs(params)` is the count that must be exceeded beside min_count (var: its correction).
     """
 
-    outputs: tuple[str, ...] = ("values",)
-    """What the Python function gives; a request gets the first. ("values", "indices") come as a named pair."""
+    picks: bool = False
+    """Whether its kernel tells the place of each result within the slice; the result is the cell that stands there."""
+    indices: bool = False
+    """Whether the Python function of a picking row, called with a dim, gives the places too: (values, indices)."""
     needs: Callable[[Params], float] | None = None
     on_complex: OnComplex | None = None
+    check: Callable[[Params], str | None] = lambda _: None
+    """What is wrong with the parameters, where their types do not say it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -209,8 +233,6 @@ class Reduction(Sliced):
 
     passes: tuple[Pass, ...] = ()
     finalize: str = ""
-    finalize_indices: str = ""
-    """For a mergeable row with indices: what makes them of its parts."""
     weighted: tuple[Pass, ...] = ()
     finalize_weighted: str = ""
     """The passes, and what ends them, when `weights` are given."""
@@ -223,8 +245,6 @@ class Reduction(Sliced):
     never_masked: bool = False
     binary: str = ""
     """The elementwise op that the function means when its second argument is a tensor: torch.max(a, b)."""
-    torch_dim: int | None = None
-    """The dim that torch's function of this name takes when none is given, where that is not all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -345,9 +365,10 @@ class Table(Mapping[str, Row]):
     def add(self, *rows: Row) -> None:
         """Add rows; a name stands once, and a row stays as it is."""
         for row in rows:
-            taken = [w for w in (row.name, *row.aliases) if w in self._rows or any(w in r.aliases for r in self.values())]
-            if taken:
-                raise ValueError(f"the op table already has {taken[0]}")
+            served = [w for r in self.values() if r.verb and row.verb for w in (r.name, *r.aliases)]
+            taken = [w for w in (row.name, *row.aliases) if w in served]
+            if row.name in self._rows or taken:
+                raise ValueError(f"the op table already has {[*taken, row.name][0]}")
             self._rows[row.name] = row
 
     def __getitem__(self, name: str) -> Row:

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from maskserve.ops.rows import DIM, KEYWORD_DTYPE, NAN, Scan, summed
+from maskserve.dtypes import NUMERIC, boolean, c64, f64, u64
+from maskserve.ops.rows import DIM, KEYWORD_DTYPE, NAN, OnComplex, Parameter, Scan, Type, always, floated, same, summed
+
+METHOD = Parameter(
+    name="method", type=Type.CHOICE, default="average", choices=("average", "min", "max", "dense", "ordinal"),
+    keyword_only=True, help="the rank of equal cells: their mean, lowest or highest, one for all without a gap, or by place",
+)  # fmt: skip
 
 ROWS = (
     Scan(
         name="cumsum",
         summary="running sum of the valid cells along dim; masked cells are skipped and stay masked",
         parameters=(DIM, KEYWORD_DTYPE, NAN),
+        accepts=NUMERIC | {c64}, on_complex=OnComplex.PARTS,
         result=summed, scan=".scans:CumulativeSum",
+    ),
+    Scan(
+        name="cumprod",
+        summary="running product of the valid cells along dim; masked cells are skipped and stay masked",
+        parameters=(DIM, KEYWORD_DTYPE, NAN),
+        result=summed, scan=".products:CumulativeProduct",
+    ),
+    Scan(
+        name="cummax",
+        summary="largest valid cell so far along dim, and its index, the last of equal ones",
+        parameters=(DIM, NAN),
+        accepts=NUMERIC | {u64}, picks=True, indices=True,
+        result=same, scan=".places:CumulativeLargest",
+    ),
+    Scan(
+        name="cummin",
+        summary="smallest valid cell so far along dim, and its index, the last of equal ones",
+        parameters=(DIM, NAN),
+        accepts=NUMERIC | {u64}, picks=True, indices=True,
+        result=same, scan=".places:CumulativeSmallest",
+    ),
+    Scan(
+        name="logcumsumexp",
+        summary="log of the running sum of exponentials of the valid cells along dim",
+        parameters=(DIM, KEYWORD_DTYPE, NAN),
+        result=floated, scan=".scans:LogCumulativeSumOfExponentials",
+    ),
+    Scan(
+        name="rank",
+        summary="rank of each valid cell along dim, from 1",
+        parameters=(DIM, METHOD, NAN),
+        accepts=(NUMERIC | {u64}) - {boolean},
+        result=always(f64), scan=".orders:Rank",
     ),
 )  # fmt: skip

@@ -36,9 +36,9 @@ class ReferenceBackend:
     def why_not(self, plan: Plan) -> str | None:
         return None
 
-    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
+    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Parts:
         """The one state of a block (outer, n, inner): parts of shape (outer, inner)."""
-        return lift(plan, plan.passes[0], data, mask)
+        return lift(plan, plan.passes[0], data, mask, weights)
 
     def merge(self, plan: Plan) -> Merge:
         """What joins two of its states."""
@@ -46,17 +46,18 @@ class ReferenceBackend:
         return merge
 
 
-def lift(plan: Plan, step: Pass, data: Tensor, mask: Tensor | None) -> Parts:
+def lift(plan: Plan, step: Pass, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Parts:
     """A block's leaves lifted and joined."""
     of = kernel(step.reference)
     n = data.shape[1]
     leaf = n if of.exact else plan.leaf  # an exact kernel gives the same bits however it is cut
     full = n // leaf * leaf if leaf else 0
+    given = (data, mask) if weights is None else (data, mask, weights)
     pieces = []
     if full:
-        pieces.append(of.lift(plan, leaves(data[:, :full], leaf), leaves(mask, leaf, full)))
+        pieces.append(of.lift(plan, *[leaves(cells, leaf, full) for cells in given]))
     if full < n or not n:
-        pieces.append(of.lift(plan, data[:, full:].unsqueeze(1), None if mask is None else mask[:, full:].unsqueeze(1)))
+        pieces.append(of.lift(plan, *[None if cells is None else cells[:, full:].unsqueeze(1) for cells in given]))
     parts = pieces[0] if len(pieces) == 1 else {k: torch.cat([p[k] for p in pieces], 1) for k in pieces[0]}
     return join(of.merge, parts, 1)
 

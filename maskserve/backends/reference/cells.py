@@ -9,7 +9,7 @@ from torch import Tensor
 
 Parts = dict[str, Tensor]
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def select(data: Tensor, mask: Tensor | None, fill: float | int = 0) -> Tensor:
@@ -22,7 +22,9 @@ def select(data: Tensor, mask: Tensor | None, fill: float | int = 0) -> Tensor:
         return data
     if data.dtype is torch.bool:
         return data & mask if not fill else data | ~mask
-    bits = _BITS[data.element_size()]
+    if data.element_size() not in BITS:  # complex128
+        return torch.where(mask, data, fill)
+    bits = BITS[data.element_size()]
     keep = mask.view(torch.uint8).to(bits, copy=True).neg_()
     kept = data.view(bits) & keep
     if fill:

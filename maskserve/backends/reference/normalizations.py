@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import Parts
-from maskserve.backends.reference.reductions import CELLS, exponential
+from maskserve.backends.reference.reductions import CELLS, exponential, finalize_std
 from maskserve.dtypes import f64
 from maskserve.plan import Plan
 
@@ -27,3 +27,9 @@ def apply_log_softmax(plan: Plan, data: Tensor, mask: Tensor | None, parts: Part
 def top(parts: Parts) -> Tensor:
     """The max to subtract; NaN where it is infinite, so that the slice becomes NaN."""
     return torch.where(parts["max"].isfinite(), parts["max"], torch.nan).unsqueeze(DIM)
+
+
+def apply_standardize(plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts) -> Tensor:
+    """(cell - mean) / standard deviation."""
+    centred = (data.double() - parts["mean"].unsqueeze(DIM)) - parts["low"].unsqueeze(DIM)
+    return centred / finalize_std(plan, parts).unsqueeze(DIM)

@@ -299,7 +299,7 @@ class Truths:
 
     @staticmethod
     def lift(plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
-        true = data != 0
+        true = data != (torch.iinfo(torch.int64).min if plan.flipped else 0)
         if mask is not None:
             true &= mask
         return {"count": counted(data, mask, CELLS), "trues": true.sum(CELLS, dtype=torch.int64)}
@@ -350,18 +350,32 @@ def exponential(cells: Tensor, top: Tensor, *, precise: bool) -> Tensor:
 # -- finalize: values; where they count is decided by `count` alone, and for no valid cell they are the identity ------
 
 
+def unflipped_limbs(plan: Plan, parts: Parts) -> Parts:
+    """The limbs of the cells as they are: 2**63 more for each that is seen with its sign bit flipped."""
+    return parts | {"high": parts["high"] + (parts["count"] << 31)} if plan.flipped else parts
+
+
+def as_double(plan: Plan, cells: Tensor) -> Tensor:
+    """Cells, as kernels see them, in float64."""
+    if not plan.flipped:
+        return cells.double()
+    bits = cells ^ torch.iinfo(torch.int64).min  # as unsigned: the upper and the lower half by themselves
+    return ((bits >> 32) & LIMB).double() * 2.0**32 + (bits & LIMB).double()
+
+
 def finalize_sum(plan: Plan, parts: Parts) -> Tensor:
     if "high" not in parts:
         return float_total(parts)
+    limbs = unflipped_limbs(plan, parts)
     if plan.result.is_float:
-        return integer_total(parts)
-    return check_fits(plan, parts["high"], parts["low"])
+        return integer_total(limbs)
+    return check_fits(plan, limbs["high"], limbs["low"])
 
 
 def finalize_mean(plan: Plan, parts: Parts) -> Tensor:
     n = parts["count"].clamp(min=1)
     if "high" in parts:
-        return integer_total(parts) / n
+        return integer_total(unflipped_limbs(plan, parts)) / n
     if "exponent" in parts:  # divide before scaling: the mean of two 1.7e308 is 1.7e308
         return torch.ldexp((parts["total"] + parts["low"]) / n, parts["exponent"])
     return parts["total"] / n
@@ -384,13 +398,19 @@ def finalize_var(plan: Plan, parts: Parts) -> Tensor:
 
 
 def finalize_std(plan: Plan, parts: Parts) -> Tensor:
-    variance = finalize_var(plan, parts)
-    if variance.device.type != "cpu":
-        return variance.sqrt()
-    return torch.from_numpy(np.sqrt(variance.numpy()))  # torch's, vectorised, is an ulp off for some float64
+    return root(finalize_var(plan, parts))
+
+
+def root(squares: Tensor) -> Tensor:
+    """The correctly rounded square root."""
+    if squares.device.type != "cpu":
+        return squares.sqrt()
+    return torch.from_numpy(np.sqrt(squares.numpy()))  # torch's, vectorised, is an ulp off for some float64
 
 
 def finalize_best(plan: Plan, parts: Parts) -> Tensor:
+    if plan.flipped:
+        return (parts["best"] ^ torch.iinfo(torch.int64).min).view(torch.uint64)
     return parts["best"]
 
 

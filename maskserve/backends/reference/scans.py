@@ -16,17 +16,20 @@ from maskserve.backends.reference.reductions import LIMB, SCALE, carried
 from maskserve.dtypes import f64, i64
 from maskserve.plan import Plan
 
+Scanned = tuple[Tensor, Tensor | None]
+"""(values, mask): what is valid after it; None: every cell."""
+
 
 class CumulativeSum:
     """The running sum of the valid cells: (outer, n, inner) -> the same shape, float64 or int64."""
 
     @staticmethod
-    def scan(plan: Plan, data: Tensor, mask: Tensor | None) -> Tensor:
+    def scan(plan: Plan, data: Tensor, mask: Tensor | None) -> Scanned:
         if plan.dtype.is_integral:
-            return running_integer(plan, data, mask)
+            return running_integer(plan, data, mask), mask
         if plan.dtype is f64:
-            return running_pair(widened(data, mask), plan.leaf)
-        return in_leaves(widened(data, mask), plan.leaf, running)
+            return running_pair(widened(data, mask), plan.leaf), mask
+        return in_leaves(widened(data, mask), plan.leaf, running), mask
 
 
 def running_integer(plan: Plan, data: Tensor, mask: Tensor | None) -> Tensor:
@@ -92,3 +95,11 @@ def with_error(cells: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     sums = cells.cumsum(dim)
     _, error = two_sum(exclusive(sums, dim), cells)
     return sums, error.cumsum(dim)
+
+
+class LogCumulativeSumOfExponentials:
+    """The log of the running sum of exponentials of the valid cells, in float64; masked ones add nothing."""
+
+    @staticmethod
+    def scan(plan: Plan, data: Tensor, mask: Tensor | None) -> Scanned:
+        return torch.logcumsumexp(select(data.double(), mask, -torch.inf), 1), mask

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import counted, select
+from maskserve.backends.reference.orders import in_order, run_starts, runs, valid_first
+from maskserve.backends.reference.reductions import as_double
 from maskserve.dtypes import i64
 from maskserve.plan import Plan
 
@@ -16,7 +18,7 @@ def median(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
     if data.shape[1] == 0:
         return count.double(), count
     if plan.dtype is i64:
-        lower, upper = by_sorting(data, mask, count)
+        lower, upper = by_sorting(plan, data, mask, count)
     else:
         lower, upper = by_selection(data, mask, count)
     middle = (lower + upper) * 0.5
@@ -40,10 +42,66 @@ def by_selection(data: Tensor, mask: Tensor | None, count: Tensor) -> tuple[Tens
     return lower.double(), upper.double()
 
 
-def by_sorting(data: Tensor, mask: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
+def by_sorting(plan: Plan, data: Tensor, mask: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
     """The two middle cells of int64 data, which float64 would round."""
     ordered = select(data, mask, torch.iinfo(torch.int64).max).sort(1).values
     last = (count - 1).clamp(min=0)
     lower = ordered.gather(1, (last // 2).unsqueeze(1)).squeeze(1)
     upper = ordered.gather(1, ((last + 1) // 2).unsqueeze(1)).squeeze(1)
-    return lower.double(), upper.double()
+    return as_double(plan, lower), as_double(plan, upper)
+
+
+def quantile(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(one a q, outer, inner): the cells at q * (count - 1), interpolated; NaN where a valid cell is."""
+    count = counted(data, mask, 1)
+    q = plan.params["q"]
+    shares = torch.tensor(q if isinstance(q, tuple) else (q,), dtype=torch.float64, device=data.device).view(-1, 1, 1)
+    if not data.shape[1]:
+        return torch.zeros((shares.shape[0], *count.shape), dtype=torch.float64, device=data.device), count
+    ordered, _ = in_order(data, mask)
+    wanted = shares * (count - 1).clamp(min=0)
+    values = interpolated(plan, ordered, wanted, plan.params["interpolation"])
+    if data.is_floating_point():
+        nan = data.isnan() if mask is None else data.isnan() & mask
+        values = torch.where(nan.any(1), torch.nan, values)
+    return values, count
+
+
+def interpolated(plan: Plan, ordered: Tensor, wanted: Tensor, how: str) -> Tensor:
+    """The cells at fractional places (m, outer, inner) of sorted slices (outer, n, inner), in float64."""
+
+    def at(places: Tensor) -> Tensor:
+        return as_double(plan, ordered.gather(1, places.long().movedim(0, 1))).movedim(1, 0)
+
+    if how == "nearest":
+        return at(wanted.round())
+    if how in ("lower", "higher"):
+        return at(wanted.floor() if how == "lower" else wanted.ceil())
+    lower, upper = at(wanted.floor()), at(wanted.ceil())
+    share = torch.full_like(wanted, 0.5) if how == "midpoint" else wanted - wanted.floor()
+    between = torch.lerp(lower, upper, share)
+    overflowed = (upper - lower).isinf() & lower.isfinite() & upper.isfinite()
+    between = torch.where(overflowed, lower * (1 - share) + upper * share, between)
+    return torch.where((lower == upper) | (share == 0), lower, between)
+
+
+def mode(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The place of the first of the most frequent valid cells, the smallest where several are; NaN equals NaN."""
+    count = counted(data, mask, 1)
+    if not data.shape[1]:
+        return torch.zeros_like(count), count
+    ordered, places = in_order(data, mask)
+    starts = run_starts(ordered)
+    at = torch.arange(data.shape[1], device=data.device).view(1, -1, 1)
+    lengths = torch.where(valid_first(data, mask), at - starts + 1, 0)
+    best = lengths.argmax(1, keepdim=True)  # the first longest run is that of the smallest value
+    return places.gather(1, starts.gather(1, best)).squeeze(1), count
+
+
+def count_distinct(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How many runs of equal cells the sorted valid cells make."""
+    count = counted(data, mask, 1)
+    if not data.shape[1]:
+        return torch.zeros_like(count), count
+    ordered, _ = in_order(data, mask)
+    return (runs(ordered) & valid_first(data, mask)).sum(1), count

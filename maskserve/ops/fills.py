@@ -1,0 +1,36 @@
+"""Fills: one row each. Masked cells become valid."""
+
+from __future__ import annotations
+
+from maskserve.dtypes import NUMERIC, u64
+from maskserve.ops.rows import DIM, REQUIRED, Fill, Parameter, Type, same
+
+VALUE = Parameter(name="value", type=Type.CELL, default=REQUIRED, help="what the masked cells become")
+LIMIT = Parameter(
+    name="limit", type=Type.COUNT, keyword_only=True, help="how many masked cells in a row are filled; all when not given"
+)
+
+ROWS = (
+    Fill(
+        name="fill", aliases=("value",),
+        summary="cells with every masked one a valid `value`",
+        parameters=(VALUE,),
+        accepts=NUMERIC | {u64},
+        result=same, scan=".places:Filled",
+        differs="torch.fill overwrites every cell, maskserve.fill the masked ones",
+    ),
+    Fill(
+        name="ffill",
+        summary="masked cells filled with the last valid cell before them along dim",
+        parameters=(DIM, LIMIT),
+        accepts=NUMERIC | {u64}, picks=True,
+        result=same, scan=".places:FilledForward",
+    ),
+    Fill(
+        name="bfill",
+        summary="masked cells filled with the next valid cell after them along dim",
+        parameters=(DIM, LIMIT),
+        accepts=NUMERIC | {u64}, picks=True,
+        result=same, scan=".places:FilledBackward",
+    ),
+)  # fmt: skip

@@ -1,0 +1,42 @@
+"""Functions of a whole tensor: one row each. Python only: the data decides the shape, or several tensors come out."""
+
+from __future__ import annotations
+
+from maskserve.dtypes import NUMERIC, boolean, u64
+from maskserve.ops.rows import CORRECTION, NAN, Parameter, Type, Whole, floated
+
+BINS = Parameter(name="bins", type=Type.NUMBERS, default=100, help="how many bins of equal width, or their edges")
+RANGE = Parameter(name="range", type=Type.RANGE, keyword_only=True, help="lowest and highest edge; the data's when not given")
+DENSITY = Parameter(
+    name="density", type=Type.FLAG, default=False, keyword_only=True, help="scale to an integral of 1 over the range"
+)
+SORTED = Parameter(name="sorted", type=Type.FLAG, default=True, help="torch's word; the values always come in order")
+INVERSE = Parameter(name="return_inverse", type=Type.FLAG, default=False, help="also where each cell's value stands")
+COUNTS = Parameter(name="return_counts", type=Type.FLAG, default=False, help="also how often each value occurs")
+
+ROWS = (
+    Whole(
+        name="histogram",
+        summary="how many valid cells fall into each bin, and the edges of the bins",
+        parameters=(BINS, RANGE, DENSITY, NAN),
+        outputs=("hist", "bin_edges"), accepts=NUMERIC - {boolean}, function=".wholes:histogram",
+    ),
+    Whole(
+        name="unique",
+        summary="different values of the valid cells, in order, NaN being one",
+        parameters=(SORTED, INVERSE, COUNTS, NAN),
+        outputs=("values", "inverse", "counts"), accepts=NUMERIC | {u64}, function=".wholes:unique",
+    ),
+    Whole(
+        name="cov",
+        summary="covariances of the rows, each pair over the columns where both are valid",
+        parameters=(CORRECTION, NAN),
+        result=floated, function=".wholes:cov",
+    ),
+    Whole(
+        name="corrcoef",
+        summary="correlation coefficients of the rows, each pair over the columns where both are valid",
+        parameters=(NAN,),
+        result=floated, function=".wholes:corrcoef",
+    ),
+)  # fmt: skip
