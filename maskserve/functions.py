@@ -22,6 +22,7 @@ from maskserve.dtypes import BY_TORCH, WIDENED, DType
 from maskserve.engine import run, run_with_indices
 from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeError
 from maskserve.making import as_masked_tensor, tensor_of
+from maskserve.moving import moved
 from maskserve.ops import OPS
 from maskserve.ops.rows import REQUIRED, Elementwise, Move, Parameter, Reduction, Row, Type, Whole, same
 from maskserve.plan import SlicedRow, accept, as_floats, names_of, plan, resolve
@@ -108,30 +109,6 @@ def unwrapped_operand(row: Elementwise, operand: Any) -> cellwise.Operand:
     if not isinstance(operand, int | float):
         raise DtypeError(f"{row.name} takes tensors and numbers, not a {type(operand).__name__}")
     return operand, None, False
-
-
-def moved(row: Move, tensor: MaskedTensor, *args: Any, **kwargs: Any) -> MaskedTensor:
-    """Data and mask by the same way; the result is a view where torch's is."""
-    if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
-        raise DtypeError(f"{row.name} as another dtype would take the mask's bytes for something else; use .to(dtype)")
-    if not isinstance(tensor, MaskedTensor):
-        tensor = as_masked_tensor(tensor)
-    move = getattr(torch.Tensor, row.name)
-    try:
-        data = move(tensor._data, *args, **kwargs)
-        mask = None if tensor._mask is None else move_mask(move, tensor._full_mask(), args, kwargs)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise ShapeError(f"{row.name}: {str(error).splitlines()[0]}") from error
-    return tensor._view_of(data, mask)
-
-
-def move_mask(move: Function, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The mask moved; a copy of it where its strides allow no view and the data's do."""
-    try:
-        moved: Tensor = move(mask, *args, **kwargs)
-    except RuntimeError:
-        moved = move(mask.contiguous(), *args, **kwargs)
-    return moved
 
 
 def unwrap(row: Row, tensor: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
