@@ -262,7 +262,7 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
             yield typed("policy", "str | None", "None")
         return
     yield typed("mask", "Tensor | None", "None")
-    names = {p.name: p for p in row.parameters}
+    names = {p.name: p for p in row.callable}
     yield from (
         typed(other, f"{_HINTS[names[name].type]} | None", "None") for name, other in _SYNONYMS.items() if name in names
     )
@@ -297,7 +297,7 @@ _HINTS = {
 def docstring(row: Row) -> str:
     """Summary, parameters and accepted dtypes, from the row."""
     lines = [f"{row.summary[0].upper()}{row.summary[1:]}.", ""]
-    lines += [f"{p.name}: {p.help}{' (' + ', '.join(p.choices) + ')' if p.choices else ''}" for p in row.parameters]
+    lines += [f"{p.name}: {p.help}{' (' + ', '.join(p.choices) + ')' if p.choices else ''}" for p in row.callable]
     lines += [f"{other}: numpy's word for {name}" for name, other in _SYNONYMS.items() if name in names_of(row)]
     if takes_mask(row):
         lines += ["mask: bool, True = valid, of as many dims as a plain tensor; a MaskedTensor brings its own"]

@@ -226,11 +226,18 @@ def _said(metadata: Mapping[str, str]) -> dict[str, Any]:
     return said
 
 
+def unspelled(value: Any) -> Any:
+    """A parameter's value of its JSON form."""
+    if isinstance(value, list):
+        return tuple(unspelled(item) for item in value)
+    return float(value) if value in ("inf", "-inf") else value
+
+
 def _plan_of(said: dict[str, Any]) -> Plan:
     row = find(said["op"])
     if not isinstance(row, Reduction):
         raise StateError(f"{row.name} is no reduction")
-    params = {name: tuple(v) if isinstance(v, list) else v for name, v in said["params"].items()}
+    params = {name: unspelled(value) for name, value in said["params"].items()}
     shape = said["shape"]
     if len(shape) > DEFAULT_LIMITS.dims or any(
         type(n) is not int or not 0 <= n <= DEFAULT_LIMITS.dim_size for n in shape

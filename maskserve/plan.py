@@ -298,21 +298,6 @@ def _check_dim(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     return (((value,),) if fits else ()), "one dim number"
 
 
-def _check_real(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
-    value = float(value) if value in ("inf", "-inf") else value
-    return ((value + 0.0 if isinstance(value, float) else value,) if _is_number(value) else ()), "a number, or inf or -inf"
-
-
-def _check_numbers(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
-    several = value if isinstance(value, tuple) else (value,)
-    return ((value,) if several and all(map(_is_number, several)) else ()), "a number, or several as a tuple"
-
-
-def _check_range(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
-    fits = isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
-    return ((value,) if fits else ()), "two numbers, the lower first"
-
-
 def _check_tensor(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     return ((value,) if isinstance(value, DType) else ()), "a tensor"
 
@@ -328,6 +313,25 @@ def _check_count(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str
 
 def _check_number(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     return ((value,) if _is_count_like(value) else ()), "a number of less than 2**62"
+
+
+def _check_real(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    fits = _is_number(value) and dtypes.f64.holds(value)
+    return ((value + 0.0 if isinstance(value, float) else value,) if fits else ()), "a number; inf and -inf are two"
+
+
+def _check_numbers(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    several = isinstance(value, list | tuple)
+    found = [_check_real(parameter, item)[0] for item in (value if several else (value,))]
+    numbers = tuple(item for one in found for item in one)
+    fits = len(numbers) == len(found) > 0
+    return ((numbers if several else numbers[0],) if fits else ()), "a number, or a tuple of them"
+
+
+def _check_range(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    ends, expected = _check_numbers(parameter, value)
+    fits = bool(ends) and isinstance(ends[0], tuple) and len(ends[0]) == 2 and ends[0][0] <= ends[0][1]
+    return (ends if fits else ()), "two numbers, the lower first"
 
 
 def _check_choice(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from maskserve import dtypes
+from maskserve.dtypes import f64
 from maskserve.errors import ParameterError, UnknownOpError, nearest
-from maskserve.ops import OPS, find
+from maskserve.ops import OPS, default, find
 from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
 
 Words = Mapping[str, Any]
@@ -54,18 +55,19 @@ class Request:
 
 
 def spelled(value: Any) -> Any:
-    """A parameter's value as JSON data."""
+    """A parameter's value as JSON data; JSON has no infinity, so it is a word."""
     if isinstance(value, dtypes.DType):
         return value.name
-    if isinstance(value, tuple):
-        return [spelled(item) for item in value]
-    return str(value) if value in (math.inf, -math.inf) else value
+    if isinstance(value, float) and value in dtypes.INFINITIES:
+        return "inf" if value > 0 else "-inf"
+    return [spelled(item) for item in value] if isinstance(value, tuple) else value
 
 
 def build(verb: str, words: Words) -> Request:
     """The request that `words` spell (op and parameters, as text or as values), or an error that names the word at fault."""
     given = {name: value for name, value in words.items() if value is not None}
-    op = given.pop("op", None)
+    own = default(verb)
+    op = given.pop("op", None if own is None else own.name)
     if op is None:
         choices = [row.name for row in rows(verb)]
         raise UnknownOpError(f"{verb} needs op: give one of {', '.join(choices)}", parameter="op", allowed=choices)
@@ -160,7 +162,73 @@ def parse_words(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-_DIM_SCHEMA = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+def parse_real(value: Any) -> int | float:
+    """A number from 2, 0.5, "1e-3", "inf" or "-inf"; a whole one is an int, so that 2 and 2.0 are one request.
+
+    >>> parse_real("2.0"), parse_real("1e-3"), parse_real("-inf")
+    (2, 0.001, -inf)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("give a number")
+    number = _number(value.strip()) if isinstance(value, str) else value
+    if number != number or (isinstance(number, int) and not f64.holds(number)):
+        raise ValueError("give a number that float64 holds, and not NaN")
+    return int(number) if number not in dtypes.INFINITIES and number == int(number) else number
+
+
+def _number(text: str) -> int | float:
+    """The number that `text` spells; infinity is spelled out, so that 1e999 is a slip."""
+    if text.lower() in INFINITE:
+        return INFINITE[text.lower()]
+    try:
+        if len(text) > 400 or not text.isascii() or "_" in text:
+            raise ValueError
+        return int(text) if text.lstrip("+-").isdigit() else _finite(text)
+    except ValueError:
+        raise ValueError(f"give a number, not {text[:40]!r}") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def parse_numbers(value: Any) -> int | float | tuple[int | float, ...]:
+    """One number from 0.5, "0.5" or ["0.5"], several from "0.1,0.5", [0.1, 0.5] or ["0.1", "0.5"].
+
+    >>> parse_numbers("0.5"), parse_numbers("1,2"), parse_numbers([0.5]), parse_numbers(["1", "2,3"])
+    (0.5, (1, 2), (0.5,), (1, 2, 3))
+    """
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
+        value = ",".join(value)  # an option that was repeated
+    if isinstance(value, str) and "," in value:
+        value = value.split(",")
+    if not isinstance(value, list | tuple):
+        return parse_real(value)
+    if not value:
+        raise ValueError("give a number, or several with commas")
+    return tuple(parse_real(item) for item in value)
+
+
+def parse_range(value: Any) -> tuple[int | float, int | float]:
+    """(lower, upper) from "0,100" or [0, 100]; either may be infinite.
+
+    >>> parse_range("0,100"), parse_range([-1.5, "inf"])
+    ((0, 100), (-1.5, inf))
+    """
+    ends = value.split(",") if isinstance(value, str) else value
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise ValueError("give two numbers, the lower first: 0,100")
+    lower, upper = map(parse_real, ends)
+    if lower > upper:
+        raise ValueError(f"the lower of the two comes first: {upper},{lower}")
+    return lower, upper
+
+
+INFINITE = {"inf": math.inf, "+inf": math.inf, "-inf": -math.inf}
+_REAL_SCHEMA = float | Literal["inf", "-inf"]
 _ANNOTATIONS: dict[Type, Any] = {
     Type.DIMS: Annotated[
         tuple[int | str, ...],
@@ -170,10 +238,23 @@ _ANNOTATIONS: dict[Type, Any] = {
     Type.FLAG: bool,
     Type.COUNT: Annotated[int, Field(ge=0)],
     Type.NUMBER: Annotated[int | float, Field(allow_inf_nan=False)],
+    Type.REAL: Annotated[Any, BeforeValidator(parse_real, json_schema_input_type=_REAL_SCHEMA)],
+    Type.CELL: Annotated[Any, BeforeValidator(parse_real, json_schema_input_type=_REAL_SCHEMA)],
+    Type.NUMBERS: Annotated[
+        Any, BeforeValidator(parse_numbers, json_schema_input_type=_REAL_SCHEMA | str | list[_REAL_SCHEMA])
+    ],
+    Type.RANGE: Annotated[
+        Any,
+        BeforeValidator(
+            parse_range,
+            json_schema_input_type=str | Annotated[list[_REAL_SCHEMA], Field(min_length=2, max_length=2)],
+        ),
+    ],
     Type.DTYPE: Annotated[Any, BeforeValidator(parse_dtype, json_schema_input_type=Literal[tuple(dtypes.BY_NAME)])],
     Type.CHOICE: str,
     Type.CHOICE_OR_NUMBER: str,
     Type.WORD: str,
+    Type.TENSOR: Annotated[str, Field(min_length=1)],
     Type.WORDS: Annotated[tuple[str, ...], BeforeValidator(parse_words, json_schema_input_type=str | list[str])],
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi.openapi.models import OpenAPI
 
 from maskserve import requests
-from maskserve.ops import verbs
+from maskserve.ops import default, verbs
 from maskserve.ops.rows import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
@@ -94,7 +94,9 @@ def op(verb: str) -> Json:
     rows = requests.rows(verb)
     words = [word for row in rows for word in (row.name, *row.aliases)]
     text = "; ".join(f"{row.name}: {row.summary}" for row in rows)
-    return {"name": "op", "in": "query", "required": True, "description": text, "schema": {"enum": words}}
+    own = default(verb)
+    schema: Json = {"enum": words} | ({} if own is None else {"default": own.name})
+    return {"name": "op", "in": "query", "required": own is None, "description": text, "schema": schema}
 
 
 def in_query(verb: str, name: str) -> Json:

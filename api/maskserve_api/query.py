@@ -13,7 +13,7 @@ from maskserve.ops.rows import Type
 from maskserve.payload.header import shown
 
 MAX_FIELDS = 256
-REPEATABLE = frozenset({Type.DIMS, Type.WORDS})
+REPEATABLE = frozenset({Type.DIMS, Type.WORDS, Type.NUMBERS})
 
 
 @cache

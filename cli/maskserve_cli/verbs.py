@@ -10,15 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from maskserve import requests
+from maskserve.ops import default
 from maskserve.ops.rows import Parameter, Type
 from maskserve_cli.command import AsJson, Config, Files
 from maskserve_cli.outputs import Wanted
-from maskserve_cli.words import default_row, flag, help_text, metavar, rows
+from maskserve_cli.words import flag, help_text, metavar, rows
 from maskserve_cli.work import Asked, perform
 
 PANELS: Mapping[str, str] = {"common": "Reading the payload", "running": "Running", "own": "Parameters of the op"}
 OUTPUT = "Output"
-REPEATED = (Type.DIMS, Type.WORDS)
+REPEATED = (Type.DIMS, Type.WORDS, Type.NUMBERS)
 
 
 def command(verb: str) -> Callable[..., None]:
@@ -40,14 +41,14 @@ def command(verb: str) -> Callable[..., None]:
 def own_options(verb: str, parameters: tuple[Parameter, ...]) -> Iterator[inspect.Parameter]:
     """FILE, the op, and an option for each parameter."""
     yield option("files", Files)
-    row = default_row(verb)
+    row = default(verb)
     names = [row.name for row in rows(verb)]
-    default = f"; default: {row.name}" if row else ""
+    otherwise = f"; default: {row.name}" if row else ""
     op = typer.Option(
-        "--op", metavar="OP", help=f"what to compute: {', '.join(names)}{default}", rich_help_panel=PANELS["own"],
+        "--op", metavar="OP", help=f"what to compute: {', '.join(names)}{otherwise}", rich_help_panel=PANELS["own"],
         autocompletion=completion(tuple(names)),
     )  # fmt: skip
-    yield option("op", Annotated[str | None, op], row.name if row else None)
+    yield option("op", Annotated[str | None, op])
     for parameter in parameters:
         yield option(parameter.name, annotation(parameter))
 

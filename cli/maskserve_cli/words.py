@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from maskserve.ops import OPS
+from maskserve.ops import OPS, default
 from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
 
-SAMPLES: Mapping[Type, str] = {Type.DIMS: "time", Type.DIM: "-1", Type.COUNT: "2", Type.NUMBER: "0", Type.DTYPE: "f64"}
-METAVARS: Mapping[Type, str] = {
-    Type.DIMS: "DIM,...", Type.DIM: "DIM", Type.COUNT: "N", Type.NUMBER: "X", Type.DTYPE: "DTYPE", Type.WORD: "NAME",
-    Type.WORDS: "NAME", Type.FLAG: "",
+SAMPLES: Mapping[Type, str] = {
+    Type.DIMS: "time", Type.DIM: "-1", Type.COUNT: "2", Type.NUMBER: "0", Type.REAL: "2", Type.CELL: "0", Type.NUMBERS: "0.5",
+    Type.RANGE: "0,100", Type.DTYPE: "f64",
 }  # fmt: skip
-
-
-def default_row(verb: str) -> Row | None:
-    """The row that a verb means when no op is given: the one of its own name."""
-    return next((row for row in rows(verb) if row.name == verb), None)
+METAVARS: Mapping[Type, str] = {
+    Type.DIMS: "DIM,...", Type.DIM: "DIM", Type.COUNT: "N", Type.NUMBER: "X", Type.REAL: "X", Type.CELL: "X", Type.NUMBERS: "X,...",
+    Type.RANGE: "LO,HI", Type.DTYPE: "DTYPE", Type.WORD: "NAME", Type.WORDS: "NAME", Type.TENSOR: "NAME|FILE",
+    Type.FLAG: "",
+}  # fmt: skip
 
 
 def rows(verb: str) -> tuple[Row, ...]:
@@ -26,15 +25,16 @@ def rows(verb: str) -> tuple[Row, ...]:
 
 def examples(verb: str) -> str:
     """Commands that work, a line each."""
-    row = default_row(verb) or rows(verb)[0]
-    op = "" if row is default_row(verb) else f" --op {row.name}"
+    own = default(verb)
+    row = own or rows(verb)[0]
+    op = "" if row is own else f" --op {row.name}"
     needed = "".join(f" {sample(p)}" for p in row.requestable if p.default is REQUIRED)
     along = needed or next((f" {sample(p)}" for p in row.requestable if p.type in SAMPLES), "")
     start = f"maskserve {verb}{op}"
     last = f"maskserve {verb} --op {rows(verb)[-1].name}{needed}"
     return "\n".join(
         [
-            f"{start}{needed} rain.safetensors",
+            f"{start}{along if own else needed} rain.safetensors",
             f"{start}{along} rain.safetensors -o result.safetensors",
             f"cat rain.safetensors | {start}{along} - -o - | maskserve head -",
             f"{last} rain.safetensors --dry-run",

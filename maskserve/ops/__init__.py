@@ -25,6 +25,12 @@ def find(word: str, *, verb: str | None = None) -> Row:
     return words[word]
 
 
+def default(verb: str) -> Row | None:
+    """The row that a verb means when no op is given: the one of its own name."""
+    row = OPS.get(verb)
+    return row if row is not None and row.verb == verb else None
+
+
 def instead_of(name: str) -> str:
     """'; maskserve.amax gives the largest valid cell' for "max"; nothing where `name` is no op's other word."""
     for row in OPS.values():
@@ -38,4 +44,4 @@ def verbs() -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.verb for row in OPS.values() if row.verb is not None))
 
 
-__all__ = ["OPS", "Row", "find", "instead_of", "verbs"]
+__all__ = ["OPS", "Row", "default", "find", "instead_of", "verbs"]
