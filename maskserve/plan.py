@@ -329,7 +329,7 @@ def _check_numbers(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], s
 
 
 def _check_range(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
-    ends, expected = _check_numbers(parameter, value)
+    ends, _ = _check_numbers(parameter, value)
     fits = bool(ends) and isinstance(ends[0], tuple) and len(ends[0]) == 2 and ends[0][0] <= ends[0][1]
     return (ends if fits else ()), "two numbers, the lower first"
 

@@ -12,7 +12,8 @@ SAMPLES: Mapping[Type, str] = {
     Type.RANGE: "0,100", Type.DTYPE: "f64",
 }  # fmt: skip
 METAVARS: Mapping[Type, str] = {
-    Type.DIMS: "DIM,...", Type.DIM: "DIM", Type.COUNT: "N", Type.NUMBER: "X", Type.REAL: "X", Type.CELL: "X", Type.NUMBERS: "X,...",
+    Type.DIMS: "DIM,...", Type.DIM: "DIM", Type.COUNT: "N", Type.NUMBER: "X", Type.REAL: "X", Type.CELL: "X",
+    Type.NUMBERS: "X,...",
     Type.RANGE: "LO,HI", Type.DTYPE: "DTYPE", Type.WORD: "NAME", Type.WORDS: "NAME", Type.TENSOR: "NAME|FILE",
     Type.FLAG: "",
 }  # fmt: skip
@@ -28,10 +29,11 @@ def examples(verb: str) -> str:
     own = default(verb)
     row = own or rows(verb)[0]
     op = "" if row is own else f" --op {row.name}"
-    needed = "".join(f" {sample(p)}" for p in row.requestable if p.default is REQUIRED)
+    needed = needs(row)
     along = needed or next((f" {sample(p)}" for p in row.requestable if p.type in SAMPLES), "")
     start = f"maskserve {verb}{op}"
-    last = f"maskserve {verb} --op {rows(verb)[-1].name}{needed}"
+    other = rows(verb)[-1]
+    last = f"maskserve {verb} --op {other.name}{needs(other)}"
     return "\n".join(
         [
             f"{start}{along if own else needed} rain.safetensors",
@@ -40,6 +42,11 @@ def examples(verb: str) -> str:
             f"{last} rain.safetensors --dry-run",
         ]
     )
+
+
+def needs(row: Row) -> str:
+    """The options without which the row does not run."""
+    return "".join(f" {sample(p)}" for p in row.requestable if p.default is REQUIRED)
 
 
 def sample(parameter: Parameter) -> str:

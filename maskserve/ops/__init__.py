@@ -13,8 +13,9 @@ OPS.add(*elementwise.ROWS, *moves.ROWS)
 
 def find(word: str, *, verb: str | None = None) -> Row:
     """The row that `word` names or is an alias of, among the rows of `verb`."""
-    among = [row for row in OPS.values() if row.verb == verb or (verb is None and row.verb)]
-    words = {w: row for row in among for w in (row.name, *row.aliases)}
+    words = {w: row for row in OPS.values() if row.verb and verb in (None, row.verb) for w in (row.name, *row.aliases)}
+    if verb is None:
+        words |= {row.name: row for row in OPS.values() if row.name not in words}  # a word that requests may say wins
     if word not in words:
         raise UnknownOpError(
             f"op {word!r} is not known{f' to {verb}' if verb else ''}: "
