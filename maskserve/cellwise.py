@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -11,59 +11,178 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
-from maskserve.dtypes import BY_TORCH, DType
-from maskserve.errors import DataError, DtypeError, MaskserveError, ParameterError, ShapeError
+from maskserve.dtypes import ALL, BY_TORCH, WIDE, DType, u64
+from maskserve.errors import DataError, DtypeError, MaskserveError, NanError, ParameterError, ShapeError
 from maskserve.masks import Policy, check_equal, intersection, union
-from maskserve.ops.rows import Elementwise, MaskRule
-from maskserve.plan import accept, resolve
+from maskserve.ops.rows import NAN, OTHER, Elementwise, MaskRule, Type
+from maskserve.plan import accept, check, names_of
 
 Operand = tuple[Any, Tensor | None, bool]
-"""(tensor or number, its mask, whether it is a MaskedTensor): plain tensors and numbers are valid everywhere."""
+"""(tensor, number or None, its mask, whether it is a MaskedTensor): plain tensors and numbers are valid everywhere."""
+
+HOMES = (torch, torch.special, torch.nn.functional)
+
+_DTYPES: dict[torch.dtype, DType] = {getattr(torch, dtype.torch): dtype for dtype in ALL}
+_LOWEST = -(2**63)
 
 
 @cache
-def function(name: str) -> Callable[..., Tensor]:
-    """torch's function of that name, or the reference's where torch's is silently wrong."""
-    found: Callable[..., Tensor] = kernel(name) if ":" in name else getattr(torch, name)
+def function(row: Elementwise) -> Callable[..., Tensor]:
+    """torch's function of the row's name, or the reference's where torch's is silently wrong."""
+    found: Callable[..., Tensor] = (
+        kernel(row.function) if row.function else next(getattr(h, row.name) for h in HOMES if hasattr(h, row.name))
+    )
     return found
 
 
 def compute(
-    row: Elementwise, operands: Sequence[Operand], given: Mapping[str, Any], policy: Policy
+    row: Elementwise, operands: Sequence[Operand], given: Mapping[str, Any], policy: Policy, nan: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(values, mask) of the row on its operands, broadcast; hidden cells are 0."""
+    kinds = [known(value) for value, _, _ in operands if isinstance(value, Tensor)]
+    for kind in kinds:
+        if kind not in row.accepts:
+            refuse(row, kind)
+    if any(kind in WIDE or kind is u64 for kind in kinds):
+        operands = readable(row, operands, kinds)
+    if nan is not None:
+        operands = nan_checked(row, operands, nan)
+    params = resolve(row, given) if row.parameters else {}
     tensors = [value for value, _, _ in operands if isinstance(value, Tensor)]
-    for tensor in tensors:
-        accept(row, known(tensor))
-    params = {}
-    if row.parameters:
-        defaults = {p.name: p.default for p in row.parameters}
-        params = {name: value for name, value in resolve(row, given).items() if value != defaults[name]}
     shape = broadcast_shape(row, tensors)
     masks = [None if mask is None else padded(mask, len(shape)) for _, mask, _ in operands]
     if policy is Policy.STRICT:
         check_equal(row.name, [m for m, (_, _, masked) in zip(masks, operands, strict=True) if masked], shape)
     try:
         values, mask = flow(row, operands, masks, policy)
-        if row.tensors_only:
-            values = [v if isinstance(v, Tensor) else torch.as_tensor(v, device=tensors[0].device) for v in values]
-        data = function(row.function)(*values, **params)
+        data = called(row, values, params)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, MaskserveError):
             raise
-        raise DataError(f"{row.name}: {str(error).splitlines()[0]}") from error
+        raise refused(row, error, kinds) from error
+    if data.dtype not in _DTYPES:
+        raise DtypeError(f"{row.name} gives {data.dtype}, which is not supported; convert to torch.float32 first")
     if mask is None:
-        return (data.clone() if any(data is tensor for tensor in tensors) else data), None
-    if any(mask.untyped_storage().data_ptr() == m.untyped_storage().data_ptr() for m in masks if m is not None):
+        return (data.clone() if any(same_memory(data, tensor) for tensor in tensors) else data), None
+    if any(same_memory(mask, m) for m in masks if m is not None):
         mask = mask.clone()  # a later assignment into the result is none into the operand
     return select(data, mask.expand(data.shape)), mask
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def called(row: Elementwise, values: list[Any], params: Mapping[str, Any]) -> Tensor:
+    """torch's values. A number that torch takes in a later place only becomes a tensor of no dims, in the others' dtype."""
+    n_wrapped = len(values) if row.tensors_only else 1
+    for i, value in enumerate(values[:n_wrapped]):
+        if isinstance(value, int | float | complex) and row.rule is MaskRule.ALL:
+            tensors = [v for v in values if isinstance(v, Tensor)]
+            dtypes = [torch.result_type(tensor, value) for tensor in tensors]
+            device = tensors[0].device if tensors else None
+            values[i] = torch.as_tensor(value, dtype=reduce(torch.promote_types, dtypes) if dtypes else None, device=device)
+    if not row.as_stored and any(isinstance(v, Tensor) and v.dtype is torch.uint64 for v in values):
+        data = function(row)(*[v.view(torch.int64) ^ _LOWEST for v in values], **params)
+        return (data ^ _LOWEST).view(torch.uint64) if data.dtype is torch.int64 else data
+    return function(row)(*values, **params)
+
+
+# -- what comes in ------------------------------------------------------------------------------------------------
+
+
 def known(tensor: Tensor) -> DType:
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name not in BY_TORCH:
+    found = _DTYPES.get(tensor.dtype)
+    if found is None:
+        name = str(tensor.dtype).removeprefix("torch.")
         raise DtypeError(f"{name} is not supported: give one of {', '.join(BY_TORCH)}", parameter="dtype")
-    return BY_TORCH[name]
+    return found
+
+
+def refuse(row: Elementwise, kind: DType) -> None:
+    if kind is u64:
+        raise DtypeError(
+            f"{row.name} does not take u64, which torch has no arithmetic for: convert first, to torch.int64 where all "
+            "cells are below 2**63, or to torch.float64, which rounds beyond 2**53",
+            parameter="dtype",
+        )
+    accept(row, kind)
+
+
+def refused(row: Elementwise, error: Exception, kinds: Sequence[DType]) -> MaskserveError:
+    """torch's error as ours."""
+    said = str(error).splitlines()[0]
+    if "not implemented for" in said:
+        names = " and ".join(dict.fromkeys(kind.name for kind in kinds))
+        return DtypeError(f"{row.name} of {names} alone is not defined; convert to a float first", parameter="dtype")
+    return DataError(f"{row.name}: {said}")
+
+
+def readable(row: Elementwise, operands: Sequence[Operand], kinds: Sequence[DType]) -> Sequence[Operand]:
+    """Cells of storage types in the type that torch computes in; u64 beside u64 alone, which is compared as it is."""
+    branches = kinds[1:] if row.rule is MaskRule.CHOSEN else kinds
+    if u64 in branches:
+        first = 1 if row.rule is MaskRule.CHOSEN else 0
+        return [*operands[:first], *[(as_u64(row, value), mask, m) for value, mask, m in operands[first:]]]
+    if row.as_stored and len(set(branches)) == 1:
+        return operands
+    return [
+        (value.to(getattr(torch, WIDE[known(value)].torch)), mask, masked)
+        if isinstance(value, Tensor) and known(value) in WIDE
+        else (value, mask, masked)
+        for value, mask, masked in operands
+    ]
+
+
+def as_u64(row: Elementwise, value: Any) -> Tensor:
+    """A number or tensor that u64 holds, as u64."""
+    if isinstance(value, Tensor) and known(value).name in ("u64", "u32", "u16", "u8", "bool"):
+        return value.to(torch.uint64)
+    if isinstance(value, int) and u64.holds(value):
+        return torch.tensor(value, dtype=torch.uint64)
+    what = f"a tensor of {known(value).name}" if isinstance(value, Tensor) else repr(value)
+    raise DtypeError(
+        f"{row.name} of u64 and {what} has no type that holds both: give unsigned whole numbers below 2**64, "
+        "or convert both to torch.int64 or torch.float64 first",
+        parameter="dtype",
+    )
+
+
+def nan_checked(row: Elementwise, operands: Sequence[Operand], nan: str) -> Sequence[Operand]:
+    """nan="omit": a NaN operand is a masked one; "raise": it is an error."""
+    if check(row, NAN, nan) == "propagate":
+        return operands
+    checked: list[Operand] = []
+    for value, mask, masked in operands:
+        if isinstance(value, float | complex) and value != value:
+            value = torch.tensor(value)
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            checked.append((value, mask, masked))
+            continue
+        found = value.isnan()
+        if nan == "raise" and (found if mask is None else found & mask).any():
+            raise NanError(f"{row.name}: a valid cell is NaN and nan=raise; nan=omit treats NaN as missing")
+        checked.append((value, ~found if mask is None else mask & ~found, True))
+    return checked
+
+
+def resolve(row: Elementwise, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that differ from torch's defaults, checked; numbers may be infinite or NaN here."""
+    params = {}
+    known_names = names_of(row)
+    for name in given:
+        if name not in known_names:
+            raise ParameterError(f"{row.name} has no parameter {name!r}; it takes {', '.join(known_names)}", parameter=name)
+    for parameter in row.parameters:
+        value = given.get(parameter.name, parameter.default)
+        if parameter.type is not Type.NUMBER or not isinstance(value, int | float | complex):
+            value = check(row, parameter, value)
+        if value != parameter.default:
+            params[parameter.name] = value
+    return params
+
+
+# -- masks --------------------------------------------------------------------------------------------------------
 
 
 def flow(
@@ -78,7 +197,7 @@ def flow(
         chosen = torch.where(values[0], True if yes is None else yes, True if no is None else no)
         return values, chosen if condition is None else chosen & condition
     if policy is Policy.UNION and any(mask is not None for mask in masks):
-        return filled_with_identity(row, operands), union(masks)
+        return filled_with_identity(row, operands), union([m for m, v in zip(masks, values, strict=True) if v is not None])
     together = intersection(masks)
     if row.unsafe and together is not None:
         values = [safe(value, together) for value in values]
@@ -90,12 +209,20 @@ def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[
     values = []
     for i, (value, mask, _) in enumerate(operands):
         identity = row.identity[i] if row.identity else None
-        if mask is not None and identity is None:
+        if mask is None:
+            values.append(value)
+        elif identity is None:
             raise ParameterError(
                 f"{row.name} has no identity for {row.operands[i]}, so policy union cannot fill it; use intersect",
                 parameter="policy",
             )
-        values.append(value if mask is None else select(value, mask.expand(value.shape), identity or 0))
+        elif identity == OTHER:
+            other = operands[1 if i == 0 else 0][0]
+            values.append(torch.where(mask.expand(value.shape), value, other))
+        else:
+            assert not isinstance(identity, str)
+            value = value.to(torch.result_type(value, identity))  # -inf among integers
+            values.append(select(value, mask.expand(value.shape), identity))
     return values
 
 

@@ -23,7 +23,8 @@ def stub() -> str:
 
     head = (
         f"# {NOTE}\n"
-        "from collections.abc import Sequence\nfrom typing import Any\n\nimport torch\nfrom torch import Tensor\n\n"
+        "import builtins\nfrom collections.abc import Sequence\nfrom typing import Any\n\n"
+        "import torch\nfrom torch import Tensor\n\n"
         "from maskserve.errors import MaskserveError as MaskserveError\nfrom maskserve.execution import using as using\n"
         "from maskserve.inout import compute as compute\nfrom maskserve.inout import load as load\n"
         "from maskserve.inout import save as save\n"
@@ -31,10 +32,15 @@ def stub() -> str:
         "from maskserve.making import from_lengths as from_lengths\n"
         "from maskserve.making import masked_tensor as masked_tensor\nfrom maskserve.masks import policy as policy\n"
         "from maskserve.ops import OPS as OPS\nfrom maskserve.tensor import MaskedTensor as MaskedTensor\n\n"
-        "__version__: str\n\nOperand = MaskedTensor | Tensor | float\n\n"
+        "__version__: str\n\nOperand = MaskedTensor | Tensor | float | builtins.complex\n\n"
     )
-    lines = [f"def {row.name}({signature(row, annotate=True)}) -> MaskedTensor: ...\n" for row in OPS.values()]
+    lines = [f"def {row.name}({signature(row, annotate=True)}) -> {gives(row)}: ...\n" for row in OPS.values()]
     return head + "".join(lines)
+
+
+def gives(row: Row) -> str:
+    """The type of the row's result."""
+    return "tuple[MaskedTensor, ...]" if isinstance(row, Move) and row.several else "MaskedTensor"
 
 
 def ops_page() -> str:

@@ -99,6 +99,19 @@ WIDENED: Mapping[DType, DType] = MappingProxyType({u16: i64, u32: i64, f8_e4m3: 
 """What is stored narrow and computed wide: torch has no arithmetic of its own for these."""
 NUMERIC = FLOATING | INTEGRAL | frozenset(WIDENED)
 
+WIDE: Mapping[DType, DType] = MappingProxyType({f8_e4m3: f32, f8_e5m2: f32, u16: i64, u32: i64})
+"""Types that hold cells and have no arithmetic of their own, with the type that holds each of their values."""
+
+
+def and_stored(computed: frozenset[DType]) -> frozenset[DType]:
+    """`computed` and the types whose cells are computed there after widening.
+
+    >>> sorted(d.name for d in and_stored(frozenset({f32})))
+    ['f32', 'f8_e4m3', 'f8_e5m2']
+    """
+    return computed | {stored for stored, wide in WIDE.items() if wide in computed}
+
+
 BY_CODE: Mapping[str, DType] = MappingProxyType({dtype.code: dtype for dtype in ALL})
 BY_TORCH: Mapping[str, DType] = MappingProxyType({dtype.torch: dtype for dtype in ALL})
 BY_NAME: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in ALL})

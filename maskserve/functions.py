@@ -24,7 +24,7 @@ from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeErr
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
-from maskserve.ops.rows import REQUIRED, Elementwise, Move, Parameter, Reduction, Row, Type, Whole, same
+from maskserve.ops.rows import NAN, REQUIRED, Cells, Elementwise, Move, Parameter, Reduction, Row, Type, Whole, same
 from maskserve.plan import SlicedRow, accept, as_floats, names_of, plan, resolve
 from maskserve.tensor import MaskedTensor, from_foreign
 
@@ -96,17 +96,20 @@ def several(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | range) else value
 
 
-def elementwise(row: Elementwise, operands: tuple[Any, ...], policy: str | None, given: dict[str, Any]) -> MaskedTensor:
+def elementwise(
+    row: Elementwise, operands: tuple[Any, ...], policy: str | None, nan: str | None, given: dict[str, Any]
+) -> MaskedTensor:
     """An elementwise op of tensors and numbers."""
-    unwrapped = [unwrapped_operand(row, operand) for operand in operands]
-    return MaskedTensor._of(*cellwise.compute(row, unwrapped, given, masks.parse_policy(policy)))
+    last = len(operands) - row.n_optional
+    unwrapped = [unwrapped_operand(row, operand, optional=i >= last) for i, operand in enumerate(operands)]
+    return MaskedTensor._of(*cellwise.compute(row, unwrapped, given, masks.parse_policy(policy), nan))
 
 
-def unwrapped_operand(row: Elementwise, operand: Any) -> cellwise.Operand:
+def unwrapped_operand(row: Elementwise, operand: Any, *, optional: bool) -> cellwise.Operand:
     operand = from_foreign(operand)
     if isinstance(operand, MaskedTensor | Tensor):
         return (*unwrap(row, operand, None), isinstance(operand, MaskedTensor))
-    if not isinstance(operand, int | float):
+    if not isinstance(operand, int | float | complex) and not (operand is None and optional):
         raise DtypeError(f"{row.name} takes tensors and numbers, not a {type(operand).__name__}")
     return operand, None, False
 
@@ -123,8 +126,8 @@ def unwrap(row: Row, tensor: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
         data, own = tensor, masks.checked(tensor, mask)
     if data.layout is not torch.strided or data.is_meta:
         raise DtypeError(f"{row.name} takes strided tensors with cells, not {data.layout} on {data.device}")
-    if data.is_neg():
-        data = data.resolve_neg()
+    if data.is_neg() or data.is_conj():
+        data = data.resolve_neg().resolve_conj()
     if data.requires_grad and torch.is_grad_enabled():
         raise GradientError(
             f"{row.name}: the tensor requires grad, and this version computes no gradients: "
@@ -188,6 +191,8 @@ def build(row: Row) -> Function:
         given=given(row),
         sides="".join(f", {p.name}" for p in row.callable if p.type is Type.TENSOR),
         operands="".join(f"{o}, " for o in getattr(row, "operands", ())),
+        cells=f"{first_of(row)}, " if isinstance(row, Move) and first_of(row) else "",
+        nan="nan" if isinstance(row, Elementwise) and has_nan_policy(row) else None,
     )
     names: dict[str, Any] = {
         "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_whole": whole,
@@ -212,11 +217,11 @@ _MANY = (Type.DIMS, Type.NUMBERS, Type.RANGE)
 
 _ELEMENTWISE = """\
 def {name}({signature}):
-{masked}    return _elementwise(_row, ({operands}), policy, {{k: v for k, v in ({given}) if v is not None}})
+{masked}    return _elementwise(_row, ({operands}), policy, {nan}, {{k: v for k, v in ({given}) if v is not None}})
 """
 _MOVE = """\
 def {name}({signature}):
-    return _moved(_row, input, *args, **kwargs)
+    return _moved(_row, ({cells}*args,), kwargs)
 """
 
 
@@ -225,6 +230,11 @@ def {name}({signature}):
 {tuples}    return _whole(_row, input, mask, {{k: v for k, v in ({given}) if v is not None}})
 """
 _LINES: dict[type[Row], str] = {Elementwise: _ELEMENTWISE, Move: _MOVE, Whole: _WHOLE, Row: _SLICED}
+
+
+def has_nan_policy(row: Elementwise) -> bool:
+    """Whether `nan=` is the policy: nan_to_num has a parameter of that name."""
+    return "nan" not in names_of(row)
 
 
 def takes_mask(row: Row) -> bool:
@@ -248,10 +258,13 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
         return text if default is None else f"{text}{equals}{default}"
 
     if isinstance(row, Move):
-        yield from (typed("input", "MaskedTensor"), typed("*args", "Any"), typed("**kwargs", "Any"))
+        yield from ([typed(first_of(row), _CELLS[row.cells])] if first_of(row) else [])
+        yield from (typed("*args", "Any"), typed("**kwargs", "Any"))
         return
     operands = row.operands if isinstance(row, Elementwise) else ("input",)
-    yield from (typed(operand, "Operand") for operand in operands)
+    last = len(operands) - (row.n_optional if isinstance(row, Elementwise) else 0)
+    yield from (typed(operand, "Operand") for operand in operands[:last])
+    yield from (typed(operand, "Operand | None", "None") for operand in operands[last:])
     yield from (parameter_text(p, typed) for p in row.callable if not p.keyword_only)
     yield "*"
     yield from (parameter_text(p, typed) for p in row.callable if p.keyword_only)
@@ -260,6 +273,8 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
             yield typed("mask", "Tensor | None", "None")
         if isinstance(row, Elementwise):
             yield typed("policy", "str | None", "None")
+            if has_nan_policy(row):
+                yield typed("nan", "str | None", "None")
         return
     yield typed("mask", "Tensor | None", "None")
     names = {p.name: p for p in row.callable}
@@ -275,6 +290,14 @@ def parameter_text(parameter: Parameter, typed: Callable[..., str]) -> str:
         return typed(parameter.name, f"{hint} | None", "None")
     optional = " | None" if parameter.default is None else ""
     return typed(parameter.name, f"{hint}{optional}", repr(parameter.default))
+
+
+_CELLS = {Cells.FIRST: "Operand", Cells.TWO: "Operand", Cells.LIST: "Sequence[Operand]"}
+
+
+def first_of(row: Move) -> str:
+    """torch's name of a move's first argument; "" where every positional argument is a tensor."""
+    return {Cells.LIST: "tensors", Cells.ALL: ""}.get(row.cells, "input")
 
 
 _HINTS = {
@@ -303,5 +326,8 @@ def docstring(row: Row) -> str:
         lines += ["mask: bool, True = valid, of as many dims as a plain tensor; a MaskedTensor brings its own"]
     if isinstance(row, Elementwise):
         lines += ["policy: what different masks give: intersect (default), strict or union"]
-    lines += [f"Accepts {', '.join(sorted(dtype.name for dtype in row.accepts))}."]
+        lines += [f"nan: {NAN.help} (propagate, omit, raise)"] if has_nan_policy(row) else []
+    lines += ["Takes torch's own arguments; any dtype."] if isinstance(row, Move) else [
+        f"Accepts {', '.join(sorted(dtype.name for dtype in row.accepts))}."
+    ]
     return "\n".join(lines)

@@ -2,37 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskserve.errors import DtypeError, ShapeError
-from maskserve.making import as_masked_tensor
-from maskserve.ops.rows import Move
+from maskserve.backends.reference import kernel
+from maskserve.backends.reference.cells import select
+from maskserve.backends.reference.moves import Masked
+from maskserve.cellwise import HOMES, same_memory
+from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterError, ShapeError, UncoveredFunctionError
+from maskserve.making import tensor_of
+from maskserve.ops.rows import Cells, Move
 from maskserve.tensor import MaskedTensor
 
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
 
-def moved(row: Move, tensor: MaskedTensor, *args: Any, **kwargs: Any) -> MaskedTensor:
-    """Data and mask by the same way; the result is a view where torch's is."""
+
+def moved(row: Move, args: Arguments, kwargs: Keywords) -> Any:
+    """Data and mask by the same way, as one tensor or a tuple of them; a result is a view where torch's is."""
     if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
         raise DtypeError(f"{row.name} as another dtype would take the mask's bytes for something else; use .to(dtype)")
-    if not isinstance(tensor, MaskedTensor):
-        tensor = as_masked_tensor(tensor)
-    move = getattr(torch.Tensor, row.name)
+    if kwargs.pop("out", None) is not None:
+        raise UncoveredFunctionError(f"{row.name}: out= would lose the mask; use the returned MaskedTensor")
     try:
-        data = move(tensor._data, *args, **kwargs)
-        mask = None if tensor._mask is None else move_mask(move, tensor._full_mask(), args, kwargs)
-    except (RuntimeError, TypeError, IndexError) as error:
+        return by_kernel(row, args, kwargs) if row.function else by_torch(row, args, kwargs)
+    except MaskserveError:
+        raise
+    except IndexError as error:
+        raise DimError(f"{row.name}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ShapeError(f"{row.name}: {str(error).splitlines()[0]}") from error
-    return tensor._view_of(data, mask)
 
 
-def move_mask(move: Callable[..., Any], mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The mask moved; a copy of it where its strides allow no view and the data's do."""
+def by_torch(row: Move, args: Arguments, kwargs: Keywords) -> Any:
+    """torch's function on the data, and again on the masks."""
+    sources, others = parted(row, args, kwargs)
+    move, listed = function(row), row.cells is Cells.LIST
+
+    def go(cells: list[Tensor]) -> Any:
+        return move(cells, *others, **kwargs) if listed else move(*cells, *others, **kwargs)
+
+    data = go([source._data for source in sources])
+    if all(source._mask is None for source in sources):
+        return placed(data, None, sources)
+    masks = [source._full_mask() for source in sources]
+    return placed(data, ones_beside(go, masks) if row.zeros else the_same_way(go, masks), sources)
+
+
+def the_same_way(go: Callable[[list[Tensor]], Any], masks: list[Tensor]) -> Any:
+    """The masks moved; copies of them where their strides allow no view and the data's do."""
     try:
-        moved: Tensor = move(mask, *args, **kwargs)
+        return go(masks)
     except RuntimeError:
-        moved = move(mask.contiguous(), *args, **kwargs)
-    return moved
+        return go([mask.contiguous() for mask in masks])
+
+
+def ones_beside(go: Callable[[list[Tensor]], Tensor], masks: list[Tensor]) -> Tensor:
+    """The masks moved, True where torch makes zeros."""
+    return ~go([~mask for mask in masks])
+
+
+def by_kernel(row: Move, args: Arguments, kwargs: Keywords) -> Any:
+    """The row's kernel, on every tensor argument with its mask."""
+    sources = [source_of(args[0])]
+
+    def pair(argument: Any) -> Any:
+        if not isinstance(argument, Tensor | MaskedTensor):
+            return argument
+        source = source_of(argument)
+        return Masked(source._data, None if source._mask is None else source._full_mask())
+
+    data, mask = kernel(row.function)(pair(sources[0]), *map(pair, args[1:]), **{k: pair(v) for k, v in kwargs.items()})
+    return placed(data, mask, sources)
+
+
+@cache
+def function(row: Move) -> Callable[..., Any]:
+    """torch's function of the row's name; the method, which takes (2, 3) and 2, 3 alike, where there is one."""
+    homes = (torch.Tensor, *HOMES) if row.is_method else HOMES
+    found: Callable[..., Any] = next(getattr(home, row.name) for home in homes if hasattr(home, row.name))
+    return found
+
+
+def parted(row: Move, args: Arguments, kwargs: Keywords) -> tuple[list[MaskedTensor], Arguments]:
+    """The arguments that hold cells, and the others."""
+    if row.cells is Cells.TWO and "src" in kwargs:
+        args = (args[0], kwargs.pop("src"), *args[1:])
+    if row.cells is Cells.ALL:
+        cells, others = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args, ()
+    elif row.cells is Cells.LIST:
+        cells, others = args[0], args[1:]
+    else:
+        n = 2 if row.cells is Cells.TWO else 1
+        cells, others = args[:n], args[n:]
+    if not isinstance(cells, Sequence):
+        raise ParameterError(f"{row.name} takes a list of tensors, not a {type(cells).__name__}", parameter="tensors")
+    return [source_of(cell) for cell in cells], tuple(
+        other.to_tensor() if isinstance(other, MaskedTensor) else other for other in others
+    )
+
+
+def source_of(value: Any) -> MaskedTensor:
+    """Anything that can be a tensor; a plain one is valid everywhere."""
+    tensor = tensor_of(value)
+    return tensor if isinstance(tensor, MaskedTensor) else MaskedTensor._of(tensor, None)
+
+
+# -- results ------------------------------------------------------------------------------------------------------
+
+
+def placed(data: Any, mask: Any, sources: Sequence[MaskedTensor]) -> Any:
+    """MaskedTensors of moved parts: views of the source whose memory they share, or copies with 0 under the mask."""
+    if isinstance(data, tuple | list):
+        masks = [None] * len(data) if mask is None else mask
+        return tuple(placed(part, part_mask, sources) for part, part_mask in zip(data, masks, strict=True))
+    for source in sources:
+        if same_memory(data, source._data):
+            made = source._view_of(data, mask)
+            made._owns_mask &= data.dtype is source.dtype  # a real part made valid would make the imaginary one so
+            return made
+    if mask is None:
+        return MaskedTensor._of(data, None)
+    if any(source._mask is not None and same_memory(mask, source._mask) for source in sources):
+        mask = mask.clone()
+    if data.requires_grad:  # select is bit by bit, and knows no history
+        return MaskedTensor._of(torch.where(mask, data, torch.zeros((), dtype=data.dtype, device=data.device)), mask)
+    return MaskedTensor._of(select(data, mask), mask)

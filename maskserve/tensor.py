@@ -7,6 +7,7 @@ subclass would fall through to one that does not know the mask (docs/decisions.m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from maskserve import masks
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
 from maskserve.formatting import nested, text_of
+from maskserve.operators import attach
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,11 +86,14 @@ class MaskedTensor:
     def __getattr__(self, name: str) -> Any:
         """An op of the table as a method, built when it is first used."""
         from maskserve.functions import method
-        from maskserve.ops import OPS, instead_of
+        from maskserve.ops import instead_of, method_of
 
-        if name in OPS:
-            setattr(MaskedTensor, name, method(name))
+        row = method_of(name) if not name.startswith("__") else None
+        if row is not None:
+            setattr(MaskedTensor, name, method(row.name))
             return getattr(self, name)
+        if name.endswith("_") and method_of(name.rstrip("_")):
+            raise AttributeError(f"MaskedTensor has no {name}: write m[...] = m.{name.rstrip('_')}(...), or m += and the like")
         known = "torch.Tensor has it, but no masked operation is defined for it; " if hasattr(Tensor, name) else ""
         raise AttributeError(
             f"MaskedTensor has no attribute {name!r}"
@@ -98,7 +103,7 @@ class MaskedTensor:
     def __dir__(self) -> list[str]:
         from maskserve.ops import OPS
 
-        return sorted({*object.__dir__(self), *OPS})
+        return sorted({*object.__dir__(self), *(row.name for row in OPS.values() if row.is_method)})
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -172,8 +177,72 @@ class MaskedTensor:
     def size(self, dim: int | None = None) -> Any:
         return self._data.size() if dim is None else self._data.size(dim)
 
+    @property
+    def is_cuda(self) -> bool:
+        return self._data.is_cuda
+
+    @property
+    def itemsize(self) -> int:
+        return self._data.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the data; the mask has one more a cell, or a broadcast dim of it."""
+        return self._data.nbytes
+
     def is_floating_point(self) -> bool:
         return self._data.is_floating_point()
+
+    def is_complex(self) -> bool:
+        return self._data.is_complex()
+
+    def element_size(self) -> int:
+        return self._data.element_size()
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self._data.stride() if dim is None else self._data.stride(dim)
+
+    def is_contiguous(self) -> bool:
+        """Whether the data is."""
+        return self._data.is_contiguous()
+
+    @property
+    def T(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """All dims in reverse order."""
+        return self._moved("permute", tuple(range(self.ndim))[::-1])
+
+    @property
+    def mT(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """The last two dims exchanged."""
+        return self._moved("transpose", -2, -1)
+
+    @property
+    def H(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """A matrix with its dims exchanged and complex cells conjugated."""
+        if self.ndim not in (0, 2):
+            raise ShapeError(f"H is of a matrix, and the tensor has {self.ndim} dims; mH exchanges the last two")
+        return self.mH if self.ndim else self._moved("conj")
+
+    @property
+    def mH(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """The last two dims exchanged and complex cells conjugated."""
+        return self._moved("adjoint")
+
+    @property
+    def real(self) -> MaskedTensor:
+        """The real part, sharing memory."""
+        return self._moved("real")
+
+    @property
+    def imag(self) -> MaskedTensor:
+        """The imaginary part, sharing memory."""
+        return self._moved("imag")
+
+    def _moved(self, name: str, *args: Any) -> MaskedTensor:
+        from maskserve.functions import public
+
+        moved: MaskedTensor = public(name)(self, *args)
+        return moved
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
@@ -186,11 +255,12 @@ class MaskedTensor:
         data = self._data.to(*args, **kwargs)
         return self if data is self._data else self._mapped(data)
 
-    def float(self) -> MaskedTensor:
-        return self.to(torch.float32)
+    def type(self, dtype: Any = None) -> Any:
+        """In another dtype; without one the name of torch's type, as torch.Tensor.type."""
+        return self._data.type() if dtype is None else self._mapped(self._data.type(dtype))
 
-    def double(self) -> MaskedTensor:
-        return self.to(torch.float64)
+    def type_as(self, other: Any) -> MaskedTensor:
+        return self.to(other.dtype)
 
     def cpu(self) -> MaskedTensor:
         return self.to("cpu")
@@ -322,6 +392,15 @@ class MaskedTensor:
             self._owns_mask = True
         return self._mask
 
+    def _replace(self, result: MaskedTensor, *, same_mask: bool) -> None:
+        """Every cell takes the result's value and validity; `same_mask`: which are the tensor's own."""
+        if not same_mask or self._mask is None:
+            self[...] = result
+        elif _overlaps(self._data):
+            raise ShapeError("writing into an expanded tensor would write several cells at once; clone() it first")
+        else:  # through a view too, whose mask could not be written: a hidden cell here may be valid in another tensor
+            self._data.copy_(torch.where(self._full_mask(), result._data.to(self.dtype), self._data))
+
     def copy_(self, source: Any) -> MaskedTensor:
         """Every cell takes the value and the validity of the source."""
         self[...] = source
@@ -353,49 +432,10 @@ def plain_index(index: Any) -> Any:
     return index
 
 
-# -- operators ----------------------------------------------------------------------------------------------------
-
-
-def _operators() -> None:
-    """__add__ and the like from the rows that name an operator."""
-    from maskserve.ops import OPS
-    from maskserve.ops.rows import Elementwise
-
-    for row in OPS.values():
-        if isinstance(row, Elementwise) and row.operator:
-            if len(row.operands) == 1:
-                setattr(MaskedTensor, f"__{row.operator}__", _unary(row.name))
-                continue
-            setattr(MaskedTensor, f"__{row.operator}__", _binary(row.name, reflected=False))
-            if row.operator not in _COMPARISONS:
-                setattr(MaskedTensor, f"__r{row.operator}__", _binary(row.name, reflected=True))
-
-
-_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})  # Python reflects these by itself
-
-
-def _unary(name: str) -> Callable[[Any], Any]:
-    def operator(self: Any) -> Any:
-        from maskserve.functions import public
-
-        return public(name)(self)
-
-    return operator
-
-
-def _binary(name: str, *, reflected: bool) -> Callable[[Any, Any], Any]:
-    def operator(self: Any, other: Any) -> Any:
-        from maskserve.functions import public
-
-        other = from_foreign(other)
-        if not isinstance(other, MaskedTensor | Tensor | int | float):
-            return NotImplemented
-        return public(name)(other, self) if reflected else public(name)(self, other)
-
-    return operator
-
-
-_operators()
+def _conversions() -> None:
+    """half(), int() and the like. Named in the class, they would hide Python's own types there."""
+    for name in ("double", "float", "half", "bfloat16", "long", "int", "short", "bool"):
+        setattr(MaskedTensor, name, partialmethod(MaskedTensor.to, getattr(torch, name)))
 
 
 def from_foreign(value: Any) -> Any:
@@ -411,3 +451,7 @@ def from_foreign(value: Any) -> Any:
     if kind.__module__.startswith("torch.masked"):
         return MaskedTensor._of(value.get_data(), value.get_mask().clone())
     return value
+
+
+attach(MaskedTensor)
+_conversions()

@@ -33,8 +33,12 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         raise uncovered(function)
     if kwargs.pop("out", None) is not None:
         raise UncoveredFunctionError(f"{name_of(function)}: out= would lose the mask; use the returned MaskedTensor")
+    if kwargs.get("inplace"):
+        raise UncoveredFunctionError(
+            f"{name_of(function)}: inplace=True would change data and not mask; leave it out and use the returned MaskedTensor"
+        )
     try:
-        return ours(*args, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
+        return ours(*args, **{k: v for k, v in kwargs.items() if not k.startswith("_") and k not in ("inplace", "out")})
     except TypeError as error:
         if isinstance(error, MaskserveError) or "argument" not in str(error):
             raise
@@ -50,10 +54,12 @@ def table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
 def functions_of(row: Row) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
     """torch's functions under the row's names, and what they call here."""
     for namespace in NAMESPACES:
+        if namespace is torch.Tensor and not row.is_method:
+            continue
         ours = method(row.name) if namespace is torch.Tensor else public(row.name)
         for name in (row.name, *row.torch):
             theirs = getattr(namespace, name, None)
-            if theirs is not None:
+            if callable(theirs) and f"{namespace.__name__}.{name}".removeprefix("torch.") not in row.unlike:
                 yield theirs, spoken(row, ours) if row.torch_words or row.torch_values or row.torch_defaults else ours
 
 

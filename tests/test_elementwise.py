@@ -43,7 +43,7 @@ def operands(row: Elementwise, dtype: DType, shape: tuple[int, ...] = (40, 3)) -
 
 def torch_takes(row: Elementwise, samples: list[Masked]) -> bool:
     try:
-        cellwise.function(row.function)(*[s.data for s in samples])
+        cellwise.function(row)(*[s.data for s in samples])
     except (RuntimeError, NotImplementedError):
         return False
     return True
@@ -60,7 +60,7 @@ def taken(row: Elementwise, dtype: DType) -> Iterator[list[Masked]]:
 def test_values_are_torchs_where_every_operand_is_valid(row: Elementwise, dtype: DType) -> None:
     for samples in taken(row, dtype):
         got = getattr(ms, row.name)(*[ms.masked_tensor(s.data, s.mask) for s in samples])
-        expected = cellwise.function(row.function)(*[s.data for s in samples])
+        expected = cellwise.function(row)(*[s.data for s in samples])
         if row.rule is MaskRule.CHOSEN:
             condition, yes, no = samples
             valid = condition.mask & torch.where(condition.data, yes.mask, no.mask)

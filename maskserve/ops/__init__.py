@@ -40,9 +40,15 @@ def instead_of(name: str) -> str:
     return ""
 
 
+def method_of(name: str) -> Row | None:
+    """The row that a method of this name is, by its own name or another one of torch's: m.clip is clamp."""
+    row = OPS.get(name) or next((row for row in OPS.values() if name in row.torch and not row.differs), None)
+    return row if row is not None and row.is_method else None
+
+
 def verbs() -> tuple[str, ...]:
     """The verbs that some row is served by, in the table's order."""
     return tuple(dict.fromkeys(row.verb for row in OPS.values() if row.verb is not None))
 
 
-__all__ = ["OPS", "Row", "default", "find", "instead_of", "verbs"]
+__all__ = ["OPS", "Row", "default", "find", "instead_of", "method_of", "verbs"]

@@ -181,8 +181,15 @@ class Row:
     """Values that torch spells otherwise: {theirs: ours}."""
     torch_defaults: Params = field(default_factory=dict)
     """What torch's function of this name takes where a parameter is not given and our default is another."""
+    unlike: tuple[str, ...] = ()
+    """Functions of torch that share a name of this row and mean something else."""
     differs: str = ""
     """Why torch's function of this name means something else; it then raises and names this op."""
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it is a method of MaskedTensor too."""
+        return True
 
     @property
     def requestable(self) -> tuple[Parameter, ...]:
@@ -316,9 +323,13 @@ class MaskRule(StrEnum):
     CHOSEN = "chosen"  # where(): the chosen branch's validity
 
 
+OTHER: Final = "other"
+"""The identity of an op with op(x, x) = x: the other operand's cell stands for a missing one, in any dtype."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Elementwise(Row):
-    """Cell by cell, with broadcasting; `function` is torch's function of the same meaning.
+    """Cell by cell, with broadcasting.
 
     `identity` has one entry an operand: what a missing operand stands for under policy "union"; None where there is none.
     """
@@ -326,8 +337,11 @@ class Elementwise(Row):
     kind = "elementwise"
 
     operands: tuple[str, ...] = ("input",)
-    function: str
-    identity: tuple[Number | None, ...] = ()
+    n_optional: int = 0
+    """How many of the last operands may be None."""
+    function: str = ""
+    """The kernel, where torch's function of the row's name will not do."""
+    identity: tuple[Number | str | None, ...] = ()
     rule: MaskRule = MaskRule.ALL
     operator: str = ""
     """The Python operator's method, e.g. "add" for __add__ and __radd__."""
@@ -337,6 +351,17 @@ class Elementwise(Row):
     """torch's function takes no numbers: they become tensors of no dims first."""
     unsafe: bool = False
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
+    as_stored: bool = False
+    """It chooses cells and computes none: it takes those of a storage type without widening them."""
+
+
+class Cells(StrEnum):
+    """Which arguments of a move hold cells; the others go to torch as they are."""
+
+    FIRST = "first"  # reshape(input, shape)
+    TWO = "two"  # select_scatter(input, src, dim, index)
+    LIST = "list"  # the tensors of a list: cat(tensors, dim)
+    ALL = "all"  # every positional one: meshgrid(*tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -344,6 +369,22 @@ class Move(Row):
     """Cells that change their places and not their values; the mask moves along. Takes torch's own arguments."""
 
     kind = "move"
+
+    cells: Cells = Cells.FIRST
+    function: str = ""
+    """The kernel that moves data and mask together, where torch's function of the row's name cannot move a mask."""
+    zeros: bool = False
+    """The cells that it makes are 0 and valid: those of a matrix beside its diagonal."""
+    several: bool = False
+    """It gives a tuple of tensors, as torch does."""
+
+    attribute: bool = False
+    """m.real stands without parentheses."""
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it works on one tensor, and so is a method of it."""
+        return self.cells in (Cells.FIRST, Cells.TWO) and not self.attribute
 
 
 def kernel_name(reference: str) -> tuple[str, str]:
@@ -364,11 +405,13 @@ class Table(Mapping[str, Row]):
 
     def add(self, *rows: Row) -> None:
         """Add rows; a name stands once, and a row stays as it is."""
+        served = {word for row in self._rows.values() if row.verb for word in (row.name, *row.aliases)}
         for row in rows:
-            served = [w for r in self.values() if r.verb and row.verb for w in (r.name, *r.aliases)]
-            taken = [w for w in (row.name, *row.aliases) if w in served]
-            if row.name in self._rows or taken:
-                raise ValueError(f"the op table already has {[*taken, row.name][0]}")
+            said = {row.name, *row.aliases} if row.verb else set()
+            taken = served & said or self._rows.keys() & {row.name}
+            if taken:
+                raise ValueError(f"the op table already has {min(taken)}")
+            served |= said
             self._rows[row.name] = row
 
     def __getitem__(self, name: str) -> Row:

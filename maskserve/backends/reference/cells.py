@@ -24,6 +24,8 @@ def select(data: Tensor, mask: Tensor | None, fill: float | int = 0) -> Tensor:
         return data & mask if not fill else data | ~mask
     if data.element_size() not in BITS:  # complex128
         return torch.where(mask, data, fill)
+    if data.is_conj() or data.is_neg():
+        data = data.resolve_conj().resolve_neg()
     bits = BITS[data.element_size()]
     keep = mask.view(torch.uint8).to(bits, copy=True).neg_()
     kept = data.view(bits) & keep
