@@ -17,6 +17,8 @@ _HOMES = {
     "from_lengths": "making",
     "policy": "masks",
     "using": "execution",
+    "clumps": "runs",
+    "edges": "runs",
     "load": "inout",
     "save": "inout",
     "compute": "inout",

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution
+from maskserve import engine, execution, masking, sides
 from maskserve.backends import Choice, choose
+from maskserve.backends.reference import ReferenceBackend
 from maskserve.dtypes import BY_TORCH, DType
-from maskserve.errors import DeviceError, DimError, TooLargeError, nearest
-from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.errors import BackendError, DeviceError, DimError, TooLargeError, nearest
+from maskserve.ops.rows import Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.tensors import load, output
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.plan import Plan, plan
 from maskserve.requests import Request
+from maskserve.sides import Payloads, Side
 from maskserve.version import version
 
+NOTHING: Payloads = MappingProxyType({})
 SMALL_ANSWER = 1 << 20
 GROWTH = 9
 """An i64 and its mask for each byte: what an answer may be of a question without dims of size 0."""
@@ -38,6 +42,8 @@ class Result:
     is_coordinate: bool = False
     passed_through: bool = False
     """Whether it lacks the named dim and is as it came."""
+    n_masked_before: int | None = None
+    """How many cells of the question were masked, where the request is about masks."""
 
     @property
     def dtype(self) -> DType:
@@ -69,17 +75,19 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a request does with one variable; `plan` is None where the variable passes through."""
+    """What a request does with one variable: the plan where it has one; a new mask has none."""
 
     variable: Variable
-    plan: Plan | None
-    choice: Choice | None
     dims: Dims | None
+    plan: Plan | None = None
+    choice: Choice | None = None
+    sides: tuple[Side, ...] = ()
+    device: str = "cpu"
+    passes_through: bool = False
 
     @property
     def bytes_read(self) -> int:
-        mask = self.variable.mask
-        return self.variable.info.n_bytes + (mask.info.n_bytes if mask else 0)
+        return sum(bytes_of(variable) for variable in (self.variable, *(side.variable for side in self.sides)))
 
     @property
     def dims_alive(self) -> Dims:
@@ -97,33 +105,45 @@ class Step:
         return prod(self.out_shape) * (dtype.n_bytes + 1)
 
 
-def explain(request: Request, payload: Payload) -> tuple[Step, ...]:
+def bytes_of(variable: Variable) -> int:
+    return variable.info.n_bytes + (variable.mask.info.n_bytes if variable.mask else 0)
+
+
+def explain(request: Request, payload: Payload, others: Payloads = NOTHING) -> tuple[Step, ...]:
     """What the request does with each variable, decided from the header alone."""
-    return steps(request, resolved(request, payload))
+    return steps(request, resolved(request, payload, others), payload, others)
 
 
-def steps(request: Request, variables: Variables) -> tuple[Step, ...]:
+def steps(request: Request, variables: Variables, payload: Payload, others: Payloads) -> tuple[Step, ...]:
     """A step for each variable; a named dim that none of them has is an error."""
     device = device_of(str(request.running.get("device", "auto")))
-    planned = tuple(step(request, variable, device) for variable in variables)
+
+    def over(variable: Variable) -> tuple[Side, ...]:
+        means = request.common.get("mask_means")
+        return tuple(sides.of_variable(request.row, request.params, variable, variables, payload, others, means))
+
+    planned = tuple(step(request, variable, device, over) for variable in variables)
     dims = request.params.get("dim")
-    if dims is not None and all(s.plan is None for s in planned):
+    if dims is not None and all(s.passes_through for s in planned):
         raise no_such_dim(request, variables)
     return planned
 
 
-def run(request: Request, payload: Payload) -> Answer:
-    """Every variable of the payload computed on, or passed through where it lacks the named dim."""
-    variables = resolved(request, payload)
-    planned = steps(request, variables)
+def run(request: Request, payload: Payload, others: Payloads = NOTHING) -> Answer:
+    """Every variable of the payload computed on, or passed through where it lacks the named dim.
+
+    `others` are payloads by the word that the request has for them in place of a tensor's name.
+    """
+    variables = resolved(request, payload, others)
+    planned = steps(request, variables, payload, others)
     refuse_growth(planned, payload)
     results = [result(request, payload, variables, step) for step in planned]
     alive = {dim for step in planned for dim in step.dims_alive}
     results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
     named = {r.name: r.dims for r in results if r.dims is not None}
-    metadata = answer_metadata(
-        payload.header.metadata, named, {"maskserve": version(), **request.canonical()}, version()
-    )
+    elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
+    line = {"maskserve": version(), **request.canonical(), **elsewhere}
+    metadata = answer_metadata(payload.header.metadata, named, line, version())
     return Answer(results=tuple(results), metadata=metadata)
 
 
@@ -137,34 +157,56 @@ def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
         raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
 
 
-def resolved(request: Request, payload: Payload) -> Variables:
+def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:
     common = request.common
     return resolve(
         payload.header,
+        side_inputs=sides.names(request.row, request.params, payload, others),
         mask=common.get("mask"),
         mask_means=common.get("mask_means"),
         tensors=common.get("tensor"),
     )
 
 
-def step(request: Request, variable: Variable, device: str) -> Step:
+def step(request: Request, variable: Variable, device: str, over: Callable[[Variable], tuple[Side, ...]]) -> Step:
     """The plan for one variable; names of dims become numbers here and nowhere else."""
-    params = dict(request.params)
+    params = {name: value for name, value in request.params.items() if name not in named_tensors(request)}
     asked = params.get("dim")
     if asked is not None:
         numbers = dim_numbers(variable, asked if isinstance(asked, tuple) else (asked,))
         if numbers is None:
-            return Step(variable=variable, plan=None, choice=None, dims=variable.dims)
+            return Step(variable=variable, dims=variable.dims, passes_through=True)
         params["dim"] = numbers if isinstance(asked, tuple) else numbers[0]
-    row = request.row
+    row, laid = request.row, over(variable)
+    if isinstance(row, Masking):
+        refuse_backend(request)
+        masking.check(row, variable.info.dtype, params)
+        return Step(variable=variable, dims=variable.dims, sides=laid, device=device)
     assert isinstance(row, Reduction | Normalization | Scan)
+    params |= {side.parameter.name: side.variable.info.dtype for side in laid}  # a plan knows its side inputs' dtypes
     try:
         planned = plan(row, tuple(params.items()), variable.info.shape, variable.info.dtype, device)
     except DimError as error:
         hint = f"{variable.name}: {error.message}; tensor (--tensor) picks the variables to compute on"
         raise DimError(hint, parameter="dim", allowed=error.allowed) from None
     choice = choose(planned, request.running.get("backend"))
-    return Step(variable=variable, plan=planned, choice=choice, dims=answer_dims(planned, variable))
+    dims = answer_dims(planned, variable)
+    return Step(variable=variable, dims=dims, plan=planned, choice=choice, sides=laid, device=device)
+
+
+def refuse_backend(request: Request) -> None:
+    """A mask is made by torch, as the reference back end is."""
+    name = request.running.get("backend")
+    if name not in (None, ReferenceBackend.name):
+        raise BackendError(
+            f"back end {str(name)[:64]!r} cannot serve {request.row.name}: give {ReferenceBackend.name}, or none",
+            parameter="backend",
+            allowed=[ReferenceBackend.name],
+        )
+
+
+def named_tensors(request: Request) -> frozenset[str]:
+    return frozenset(p.name for p in sides.parameters(request.row))
 
 
 def dim_numbers(variable: Variable, asked: tuple[int | str, ...]) -> tuple[int, ...] | None:
@@ -203,12 +245,16 @@ def answer_dims(planned: Plan, variable: Variable) -> Dims | None:
 
 
 def result(request: Request, payload: Payload, variables: Variables, step: Step) -> Result:
-    data, mask = load(payload, step.variable)
+    data, mask = on_device(load(payload, step.variable), step.device)
     mask = without_fill(data, mask, request.common.get("fill_value"))
+    n_masked_before = None
     if step.plan is not None:
-        device = step.plan.device
+        laid = tuple(loaded(side, step.device) for side in step.sides)  # at most one: (cells, mask or None)
         with execution.using(backend=request.running.get("backend")):
-            data, mask = engine.run(step.plan, data.to(device), None if mask is None else mask.to(device))
+            data, mask = engine.run(step.plan, data, mask, *laid)
+    elif isinstance(request.row, Masking) and not step.passes_through:
+        n_masked_before = n_masked(data, mask)
+        data, mask = new_mask(request, step, data, mask)
     elif mask is None:
         mask = torch.ones(data.shape, dtype=torch.bool)
     else:
@@ -220,8 +266,35 @@ def result(request: Request, payload: Payload, variables: Variables, step: Step)
         mask=mask,
         mask_name=answer_mask_name(step.variable, variables),
         dims=step.dims,
-        passed_through=step.plan is None,
+        passed_through=step.passes_through,
+        n_masked_before=n_masked_before,
     )
+
+
+def on_device(parts: tuple[Tensor, Tensor | None], device: str) -> tuple[Tensor, Tensor | None]:
+    data, mask = parts
+    return data.to(device), None if mask is None else mask.to(device)
+
+
+def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:
+    """The cells of a side input and its mask, laid over its variable: of as many dims, size 1 where they broadcast."""
+    data, mask = on_device(load(side.payload, side.variable), device)
+    if mask is not None:
+        mask = mask.expand(data.shape).permute(side.order).reshape(side.shape)
+    return data.permute(side.order).reshape(side.shape), mask
+
+
+def new_mask(request: Request, step: Step, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The cells under the mask that a request makes; each side input is a mask, or stands for its own."""
+    assert isinstance(request.row, Masking)
+    masks = {side.parameter.name: masking.validity(*loaded(side, step.device), side.means) for side in step.sides}
+    params = {name: value for name, value in request.params.items() if name not in masks}
+    return masking.compute(request.row, data, mask, params, masks)
+
+
+def n_masked(data: Tensor, mask: Tensor | None) -> int:
+    """How many cells are masked, without a mask of full size."""
+    return 0 if mask is None else int((~mask).sum()) * (data.numel() // max(mask.numel(), 1))
 
 
 def coordinate(payload: Payload, variable: Variable, variables: Variables) -> Result:

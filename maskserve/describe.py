@@ -31,7 +31,8 @@ def stub() -> str:
         "from maskserve.making import as_masked_tensor as as_masked_tensor\n"
         "from maskserve.making import from_lengths as from_lengths\n"
         "from maskserve.making import masked_tensor as masked_tensor\nfrom maskserve.masks import policy as policy\n"
-        "from maskserve.ops import OPS as OPS\nfrom maskserve.tensor import MaskedTensor as MaskedTensor\n\n"
+        "from maskserve.ops import OPS as OPS\nfrom maskserve.runs import clumps as clumps\n"
+        "from maskserve.runs import edges as edges\nfrom maskserve.tensor import MaskedTensor as MaskedTensor\n\n"
         "__version__: str\n\nOperand = MaskedTensor | Tensor | float | builtins.complex\n\n"
     )
     lines = [f"def {row.name}({signature(row, annotate=True)}) -> {gives(row)}: ...\n" for row in OPS.values()]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskserve import cellwise, masks
+from maskserve import cellwise, masking, masks
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import canonical
 from maskserve.blocks import counting
@@ -24,7 +24,20 @@ from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeErr
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
-from maskserve.ops.rows import NAN, REQUIRED, Cells, Elementwise, Move, Parameter, Reduction, Row, Type, Whole, same
+from maskserve.ops.rows import (
+    NAN,
+    REQUIRED,
+    Cells,
+    Elementwise,
+    Masking,
+    Move,
+    Parameter,
+    Reduction,
+    Row,
+    Type,
+    Whole,
+    same,
+)
 from maskserve.plan import SlicedRow, accept, as_floats, names_of, plan, resolve
 from maskserve.tensor import MaskedTensor, from_foreign
 
@@ -94,6 +107,24 @@ def several(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.tolist()
     return tuple(value) if isinstance(value, list | range) else value
+
+
+def masked(row: Masking, tensor: Any, mask: Any, given: tuple[tuple[str, Any], ...]) -> MaskedTensor:
+    """The same cells under a new mask."""
+    data, own = unwrap(row, tensor, mask)
+    dtype_of(data)
+    tensors = {p.name for p in row.callable if p.type is Type.TENSOR}
+    others = {name: other_mask(data, name, value) for name, value in given if name in tensors and value is not None}
+    params = {name: value for name, value in given if name not in tensors and value is not None}
+    return MaskedTensor._of(*masking.compute(row, data, own, params, others))
+
+
+def other_mask(data: Tensor, name: str, value: Any) -> Tensor | None:
+    """A mask that the caller brings: bool, true and itself valid."""
+    value = tensor_of(value)
+    if isinstance(value, MaskedTensor) and value.dtype is torch.bool:
+        value = value._data & value._full_mask()
+    return masks.checked(data, value, name)
 
 
 def elementwise(
@@ -176,7 +207,7 @@ def method(name: str) -> Function:
 
 def build(row: Row) -> Function:
     """The public function of a row."""
-    lines = next(text for kind, text in _LINES.items() if isinstance(row, kind))
+    lines = next((text for kind, text in _TEMPLATES.items() if isinstance(row, kind)), _SLICED)
     source = lines.format(
         name=row.name,
         signature=signature(row),
@@ -189,6 +220,7 @@ def build(row: Row) -> Function:
         tuples="".join(_TUPLE.format(name=p.name) for p in row.callable if p.type in _MANY),
         other=_OTHER.format(name=row.binary) if isinstance(row, Reduction) and row.binary else "",
         given=given(row),
+        tensors="".join(f"({p.name!r}, {p.name}), " for p in row.callable if p.type is Type.TENSOR),
         sides="".join(f", {p.name}" for p in row.callable if p.type is Type.TENSOR),
         operands="".join(f"{o}, " for o in getattr(row, "operands", ())),
         cells=f"{first_of(row)}, " if isinstance(row, Move) and first_of(row) else "",
@@ -196,7 +228,7 @@ def build(row: Row) -> Function:
     )
     names: dict[str, Any] = {
         "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_whole": whole,
-        "_one": one, "_masked": as_masked_tensor, "_many": (list, range, Tensor), "_several": several,
+        "_masking": masked, "_one": one, "_masked": as_masked_tensor, "_many": (list, range, Tensor), "_several": several,
         "_tensors": (Tensor, MaskedTensor), "_public": public,
     }  # fmt: skip
     exec(compile(source, f"<maskserve.{row.name}>", "exec"), names)  # our own text, from our own table
@@ -219,17 +251,19 @@ _ELEMENTWISE = """\
 def {name}({signature}):
 {masked}    return _elementwise(_row, ({operands}), policy, {nan}, {{k: v for k, v in ({given}) if v is not None}})
 """
+_MASKING = """\
+def {name}({signature}):
+{tuples}    return _masking(_row, input, mask, ({given}{tensors}))
+"""
 _MOVE = """\
 def {name}({signature}):
     return _moved(_row, ({cells}*args,), kwargs)
 """
-
-
 _WHOLE = """\
 def {name}({signature}):
 {tuples}    return _whole(_row, input, mask, {{k: v for k, v in ({given}) if v is not None}})
 """
-_LINES: dict[type[Row], str] = {Elementwise: _ELEMENTWISE, Move: _MOVE, Whole: _WHOLE, Row: _SLICED}
+_TEMPLATES: dict[type[Row], str] = {Elementwise: _ELEMENTWISE, Masking: _MASKING, Move: _MOVE, Whole: _WHOLE}
 
 
 def has_nan_policy(row: Elementwise) -> bool:

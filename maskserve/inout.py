@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from maskserve.answers import Answer, run
@@ -100,10 +101,13 @@ def check_dims(name: str, tensor: MaskedTensor, words: tuple[str, ...] | None) -
         raise ParameterError(f"{name} has {tensor.ndim} dims, and dims names {len(words)}: {words}", parameter="dims")
 
 
-def compute(verb: str, source: Source, **words: Any) -> Answer:
+def compute(verb: str, source: Source, *, sides: Mapping[str, Source] | None = None, **words: Any) -> Answer:
     """The answer of `maskserve VERB --word ... SOURCE`; `.to_bytes()` is what the command line and the service give.
 
+    sides: payloads by the word that stands for them, where a parameter names a tensor: {"and": "m"} with {"m": path}.
+
     >>> compute("reduce", "rain.safetensors", op="mean", dim="time")  # doctest: +SKIP
+    >>> compute("mask", "rain.safetensors", valid_range=(0, 100), **{"and": "quality"})  # doctest: +SKIP
     """
     if verb not in verbs():
         raise UnknownOpError(
@@ -111,5 +115,7 @@ def compute(verb: str, source: Source, **words: Any) -> Answer:
             parameter="verb",
             allowed=verbs(),
         )
-    with opened(source) as payload:
-        return run(build(verb, words), payload)
+    with ExitStack() as stack:
+        payload = stack.enter_context(opened(source))
+        others = {word: stack.enter_context(opened(side)) for word, side in (sides or {}).items()}
+        return run(build(verb, words), payload, others)

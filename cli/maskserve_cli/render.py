@@ -60,7 +60,13 @@ def summary(answer: Answer) -> str:
         what = f"{result.name} {result.dtype.name} {table.dims_text(tuple(result.data.shape), result.dims)}"
     else:
         what = f"{len(computed)} variables"
-    return f"{what}, {n_masked} of {n_cells} masked"
+    return f"{what}, {n_masked} of {n_cells} masked{before(computed)}"
+
+
+def before(computed: list[Result]) -> str:
+    """How many cells were masked in the question, where that is what changed."""
+    counts = [result.n_masked_before for result in computed if result.n_masked_before is not None]
+    return f" ({sum(counts)} before)" if counts else ""
 
 
 def masked(result: Result) -> int:
@@ -116,7 +122,7 @@ def shown(result: Result) -> Shown:
         dims=result.dims,
         cells=stored(whole(data), data.dtype).reshape(data.shape),
         valid=stored(whole(mask[0]), mask[0].dtype).reshape(data.shape) if mask else None,
-        note=f"{masked(result)} of {result.data.numel()} masked (true = valid)",
+        note=f"{masked(result)} of {result.data.numel()} masked{before([result])} (true = valid)",
     )
 
 

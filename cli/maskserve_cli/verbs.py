@@ -11,28 +11,32 @@ import typer
 
 from maskserve import requests
 from maskserve.ops import default
-from maskserve.ops.rows import Parameter, Type
+from maskserve.ops.rows import Parameter, Report, Type
+from maskserve_cli import reports
 from maskserve_cli.command import AsJson, Config, Files
 from maskserve_cli.outputs import Wanted
-from maskserve_cli.words import flag, help_text, metavar, rows
+from maskserve_cli.words import flag, help_text, keyword, metavar, rows
 from maskserve_cli.work import Asked, perform
 
 PANELS: Mapping[str, str] = {"common": "Reading the payload", "running": "Running", "own": "Parameters of the op"}
 OUTPUT = "Output"
+REPORTS = "Reports"
 REPEATED = (Type.DIMS, Type.WORDS, Type.NUMBERS)
 
 
 def command(verb: str) -> Callable[..., None]:
     """The function behind a verb's command, with one keyword for every option."""
     parameters = requests.parameters(verb)
+    listings = reports.of_verb(verb)
 
     def callback(**given: Any) -> None:
-        words = {name: given.pop(name) for name in ("op", *(p.name for p in parameters))}
+        words = {"op": given.pop("op"), **{p.name: given.pop(keyword(p)) for p in parameters}}
         said = {name: value for name, value in words.items() if value not in (None, [])}
         wanted = Wanted(**{field.name: given.pop(field.name) for field in fields(Wanted)})
-        perform(Asked(verb=verb, words=said, wanted=wanted, **given))
+        listing = reports.chosen(listings, {name: given.pop(name) for name in reports.options(listings)})
+        perform(Asked(verb=verb, words=said, wanted=wanted, listing=listing, **given))
 
-    options = [*own_options(verb, parameters), *OUTPUT_OPTIONS]
+    options = [*own_options(verb, parameters), *report_options(listings), *OUTPUT_OPTIONS]
     callback.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # typer reads the options here
     callback.__annotations__ = {option.name: option.annotation for option in options}
     return callback
@@ -50,7 +54,19 @@ def own_options(verb: str, parameters: tuple[Parameter, ...]) -> Iterator[inspec
     )  # fmt: skip
     yield option("op", Annotated[str | None, op])
     for parameter in parameters:
-        yield option(parameter.name, annotation(parameter))
+        yield option(keyword(parameter), annotation(parameter))
+
+
+def report_options(listings: tuple[Report, ...]) -> Iterator[inspect.Parameter]:
+    """An option for each report of the verb, and for what the reports take."""
+    for name, source in reports.options(listings).items():
+        is_flag = isinstance(source, Report) and not source.choices
+        spelled = "|".join(source.choices) if isinstance(source, Report) else metavar(source)
+        info = typer.Option(
+            f"--{name}", metavar=spelled or None, help=source.help, rich_help_panel=REPORTS, show_default=False,
+            autocompletion=completion(source.choices) if source.choices else None,
+        )  # fmt: skip
+        yield option(name, Annotated[bool if is_flag else str | None, info], False if is_flag else None)
 
 
 def option(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from keyword import iskeyword
 
 from maskserve.ops import OPS, default
 from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
@@ -33,7 +34,7 @@ def examples(verb: str) -> str:
     along = needed or next((f" {sample(p)}" for p in row.requestable if p.type in SAMPLES), "")
     start = f"maskserve {verb}{op}"
     other = rows(verb)[-1]
-    last = f"maskserve {verb} --op {other.name}{needs(other)}"
+    last = f"maskserve {verb} --op {other.name}{needs(other)}" if other is not own else f"{start}{along}"
     return "\n".join(
         [
             f"{start}{along if own else needed} rain.safetensors",
@@ -56,6 +57,11 @@ def sample(parameter: Parameter) -> str:
 def flag(parameter: Parameter) -> str:
     """The option that gives a parameter."""
     return f"--{parameter.name.replace('_', '-')}"
+
+
+def keyword(parameter: Parameter) -> str:
+    """A parameter's name as Python can have it: `not` is a word of the language."""
+    return f"{parameter.name}_" if iskeyword(parameter.name) else parameter.name
 
 
 def metavar(parameter: Parameter) -> str:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from maskserve import requests
+from maskserve import requests, sides
 from maskserve.payload.format import Payload
 from maskserve.requests import Request
 from maskserve.settings import Settings
-from maskserve_cli import inputs, outputs
+from maskserve.sides import Payloads
+from maskserve_cli import inputs, outputs, reports
 from maskserve_cli.command import collect_again, one_file, settings_of
 from maskserve_cli.exits import about, say
 from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
+from maskserve_cli.reports import Listing
 
 if TYPE_CHECKING:
     from maskserve.answers import Answer, Step
+
+TORCH = "torch"
+"""Who computes what no back end has a kernel for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +35,7 @@ class Asked:
     words: Mapping[str, Any]
     files: list[str] | None
     wanted: Wanted
+    listing: Listing | None
     dry_run: bool
     explain: bool
     config: str | None
@@ -43,15 +51,34 @@ def perform(asked: Asked) -> None:
         outputs.target(asked.wanted, None)  # what cannot be written is an error before stdin is waited for
     with about(title):
         payload = inputs.read(path, inputs.limits_of(settings))
-    with payload:
+    with ExitStack() as stack:
+        stack.enter_context(payload)
         target = outputs.target(asked.wanted, inputs.form_of(payload))
+        others = other_files(request, payload, settings, stack)
         with about(title):
-            act(asked, request, payload, target, settings)
+            act(asked, request, payload, others, target, settings)
 
 
-def act(asked: Asked, request: Request, payload: Payload, target: Target, settings: Settings) -> None:
+def other_files(request: Request, payload: Payload, settings: Settings, stack: ExitStack) -> Payloads:
+    """The files that stand where a tensor may be named: a tensor of the payload comes first."""
+    words = [str(request.params[p.name]) for p in sides.parameters(request.row) if p.name in request.params]
+    others = {}
+    for word in words:
+        if word not in payload.header.tensors and os.path.exists(word):
+            with about(inputs.title(word)):
+                others[word] = stack.enter_context(inputs.read(word, inputs.limits_of(settings)))
+    return others
+
+
+def act(
+    asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, settings: Settings
+) -> None:
     """Explains, runs and writes, as far as was asked."""
     from maskserve_cli import render
+
+    if asked.listing is not None:
+        reports.write(asked.listing, computed(request, payload, others, settings), target)
+        return
 
     if target.skip and not asked.dry_run:
         render.say_skipped(str(target.path))
@@ -59,22 +86,22 @@ def act(asked: Asked, request: Request, payload: Payload, target: Target, settin
     if asked.explain:
         from maskserve import answers
 
-        for line in explained(answers.explain(request, payload)):
+        for line in explained(answers.explain(request, payload, others)):
             say(line)
     if asked.dry_run:
-        outputs.write_text(dry_run(request, payload, target))
+        outputs.write_text(dry_run(request, payload, others, target))
         return
-    answer = computed(request, payload, settings)
+    answer = computed(request, payload, others, settings)
     render.write(answer, target, inputs.form_of(payload), nan_hint(request))
 
 
-def computed(request: Request, payload: Payload, settings: Settings) -> Answer:
+def computed(request: Request, payload: Payload, others: Payloads, settings: Settings) -> Answer:
     """The answer, on the threads that the settings give."""
     from maskserve import answers, execution
 
     collect_again()
     with execution.using(threads=settings["threads"] or None):
-        return answers.run(request, payload)
+        return answers.run(request, payload, others)
 
 
 def nan_hint(request: Request) -> str | None:
@@ -107,20 +134,20 @@ def outlook(step: Step) -> Outlook:
     info, plan = step.variable.info, step.plan
     return Outlook(
         name=step.variable.name,
-        passes_through=plan is None,
+        passes_through=step.passes_through,
         reads=f"{info.dtype.name} {dims_text(info.shape, step.variable.dims)}",
         writes=f"{(plan.result if plan else info.dtype).name} {dims_text(step.out_shape, step.dims)}",
         bytes_read=step.bytes_read,
         bytes_written=step.bytes_written,
-        backend=step.choice.backend.name if step.choice else None,
+        backend=step.choice.backend.name if step.choice else None if step.passes_through else TORCH,
     )
 
 
-def dry_run(request: Request, payload: Payload, target: Target) -> Iterator[str]:
+def dry_run(request: Request, payload: Payload, others: Payloads, target: Target) -> Iterator[str]:
     """Lines that say what would be read, computed and written."""
     from maskserve import answers
 
-    looks = [outlook(step) for step in answers.explain(request, payload)]
+    looks = [outlook(step) for step in answers.explain(request, payload, others)]
     if target.form is Form.JSON and target.path is None:
         yield as_json(request, looks, target)
         return
@@ -145,11 +172,13 @@ def words_of(request: Request) -> str:
     """The request as one would type it."""
     said = request.canonical()
     verb = said.pop("verb")
-    return f"{verb} " + " ".join(f"--{name.replace('_', '-')} {spelled(value)}" for name, value in said.items())
+    return f"{verb} " + " ".join(f"--{name.replace('_', '-')}{spelled(value)}" for name, value in said.items())
 
 
 def spelled(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if value is True:
+        return ""
+    return " " + (",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def as_json(request: Request, looks: list[Outlook], target: Target) -> str:
@@ -163,7 +192,8 @@ def explained(steps: tuple[Step, ...]) -> Iterator[str]:
     """A line for each variable: who computes it, and why those before in the list do not."""
     for step in steps:
         if step.plan is None or step.choice is None:
-            yield f"{step.variable.name}: passes through, it has no such dim"
+            by = "passes through, it has no such dim" if step.passes_through else f"a new mask on {step.device} by {TORCH}"
+            yield f"{step.variable.name}: {by}"
             continue
         plan, choice = step.plan, step.choice
         refused = "; ".join(f"not {name}: {reason}" for name, reason in choice.refusals)

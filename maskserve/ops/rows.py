@@ -296,6 +296,18 @@ class Ordering(Scan):
     """How many cells of each slice it gives."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Lines about the masks of an answer in its place: an option of the command line, a function in Python."""
+
+    name: str
+    help: str
+    function: str
+    choices: tuple[str, ...] = ()
+    """What the option takes; it is a flag where there are none."""
+    parameters: tuple[Parameter, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Masking(Row):
     """A new mask for the same cells: a function of cell values and of the old mask; the data stays."""
@@ -304,6 +316,7 @@ class Masking(Row):
     verb: str | None = "mask"
 
     function: str
+    reports: tuple[Report, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

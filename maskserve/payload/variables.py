@@ -36,7 +36,7 @@ from maskserve.payload.metadata import (
 )
 
 __all__ = [
-    "MaskKind", "MaskSource", "Variable", "Variables", "resolve",
+    "MaskKind", "MaskSource", "Variable", "Variables", "resolve", "unknown",
     "answer_mask_name", "answer_metadata",
     "Means", "Dims",
 ]  # fmt: skip
@@ -96,7 +96,7 @@ class Variables:
         for group in (self.computed, self.coordinates, self.side_inputs):
             if name in group:
                 return group[name]
-        raise _unknown(name, self.computed, parameter="tensor")
+        raise unknown(name, self.computed, parameter="tensor")
 
 
 def resolve(
@@ -110,7 +110,8 @@ def resolve(
     """The variables of a payload, each with its mask, in the order of their bytes.
 
     `mask` names the mask of every variable, or of each by name; `side_inputs` name what a request uses beside
-    grad_output; `tensors` picks the variables to compute on.
+    grad_output: a mask that is one stays its tensor's, and a coordinate that is one a coordinate; `tensors` picks the
+    variables to compute on.
     """
     names = header.tensors
     _refuse_sparse(names)
@@ -150,6 +151,7 @@ def _roles(header: Header, mask: str | Pairs | None, sides: Collection[str], ten
     owners = dict.fromkeys(name for name in names if name not in masks and name != MASK and _owner(name) is None)
     variables = [name for name in owners if name not in sides]
     inner = dict.fromkeys(name for name in variables if dims.get(name) != (name,))
+    used_masks = [name for name in names if name in sides and name not in owners]
     if wrong := [name for name in tensors or () if name not in inner]:
         raise UnknownTensorError(
             f"{shown(wrong[0])} is not computed on: it is a mask, a coordinate or a side input", parameter="tensor"
@@ -162,16 +164,18 @@ def _roles(header: Header, mask: str | Pairs | None, sides: Collection[str], ten
         raise orphan(explicit[homeless[0]], homeless[0])
     return _Roles(
         computed=computed,
-        coordinates=[name for name in variables if name not in inner],
-        sides=[name for name in owners if name in sides],
+        coordinates=[name for name in owners if dims.get(name) == (name,) and name != GRAD_OUTPUT],
+        sides=[*(name for name in owners if name in sides), *used_masks],
         dims=dims,
         explicit=explicit,
-        suffixed=_suffixed(names, masks, owners),
-        by_word=_owner_of_the_word(names, masks, list(inner)),
+        suffixed=_suffixed(names, masks, owners, sides),
+        by_word=_owner_of_the_word(names, masks, list(inner), sides),
     )
 
 
-def _suffixed(names: Collection[str], masks: Collection[str], owners: Collection[str]) -> dict[str, list[str]]:
+def _suffixed(
+    names: Collection[str], masks: Collection[str], owners: Collection[str], sides: Collection[str]
+) -> dict[str, list[str]]:
     """The companions of each owner by suffix, less those that were named as some tensor's mask."""
     companions: dict[str, list[str]] = {}
     for name in names:
@@ -179,17 +183,21 @@ def _suffixed(names: Collection[str], masks: Collection[str], owners: Collection
         if name in masks or owner is None:
             continue
         if owner not in owners:
+            if name in sides:
+                continue
             raise orphan(name, owner)
         companions.setdefault(owner, []).append(name)
     return companions
 
 
-def _owner_of_the_word(names: Collection[str], masks: Collection[str], inner: list[str]) -> str | None:
+def _owner_of_the_word(
+    names: Collection[str], masks: Collection[str], inner: list[str], sides: Collection[str]
+) -> str | None:
     """The one variable that a tensor called `mask` stands beside; coordinates are not computed on and do not count."""
     if MASK not in names or MASK in masks:
         return None
-    if len(inner) == 1:
-        return inner[0]
+    if len(inner) == 1 or MASK in sides:
+        return inner[0] if len(inner) == 1 else None
     raise OrphanMaskError(
         f"the tensor mask stands beside {len(inner)} variables, and is a mask only beside exactly one: "
         f"call it NAME.mask, or name its variable in the request",
@@ -276,7 +284,8 @@ def _bad_shape(of: TensorInfo, mask: TensorInfo, rule: str) -> NoReturn:
     )
 
 
-def _unknown(name: str, names: Collection[str], *, parameter: str) -> UnknownTensorError:
+def unknown(name: str, names: Collection[str], *, parameter: str) -> UnknownTensorError:
+    """The error of a name that no tensor has."""
     allowed = [shown(known) for known in names]
     some = ", ".join(allowed[:8]) + (", …" if len(allowed) > 8 else "")
     return UnknownTensorError(
@@ -298,7 +307,7 @@ def _refuse_sparse(names: Collection[str]) -> None:
 def _check_known(asked: Iterable[str], names: Collection[str], *, parameter: str) -> None:
     for name in asked:
         if name not in names:
-            raise _unknown(name, names, parameter=parameter)
+            raise unknown(name, names, parameter=parameter)
 
 
 def _check_asked(mask: str | Pairs | None, names: Collection[str]) -> None:
