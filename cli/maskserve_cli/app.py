@@ -75,6 +75,11 @@ OWN: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "whether files can be read: a line each, exit 65 if one cannot",
         ("maskserve validate data/*.safetensors",),
     ),
+    "diff": (
+        "maskserve_cli.diff:diff",
+        "where two files differ: quiet and exit 0 where they do not, exit 1 where they do",
+        ("maskserve diff before.safetensors after.safetensors", "maskserve diff --rtol 1e-6 --json a.safetensors b.json"),
+    ),
     "ops": (
         "maskserve_cli.ops:ops",
         "what can be computed, and the parameters of one op",

@@ -16,6 +16,8 @@ from maskserve import errors
 from maskserve.errors import MaskserveError
 
 DONE = 0
+DIFFERENT = 1
+"""What `diff` found; no error has this code."""
 USAGE = 2
 BAD_DATA = 65
 NO_INPUT = 66
