@@ -70,6 +70,7 @@ _LARGEST: Mapping[str, float] = MappingProxyType(
         "bf16": 3.3895313892515355e38,
         "f16": 65504.0,
         "c64": 3.4028234663852886e38,
+        "c128": 1.7976931348623157e308,
         "f8_e4m3": 448.0,
         "f8_e5m2": 57344.0,
     }
@@ -90,13 +91,15 @@ u8 = DType(name="u8", code="U8", torch="uint8", n_bytes=1, kind=Kind.UINT)
 boolean = DType(name="bool", code="BOOL", torch="bool", n_bytes=1, kind=Kind.BOOL)
 f8_e4m3 = DType(name="f8_e4m3", code="F8_E4M3", torch="float8_e4m3fn", n_bytes=1, kind=Kind.FLOAT)
 f8_e5m2 = DType(name="f8_e5m2", code="F8_E5M2", torch="float8_e5m2", n_bytes=1, kind=Kind.FLOAT)
+c128 = DType(name="c128", code="", torch="complex128", n_bytes=16, kind=Kind.COMPLEX)  # no payload holds it
 c64 = DType(name="c64", code="C64", torch="complex64", n_bytes=8, kind=Kind.COMPLEX)
 
-ALL: tuple[DType, ...] = (f64, f32, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean, f8_e4m3, f8_e5m2, c64)
+ALL: tuple[DType, ...] = (f64, f32, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean, f8_e4m3, f8_e5m2, c64, c128)
 FLOATING = frozenset({f64, f32, f16, bf16})
 INTEGRAL = frozenset({i64, i32, i16, i8, u8, boolean})
 WIDENED: Mapping[DType, DType] = MappingProxyType({u16: i64, u32: i64, f8_e4m3: f32, f8_e5m2: f32})
 """What is stored narrow and computed wide: torch has no arithmetic of its own for these."""
+COMPLEX = frozenset({c64, c128})
 NUMERIC = FLOATING | INTEGRAL | frozenset(WIDENED)
 
 WIDE: Mapping[DType, DType] = MappingProxyType({f8_e4m3: f32, f8_e5m2: f32, u16: i64, u32: i64})
@@ -112,7 +115,7 @@ def and_stored(computed: frozenset[DType]) -> frozenset[DType]:
     return computed | {stored for stored, wide in WIDE.items() if wide in computed}
 
 
-BY_CODE: Mapping[str, DType] = MappingProxyType({dtype.code: dtype for dtype in ALL})
+BY_CODE: Mapping[str, DType] = MappingProxyType({dtype.code: dtype for dtype in ALL if dtype.code})
 BY_TORCH: Mapping[str, DType] = MappingProxyType({dtype.torch: dtype for dtype in ALL})
 BY_NAME: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in ALL})
 

@@ -19,13 +19,12 @@ from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, counting, cut, spans
-from maskserve.dtypes import DType, Kind, f32, f64, i64
+from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError
 from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel
 from maskserve.masks import intersection
-from maskserve.ops.rows import Normalization, OnComplex, Ordering, Reduction, Scan
+from maskserve.ops.rows import Normalization, Ordering, Reduction, Scan
 from maskserve.plan import Plan
-from maskserve.plan import plan as plan_of
 
 Masked = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor | None]
@@ -40,9 +39,6 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None =
         values, valid, _ = run_with_indices(plan, data, mask)
         return values, valid
     if plan.stored.kind is Kind.COMPLEX:
-        if not plan.shape:  # a dim to reduce that is not that of the parts
-            line = replace(plan, shape=(1,), dims=(0,))
-            return run_complex(line, data.view(1), None if mask is None else mask.view(1), weights)
         return run_complex(plan, data, mask, weights)
     return compute(plan, data, mask, weights)
 
@@ -98,32 +94,14 @@ def picked(plan: Plan, data: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
 
 
 def run_complex(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None) -> Masked:
-    """Complex cells by way of real ones: by parts, as a spread over both, or as magnitudes."""
+    """Complex cells by the row's own way to real ones."""
+    if not plan.shape:  # a dim to reduce that is not that of the parts
+        line = replace(plan, shape=(1,), dims=(0,))
+        return run_complex(line, data.view(1), None if mask is None else mask.view(1), weights)
     row = plan.row
     mask = counting(row, data, mask, plan.params["nan"])
-    if row.on_complex is OnComplex.MAGNITUDE:
-        values, valid = compute(real_plan(plan, plan.shape, f64), data.to(torch.complex128).abs(), mask)
-        return narrowed(plan, values).reshape(plan.out_shape), valid.reshape(plan.out_shape)
-    parts = torch.view_as_real(data.resolve_conj())
-    mask = None if mask is None else mask.unsqueeze(-1)
-    if weights is not None:
-        weights = (weights[0].unsqueeze(-1), None if weights[1] is None else weights[1].unsqueeze(-1))
-    values, valid = compute(real_plan(plan, (*plan.shape, 2), f32), parts, mask, weights)
-    if row.on_complex is OnComplex.PARTS:
-        joined = torch.view_as_complex(values.contiguous()).to(getattr(torch, plan.result.torch))
-    else:
-        joined = narrowed(plan, values.sum(-1) if row.on_complex is OnComplex.SPREAD else values.norm(dim=-1))
-    return joined.reshape(plan.out_shape), valid[..., 0].reshape(plan.out_shape)
-
-
-@lru_cache(maxsize=1024)
-def real_plan(plan: Plan, shape: tuple[int, ...], dtype: DType) -> Plan:
-    """The plan of a complex one's real cells, in float64 where the result is no count."""
-    dims: tuple[int, ...] | int = plan.dims if isinstance(plan.row, Reduction) else plan.dims[0]
-    said = {name: value for name, value in plan.params.items() if name not in ("dim", "dtype", "nan")}
-    if not plan.result.is_integral:
-        said["dtype"] = f64
-    return plan_of(plan.row, (*said.items(), ("dim", dims)), shape, dtype, plan.device)
+    result: Masked = kernel(row.on_complex)(plan, data, mask, weights, compute)
+    return result
 
 
 # -- reductions ---------------------------------------------------------------------------------------------------

@@ -266,7 +266,9 @@ def check(row: Row, parameter: Parameter, value: Any) -> Any:
     """`value` in its canonical form, or a ParameterError that says what is allowed."""
     if parameter.default is REQUIRED and value in (REQUIRED, None):
         raise ParameterError(f"{row.name} needs {parameter.name}: {parameter.help}", parameter=parameter.name)
-    if value is None and parameter.default is None:
+    if value is None:  # torch's word for what is not given
+        value = parameter.default
+    if value is None:
         return None
     canonical, expected = _CHECKS[parameter.type](parameter, value)
     if not canonical:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import FLOATING, NUMERIC, and_stored, boolean, c64, u8
+from maskserve.dtypes import COMPLEX, FLOATING, NUMERIC, and_stored, boolean, u8
 from maskserve.ops.rows import REQUIRED, Elementwise, Parameter, Type
 
 SLOPE = Parameter(name="negative_slope", type=Type.NUMBER, default=0.01, help="slope below 0")
@@ -34,14 +34,14 @@ ROWS = (
                 accepts=FLOATS),
     Elementwise(name="gelu", summary="input times the normal distribution at input", parameters=(APPROXIMATE,),
                 accepts=FLOATS),
-    Elementwise(name="silu", summary="input * sigmoid(input)", accepts=FLOATS | {c64}),
+    Elementwise(name="silu", summary="input * sigmoid(input)", accepts=FLOATS | COMPLEX),
     Elementwise(name="mish", summary="input * tanh(softplus(input))", accepts=FLOATS),
     Elementwise(name="softplus", summary="log(1 + exp(beta * input)) / beta", parameters=(BETA, LINEAR), accepts=FLOATS),
-    Elementwise(name="softsign", summary="input / (1 + |input|)", accepts=COUNTING | {c64}),
-    Elementwise(name="sigmoid", summary="1 / (1 + exp(-input))", torch=("expit",), accepts=REAL | {c64}),
+    Elementwise(name="softsign", summary="input / (1 + |input|)", accepts=COUNTING | COMPLEX),
+    Elementwise(name="sigmoid", summary="1 / (1 + exp(-input))", torch=("expit",), accepts=REAL | COMPLEX),
     Elementwise(name="logsigmoid", summary="log(sigmoid(input))", accepts=FLOATS),
     Elementwise(name="logit", summary="log(input / (1 - input))", parameters=(EPS,), accepts=REAL),
-    Elementwise(name="tanhshrink", summary="input - tanh(input)", accepts=COUNTING | {c64}),
+    Elementwise(name="tanhshrink", summary="input - tanh(input)", accepts=COUNTING | COMPLEX),
     Elementwise(name="hardtanh", summary="input, between min_val and max_val", parameters=(MIN_VAL, MAX_VAL),
                 accepts=COUNTING - {u8}),
     Elementwise(name="hardsigmoid", summary="input / 6 + 1 / 2, between 0 and 1", accepts=FLOATS),

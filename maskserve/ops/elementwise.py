@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from maskserve.dtypes import INTEGRAL, NUMERIC, and_stored, boolean, c64, f32, u64
+from maskserve.dtypes import COMPLEX, INTEGRAL, NUMERIC, and_stored, boolean, f32, u64
 from maskserve.ops import activations, mathematics, special
 from maskserve.ops.rows import OTHER, Elementwise, MaskRule, Parameter, Type
 
@@ -24,7 +24,7 @@ NEGINF = Parameter(name="neginf", type=Type.NUMBER, help="what -inf becomes; the
 TWO: Final = ("input", "other")
 
 REAL = and_stored(NUMERIC)
-ANY = REAL | {c64}
+ANY = REAL | COMPLEX
 COUNTING = REAL - {boolean}
 SIGNED = ANY - {boolean}
 WHOLE = and_stored(INTEGRAL)
@@ -73,7 +73,7 @@ ROWS = (
     Elementwise(name="clamp_max", summary="input, at most max", operands=("input", "max"), identity=(None, OTHER),
                 accepts=REAL),
     Elementwise(name="lerp", summary="input + weight * (end - input)", operands=("input", "end", "weight"),
-                accepts=mathematics.FLOATS | {c64}),
+                accepts=mathematics.FLOATS | COMPLEX),
     Elementwise(name="addcmul", summary="input + value * tensor1 * tensor2", operands=("input", "tensor1", "tensor2"),
                 parameters=(VALUE,), identity=(0, None, None), tensors_only=True, accepts=ANY),
     Elementwise(name="addcdiv", summary="input + value * tensor1 / tensor2", operands=("input", "tensor1", "tensor2"),

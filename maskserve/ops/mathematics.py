@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import FLOATING, NUMERIC, and_stored, boolean, c64
+from maskserve.dtypes import COMPLEX, FLOATING, NUMERIC, and_stored, boolean
 from maskserve.ops.rows import Elementwise, Parameter, Type
 
 DECIMALS = Parameter(name="decimals", type=Type.NUMBER, default=0, keyword_only=True, help="digits after the point; floats only")
 
 REAL = and_stored(NUMERIC)
-ANY = REAL | {c64}
+ANY = REAL | COMPLEX
 COUNTING = REAL - {boolean}
 FLOATS = and_stored(FLOATING)
 TWO = ("input", "other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from maskserve.dtypes import COMPLEX, NUMERIC
 from maskserve.ops import passes
 from maskserve.ops.rows import CORRECTION, DIM, DTYPE, KEYWORD_DTYPE, NAN, ORD, Normalization, Parameter, Type, floated
 
@@ -32,6 +33,7 @@ ROWS = (
         name="normalize",
         summary="valid cells divided by their norm along dim",
         parameters=(ORD, DIM, EPS, KEYWORD_DTYPE, NAN),
+        accepts=NUMERIC | COMPLEX, on_complex=".complexes:normalized",
         result=floated, passes=(passes.POWERS,), apply=".norms:apply_normalize",
         torch_words={"p": "ord"}, torch_defaults={"dim": 1},
     ),

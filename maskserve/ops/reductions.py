@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from maskserve.dtypes import NUMERIC, boolean, c64, i64, u64
+from maskserve.dtypes import COMPLEX, NUMERIC, boolean, i64, u64
 from maskserve.ops import passes
 from maskserve.ops.rows import (
     CORRECTION,
@@ -19,7 +19,6 @@ from maskserve.ops.rows import (
     REQUIRED,
     UNBIASED,
     WEIGHTS,
-    OnComplex,
     Parameter,
     Params,
     Reduction,
@@ -34,7 +33,7 @@ from maskserve.ops.rows import (
 
 OURS = (MIN_COUNT, EMPTY, NAN)
 ORDERED = NUMERIC | {u64}
-SUMMED = ORDERED | {c64}
+SUMMED = ORDERED | COMPLEX
 NUMBERS = NUMERIC - {boolean}
 QUANTILE = Parameter(
     name="q", type=Type.NUMBERS, default=REQUIRED, help="which quantile, from 0 to 1; several give a new first dim"
@@ -61,7 +60,7 @@ ROWS = (
         name="sum",
         summary="sum of the valid cells",
         parameters=(DIMS, KEEPDIM, DTYPE, WEIGHTS, *OURS),
-        accepts=SUMMED, on_complex=OnComplex.PARTS,
+        accepts=SUMMED, on_complex=".complexes:by_parts",
         result=summed_or_weighted, passes=(passes.TOTAL,), finalize=".reductions:finalize_sum", identity=0,
         weighted=(passes.WEIGHTED_TOTAL,), finalize_weighted=".weighted:finalize_sum",
     ),
@@ -69,7 +68,7 @@ ROWS = (
         name="mean",
         summary="arithmetic mean of the valid cells",
         parameters=(DIMS, KEEPDIM, DTYPE, WEIGHTS, *OURS),
-        accepts=SUMMED, on_complex=OnComplex.PARTS,
+        accepts=SUMMED, on_complex=".complexes:by_parts",
         result=floated, passes=(passes.TOTAL,), finalize=".reductions:finalize_mean",
         weighted=(passes.WEIGHTED_TOTAL,), finalize_weighted=".weighted:finalize_mean",
     ),
@@ -77,7 +76,7 @@ ROWS = (
         name="var",
         summary="variance of the valid cells; masked where their count does not exceed `correction`",
         parameters=(DIMS, UNBIASED, KEEPDIM, CORRECTION, KEYWORD_DTYPE, WEIGHTS, *OURS),
-        accepts=SUMMED, on_complex=OnComplex.SPREAD,
+        accepts=SUMMED, on_complex=".complexes:spread",
         result=spread, passes=(passes.MOMENTS,), finalize=".reductions:finalize_var",
         weighted=(passes.WEIGHTED_MOMENTS,), finalize_weighted=".weighted:finalize_var",
         needs=lambda params: params["correction"],
@@ -86,7 +85,7 @@ ROWS = (
         name="std",
         summary="standard deviation of the valid cells; masked where their count does not exceed `correction`",
         parameters=(DIMS, UNBIASED, KEEPDIM, CORRECTION, KEYWORD_DTYPE, WEIGHTS, *OURS),
-        accepts=SUMMED, on_complex=OnComplex.HYPOT,
+        accepts=SUMMED, on_complex=".complexes:root_of_spread",
         result=spread, passes=(passes.MOMENTS,), finalize=".reductions:finalize_std",
         weighted=(passes.WEIGHTED_MOMENTS,), finalize_weighted=".weighted:finalize_std",
         needs=lambda params: params["correction"],
@@ -123,27 +122,28 @@ ROWS = (
         name="count",
         summary="how many cells are valid; never masked",
         parameters=(DIMS, KEEPDIM, NAN),
-        accepts=SUMMED, on_complex=OnComplex.MAGNITUDE,
+        accepts=SUMMED, on_complex=".complexes:magnitude",
         result=always(i64), passes=(passes.COUNT,), finalize=".reductions:finalize_count", identity=0, never_masked=True,
     ),
     Reduction(
         name="any",
         summary="whether any valid cell is nonzero",
         parameters=(DIMS, KEEPDIM, *OURS),
-        accepts=SUMMED, on_complex=OnComplex.MAGNITUDE,
+        accepts=SUMMED, on_complex=".complexes:magnitude",
         result=always(boolean), passes=(passes.TRUTHS,), finalize=".reductions:finalize_any", identity=False,
     ),
     Reduction(
         name="all",
         summary="whether every valid cell is nonzero",
         parameters=(DIMS, KEEPDIM, *OURS),
-        accepts=SUMMED, on_complex=OnComplex.MAGNITUDE,
+        accepts=SUMMED, on_complex=".complexes:magnitude",
         result=always(boolean), passes=(passes.TRUTHS,), finalize=".reductions:finalize_all", identity=True,
     ),
     Reduction(
         name="logsumexp",
         summary="log of the sum of exponentials of the valid cells",
         parameters=(DIMS, KEEPDIM, KEYWORD_DTYPE, *OURS),
+        accepts=NUMERIC | COMPLEX, on_complex=".complexes:logsumexp",
         result=floated, passes=(passes.EXPONENTIALS,), finalize=".reductions:finalize_logsumexp", identity=-math.inf,
     ),
     Reduction(
@@ -166,13 +166,14 @@ ROWS = (
         name="prod",
         summary="product of the valid cells",
         parameters=(DIMS, KEEPDIM, DTYPE, *OURS),
+        accepts=NUMERIC | COMPLEX, on_complex=".complexes:product",
         result=summed, passes=(passes.PRODUCT,), finalize=".products:finalize_prod", identity=1,
     ),
     Reduction(
         name="norm",
         summary="(sum of |cell|^ord)^(1/ord) of the valid cells; for inf the largest |cell|, for 0 how many are nonzero",
         parameters=(ORD, DIMS, KEEPDIM, DTYPE, *OURS),
-        accepts=NUMERIC | {c64}, on_complex=OnComplex.MAGNITUDE,
+        accepts=NUMERIC | COMPLEX, on_complex=".complexes:magnitude",
         result=spread, passes=(passes.POWERS,), finalize=".norms:finalize_norm", identity=0,
         torch=("vector_norm",), torch_words={"p": "ord", "x": "input"}, torch_values={"fro": 2},
     ),

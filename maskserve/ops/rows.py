@@ -146,9 +146,14 @@ def summed_or_weighted(dtype: DType, params: Params) -> DType:
     return floated(dtype, params) if params.get("weights") else summed(dtype, params)
 
 
+def real_of(dtype: DType) -> DType:
+    """The dtype of a complex one's parts."""
+    return {dtypes.c64: dtypes.f32, dtypes.c128: dtypes.f64}.get(dtype, dtype)
+
+
 def spread(dtype: DType, params: Params) -> DType:
     """As a mean, and real for complex cells."""
-    return floated(dtypes.f32 if dtype is dtypes.c64 else dtype, params)
+    return floated(real_of(dtype), params)
 
 
 floated = chosen(lambda dtype: dtypes.f64 if dtype.is_integral else dtype)
@@ -202,15 +207,6 @@ class Row:
         return tuple(p for p in self.parameters if not p.request_only)
 
 
-class OnComplex(StrEnum):
-    """What a sliced op makes of complex cells; each is arithmetic on real ones."""
-
-    PARTS = "parts"  # real and imaginary parts by themselves: sum, mean
-    SPREAD = "spread"  # the two results added: the variance
-    HYPOT = "hypot"  # the root of their squares' sum: the standard deviation
-    MAGNITUDE = "magnitude"  # of the absolute values: norm, count
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sliced(Row):
     """An op along dims: every result cell depends on one slice alone.
@@ -223,7 +219,8 @@ class Sliced(Row):
     indices: bool = False
     """Whether the Python function of a picking row, called with a dim, gives the places too: (values, indices)."""
     needs: Callable[[Params], float] | None = None
-    on_complex: OnComplex | None = None
+    on_complex: str = ""
+    """The kernel that makes real cells of complex ones, where the row takes them."""
     check: Callable[[Params], str | None] = lambda _: None
     """What is wrong with the parameters, where their types do not say it."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import NUMERIC, boolean, c64, f64, u64
-from maskserve.ops.rows import DIM, KEYWORD_DTYPE, NAN, OnComplex, Parameter, Scan, Type, always, floated, same, summed
+from maskserve.dtypes import COMPLEX, NUMERIC, boolean, f64, u64
+from maskserve.ops.rows import DIM, KEYWORD_DTYPE, NAN, Parameter, Scan, Type, always, floated, same, summed
 
 METHOD = Parameter(
     name="method", type=Type.CHOICE, default="average", choices=("average", "min", "max", "dense", "ordinal"),
@@ -15,13 +15,14 @@ ROWS = (
         name="cumsum",
         summary="running sum of the valid cells along dim; masked cells are skipped and stay masked",
         parameters=(DIM, KEYWORD_DTYPE, NAN),
-        accepts=NUMERIC | {c64}, on_complex=OnComplex.PARTS,
+        accepts=NUMERIC | COMPLEX, on_complex=".complexes:by_parts",
         result=summed, scan=".scans:CumulativeSum",
     ),
     Scan(
         name="cumprod",
         summary="running product of the valid cells along dim; masked cells are skipped and stay masked",
         parameters=(DIM, KEYWORD_DTYPE, NAN),
+        accepts=NUMERIC | COMPLEX, on_complex=".complexes:running_product",
         result=summed, scan=".products:CumulativeProduct",
     ),
     Scan(

@@ -69,7 +69,7 @@ def load_mask(payload: Payload, of: TensorInfo, mask: MaskSource) -> torch.Tenso
 def output(name: str, tensor: torch.Tensor) -> Output:
     """`tensor` as it is written: little-endian bytes in row-major order, shared with the tensor where they lie so."""
     word = str(tensor.dtype).removeprefix("torch.")
-    if word not in BY_TORCH:
+    if word not in BY_TORCH or not BY_TORCH[word].code:
         raise DtypeError(f"{shown(name)} is {word}, which a payload cannot hold: give one of {', '.join(BY_TORCH)}")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     cells = plain.reshape(-1).view(torch.uint8).numpy()
