@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from maskserve import errors, requests
 from maskserve.ops import OPS, verbs
 from maskserve.payload.format import Limits
-from maskserve_cli import inputs, words
+from maskserve_cli import exits, inputs, words
 from tests.command_line import (  # noqa: F401  # fixtures are found by name
     ROOT,
     Maskserve,
@@ -182,7 +182,11 @@ def test_a_verb_s_examples_work(maskserve: Maskserve, verb: str) -> None:
 def test_help_names_every_command(maskserve: Maskserve) -> None:
     text = maskserve("--help").text
     assert text == maskserve().text
-    assert all(f"\n  {name} " in text for name in (*verbs(), "info", "head", "validate", "ops", "serve", "doctor"))
+    ours = ("info", "head", "validate", "diff", "ops", "serve", "doctor")
+    assert all(f"\n  {name} " in text for name in (*verbs(), *ours))
+    codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
+    assert set(exits.MEANINGS) == codes
+    assert all(f"\n  {code:<5}" in text and meaning in text for code, meaning in exits.MEANINGS.items())
 
 
 def test_no_op_and_no_parameter_of_an_op_is_named_in_the_command_line() -> None:

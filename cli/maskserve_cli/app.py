@@ -147,6 +147,8 @@ class Commands(TyperGroup):
             formatter.write_dl([(name, entry.summary) for name, entry in entries().items()])
         with formatter.section("Options"):
             formatter.write_dl([r for p in self.get_params(ctx) if (r := p.get_help_record(ctx)) is not None])
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in exits.MEANINGS.items()])
 
 
 def built(name: str, entry: Entry) -> Any:

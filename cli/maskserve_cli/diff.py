@@ -19,7 +19,7 @@ from maskserve_cli import exits, inputs, outputs
 from maskserve_cli.command import AsJson, Config, settings_of
 from maskserve_cli.exits import about
 from maskserve_cli.progress import progress
-from maskserve_cli.table import dims_text
+from maskserve_cli.table import dims_text, spelled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,27 +192,34 @@ def compare(
                 if found.first_validity is None:
                     found.first_validity = index_of(at + int(apart.argmax()), shape)
                 found.validity += int(np.count_nonzero(apart))
-            both = np.flatnonzero(np.broadcast_to(one & other, ours.shape))
-            found.n_compared += both.size
-            compare_values(found, ours[both], theirs[both], at + both, shape, dtypes, tolerance)
+            both = np.broadcast_to(one & other, ours.shape)
+            found.n_compared += int(np.count_nonzero(both))
+            compare_values(found, ours, theirs, both, at, shape, dtypes, tolerance)
             at += ours.size
             tick(ours.nbytes)
 
 
 def compare_values(
-    found: Difference, ours: Array, theirs: Array, at: Array, shape: Index, dtypes: tuple[DType, DType], tolerance: Tolerance
+    found: Difference,
+    ours: Array,
+    theirs: Array,
+    both: Array,
+    start: int,
+    shape: Index,
+    dtypes: tuple[DType, DType],
+    tolerance: Tolerance,
 ) -> None:
-    """Adds the cells of a block that are valid in both; `at` are their flat indices."""
+    """Adds the cells of a block that are valid in both; `start` is the flat index of its first."""
     import numpy as np
 
     from maskserve_cli.cells import numbers
 
     a, b = numbers(ours, dtypes[0]), numbers(theirs, dtypes[1])
-    is_same = (a == b) | ((a != a) & (b != b))
-    if is_same.all():
+    differs = both & (a != b)
+    if not differs.any():
         return
-    rest = ~is_same
-    a, b, at, codes = a[rest], b[rest], at[rest], (ours[rest], theirs[rest])
+    rest = np.flatnonzero(differs & ((a == a) | (b == b)))
+    a, b, at, codes = a[rest], b[rest], start + rest, (ours[rest], theirs[rest])
     gap = distance(a, b)
     size = np.abs(b.astype(np.float64)) if b.dtype.kind != "c" else np.abs(b)
     if tolerance != Tolerance(0.0, 0.0):
@@ -236,12 +243,13 @@ def distance(a: Array, b: Array) -> Array:
 
     kind = np.promote_types(a.dtype, b.dtype)
     if kind.kind == "b":
-        return (a != b).astype(np.uint8)
+        a, b, kind = a.view(np.uint8), b.view(np.uint8), np.dtype(np.uint8)
     if kind.kind in "iu":
         x, y = a.astype(kind), b.astype(kind)
-        wide = x.astype(np.uint64), y.astype(np.uint64)  # differences wrap around to what they should be
-        return np.where(x > y, wide[0] - wide[1], wide[1] - wide[0])
-    wide = np.complex128 if kind.kind == "c" else np.float64
+        over, under = x.astype(np.uint64), y.astype(np.uint64)  # differences wrap around to what they should be
+        exact: Array = np.where(x > y, over - under, under - over)
+        return exact
+    wide = np.dtype(np.complex128 if kind.kind == "c" else np.float64)
     gap: Array = np.abs(a.astype(wide) - b.astype(wide))
     return gap
 
@@ -253,7 +261,8 @@ def ordered(cells: Array, dtype: DType) -> Array:
     n_bits = 8 * dtype.n_bytes
     codes = np.ascontiguousarray(cells).view(f"<i{dtype.n_bytes}").astype(np.int64)
     sign = np.int64(-(1 << n_bits - 1))
-    return np.where(codes < 0, sign - codes, codes)
+    in_order: Array = np.where(codes < 0, sign - codes, codes)
+    return in_order
 
 
 def larger(known: Largest | None, values: Array, at: Array, shape: Index) -> Largest:
@@ -301,7 +310,7 @@ def lines(one: Difference, titles: tuple[str, str]) -> Iterator[str]:
 def by(one: Difference) -> str:
     """How far cells differ, and where most."""
     words = [
-        f"{what} {largest.value:.6g}{unit} at {list(largest.index)}"
+        f"{what} {spelled(largest.value)}{unit} at {list(largest.index)}"
         for what, largest, unit in (
             ("at most", one.absolute, ""),
             ("relative", one.relative, ""),

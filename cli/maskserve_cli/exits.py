@@ -32,6 +32,27 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
 
+MEANINGS: Mapping[int, str] = MappingProxyType(
+    {
+        DONE: "done",
+        DIFFERENT: "diff found a difference",
+        USAGE: "wrong words, or a request that cannot be computed",
+        BAD_DATA: "bad data",
+        NO_INPUT: "no such input",
+        UNAVAILABLE: "a service or store is down",
+        INTERNAL: "internal error",
+        CANNOT_CREATE: "the output cannot be made, or exists",
+        IO_ERROR: "input or output failed",
+        TRY_AGAIN: "out of memory: try again",
+        NO_PERMISSION: "not permitted",
+        BAD_CONFIGURATION: "bad configuration",
+        INTERRUPTED: "interrupted",
+        BROKEN_PIPE: "nobody reads the output",
+        TERMINATED: "terminated",
+    }
+)
+"""What the codes say; `maskserve --help` lists them."""
+
 BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
     {
         errors.RequestError: USAGE,

@@ -131,10 +131,10 @@ def looked_at(listing: Listing, result: Result) -> Listed | None:
             arguments[parameter.name] = dim
     tensor = MaskedTensor(result.data, result.mask)
     found: Any = imported(listing.report.function)(tensor, *([listing.choice] if listing.choice else []), **arguments)
-    names = result.dims or tuple(map(str, range(result.data.ndim)))
+    names = result.dims or tuple(f"dim {i}" for i in range(result.data.ndim))
     others = () if dim is None else tuple(n for i, n in enumerate(names) if i != dim % max(len(names), 1))
     what = f"{listing.choice + ' ' if listing.choice else ''}{listing.report.name}"
-    where = "" if along is None else f" along {along}"
+    where = "" if along is None else f" along {'dim ' if isinstance(along, int) else ''}{along}"
     sized = dims_text(tuple(result.data.shape), result.dims)
     return Listed(
         title=f"# {result.name} {result.dtype.name} {sized}: {len(found)} {what}{where}",
