@@ -73,7 +73,7 @@ def test_cells_that_differ_are_counted_and_the_largest_is_found(maskserve: Masks
     assert found["relative"] == {"value": 1.0, "index": [1, 2]}
     assert found["ulps"]["index"] == [1, 2]
     assert maskserve("diff", "a.safetensors", "b.safetensors").lines == [
-        "x: 4 of 6 cells valid in both differ; at most 4 at [1, 0], relative 1 at [1, 2], and 981668463 ulps at [1, 2]"
+        "x: 4 of 6 cells valid in both differ; at most 4 at [1, 0], relative 1 at [1, 2], 981668463 ulps at [1, 2]"
     ]
 
 

@@ -310,11 +310,11 @@ def lines(one: Difference, titles: tuple[str, str]) -> Iterator[str]:
 def by(one: Difference) -> str:
     """How far cells differ, and where most."""
     words = [
-        f"{what} {spelled(largest.value)}{unit} at {list(largest.index)}"
+        f"{what}{spelled(largest.value)}{unit} at {list(largest.index)}"
         for what, largest, unit in (
-            ("at most", one.absolute, ""),
-            ("relative", one.relative, ""),
-            ("and", one.ulps, " ulp" if one.ulps is not None and one.ulps.value == 1 else " ulps"),
+            ("at most ", one.absolute, ""),
+            ("relative ", one.relative, ""),
+            ("", one.ulps, " ulp" if one.ulps is not None and one.ulps.value == 1 else " ulps"),
         )
         if largest is not None
     ]
