@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from maskserve.errors import ShapeError, UnknownTensorError
+from maskserve.errors import MaskserveError, ShapeError, UnknownTensorError
 from maskserve.ops.rows import Parameter, Row, Type
 from maskserve.payload.format import Payload
 from maskserve.payload.header import Shape, shown, shown_shape
@@ -68,19 +68,23 @@ def of_variable(
             continue
         name = str(params[p.name])
         source = others.get(name, payload)
-        side = matching(source, variable.name, name, p) if name in others else variables.side_inputs[name]
+        side = matching(source, variable.name, name, p, means) if name in others else variables.side_inputs[name]
         order, shape = laid_over(side, variable, p)
         said = mask_means_of(source.header.metadata, means)
         yield Side(parameter=p, payload=source, variable=side, order=order, shape=shape, means=said)
 
 
-def matching(payload: Payload, name: str, word: str, parameter: Parameter) -> Variable:
+def matching(payload: Payload, name: str, word: str, parameter: Parameter, means: Means | None) -> Variable:
     """The variable of another payload that has this name, or its only one."""
     tensors = payload.header.tensors
     if len(tensors) == 1:  # a mask by itself is not an orphan here
         (info,) = tensors.values()
         return Variable(info=info, mask=None, dims=dim_names(payload.header).get(info.name))
-    variables = resolve(payload.header)
+    try:
+        variables = resolve(payload.header, mask_means=means)
+    except MaskserveError as error:
+        error.message = f"{parameter.name}: {shown(word)}: {error.message}"
+        raise
     if name in variables.computed:
         return variables.computed[name]
     if len(variables) == 1:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -18,11 +20,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import maskserve as ms
-from maskserve import dtypes, requests, runs
+from maskserve import answers, dtypes, engine, requests, runs
 from maskserve.dtypes import DType
 from maskserve.errors import DtypeError, MaskserveError, ParameterError, ShapeError, UnknownTensorError
 from maskserve.masking import rounded
 from maskserve.ops import OPS, default, maskings, verbs
+from maskserve.ops.rows import Parameter, Type
+from maskserve.payload.format import BytesPayload
+from maskserve.plan import Plan
 from tests.command_line import (  # noqa: F401  # fixtures are found by name
     Maskserve,
     folder_fixture,
@@ -30,7 +35,7 @@ from tests.command_line import (  # noqa: F401  # fixtures are found by name
     one_line,
 )
 from tests.http_service import JSON, Running, check_problem, payload, running
-from tests.samples import assert_same_bits, cells, poisoned
+from tests.samples import assert_same_bits, cells, plan_of, poisoned
 
 every_dtype = pytest.mark.parametrize("dtype", sorted(dtypes.NUMERIC, key=lambda d: d.name), ids=lambda d: d.name)
 ORDERED = sorted(dtypes.NUMERIC - {dtypes.boolean}, key=lambda d: d.name)
@@ -284,6 +289,34 @@ def test_another_payload_gives_the_variable_of_the_same_name_or_its_only_one() -
     assert "secret" not in str(line.metadata), "history tells no path"
 
 
+def test_a_side_input_reaches_the_engine_laid_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever row names a tensor: its dtype goes into the plan, its cells and its mask to the engine."""
+    row = dataclasses.replace(OPS["mean"], parameters=(*OPS["sum"].parameters, SIDE))
+    request = requests.Request(row=row, params={"side": "w", "dim": ("lat",)}, common={}, running={})
+    seen: dict[str, Any] = {}
+
+    def plan(row: Any, given: Any, shape: Any, dtype: Any, device: str) -> Plan:
+        seen["dtype"] = dict(given)["side"]
+        return plan_of(OPS["mean"], torch.zeros(shape), dim=1)
+
+    def run(plan: Plan, data: Any, mask: Any, side: Any) -> Any:
+        seen["side"] = side
+        return engine.run(plan, data, mask)
+
+    monkeypatch.setattr(answers, "plan", plan)
+    monkeypatch.setattr(answers, "engine", SimpleNamespace(run=run, hidden_as_zero=engine.hidden_as_zero))
+    dims = {"maskserve.dims": json.dumps({"x": ["time", "lat"], "w": ["lat"]})}
+    file = payload(dims, x=X, w=np.array([1, 2, 3], "f8"), w__mask=np.array([True, False, True]))
+    answer = answers.run(request, BytesPayload(file))
+    assert [r.name for r in answer.results] == ["x"]
+    assert seen["dtype"] is dtypes.f64
+    weights, mask = seen["side"]
+    assert (weights.tolist(), mask.tolist()) == ([[1.0, 2.0, 3.0]], [[True, False, True]])
+
+
+SIDE = Parameter(name="side", type=Type.TENSOR, help="a side input", keyword_only=True)
+
+
 def test_an_answer_has_the_form_of_its_question() -> None:
     answer = ms.load(ms.compute("mask", payload({"note": "kept"}, data=X, mask=VALID), equal=1).to_bytes())
     assert answer.metadata["note"] == "kept"
@@ -337,7 +370,7 @@ def test_python_command_line_and_http_give_the_same_bytes(
         ("--less 1,2", 2, "mask: less: give a number, not '1,2'"),
         ("--and nosuch", 2, "rain.safetensors: there is no tensor nosuch; the payload has lat, rain, "),
         ("--and several.safetensors", 2, "rain.safetensors: and: several.safetensors has no variable rain, and 2 others"),
-        ("--and orphan.safetensors", 65, "rain.safetensors: b.mask belongs to a variable b"),
+        ("--and orphan.safetensors", 65, "rain.safetensors: and: orphan.safetensors: b.mask belongs to a "),
         ("--and plain.safetensors", 65, "rain.safetensors: and: data has shape (4,), rain (2, 3); sizes must be equal"),
         ("--edges --clumps valid", 2, "--clumps and --edges: give one of them"),
         ("--clumps some", 2, "--clumps 'some': give one of valid, masked"),

@@ -110,7 +110,8 @@ def of_verb(verb: str) -> Entry:
 
         return command(verb)
 
-    summary = f"one of {', '.join(row.name for row in rows(verb))}"
+    served = rows(verb)
+    summary = f"one of {', '.join(row.name for row in served)}" if len(served) > 1 else served[0].summary
     return Entry(summary=summary, callback=callback, examples=lambda: examples(verb))
 
 

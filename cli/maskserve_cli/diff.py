@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -60,7 +60,7 @@ class Difference:
     absolute: Largest | None = None
     relative: Largest | None = None
     ulps: Largest | None = None
-    uneven: int = field(default=0)
+    uneven: int = 0
     """Cells of which one alone is NaN, or that are infinite: they differ, and by no number."""
 
     def is_same(self) -> bool:
@@ -113,6 +113,19 @@ class Tolerance:
 
     rtol: float
     atol: float
+
+    @property
+    def is_none(self) -> bool:
+        return self.rtol == self.atol == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What comparing two tensors needs beside their cells."""
+
+    shape: Index
+    dtypes: tuple[DType, DType]
+    tolerance: Tolerance
 
 
 def differences(
@@ -180,7 +193,8 @@ def compare(
 
     from maskserve_cli.cells import blocks
 
-    shape, dtypes = a[1].info.shape, (a[1].info.dtype, b[1].info.dtype)
+    shape = a[1].info.shape
+    rules = Rules(shape=shape, dtypes=(a[1].info.dtype, b[1].info.dtype), tolerance=tolerance)
     at = 0
     with np.errstate(all="ignore"):
         for (ours, our_valid), (theirs, their_valid) in zip(blocks(*a), blocks(*b), strict=True):
@@ -194,27 +208,19 @@ def compare(
                 found.validity += int(np.count_nonzero(apart))
             both = np.broadcast_to(one & other, ours.shape)
             found.n_compared += int(np.count_nonzero(both))
-            compare_values(found, ours, theirs, both, at, shape, dtypes, tolerance)
+            compare_values(found, ours, theirs, both, at, rules)
             at += ours.size
             tick(ours.nbytes)
 
 
-def compare_values(
-    found: Difference,
-    ours: Array,
-    theirs: Array,
-    both: Array,
-    start: int,
-    shape: Index,
-    dtypes: tuple[DType, DType],
-    tolerance: Tolerance,
-) -> None:
+def compare_values(found: Difference, ours: Array, theirs: Array, both: Array, start: int, rules: Rules) -> None:
     """Adds the cells of a block that are valid in both; `start` is the flat index of its first."""
     import numpy as np
 
     from maskserve_cli.cells import numbers
 
-    a, b = numbers(ours, dtypes[0]), numbers(theirs, dtypes[1])
+    shape, (our_dtype, their_dtype), tolerance = rules.shape, rules.dtypes, rules.tolerance
+    a, b = numbers(ours, our_dtype), numbers(theirs, their_dtype)
     differs = both & (a != b)
     if not differs.any():
         return
@@ -222,9 +228,9 @@ def compare_values(
     a, b, at, codes = a[rest], b[rest], start + rest, (ours[rest], theirs[rest])
     gap = distance(a, b)
     size = np.abs(b.astype(np.float64)) if b.dtype.kind != "c" else np.abs(b)
-    if tolerance != Tolerance(0.0, 0.0):
+    if not tolerance.is_none:
         out = ~(gap <= tolerance.atol + tolerance.rtol * size) | ~np.isfinite(size)
-        a, b, at, gap, size, codes = a[out], b[out], at[out], gap[out], size[out], (codes[0][out], codes[1][out])
+        at, gap, size, codes = at[out], gap[out], size[out], (codes[0][out], codes[1][out])
     found.values += at.size
     told = np.isfinite(gap)
     found.uneven += int(np.count_nonzero(~told))
@@ -233,8 +239,8 @@ def compare_values(
         return
     found.absolute = larger(found.absolute, gap, at, shape)
     found.relative = larger(found.relative, gap / size, at, shape)
-    if dtypes[0] is dtypes[1] and dtypes[0].is_float:
-        found.ulps = larger(found.ulps, distance(*(ordered(code, dtypes[0]) for code in codes)), at, shape)
+    if our_dtype is their_dtype and our_dtype.is_float:
+        found.ulps = larger(found.ulps, distance(*(ordered(code, our_dtype) for code in codes)), at, shape)
 
 
 def distance(a: Array, b: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from maskserve.ops import OPS, Row, find
+from maskserve.ops import OPS, Row, default, find
 from maskserve_cli import outputs
 from maskserve_cli.command import AsJson
 from maskserve_cli.table import columns
@@ -59,7 +59,8 @@ def one(row: Row) -> Iterator[str]:
 
     yield f"{spelled(row)}: {row.summary}"
     taken = ", ".join(dtype.name for dtype in dtypes.ALL if dtype in row.accepts)
-    yield f"  maskserve {row.verb} --op {row.name} FILE" if row.verb else "  in Python and in expressions"
+    op = "" if row.verb and default(row.verb) is row else f" --op {row.name}"
+    yield f"  maskserve {row.verb}{op} FILE" if row.verb else "  in Python and in expressions"
     yield f"  takes {taken}"
     yield ""
     words = [(usage(p), help_text(p)) for p in row.requestable]

@@ -66,12 +66,16 @@ def chosen(listings: Sequence[Report], given: Mapping[str, Any]) -> Listing | No
     return Listing(report=report, choice=choice if report.choices else None, words=words)
 
 
-def write(listing: Listing, answer: Answer, target: Target) -> None:
-    """The report on every variable of the answer."""
+def refuse_output(listing: Listing, target: Target) -> None:
+    """Raise where a payload was asked for too."""
     if target.path is not None or target.form is Form.SAFETENSORS:
         raise ParameterError(
             f"--{listing.report.name} lists, it writes no payload: leave -o out; --json lists as JSON", parameter="out"
         )
+
+
+def write(listing: Listing, answer: Answer, target: Target) -> None:
+    """The report on every variable of the answer."""
     computed = [result for result in answer.results if not result.is_coordinate]
     listed = [found for result in computed if (found := looked_at(listing, result)) is not None]
     if not listed:

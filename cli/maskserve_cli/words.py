@@ -51,7 +51,7 @@ def needs(row: Row) -> str:
 
 
 def sample(parameter: Parameter) -> str:
-    return f"{flag(parameter)} {SAMPLES.get(parameter.type, 'NAME')}"
+    return f"{flag(parameter)} {parameter.sample or SAMPLES.get(parameter.type, 'NAME')}"
 
 
 def flag(parameter: Parameter) -> str:

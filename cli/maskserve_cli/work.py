@@ -77,8 +77,7 @@ def act(
     from maskserve_cli import render
 
     if asked.listing is not None:
-        reports.write(asked.listing, computed(request, payload, others, settings), target)
-        return
+        reports.refuse_output(asked.listing, target)
 
     if target.skip and not asked.dry_run:
         render.say_skipped(str(target.path))
@@ -92,6 +91,9 @@ def act(
         outputs.write_text(dry_run(request, payload, others, target))
         return
     answer = computed(request, payload, others, settings)
+    if asked.listing is not None:
+        reports.write(asked.listing, answer, target)
+        return
     render.write(answer, target, inputs.form_of(payload), nan_hint(request))
 
 

@@ -6,8 +6,9 @@ from maskserve import dtypes
 from maskserve.ops.rows import Masking, Parameter, Report, Type
 
 
-def _test(name: str, kind: Type, text: str) -> Parameter:
-    return Parameter(name=name, type=kind, help=text, default=False if kind is Type.FLAG else None, keyword_only=True)
+def _test(name: str, kind: Type, text: str, sample: str = "") -> Parameter:
+    default = False if kind is Type.FLAG else None
+    return Parameter(name=name, type=kind, help=text, default=default, keyword_only=True, sample=sample)
 
 
 ALONG = Parameter(name="dim", type=Type.DIM, help="the dim to look along; default: all cells in their order, flat")
@@ -17,7 +18,7 @@ ROWS = (
         name="mask",
         summary="the same cells under a new mask: a valid cell stays valid unless a test masks it",
         parameters=(
-            _test("equal", Type.NUMBERS, "mask cells that equal this number, or one of several, in the data's dtype"),
+            _test("equal", Type.NUMBERS, "mask cells that equal this number, or one of several, in the data's dtype", "0"),
             _test("inside", Type.RANGE, "mask cells from LO to HI, both included"),
             _test("outside", Type.RANGE, "mask cells below LO or above HI"),
             _test("valid_range", Type.RANGE, "keep cells from LO to HI alone: as outside, and NaN is masked too"),

@@ -58,6 +58,8 @@ class Parameter:
     help: str
     default: Any = None
     choices: tuple[str, ...] = ()
+    sample: str = ""
+    """What examples give it, where its type's sample says little."""
     keyword_only: bool = False
     python_only: bool = False
     """Kept for torch's signature; requests have a plainer word for it."""
