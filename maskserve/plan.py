@@ -319,7 +319,7 @@ def _check_number(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], st
 
 def _check_real(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     fits = _is_number(value) and dtypes.f64.holds(value)
-    return ((value + 0.0 if isinstance(value, float) else value,) if fits else ()), "a number; inf and -inf are two"
+    return ((value + 0.0 if isinstance(value, float) else value,) if fits else ()), "a number, or inf or -inf"
 
 
 def _check_numbers(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:

@@ -207,8 +207,8 @@ def parse_numbers(value: Any) -> int | float | tuple[int | float, ...]:
         value = value.split(",")
     if not isinstance(value, list | tuple):
         return parse_real(value)
-    if not value:
-        raise ValueError("give a number, or several with commas")
+    if not 0 < len(value) <= MOST_NUMBERS:
+        raise ValueError(f"give a number, or several with commas; at most {MOST_NUMBERS}")
     return tuple(parse_real(item) for item in value)
 
 
@@ -227,6 +227,8 @@ def parse_range(value: Any) -> tuple[int | float, int | float]:
     return lower, upper
 
 
+MOST_NUMBERS = 256
+"""Each may cost a pass over the data, and a query has room for thousands."""
 INFINITE = {"inf": math.inf, "+inf": math.inf, "-inf": -math.inf}
 _REAL_SCHEMA = float | Literal["inf", "-inf"]
 _ANNOTATIONS: dict[Type, Any] = {

@@ -122,6 +122,16 @@ def test_without_a_test_the_mask_stays_and_hidden_cells_are_0(dtype: DType) -> N
     assert ms.mask(sample.data).get_mask().all()
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1, 1)])
+def test_any_shape_and_any_strides_are_taken(shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape)
+    assert ms.mask(x, equal=1).get_mask().tolist() == torch.zeros(shape, dtype=torch.bool).tolist()
+    odd = torch.arange(24.0).reshape(4, 6).t()[::2]
+    assert ms.mask(odd, greater=3).tolist() == ms.mask(odd.contiguous(), greater=3).tolist()
+    wide = torch.tensor([[1.0], [2.0]]).expand(2, 3)
+    assert ms.mask(wide, equal=2, mask=torch.tensor([[True, False, True]])).tolist() == [[1, None, 1], [None] * 3]
+
+
 def test_nan_equals_nothing_and_lies_in_no_range() -> None:
     x = torch.tensor([math.nan, 1.0, 9.0])
     assert ms.mask(x, equal=(1, 9)).tolist()[1:] == [None, None]
@@ -397,7 +407,7 @@ def test_a_wrong_command_is_one_line(maskserve: Maskserve, argv: str, code: int,
      ("and=nosuch", 422, "unknown_tensor"), ("and=%2Fetc%2Fpasswd", 422, "unknown_tensor"),
      ("and=bad", 422, "shape_mismatch"), ("tensor=ok&valid_range=0,1", 422, "dtype_not_accepted"),
      ("equal=" + "9" * 5000, 422, "bad_parameter"), ("less=1&less=2", 422, "bad_parameter"),
-     ("clumps=valid", 422, "bad_parameter"), ("valid=x", 422, "bad_parameter")],
+     ("equal=" + "1," * 256 + "1", 422, "bad_parameter"), ("clumps=valid", 422, "bad_parameter"), ("valid=x", 422, "bad_parameter")],
 )  # fmt: skip
 def test_a_wrong_request_is_a_problem(service: Running, query: str, status: int, code: str) -> None:
     body = payload(x=X, ok=np.array([True, False, True]), bad=np.ones(4, bool))
