@@ -22,6 +22,7 @@ _HOMES = {
     "load": "inout",
     "save": "inout",
     "compute": "inout",
+    "convert_file": "convert.files",
     "__version__": "version",
 }
 """Where each name that is no op lives."""

@@ -17,6 +17,7 @@ from maskserve.dtypes import BY_TORCH, DType
 from maskserve.errors import BackendError, DeviceError, DimError, TooLargeError, nearest
 from maskserve.ops.rows import Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Encoded, Output, Payload, encode
+from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load, output
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.plan import Plan, plan
@@ -159,6 +160,7 @@ def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
 
 def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:
     common = request.common
+    refuse_other_masks(payload, common.get("mask"), common.get("mask_means"))
     return resolve(
         payload.header,
         side_inputs=sides.names(request.row, request.params, payload, others),

@@ -25,6 +25,7 @@ def stub() -> str:
         f"# {NOTE}\n"
         "import builtins\nfrom collections.abc import Sequence\nfrom typing import Any\n\n"
         "import torch\nfrom torch import Tensor\n\n"
+        "from maskserve.convert.files import convert_file as convert_file\n"
         "from maskserve.errors import MaskserveError as MaskserveError\nfrom maskserve.execution import using as using\n"
         "from maskserve.inout import compute as compute\nfrom maskserve.inout import load as load\n"
         "from maskserve.inout import save as save\n"

@@ -32,6 +32,7 @@
     ├── OutputError (OSError)              output_not_writable
     │   └── OutputExistsError (FileExistsError)      output_exists
     ├── SettingsError (ValueError)         bad_setting
+    ├── MissingExtraError (ImportError)    extra_not_installed
     └── OutOfMemoryError (MemoryError)     out_of_memory
 
 The command line maps classes to exit codes and the service to HTTP status, each in one table of its own.
@@ -184,8 +185,16 @@ class SettingsError(MaskserveError, ValueError):
     code = "bad_setting"
 
 
+class MissingExtraError(MaskserveError, ImportError):
+    code = "extra_not_installed"
+
+
 class OutOfMemoryError(MaskserveError, MemoryError):
     code = "out_of_memory"
+
+
+class ConversionWarning(UserWarning):
+    """What was left out or decided while a file of another format was read."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

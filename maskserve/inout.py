@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from maskserve.answers import Answer, run
 from maskserve.engine import hidden_as_zero
-from maskserve.errors import OutputError, ParameterError, UnknownOpError, nearest
+from maskserve.errors import ConversionWarning, OutputError, ParameterError, UnknownOpError, nearest
 from maskserve.making import as_masked_tensor
 from maskserve.ops import verbs
 from maskserve.payload.files import EXISTS, Exists, StrPath
@@ -36,8 +37,16 @@ class Variables(dict[str, MaskedTensor]):
 
 
 def opened(source: Source) -> Payload:
-    """The payload of a file (safetensors or JSON), by path, or of safetensors bytes."""
-    return BytesPayload(source) if isinstance(source, Buffer) else open_any(source)
+    """The payload of a file, by path (in a format that docs/convert.md lists), or of safetensors bytes.
+
+    What was left out or decided while a file of another format was read is a ConversionWarning.
+    """
+    if isinstance(source, Buffer):
+        return BytesPayload(source)
+    payload = open_any(source)
+    for note in getattr(payload, "notes", ()):
+        warnings.warn(f"{os.fspath(source)}: {note}", ConversionWarning, stacklevel=3)
+    return payload
 
 
 def load(source: Source, *, mask: str | None = None) -> Variables:
@@ -88,7 +97,9 @@ def check_save(tensors: Mapping[str, Any], path: StrPath, exists: Exists) -> Non
     if exists not in EXISTS:
         raise ParameterError(f"exists is {exists!r}; it must be one of {', '.join(EXISTS)}", parameter="exists")
     if os.path.splitext(os.fspath(path))[1] not in ("", ".safetensors"):
-        raise OutputError(f"{os.fspath(path)}: save writes safetensors; name it .safetensors")
+        raise OutputError(
+            f"{os.fspath(path)}: save writes safetensors; name it .safetensors, and convert_file makes others of it"
+        )
     for name in tensors:
         if name == MASK or name.rpartition(".")[2] in tuple(MaskKind):
             raise ParameterError(

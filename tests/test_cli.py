@@ -47,8 +47,8 @@ from tests.command_line import (  # noqa: F401  # fixtures are found by name
         ("reduce --op mean rain.safetensors plain.safetensors", 2,
          "maskserve: reduce reads one FILE, and 2 are given: this version does not join files"),
         ("reduce --op mean rain.safetensors -o out.nc", 2,
-         "maskserve: -o out.nc: an answer is written as .safetensors, .json or with no suffix; write one of these; "
-         "maskserve convert"),
+         "maskserve: -o out.nc: an answer is written as .safetensors, .json or with no suffix; write one of these, then "
+         "maskserve convert RESULT.safetensors out.nc"),
         ("reduce --op mean rain.safetensors -o out.json --format safetensors", 2,
          "maskserve: -o out.json and --format safetensors do not fit"),
         ("reduce --op mean rain.safetensors -o out --format table", 2,

@@ -52,6 +52,7 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.OutputError: 500,
         errors.OutputExistsError: 500,
         errors.SettingsError: 500,
+        errors.MissingExtraError: 500,
         errors.OutOfMemoryError: 503,
         service.ServiceError: 500,
         service.InternalError: 500,

@@ -75,6 +75,15 @@ OWN: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "whether files can be read: a line each, exit 65 if one cannot",
         ("maskserve validate data/*.safetensors",),
     ),
+    "convert": (
+        "maskserve_cli.convert:convert",
+        "data of another format, with its masks: netCDF, Zarr, CSV, Parquet, NumPy, GeoTIFF, torch",
+        (
+            "maskserve convert rain.safetensors rain.npz",
+            "maskserve convert flights.csv flights.parquet --columns dep_delay,arr_delay",
+            "maskserve convert sst.nc sst.safetensors",
+        ),
+    ),
     "diff": (
         "maskserve_cli.diff:diff",
         "where two files differ: quiet and exit 0 where they do not, exit 1 where they do",

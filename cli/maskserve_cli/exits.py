@@ -62,6 +62,7 @@ BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.InputNotFoundError: NO_INPUT,
         errors.OutputError: CANNOT_CREATE,
         errors.SettingsError: BAD_CONFIGURATION,
+        errors.MissingExtraError: BAD_CONFIGURATION,  # not 69: trying again installs nothing
         errors.OutOfMemoryError: TRY_AGAIN,
     }
 )

@@ -1,4 +1,4 @@
-"""Where a question comes from: a file, a pipe or stdin, in safetensors or JSON, told apart by its first bytes."""
+"""Where a question comes from: a file, a pipe or stdin; safetensors and JSON are told apart by their first bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import BinaryIO, Literal, TypeAlias
 from maskserve.errors import InputError, OutOfMemoryError
 from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload
 from maskserve.payload.header import shown
+from maskserve.payload.held import HeldPayload
 from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json, open_any
 from maskserve.settings import Settings
+from maskserve_cli.exits import say
 
 JsonForm: TypeAlias = Literal["plain", "explicit"]
 STDIN = "-"
@@ -32,7 +34,10 @@ def title(path: str) -> str:
 
 
 def read(path: str, limits: Limits) -> Payload:
-    """The payload at `path`, "-" being stdin; a regular file is read where it lies, a pipe is read to its end."""
+    """The payload at `path`, "-" being stdin; a regular file is read where it lies, a pipe is read to its end.
+
+    What was left out or decided while a file of another format was read is said, a line each.
+    """
     if path == STDIN:
         if sys.stdin is None:
             raise InputError("stdin is closed; give a file")
@@ -40,7 +45,14 @@ def read(path: str, limits: Limits) -> Payload:
     if is_stream(path):
         with open(path, "rb") as stream:
             return read_stream(stream, title(path), limits)
-    return open_any(path, limits)
+    return noted(path, open_any(path, limits))
+
+
+def noted(path: str, payload: Payload) -> Payload:
+    """The payload, once its notes are said."""
+    for note in payload.notes if isinstance(payload, HeldPayload) else ():
+        say(f"{title(path)}: {note}")
+    return payload
 
 
 def form_of(payload: Payload) -> JsonForm | None:

@@ -13,6 +13,7 @@ import typer
 from maskserve.errors import MaskserveError, ParameterError
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
+from maskserve.payload.held import HeldPayload
 from maskserve.payload.metadata import KEY_HISTORY
 from maskserve.payload.variables import Variable, Variables, resolve
 from maskserve_cli import exits, inputs, outputs
@@ -22,7 +23,7 @@ from maskserve_cli.progress import progress
 from maskserve_cli.table import columns, dims_text
 
 if TYPE_CHECKING:
-    from maskserve_cli.cells import Counts
+    from maskserve.payload.slices import Counts
     from maskserve_cli.table import Shown
 
 STATS_HELP = "read the cells: valid, masked, NaN and inf of each variable"
@@ -59,7 +60,7 @@ def info(
         except MaskserveError:
             outputs.write_text(raw_lines(payload, path))
             raise
-        described = list(descriptions(payload, variables, stats=stats))
+        described = list(descriptions(payload, variables, stats=stats or is_held(payload)))
         lines = [info_json(payload, path, described)] if as_json else info_lines(payload, path, described)
         outputs.write_text(lines)
 
@@ -73,7 +74,7 @@ def descriptions(payload: Payload, variables: Variables, *, stats: bool) -> Iter
         for role, variable in every:
             counts = None
             if stats:
-                from maskserve_cli.cells import counted
+                from maskserve.payload.slices import counted
 
                 counts = counted(payload, variable, tick)
             yield described(role, variable, counts)
@@ -124,13 +125,21 @@ def info_lines(payload: Payload, path: str, described: list[Description]) -> Ite
         yield from (f"  {shown(key)}: {shown(text)}" for key, text in others.items())
 
 
+def is_held(payload: Payload) -> bool:
+    """Whether its cells are in memory already, as those of a file of another format: then they are counted, too."""
+    return isinstance(payload, HeldPayload)
+
+
 def file_line(payload: Payload, path: str, n: int) -> str:
     size = "" if inputs.form_of(payload) else f", {outputs.bytes_text(payload.n_bytes)}"  # JSON: its text's is no use
+    size = f"{size} of cells and masks" if is_held(payload) else size
     return f"{inputs.title(path)}: {format_of(payload)}{size}, {n} variable{'' if n == 1 else 's'}"
 
 
 def format_of(payload: Payload) -> str:
     form = inputs.form_of(payload)
+    if isinstance(payload, HeldPayload):
+        return payload.format
     return "safetensors" if form is None else f"JSON ({form} form)"
 
 
@@ -215,7 +224,7 @@ def first_cells(payload: Payload, variable: Variable, rows: int) -> Shown:
     """The first rows of a variable, in its first slab, and the first cells of each."""
     import numpy as np
 
-    from maskserve_cli.cells import cells_at, stored, validity
+    from maskserve.payload.slices import cells_at, stored, validity
     from maskserve_cli.table import Shown
 
     info = variable.info
@@ -311,7 +320,7 @@ def plain(error: MaskserveError, title: str) -> str:
 
 def check_cells(payload: Payload, variables: Variables) -> None:
     """Raise where cells or masks hold what their dtype cannot."""
-    from maskserve_cli.cells import check
+    from maskserve.payload.slices import check
 
     for group in (variables.computed, variables.coordinates, variables.side_inputs):
         for variable in group.values():

@@ -99,8 +99,8 @@ def file_target(path: str, form: Form | None, exists: Exists) -> Target:
     suffix = os.path.splitext(os.path.basename(path))[1]
     if suffix and suffix not in SUFFIXES:
         raise ParameterError(
-            f"-o {shown(path)}: an answer is written as .safetensors, .json or with no suffix; "
-            f"write one of these; maskserve convert, which makes others of them, is not in this version",
+            f"-o {shown(path)}: an answer is written as .safetensors, .json or with no suffix; write one of these, then "
+            f"maskserve convert RESULT.safetensors {shown(path)}",
             parameter="out",
             allowed=tuple(SUFFIXES),
         )
@@ -115,15 +115,8 @@ def file_target(path: str, form: Form | None, exists: Exists) -> Target:
 
 def stands(path: str, exists: Exists) -> bool:
     """Whether a file is at `path` and to be left there; what else would stop the writer is an error now, not later."""
-    folder = os.path.dirname(path) or "."
-    try:
-        there = os.path.lexists(path)
-        has_folder = os.path.isdir(folder)
-    except ValueError:
-        there, has_folder = False, False
-    if not has_folder:
-        raise OutputError(f"{shown(path)} cannot be written: there is no folder {shown(folder)}; make it first")
-    if not there:
+    check_folder(path)
+    if not os.path.lexists(path):
         return False
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise OutputError(f"{shown(path)} is not a regular file; only such a file is written or replaced")
@@ -132,6 +125,17 @@ def stands(path: str, exists: Exists) -> bool:
             f"{shown(path)} exists; --force replaces it, --exists skip leaves it", parameter="exists"
         )
     return exists == "skip"
+
+
+def check_folder(path: str) -> None:
+    """Raise where there is no folder for a file at `path`."""
+    folder = os.path.dirname(path.rstrip("/")) or "."
+    try:
+        has_folder = os.path.isdir(folder) and os.path.lexists(path) in (True, False)
+    except ValueError:  # a name that no file can have
+        has_folder = False
+    if not has_folder:
+        raise OutputError(f"{shown(path)} cannot be written: there is no folder {shown(folder)}; make it first")
 
 
 def is_terminal() -> bool:

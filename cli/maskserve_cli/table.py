@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from maskserve.dtypes import DType
 from maskserve.payload.header import Shape
-from maskserve_cli.cells import numbers
+from maskserve.payload.slices import numbers
 from maskserve_cli.outputs import is_terminal
 
 if TYPE_CHECKING:

@@ -176,6 +176,12 @@ def save(path: StrPath, encoded: Encoded, *, exists: Exists = "error") -> bool:
     `exists` says what to do where a file stands already: "error" raises OutputExistsError, also when the file appears
     meanwhile; "skip" leaves it and returns False. A symbolic link is followed; only regular files are replaced.
     """
+    name = shown(os.fspath(path))
+    return placed(path, lambda fd, _: _write(fd, encoded, name), exists=exists)
+
+
+def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = "error") -> bool:
+    """Whether the file that `make(fd, path)` writes into an empty one was put at `path`; the rules are those of save."""
     if exists not in EXISTS:
         raise ParameterError(
             f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
@@ -191,7 +197,7 @@ def save(path: StrPath, encoded: Encoded, *, exists: Exists = "error") -> bool:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         try:
-            _write(fd, encoded, name)
+            make(fd, temp)
         finally:
             os.close(fd)
         with _failing(f"{name} cannot be written"):

@@ -1,10 +1,11 @@
-"""Files by what they hold: safetensors, or JSON. Imports no torch."""
+"""Files by what they hold: safetensors or JSON, or what their suffix says. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import stat
 
+from maskserve.convert.formats import by_suffix
 from maskserve.payload.files import Payload, StrPath, open_payload
 from maskserve.payload.header import DEFAULT_LIMITS, Limits
 
@@ -12,7 +13,12 @@ LENGTH_BYTES = 8
 
 
 def open_any(path: StrPath, limits: Limits = DEFAULT_LIMITS) -> Payload:
-    """The payload of a regular file, whichever of the two forms it has; a large one is read where it lies."""
+    """The payload of a file: in one of our two forms, a large one read where it lies; or in the format of its suffix."""
+    foreign = by_suffix(os.fspath(path))
+    if foreign is not None and not foreign.is_ours:
+        from maskserve.convert.files import open_foreign
+
+        return open_foreign(path, limits)
     text = json_text(path, limits)
     return open_payload(path, limits) if text is None else decoded(text, limits)
 

@@ -1,4 +1,4 @@
-"""Cells and masks of a payload as numpy arrays, in slices: what `info`, `head` and `validate` look at. No torch."""
+"""Cells and masks of a payload as numpy arrays, in slices: what `info`, `head`, `validate` and `convert` look at. No torch."""
 
 from __future__ import annotations
 

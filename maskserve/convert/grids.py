@@ -1,0 +1,152 @@
+"""Datasets of xarray, which reads netCDF and Zarr, as ours and back. xarray itself masks nothing here and scales nothing."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from maskserve.convert.cf import BOOL, FILL, OF_PACKING, variable_from
+from maskserve.convert.dataset import Dataset, DataVariable, Reading, Writing, left_out, n_bytes_of, widened
+from maskserve.convert.fills import Number, fill_of, holds, said
+from maskserve.convert.formats import library
+from maskserve.convert.payloads import with_safe_names
+from maskserve.convert.sizes import refuse_beyond
+from maskserve.dtypes import Kind, boolean, f16, i8
+from maskserve.errors import NotComputableError
+from maskserve.payload.header import shown
+
+RAW = {"decode_cf": False, "cache": False, "chunks": None, "create_default_indexes": False}
+"""How to open so that cells come as they are stored, and none before it is asked for."""
+
+NUMBERS = "iufb"
+SCRATCH_BYTES = 9  # a cell's float64 once it is scaled, and its mask
+ATTRIBUTE_NAME = re.compile(r"[A-Za-z_][\w .:@+-]*")
+INT_BYTES = 1 << 63
+
+
+@contextmanager
+def opened(path: str, **how: Any) -> Iterator[Any]:
+    """The xarray dataset at `path`, without the warnings of its libraries: what matters of them is in our notes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with library("xarray").open_dataset(path, **RAW, **how) as dataset:
+            yield dataset
+
+
+def read_dataset(dataset: Any, reading: Reading, *, has_defaults: bool) -> Dataset:
+    """The variables of numbers, with what the conventions call missing masked."""
+    variables = {str(name): variable for name, variable in dataset.variables.items()}
+    others = {name: "text" if v.dtype.kind in "SUO" else v.dtype.name for name, v in variables.items() if is_other(v)}
+    kept = {name: variable for name, variable in variables.items() if name not in others}
+    sizes = (n_bytes_of(v.shape, v.dtype.itemsize + SCRATCH_BYTES) for v in kept.values())
+    refuse_beyond(sum(sizes), reading.memory, "the variables")
+    found, notes = [], [*left_out(others)]
+    for name, variable in kept.items():
+        dims = tuple(map(str, variable.dims))
+        one, lines = variable_from(name, np.asarray(variable.values), variable.attrs, dims, has_defaults=has_defaults)
+        assert one is not None, "is_other left out what no dtype of ours holds"
+        found.append(one)
+        notes += lines
+    renamed, lines_of_names = with_safe_names(found)
+    return Dataset(variables=renamed, attributes=dict(dataset.attrs), notes=(*notes, *lines_of_names))
+
+
+def is_other(variable: Any) -> bool:
+    """Whether a variable holds text or a type of the file's own."""
+    return variable.dtype.kind not in NUMBERS or variable.dtype.name in ("float128", "longdouble")
+
+
+# -- out ----------------------------------------------------------------------------------------------------------
+
+
+def grid_of(dataset: Dataset, writing: Writing, target: str, customary: Mapping[str, tuple[Number, ...]]) -> tuple[Any, list[str]]:
+    """The xarray dataset to write, each masked variable with a fill value; and lines about what was decided."""
+    xarray = library("xarray")
+    variables, notes = widened(refuse_complex(dataset.variables, target), target, f16)
+    dims = named_dims(variables)
+    grid, fills = {}, {}
+    for variable in map(without_bool, variables):
+        fill = fill_for(variable, writing, customary)
+        if fill is not None:
+            fills[variable.name] = fill
+        grid[variable.name] = xarray.Variable(
+            dims[variable.name], variable.filled(fill), writable(variable.attributes), encoding={FILL: fill}
+        )
+    shown_fills = {v.name: fills[v.name] for v in variables if v.has_masked}
+    return xarray.Dataset(grid, attrs=writable(dataset.attributes)), notes + said(shown_fills, FILL)
+
+
+def fill_for(variable: DataVariable, writing: Writing, customary: Mapping[str, tuple[Number, ...]]) -> Any:
+    """The fill value that `variable` needs: where cells are masked, or a valid one would be read as never written."""
+    first = customary.get(variable.cells.dtype.str[1:], ())
+    if variable.has_masked:
+        return fill_of(variable, writing.fill_value, first)
+    values = variable.valid_cells()
+    if any(holds(values, variable.cells.dtype.type(value)) for value in first if value == value):
+        return fill_of(variable, None, first)
+    return None
+
+
+def refuse_complex(variables: Iterable[DataVariable], target: str) -> tuple[DataVariable, ...]:
+    for variable in variables:
+        if variable.dtype.kind is Kind.COMPLEX:
+            name = shown(variable.name)
+            raise NotComputableError(f"{target} has no complex numbers, and {name} is complex; write .npz", parameter=name)
+    return tuple(variables)
+
+
+def without_bool(variable: DataVariable) -> DataVariable:
+    """A bool variable as bytes of 0 and 1 that say what they were: to us, and to xarray where none is masked."""
+    if variable.dtype is not boolean:
+        return variable
+    words = {BOOL: "bool"} | ({} if variable.has_masked else {"dtype": "bool"})
+    return replace(variable, dtype=i8, cells=variable.cells.astype(np.int8), attributes={**variable.attributes, **words})
+
+
+def named_dims(variables: Iterable[DataVariable]) -> dict[str, tuple[str, ...]]:
+    """The names of every variable's dims; made up where there are none, alike for alike sizes."""
+    given = list(variables)
+    sizes: dict[str, int] = {}
+    for variable in given:
+        for dim, size in zip(variable.dims or (), variable.shape, strict=False):
+            if sizes.setdefault(dim, size) != size:
+                raise NotComputableError(
+                    f"the dim {shown(dim)} has {sizes[dim]} cells in one variable and {size} in {shown(variable.name)}; "
+                    "here a dim has one size: pick variables with --tensor",
+                    parameter="tensor",
+                )
+    return {variable.name: variable.dims or made_up(variable, sizes) for variable in given}
+
+
+def made_up(variable: DataVariable, sizes: dict[str, int]) -> tuple[str, ...]:
+    names = []
+    for i, size in enumerate(variable.shape):
+        name = f"dim_{i}"
+        if sizes.get(name, size) != size:
+            name = f"{variable.name}_{name}"
+        while sizes.get(name, size) != size:
+            name += "_"
+        sizes[name] = size
+        names.append(name)
+    return tuple(names)
+
+
+def writable(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that a file can hold and that are still true: not those of how cells were packed."""
+    kept = {key: value for key, value in attributes.items() if key not in OF_PACKING and ATTRIBUTE_NAME.fullmatch(key)}
+    return {key: value for key, value in kept.items() if is_writable(value)}
+
+
+def is_writable(value: Any) -> bool:
+    if isinstance(value, list):
+        kinds = {type(item) for item in value}
+        return bool(value) and kinds in ({str}, {int}, {float}, {int, float}) and all(map(is_writable, value))
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    return not isinstance(value, int) or -INT_BYTES <= value < INT_BYTES

@@ -1,0 +1,25 @@
+"""Zarr: a folder of chunks, read and written as xarray does, but with what is missing masked on the packed values."""
+
+from __future__ import annotations
+
+from maskserve.convert.cf import DEFAULT_FILLS
+from maskserve.convert.dataset import Dataset, Reading, Writing
+from maskserve.convert.grids import grid_of, opened, read_dataset
+
+ENGINE = "zarr"
+VERSION = 2  # read by more programs than 3, and by all that read 3
+NAN = (float("nan"),)
+CUSTOMARY = {**{code: (fill,) for code, fill in DEFAULT_FILLS.items()}, "i1": (-127,), "u1": (255,), "f4": NAN, "f8": NAN}
+
+
+def read(path: str, reading: Reading) -> Dataset:
+    """The arrays of numbers in the root group."""
+    with opened(path, engine=ENGINE) as grid:
+        return read_dataset(grid, reading, has_defaults=False)
+
+
+def write(dataset: Dataset, path: str, writing: Writing) -> list[str]:
+    """Writes the folder; lines about what was decided."""
+    grid, notes = grid_of(dataset, writing, ".zarr", CUSTOMARY)
+    grid.to_zarr(path, mode="w", zarr_format=VERSION, consolidated=True)
+    return notes
