@@ -29,13 +29,24 @@ def option(*names: str, panel: str, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, show_default=False, **more)
 
 
-COLUMNS = option("--columns", panel=READING, metavar="NAME,...", help="the columns of a table to read; each must hold numbers")
+COLUMNS = option(
+    "--columns", panel=READING, metavar="NAME,...", help="the columns of a table to read; each must hold numbers"
+)
 TENSOR = option("--tensor", panel=READING, metavar="NAME", help="the variables to write; repeat for several")
 MASK = option("--mask", panel=READING, metavar="NAME", help="the tensor that is the mask of every variable")
 MASK_MEANS = option("--mask-means", panel=READING, metavar="valid|missing", help="what true means in the masks of IN")
-FILL = option("--fill-value", panel=WRITING, metavar="V", help="what stands for masked cells where OUT's format has no masks")
-TO = option("--to", panel=WRITING, metavar="FORMAT", help=f"one of {', '.join(f.name for f in FORMATS)}; default: by OUT's suffix")
-EXISTS = option("--exists", panel=WRITING, metavar="error|replace|skip", help="what to do where OUT stands; default: error")
+FILL = option(
+    "--fill-value", panel=WRITING, metavar="V", help="what stands for masked cells where OUT's format has no masks"
+)
+TO = option(
+    "--to",
+    panel=WRITING,
+    metavar="FORMAT",
+    help=f"{', '.join(f.name for f in FORMATS)}; default: what OUT's suffix says",
+)
+EXISTS = option(
+    "--exists", panel=WRITING, metavar="error|replace|skip", help="what to do where OUT stands; default: error"
+)
 FORCE = option("--force", panel=WRITING, help="the same as --exists replace")
 
 
@@ -65,7 +76,14 @@ def convert(
     title = inputs.title(source)
     with about(title), read(source, inputs.limits_of(settings_of(config)), split(columns)) as payload:
         done = conversion.convert_payload(
-            payload, target, row, tensor=split(tensor), fill_value=fill, mask=mask, mask_means=means(mask_means), exists=said_exists
+            payload,
+            target,
+            row,
+            tensor=split(tensor),
+            fill_value=fill,
+            mask=mask,
+            mask_means=means(mask_means),
+            exists=said_exists,
         )
     report(done, target)
 
@@ -125,6 +143,8 @@ def report(done: Converted, target: str) -> None:
     variables = [variable for variable in done.variables if variable.dims != (variable.name,)]
     what = f"{len(variables)} variables"
     if len(variables) == 1:
-        what = f"{shown(variables[0].name)} {variables[0].dtype.name} {dims_text(variables[0].shape, variables[0].dims)}"
+        what = (
+            f"{shown(variables[0].name)} {variables[0].dtype.name} {dims_text(variables[0].shape, variables[0].dims)}"
+        )
     n_cells, n_masked = sum(v.n_cells for v in variables), sum(v.n_masked for v in variables)
     say(f"wrote {shown(target)}: {what}, {n_masked} of {n_cells} masked, {done.format}")

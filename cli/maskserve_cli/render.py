@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from maskserve.payload.format import Encoded, Output, save
 from maskserve.payload.header import shown as printable
-from maskserve_cli import outputs, table
 from maskserve.payload.slices import stored
+from maskserve_cli import outputs, table
 from maskserve_cli.exits import say
 from maskserve_cli.inputs import JsonForm
 from maskserve_cli.outputs import Form, Target

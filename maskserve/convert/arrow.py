@@ -42,7 +42,9 @@ def chosen(schema: Any, reading: Reading) -> tuple[list[str], tuple[str, ...]]:
     others = {name: kind for name, kind in kinds.items() if kind is not None}
     if reading.columns and others:
         name, kind = next(iter(others.items()))
-        raise PayloadError(f"the column {shown(name)} holds no numbers but {kind}; leave it out of --columns", parameter="columns")
+        raise PayloadError(
+            f"the column {shown(name)} holds no numbers but {kind}; leave it out of --columns", parameter="columns"
+        )
     return [name for name, kind in kinds.items() if kind is None], left_out(others)
 
 
@@ -132,7 +134,9 @@ def check_columns(dataset: Dataset, target: str) -> None:
                 parameter="tensor",
             )
         if variable.dtype.kind is Kind.COMPLEX:
-            raise NotComputableError(f"{target} has no complex numbers, and {name} is complex; write .npz", parameter=name)
+            raise NotComputableError(
+                f"{target} has no complex numbers, and {name} is complex; write .npz", parameter=name
+            )
         if len(variable.cells) != len(dataset.variables[0].cells):
             first = dataset.variables[0]
             raise NotComputableError(

@@ -102,10 +102,10 @@ def hide_fills(packed: Packed, *, has_defaults: bool) -> None:
     if differ:
         packed.note(f"{FILL} {fills[0]} and {MISSING} {differ[0]} differ; both are masked")
     default = DEFAULT_FILLS.get(packed.cells.dtype.str[1:])
-    if has_defaults and FILL not in packed.attributes and default is not None:
+    if has_defaults and packed.cells.ndim and FILL not in packed.attributes and default is not None:  # scalars hold maps' names
         n = packed.hide_value(packed.cells.dtype.type(default))
         if n:
-            packed.note(f"{n} cells hold netCDF's default fill value, {default}, and are masked")
+            packed.note(f"{n} of its cells hold netCDF's default fill value, {default}, as never written: masked")
 
 
 def numbers(packed: Packed, key: str) -> Iterator[Any]:
@@ -115,7 +115,9 @@ def numbers(packed: Packed, key: str) -> Iterator[Any]:
     for value in np.asarray(packed.attributes[key]).reshape(-1):
         cell = packed.as_packed(value)
         if cell is None:
-            packed.note(f"{key} {shown(str(value), 40)} is no {packed.cells.dtype.name}, so no cell can hold it; ignored")
+            packed.note(
+                f"{key} {shown(str(value), 40)} is no {packed.cells.dtype.name}, so no cell can hold it; ignored"
+            )
         else:
             yield cell
 

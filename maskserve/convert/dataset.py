@@ -95,8 +95,8 @@ def variable_of(name: str, array: Array, valid: Array | None = None, **more: Any
     dtype = BY_TORCH.get(array.dtype.name)
     if dtype is None:
         return None
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return DataVariable(name=name, dtype=dtype, cells=little, valid=valid, **more)
+    little = np.asarray(array).astype(array.dtype.newbyteorder("<"), copy=False)  # of 0 dims, operators give scalars
+    return DataVariable(name=name, dtype=dtype, cells=little, valid=None if valid is None else np.asarray(valid), **more)
 
 
 def left_out(names: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -120,7 +120,9 @@ def widened(variables: Iterable[DataVariable], target: str, *lacking: DType) -> 
             wide = _widened(variable.cells, variable.dtype) if variable.dtype in FOREIGN_TO_NUMPY else variable.cells
             variable = replace(variable, dtype=f32, cells=wide.astype(np.float32))
         result.append(variable)
-    return result, [f"{target} has no such type, written as f32, which holds each value: {', '.join(said)}"] if said else []
+    return result, [
+        f"{target} has no such type, written as f32, which holds each value: {', '.join(said)}"
+    ] if said else []
 
 
 def the_only(dataset: Dataset, target: str, instead: str) -> DataVariable:

@@ -88,7 +88,9 @@ def parsed(path: str, delimiter: str, columns: tuple[str, ...] | None, as_text: 
             ),
         )  # fmt: skip
     except pa.ArrowInvalid as cause:
-        raise ragged(path, delimiter) or PayloadError("it is no table: a quote is open, or a row is too long") from cause
+        raise ragged(path, delimiter) or PayloadError(
+            "it is no table: a quote is open, or a row is too long"
+        ) from cause
 
 
 def ragged(path: str, delimiter: str) -> PayloadError | None:
@@ -109,9 +111,10 @@ def no_number(path: str, delimiter: str, name: str) -> MaskserveError:
     column = parsed(path, delimiter, columns=(name,), as_text=True).column(name)
     for at, text in enumerate(column.to_pylist()):
         if text is not None and not is_number(text):
+            start = shown(text) if len(text) <= 12 else f"{shown(text[:12])}…"
             line = next((line for i, (line, _) in enumerate(rows(path, delimiter)) if i == at + 1), 0)
             return PayloadError(
-                f"line {line}, column {shown(name)}: {shown(text, 16)!r} is no number; correct it, leave the column out "
+                f"line {line}, column {shown(name)}: '{start}' is no number; correct it, leave the column out "
                 f"of --columns, or write NA where a value is missing",
                 parameter="columns",
             )

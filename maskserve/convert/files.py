@@ -27,7 +27,17 @@ from maskserve.errors import (
     ParameterError,
     PayloadError,
 )
-from maskserve.payload.files import EXISTS, TEMP_PREFIX, Exists, Payload, StrPath, _failing, _open_regular, _stands, placed
+from maskserve.payload.files import (
+    EXISTS,
+    TEMP_PREFIX,
+    Exists,
+    Payload,
+    StrPath,
+    _failing,
+    _open_regular,
+    _stands,
+    placed,
+)
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, shown
 from maskserve.payload.held import HeldPayload, refuse_other_masks
 from maskserve.payload.metadata import Means, Pairs
@@ -76,7 +86,7 @@ def open_foreign(
     """
     name = os.fspath(path)
     row = by_suffix(name)
-    assert row is not None and not row.is_ours, "who calls this has looked at the suffix"
+    assert row is not None, "who calls this has looked at the suffix"
     if columns is not None and not row.is_table:
         raise columns_of_no_table(row)
     check_there(name, row)
@@ -92,7 +102,9 @@ def open_foreign(
 
 def columns_of_no_table(row: Format) -> ParameterError:
     tables = ", ".join(known.name for known in FORMATS if known.is_table)
-    return ParameterError(f"columns are those of a table ({tables}), not of {row.name}; use tensor", parameter="columns")
+    return ParameterError(
+        f"columns are those of a table ({tables}), not of {row.name}; use tensor", parameter="columns"
+    )
 
 
 def check_there(path: str, row: Format) -> None:
@@ -118,7 +130,7 @@ def bad_data(row: Format) -> Iterator[None]:
         raise
     except MemoryError as cause:
         raise OutOfMemoryError(f"the {row.name} file does not fit into memory; read a part of it") from cause
-    except Exception as cause:  # damaged bytes make libraries raise anything: struct.error, KeyError, errors of their own
+    except Exception as cause:  # damaged bytes make libraries raise anything: struct.error, KeyError, their own
         raise PayloadError(f"it cannot be read as {row.name}: {reason(cause)}") from cause
 
 
@@ -229,7 +241,9 @@ def target_format(path: str, to: str | None) -> Format:
 
 def check_words(row: Format, exists: str, fill_value: object) -> None:
     if exists not in EXISTS:
-        raise ParameterError(f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS)
+        raise ParameterError(
+            f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
+        )
     if fill_value is not None and row.holds_masks:
         raise ParameterError(
             f"fill_value stands for masked cells in formats without masks, and {row.name} has them; leave it out",
@@ -284,7 +298,9 @@ def folder_stands(path: str, exists: Exists) -> bool:
     if not os.path.isdir(path):
         raise OutputError(f"{shown(path)} is not a folder; only a folder is replaced by one")
     if exists == "error":
-        raise OutputExistsError(f"{shown(path)} exists; say replace to overwrite it, or skip to keep it", parameter="exists")
+        raise OutputExistsError(
+            f"{shown(path)} exists; say replace to overwrite it, or skip to keep it", parameter="exists"
+        )
     if exists == "replace" and not any(os.path.exists(os.path.join(path, mark)) for mark in MARKS):
         raise OutputError(f"{shown(path)} is a folder, but not of zarr; only such a one is replaced")
     return exists == "skip"

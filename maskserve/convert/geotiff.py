@@ -127,7 +127,7 @@ def write(dataset: Dataset, path: str, writing: Writing) -> list[str]:
     variable = as_numbers(variable)
     cells = bands_of(variable)
     fills = {}
-    if variable.has_masked:
+    if variable.has_masked or has_negative_zero(variable.cells):
         kind = variable.cells.dtype.kind
         fills[variable.name] = fill_of(variable, writing.fill_value, CUSTOMARY.get(kind, ()), as_double=True)
     fill = fills.get(variable.name)
@@ -135,17 +135,25 @@ def write(dataset: Dataset, path: str, writing: Writing) -> list[str]:
     profile = {"count": len(cells), "height": cells.shape[1], "width": cells.shape[2], "dtype": cells.dtype.name}
     with opened(path, "w", nodata=fill, BIGTIFF="IF_SAFER", **profile, **place_of(only)) as raster:
         raster.write(filled)
-    return notes + said(fills, "nodata")
+    return notes + (said(fills, "nodata") if variable.has_masked else [])
+
+
+def has_negative_zero(cells: Array) -> bool:
+    """Whether a cell is -0.0: without nodata, GDAL writes no block of zeros and reads one of 0.0."""
+    return cells.dtype.kind == "f" and bool((np.signbit(cells) & (cells == 0)).any())
 
 
 def bands_of(variable: DataVariable) -> Array:
     """The cells as (band, y, x)."""
     shape, name = variable.shape, shown(variable.name)
     if variable.dtype.kind is Kind.COMPLEX:
-        raise NotComputableError(f".tif is written with real numbers, and {name} is complex; write .npz", parameter=name)
+        raise NotComputableError(
+            f".tif is written with real numbers, and {name} is complex; write .npz", parameter=name
+        )
     if len(shape) not in (2, 3) or 0 in shape:
         raise NotComputableError(
-            f".tif holds (y, x) or (band, y, x), each at least 1, and {name} has shape {shape}; write .nc", parameter=name
+            f".tif holds (y, x) or (band, y, x), each at least 1, and {name} has shape {shape}; write .nc",
+            parameter=name,
         )
     return variable.cells.reshape((-1, *shape[-2:]))
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,7 +27,10 @@ RAW = {"decode_cf": False, "cache": False, "chunks": None, "create_default_index
 NUMBERS = "iufb"
 SCRATCH_BYTES = 9  # a cell's float64 once it is scaled, and its mask
 ATTRIBUTE_NAME = re.compile(r"[A-Za-z_][\w .:@+-]*")
-INT_BYTES = 1 << 63
+INT_END = 1 << 63
+
+Customary: TypeAlias = Mapping[str, tuple[Number, ...]]
+"""By numpy's code of a dtype ("f4"): the fill values to try first."""
 
 
 @contextmanager
@@ -65,7 +68,9 @@ def is_other(variable: Any) -> bool:
 # -- out ----------------------------------------------------------------------------------------------------------
 
 
-def grid_of(dataset: Dataset, writing: Writing, target: str, customary: Mapping[str, tuple[Number, ...]]) -> tuple[Any, list[str]]:
+def grid_of(
+    dataset: Dataset, writing: Writing, target: str, customary: Mapping[str, tuple[Number, ...]]
+) -> tuple[Any, list[str]]:
     """The xarray dataset to write, each masked variable with a fill value; and lines about what was decided."""
     xarray = library("xarray")
     variables, notes = widened(refuse_complex(dataset.variables, target), target, f16)
@@ -82,13 +87,13 @@ def grid_of(dataset: Dataset, writing: Writing, target: str, customary: Mapping[
     return xarray.Dataset(grid, attrs=writable(dataset.attributes)), notes + said(shown_fills, FILL)
 
 
-def fill_for(variable: DataVariable, writing: Writing, customary: Mapping[str, tuple[Number, ...]]) -> Any:
+def fill_for(variable: DataVariable, writing: Writing, customary: Customary) -> Any:
     """The fill value that `variable` needs: where cells are masked, or a valid one would be read as never written."""
     first = customary.get(variable.cells.dtype.str[1:], ())
     if variable.has_masked:
         return fill_of(variable, writing.fill_value, first)
     values = variable.valid_cells()
-    if any(holds(values, variable.cells.dtype.type(value)) for value in first if value == value):
+    if variable.shape and any(holds(values, variable.cells.dtype.type(value)) for value in first if value == value):
         return fill_of(variable, None, first)
     return None
 
@@ -97,7 +102,9 @@ def refuse_complex(variables: Iterable[DataVariable], target: str) -> tuple[Data
     for variable in variables:
         if variable.dtype.kind is Kind.COMPLEX:
             name = shown(variable.name)
-            raise NotComputableError(f"{target} has no complex numbers, and {name} is complex; write .npz", parameter=name)
+            raise NotComputableError(
+                f"{target} has no complex numbers, and {name} is complex; write .npz", parameter=name
+            )
     return tuple(variables)
 
 
@@ -106,7 +113,9 @@ def without_bool(variable: DataVariable) -> DataVariable:
     if variable.dtype is not boolean:
         return variable
     words = {BOOL: "bool"} | ({} if variable.has_masked else {"dtype": "bool"})
-    return replace(variable, dtype=i8, cells=variable.cells.astype(np.int8), attributes={**variable.attributes, **words})
+    return replace(
+        variable, dtype=i8, cells=variable.cells.astype(np.int8), attributes={**variable.attributes, **words}
+    )
 
 
 def named_dims(variables: Iterable[DataVariable]) -> dict[str, tuple[str, ...]]:
@@ -149,4 +158,4 @@ def is_writable(value: Any) -> bool:
         return bool(value) and kinds in ({str}, {int}, {float}, {int, float}) and all(map(is_writable, value))
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return False
-    return not isinstance(value, int) or -INT_BYTES <= value < INT_BYTES
+    return not isinstance(value, int) or -INT_END <= value < INT_END

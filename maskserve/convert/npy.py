@@ -7,7 +7,16 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from maskserve.convert.dataset import Dataset, DataVariable, Reading, Writing, n_bytes_of, the_only, variable_of, widened
+from maskserve.convert.dataset import (
+    Dataset,
+    DataVariable,
+    Reading,
+    Writing,
+    n_bytes_of,
+    the_only,
+    variable_of,
+    widened,
+)
 from maskserve.convert.fills import fill_of, said
 from maskserve.convert.sizes import refuse_beyond
 from maskserve.errors import NotComputableError, PayloadError

@@ -23,7 +23,9 @@ def read(path: str, reading: Reading) -> Dataset:
     """Every tensor under its name, a tensor alone as `data`; X.mask is the mask of X, as in a payload."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            refuse_beyond(sum(entry.file_size for entry in archive.infolist()), reading.memory, "the archive, unpacked,")
+            refuse_beyond(
+                sum(entry.file_size for entry in archive.infolist()), reading.memory, "the archive, unpacked,"
+            )
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as cause:

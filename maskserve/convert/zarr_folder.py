@@ -9,7 +9,13 @@ from maskserve.convert.grids import grid_of, opened, read_dataset
 ENGINE = "zarr"
 VERSION = 2  # read by more programs than 3, and by all that read 3
 NAN = (float("nan"),)
-CUSTOMARY = {**{code: (fill,) for code, fill in DEFAULT_FILLS.items()}, "i1": (-127,), "u1": (255,), "f4": NAN, "f8": NAN}
+CUSTOMARY = {
+    **{code: (fill,) for code, fill in DEFAULT_FILLS.items()},
+    "i1": (-127,),
+    "u1": (255,),
+    "f4": NAN,
+    "f8": NAN,
+}
 
 
 def read(path: str, reading: Reading) -> Dataset:
