@@ -66,7 +66,7 @@ def convert(
 
     source, target = two_files(files)
     said_exists = asked_exists(Wanted(exists=exists, force=force))
-    fill = None if fill_value is None else number(fill_value)
+    fill, said_means = None if fill_value is None else number(fill_value), means(mask_means)
     row = conversion.target_format(target, to)
     conversion.check_words(row, said_exists, fill)
     check_folder(target)
@@ -82,7 +82,7 @@ def convert(
             tensor=split(tensor),
             fill_value=fill,
             mask=mask,
-            mask_means=means(mask_means),
+            mask_means=said_means,
             exists=said_exists,
         )
     report(done, target)

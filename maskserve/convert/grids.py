@@ -80,9 +80,11 @@ def grid_of(
         fill = fill_for(variable, writing, customary)
         if fill is not None:
             fills[variable.name] = fill
-        grid[variable.name] = xarray.Variable(
-            dims[variable.name], variable.filled(fill), writable(variable.attributes), encoding={FILL: fill}
-        )
+        # as an attribute: given as encoding, xarray would write it over every valid NaN
+        attributes = writable(variable.attributes) | ({} if fill is None else {FILL: fill})
+        encoding = {FILL: None} if fill is None else {}
+        cells = variable.filled(fill)
+        grid[variable.name] = xarray.Variable(dims[variable.name], cells, attributes, encoding=encoding)
     shown_fills = {v.name: fills[v.name] for v in variables if v.has_masked}
     return xarray.Dataset(grid, attrs=writable(dataset.attributes)), notes + said(shown_fills, FILL)
 

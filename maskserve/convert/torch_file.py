@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from typing import Any
 
@@ -27,7 +28,9 @@ def read(path: str, reading: Reading) -> Dataset:
                 sum(entry.file_size for entry in archive.infolist()), reading.memory, "the archive, unpacked,"
             )
     try:
-        loaded = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an old pickle; what matters of it is an error
+            loaded = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as cause:
         raise PayloadError(f"it holds Python objects, which are never loaded, or is damaged; {WHAT}") from cause
     tensors = checked({"data": loaded} if isinstance(loaded, torch.Tensor) else loaded)
