@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -30,7 +31,7 @@ from maskserve.errors import (
     PayloadError,
     TooLargeError,
 )
-from tests.command_line import Maskserve, folder_fixture, maskserve_fixture, one_line  # noqa: F401  # fixtures
+from tests.command_line import Maskserve, environment, folder_fixture, maskserve_fixture, one_line  # noqa: F401  # fixtures
 from tests.convert_cases import payload
 
 FOREIGN = [row for row in FORMATS if not row.is_ours]
@@ -198,7 +199,7 @@ def test_damaged_files_are_bad_data_in_one_line(tmp_path: Path, row: Format, dam
         noise = np.random.default_rng(5).bytes(4096)
         path.write_bytes({"empty": b"", "cut": good[: len(good) // 2], "other": b"MThd" * 64, "noise": noise}[damage])
     if row.name in ("csv", "tsv") and damage == "cut":
-        assert len(open_foreign(path).header.tensors) == 1  # half a table of text is one
+        assert list(open_foreign(path).header.tensors) == ["data", "data.mask"]  # half a table of text is one
         return
     with pytest.raises(PayloadError) as caught:
         open_foreign(path)
@@ -386,3 +387,12 @@ def test_convert_options_reach_the_files(maskserve: Maskserve) -> None:
     assert maskserve("convert", "t.csv", "b.dat", "--to", "parquet", "--force", "--columns", "a").code == 0
     text = maskserve("convert", "--help").text
     assert text.startswith("Examples:\n  maskserve convert")
+
+
+@pytest.mark.parametrize("argv", ["info t.csv", "info rain.nc", "convert t.csv t.parquet", "convert rain.nc rain.npz"])
+def test_what_needs_no_torch_imports_none(maskserve: Maskserve, folder: Path, argv: str) -> None:
+    Path("t.csv").write_text("a,b\n1,2.5\n")
+    assert maskserve("convert", "rain.safetensors", "rain.nc").code == 0
+    code = "import sys\nfrom maskserve_cli.app import main\nsys.exit(main(sys.argv[1:]) or ('torch' in sys.modules) * 99)"
+    done = subprocess.run([sys.executable, "-c", code, *argv.split()], cwd=folder, env=environment(), timeout=60, check=False)
+    assert done.returncode == 0

@@ -313,8 +313,8 @@ def test_a_raster_has_two_or_three_dims(tmp_path: Path) -> None:
 
 def test_a_raster_is_measured_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "sparse.tif"
+    size = {"count": 1, "width": 100_000, "height": 100_000, "dtype": "float64"}
     with pytest.warns(NotGeoreferencedWarning):
-        size = {"count": 1, "width": 100_000, "height": 100_000, "dtype": "float64"}
         rasterio.open(path, "w", "GTiff", SPARSE_OK=True, tiled=True, **size).close()
     with pytest.raises(ms.MaskserveError, match="the raster would take 90000000000 bytes of memory"):
         open_foreign(path)
