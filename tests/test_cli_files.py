@@ -182,7 +182,7 @@ def test_a_verb_s_examples_work(maskserve: Maskserve, verb: str) -> None:
 def test_help_names_every_command(maskserve: Maskserve) -> None:
     text = maskserve("--help").text
     assert text == maskserve().text
-    ours = ("info", "head", "validate", "diff", "ops", "serve", "doctor")
+    ours = ("info", "head", "validate", "convert", "diff", "ops", "serve", "doctor")
     assert all(f"\n  {name} " in text for name in (*verbs(), *ours))
     codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
     assert set(exits.MEANINGS) == codes
