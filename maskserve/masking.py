@@ -16,7 +16,7 @@ from torch import Tensor
 from maskserve import masks
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
-from maskserve.dtypes import BY_TORCH, INFINITIES, DType, boolean
+from maskserve.dtypes import BY_TORCH, INFINITIES, WIDENED, DType, boolean
 from maskserve.errors import DtypeError
 from maskserve.ops.rows import Masking, Type
 from maskserve.payload.metadata import Means
@@ -31,11 +31,17 @@ def compute(
     row: Masking, data: Tensor, mask: Tensor | None, given: Mapping[str, Any], others: Masks
 ) -> tuple[Tensor, Tensor]:
     """(data with 0 under the new mask, the new mask at full size); `others` broadcast to the data."""
-    known = check(row, BY_TORCH[str(data.dtype).removeprefix("torch.")], given)
+    dtype = BY_TORCH[str(data.dtype).removeprefix("torch.")]
+    known = check(row, dtype, given)
     decide: Callable[..., Tensor] = kernel(row.function)
     own = torch.ones((), dtype=torch.bool, device=data.device) if mask is None else mask
-    new = decide(data, own.expand(data.shape), known, others)
+    new = decide(computable(data, dtype), own.expand(data.shape), known, others)
     return select(data, new), new
+
+
+def computable(data: Tensor, dtype: DType) -> Tensor:
+    """The cells in a dtype that torch can compare: each has the same value there."""
+    return data.to(getattr(torch, WIDENED[dtype].torch)) if dtype in WIDENED else data
 
 
 def check(row: Masking, dtype: DType, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 import maskserve as ms
 from maskserve import dtypes
-from maskserve_cli import cells, diff
+from maskserve.payload import slices as cells
+from maskserve_cli import diff
 from tests.command_line import (  # noqa: F401  # fixtures are found by name
     ROOT,
     Maskserve,

@@ -191,7 +191,7 @@ def compare(
     """Counts the cells that differ, a block of both at a time; NaN is NaN, and what is masked in both is the same."""
     import numpy as np
 
-    from maskserve_cli.cells import blocks
+    from maskserve.payload.slices import blocks
 
     shape = a[1].info.shape
     rules = Rules(shape=shape, dtypes=(a[1].info.dtype, b[1].info.dtype), tolerance=tolerance)
@@ -217,7 +217,7 @@ def compare_values(found: Difference, ours: Array, theirs: Array, both: Array, s
     """Adds the cells of a block that are valid in both; `start` is the flat index of its first."""
     import numpy as np
 
-    from maskserve_cli.cells import numbers
+    from maskserve.payload.slices import numbers
 
     shape, (our_dtype, their_dtype), tolerance = rules.shape, rules.dtypes, rules.tolerance
     a, b = numbers(ours, our_dtype), numbers(theirs, their_dtype)
