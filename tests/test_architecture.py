@@ -45,7 +45,8 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     "module",
     ["maskserve", "maskserve.ops", "maskserve.plan", "maskserve.requests", "maskserve.payload.format",
-     "maskserve.convert.files", "maskserve.payload.variables", "maskserve.payload.json", "maskserve.settings", "maskserve.errors"],
+     "maskserve.convert.files", "maskserve.payload.variables", "maskserve.payload.json", "maskserve.settings",
+     "maskserve.errors"],
 )  # fmt: skip
 def test_imports_without_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}"
