@@ -14,7 +14,7 @@ from maskserve import engine, execution, masking, sides
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
 from maskserve.dtypes import BY_TORCH, DType
-from maskserve.errors import BackendError, DeviceError, DimError, TooLargeError, nearest
+from maskserve.errors import BackendError, DeviceError, DimError, DtypeError, TooLargeError, nearest
 from maskserve.ops.rows import Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
@@ -182,7 +182,11 @@ def step(request: Request, variable: Variable, device: str, over: Callable[[Vari
     row, laid = request.row, over(variable)
     if isinstance(row, Masking):
         refuse_backend(request)
-        masking.check(row, variable.info.dtype, params)
+        try:
+            masking.check(row, variable.info.dtype, params)
+        except DtypeError as error:
+            error.message = f"{variable.name}: {error.message}; tensor (--tensor) picks the variables to compute on"
+            raise
         return Step(variable=variable, dims=variable.dims, sides=laid, device=device)
     assert isinstance(row, Reduction | Normalization | Scan)
     params |= {side.parameter.name: side.variable.info.dtype for side in laid}  # a plan knows its side inputs' dtypes

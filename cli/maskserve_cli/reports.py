@@ -134,7 +134,12 @@ def looked_at(listing: Listing, result: Result) -> Listed | None:
                 return None
             arguments[parameter.name] = dim
     tensor = MaskedTensor(result.data, result.mask)
-    found: Any = imported(listing.report.function)(tensor, *([listing.choice] if listing.choice else []), **arguments)
+    choice = [listing.choice] if listing.choice else []
+    try:
+        found: Any = imported(listing.report.function)(tensor, *choice, **arguments)
+    except DimError as error:
+        error.message = f"{result.name}: {error.message}; --tensor picks the variables to look at"
+        raise
     names = result.dims or tuple(f"dim {i}" for i in range(result.data.ndim))
     others = () if dim is None else tuple(n for i, n in enumerate(names) if i != dim % max(len(names), 1))
     what = f"{listing.choice + ' ' if listing.choice else ''}{listing.report.name}"
