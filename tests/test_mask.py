@@ -63,8 +63,8 @@ ORACLES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def numpy_of(data: torch.Tensor, mask: torch.Tensor) -> Any:
-    """numpy.ma of the same cells; bfloat16, which numpy lacks, as float32, which holds them."""
-    plain = data.float() if data.dtype is torch.bfloat16 else data
+    """numpy.ma of the same cells; bfloat16 and fp8, which numpy lacks, as float32, which holds them."""
+    plain = data.float() if data.is_floating_point() and data.element_size() < 4 else data
     return np.ma.MaskedArray(plain.numpy(), mask=~mask.numpy())
 
 

@@ -17,11 +17,13 @@ def find(word: str, *, verb: str | None = None) -> Row:
     if verb is None:
         words |= {row.name: row for row in OPS.values() if row.name not in words}  # a word that requests may say wins
     if word not in words:
+        served = [w for w in words if verb or words[w].verb]  # the rest are hundreds, which `maskserve ops` lists
+        more = f" or one of {len(words) - len(served)} more" if len(served) < len(words) else ""
         raise UnknownOpError(
-            f"op {word!r} is not known{f' to {verb}' if verb else ''}: "
-            f"give one of {', '.join(words)}{nearest(word, words)}",
+            f"op {word!r:.80} is not known{f' to {verb}' if verb else ''}: "
+            f"give one of {', '.join(served)}{more}{nearest(word, words)}",
             parameter="op",
-            allowed=words,
+            allowed=served,
         )
     return words[word]
 
