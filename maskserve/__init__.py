@@ -17,6 +17,7 @@ _HOMES = {
     "from_lengths": "making",
     "policy": "masks",
     "using": "execution",
+    "Pair": "functions",
     "clumps": "runs",
     "edges": "runs",
     "load": "inout",

@@ -17,6 +17,8 @@ def find(word: str, *, verb: str | None = None) -> Row:
     if verb is None:
         words |= {row.name: row for row in OPS.values() if row.name not in words}  # a word that requests may say wins
     if word not in words:
+        if word in OPS and OPS[word].verb is None:
+            raise UnknownOpError(f"{word} is for Python: call maskserve.{word}", parameter="op", allowed=words)
         served = [w for w in words if verb or words[w].verb]  # the rest are hundreds, which `maskserve ops` lists
         more = f" or one of {len(words) - len(served)} more" if len(served) < len(words) else ""
         raise UnknownOpError(
