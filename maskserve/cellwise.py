@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
-from maskserve.dtypes import ALL, BY_TORCH, WIDE, DType, u64
+from maskserve.dtypes import ALL, BY_TORCH, INFINITIES, WIDE, DType, u64
 from maskserve.errors import DataError, DtypeError, MaskserveError, NanError, ParameterError, ShapeError
 from maskserve.masks import Policy, check_equal, intersection, union
 from maskserve.ops.rows import NAN, OTHER, Elementwise, MaskRule, Type
@@ -221,7 +221,8 @@ def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[
             values.append(torch.where(mask.expand(value.shape), value, other))
         else:
             assert not isinstance(identity, str)
-            value = value.to(torch.result_type(value, identity))  # -inf among integers
+            if identity in INFINITIES:  # among integers too
+                value = value.to(torch.result_type(value, identity))
             values.append(select(value, mask.expand(value.shape), identity))
     return values
 

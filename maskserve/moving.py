@@ -92,6 +92,7 @@ def parted(row: Move, args: Arguments, kwargs: Keywords) -> tuple[list[MaskedTen
     """The arguments that hold cells, and the others."""
     if row.cells is Cells.TWO and "src" in kwargs:
         args = (args[0], kwargs.pop("src"), *args[1:])
+    others: Arguments
     if row.cells is Cells.ALL:
         cells, others = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args, ()
     elif row.cells is Cells.LIST:

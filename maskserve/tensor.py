@@ -268,9 +268,6 @@ class MaskedTensor:
     def cuda(self) -> MaskedTensor:
         return self.to("cuda")
 
-    def clone(self) -> MaskedTensor:
-        return self._mapped(self._data.clone())
-
     def detach(self) -> MaskedTensor:
         return self._view_of(self._data.detach(), self._mask)
 
@@ -281,7 +278,7 @@ class MaskedTensor:
         return self._view_of(self._data, self._mask)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedTensor:
-        return self.clone()
+        return self._moved("clone")
 
     def __reduce__(self) -> tuple[Any, ...]:
         from maskserve.engine import hidden_as_zero

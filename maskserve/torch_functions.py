@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from maskserve.errors import MaskserveError, UncoveredFunctionError
+from maskserve.errors import MaskError, MaskserveError, UncoveredFunctionError
 from maskserve.functions import method, public
 from maskserve.ops import OPS
-from maskserve.ops.rows import Row
+from maskserve.ops.rows import Cells, Elementwise, Move, Row
 from maskserve.tensor import plain_index
 
 NAMESPACES = (torch, torch.Tensor, torch.nn.functional, torch.special, torch.linalg)
@@ -27,6 +27,12 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if function is torch.Tensor.__setitem__:
         raise UncoveredFunctionError(
             "a plain tensor cannot take masked cells by assignment: make it a MaskedTensor first, or assign value.to_tensor(fill)"
+        )
+    if getattr(function, "__name__", "") in in_place():
+        # not a TypeError: Python would compute plain + m, and leave behind what shares plain's cells
+        raise MaskError(
+            f"{name_of(function)} would change data in place without its mask: write m += ..., or m[...] = ..., where m is a "
+            "MaskedTensor"
         )
     ours = table().get(function)
     if ours is None:
@@ -51,6 +57,13 @@ def table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
     return {theirs: ours for row in OPS.values() if not row.differs for theirs, ours in functions_of(row)}
 
 
+@cache
+def in_place() -> frozenset[str]:
+    """What torch calls the forms of elementwise ops that write into their first operand."""
+    rows = [row for row in OPS.values() if isinstance(row, Elementwise)]
+    return frozenset({f"{row.name}_" for row in rows} | {f"__i{row.operator}__" for row in rows if row.operator})
+
+
 def functions_of(row: Row) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
     """torch's functions under the row's names, and what they call here."""
     for namespace in NAMESPACES:
@@ -61,6 +74,8 @@ def functions_of(row: Row) -> Iterator[tuple[Callable[..., Any], Callable[..., A
             theirs = getattr(namespace, name, None)
             if callable(theirs) and f"{namespace.__name__}.{name}".removeprefix("torch.") not in row.unlike:
                 yield theirs, spoken(row, ours) if row.torch_words or row.torch_values or row.torch_defaults else ours
+    if isinstance(row, Move) and row.cells is Cells.ALL and hasattr(torch._C._VariableFunctions, row.name):
+        yield getattr(torch._C._VariableFunctions, row.name), public(row.name)  # what torch calls for a list of tensors
 
 
 def spoken(row: Row, ours: Callable[..., Any]) -> Callable[..., Any]:

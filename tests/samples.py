@@ -14,7 +14,7 @@ from maskserve import OPS, dtypes, engine
 from maskserve.backends.cpu import CpuBackend
 from maskserve.backends.reference.cells import BITS
 from maskserve.dtypes import DType
-from maskserve.ops.rows import REQUIRED, Elementwise, Normalization, Reduction, Row, Scan, Type
+from maskserve.ops.rows import REQUIRED, Elementwise, Move, Normalization, Reduction, Row, Scan, Type
 from maskserve.plan import Plan, plan
 
 SIZES = (1, 2, 63, 64, 65, 4095, 4096, 4097, 3 * 4096 + 1)
@@ -24,6 +24,7 @@ REDUCTIONS = [row for row in OPS.values() if isinstance(row, Reduction)]
 MERGEABLE = [row for row in REDUCTIONS if row.passes and not row.picks]
 SLICED = [row for row in OPS.values() if isinstance(row, Reduction | Normalization | Scan)]
 ELEMENTWISE = [row for row in OPS.values() if isinstance(row, Elementwise)]
+MOVES = [row for row in OPS.values() if isinstance(row, Move)]
 
 NEEDED = {Type.NUMBERS: (0.25, 0.7), Type.CELL: 1, Type.COUNT: 1}
 """A value for each parameter that has no default, dims apart."""
@@ -63,6 +64,8 @@ def cells(dtype: DType, shape: tuple[int, ...], seed: int, share: float = 0.7, *
         return Masked(seed, wide > 0, mask)
     if dtype.kind is dtypes.Kind.UINT:
         wide = wide.abs()
+    if dtype is dtypes.c64:
+        return Masked(seed, torch.complex(wide.float(), wide.flip(0).float()), mask)
     return Masked(seed, wide.to(torch_dtype(dtype)), mask)
 
 
@@ -70,6 +73,8 @@ def junk(dtype: DType) -> list[Any]:
     """What may lie under a mask: NaN, infinities, the dtype's extremes."""
     if dtype is dtypes.boolean:
         return [False, True]
+    if dtype is dtypes.c64:
+        return [complex(math.nan, math.inf), complex(-math.inf, 0.0), complex(0.0, math.nan)]
     if dtype.is_float:
         info = torch.finfo(torch_dtype(dtype))
         return [math.nan, math.inf, -math.inf, info.max, info.min, -0.0]

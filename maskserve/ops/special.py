@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import INTEGRAL, NUMERIC, and_stored, f32, f64
+from maskserve.dtypes import INTEGRAL, NUMERIC, and_stored, boolean, f32, f64
 from maskserve.ops.rows import REQUIRED, Elementwise, Parameter, Type
 
 P = Parameter(name="p", type=Type.COUNT, default=REQUIRED, help="number of dims of the gamma function")
@@ -10,7 +10,6 @@ P = Parameter(name="p", type=Type.COUNT, default=REQUIRED, help="number of dims 
 REAL = and_stored(NUMERIC)
 WIDE = and_stored(INTEGRAL | {f64, f32})
 TWO = ("input", "other")
-DEGREE = ("input", "n")
 
 ROWS = (
     Elementwise(name="erf", summary="error function", accepts=REAL),
@@ -21,7 +20,7 @@ ROWS = (
     Elementwise(name="ndtri", summary="inverse of ndtr", accepts=WIDE),
     Elementwise(name="log_ndtr", summary="log of ndtr", accepts=WIDE),
     Elementwise(name="entr", summary="-input * log(input), 0 at 0, -inf below", accepts=REAL),
-    Elementwise(name="xlogy", summary="input * log(other), 0 where input is 0", operands=TWO, identity=(None, None),
+    Elementwise(name="xlogy", summary="input * log(other), 0 where input is 0", operands=TWO,
                 accepts=REAL),
     Elementwise(name="xlog1py", summary="input * log1p(other), 0 where input is 0", operands=TWO, accepts=REAL),
     Elementwise(name="lgamma", summary="log of the absolute value of the gamma function", torch=("gammaln",), accepts=REAL),
@@ -29,7 +28,7 @@ ROWS = (
     Elementwise(name="polygamma", summary="n-th derivative of digamma", operands=("n", "input"), method=(1, 0),
                 function=".elementwise:polygamma", accepts=REAL),
     Elementwise(name="mvlgamma", summary="log of the multivariate gamma function", parameters=(P,),
-                torch=("multigammaln",), accepts=REAL),
+                torch=("multigammaln",), accepts=REAL - {boolean}),
     Elementwise(name="gammainc", summary="lower incomplete gamma function, regularized", operands=TWO,
                 tensors_only=True, torch=("igamma",), accepts=REAL),
     Elementwise(name="gammaincc", summary="upper incomplete gamma function, regularized", operands=TWO,
@@ -51,18 +50,4 @@ ROWS = (
     Elementwise(name="scaled_modified_bessel_k1", summary="modified_bessel_k1, scaled by exp(input)", accepts=WIDE),
     Elementwise(name="spherical_bessel_j0", summary="sin(input) / input, 1 at 0", accepts=WIDE),
     Elementwise(name="airy_ai", summary="Airy function", accepts=WIDE),
-    Elementwise(name="chebyshev_polynomial_t", summary="Chebyshev polynomial of the first kind, degree n",
-                operands=DEGREE, accepts=REAL),
-    Elementwise(name="chebyshev_polynomial_u", summary="Chebyshev polynomial of the second kind, degree n",
-                operands=DEGREE, accepts=REAL),
-    Elementwise(name="chebyshev_polynomial_v", summary="Chebyshev polynomial of the third kind, degree n",
-                operands=DEGREE, accepts=REAL),
-    Elementwise(name="chebyshev_polynomial_w", summary="Chebyshev polynomial of the fourth kind, degree n",
-                operands=DEGREE, accepts=REAL),
-    Elementwise(name="hermite_polynomial_h", summary="physicists' Hermite polynomial, degree n", operands=DEGREE,
-                accepts=REAL),
-    Elementwise(name="hermite_polynomial_he", summary="probabilists' Hermite polynomial, degree n", operands=DEGREE,
-                accepts=REAL),
-    Elementwise(name="laguerre_polynomial_l", summary="Laguerre polynomial, degree n", operands=DEGREE, accepts=REAL),
-    Elementwise(name="legendre_polynomial_p", summary="Legendre polynomial, degree n", operands=DEGREE, accepts=REAL),
 )  # fmt: skip

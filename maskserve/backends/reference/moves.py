@@ -144,8 +144,13 @@ def take(cells: Masked, index: Masked) -> Masked:
 
 
 def take_along_dim(cells: Masked, indices: Masked, dim: int | None = None) -> Masked:
-    valid = indices.mask if dim is not None or indices.mask is None else indices.mask.reshape(-1)
-    return picked(lambda tensor, at: torch.take_along_dim(tensor, at, dim), cells, indices, valid)
+    if dim is None:  # along all cells in their order
+        cells, indices, dim = cells.moved(flat), indices.moved(flat), 0
+    return picked(lambda tensor, at: torch.take_along_dim(tensor, at, dim), cells, indices, indices.mask)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1)
 
 
 def index_select(cells: Masked, dim: int, index: Masked) -> Masked:
