@@ -329,6 +329,13 @@ def test_operators_in_place_reach_every_tensor_that_shares_the_cells() -> None:
     assert m.tolist() == [[None, None], [4, 5]]
 
 
+def test_an_operator_in_place_follows_the_policy() -> None:
+    m = ms.masked_tensor([1.0, 2.0], torch.tensor([True, False]))
+    with ms.policy("union"):
+        m += torch.tensor([1.0, 5.0])
+    assert m.tolist() == [2, 5]
+
+
 def test_an_operator_in_place_is_refused_rather_than_lost() -> None:
     m = ms.masked_tensor([1, 2])
     with pytest.raises(DtypeError, match="in place"):
@@ -609,7 +616,8 @@ NUMPY = {
     "add": "add", "sub": "subtract", "mul": "multiply", "hypot": "hypot", "atan2": "arctan2", "eq": "equal", "ne": "not_equal",
     "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
     "logical_and": "logical_and", "logical_or": "logical_or", "logical_xor": "logical_xor",
-    "maximum": "maximum", "minimum": "minimum", "bitwise_and": "bitwise_and", "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "conj_physical": "conjugate",
+    "maximum": "maximum", "minimum": "minimum",
+    "bitwise_and": "bitwise_and", "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "conj_physical": "conjugate",
 }  # fmt: skip
 
 
