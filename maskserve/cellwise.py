@@ -11,10 +11,10 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
-from maskserve.dtypes import ALL, BY_TORCH, INFINITIES, WIDE, DType, u64
+from maskserve.dtypes import ALL, BY_TORCH, INFINITIES, WIDE, DType, i64, u64
 from maskserve.errors import DataError, DtypeError, MaskserveError, NanError, ParameterError, ShapeError
 from maskserve.masks import Policy, check_equal, intersection, union
-from maskserve.ops.rows import NAN, OTHER, Elementwise, MaskRule, Type
+from maskserve.ops.rows import NAN, OTHER, Beyond, Elementwise, MaskRule, Type
 from maskserve.plan import accept, check, names_of
 
 Operand = tuple[Any, Tensor | None, bool]
@@ -45,6 +45,8 @@ def compute(
             refuse(row, kind)
     if any(kind in WIDE or kind is u64 for kind in kinds):
         operands = readable(row, operands, kinds)
+    if row.beyond is not Beyond.TORCHS and any(type(value) is int for value, _, _ in operands):
+        operands = in_range(row, operands)
     if nan is not None:
         operands = nan_checked(row, operands, nan)
     params = resolve(row, given) if row.parameters else {}
@@ -75,17 +77,25 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 def called(row: Elementwise, values: list[Any], params: Mapping[str, Any]) -> Tensor:
     """torch's values. A number that torch takes in a later place only becomes a tensor of no dims, in the others' dtype."""
-    n_wrapped = len(values) if row.tensors_only else 1
-    for i, value in enumerate(values[:n_wrapped]):
-        if isinstance(value, int | float | complex) and row.rule is MaskRule.ALL:
-            tensors = [v for v in values if isinstance(v, Tensor)]
-            dtypes = [torch.result_type(tensor, value) for tensor in tensors]
-            device = tensors[0].device if tensors else None
-            values[i] = torch.as_tensor(value, dtype=reduce(torch.promote_types, dtypes) if dtypes else None, device=device)
+    if row.tensors_only or not isinstance(values[0], Tensor):
+        values = with_tensors(row, values)
     if not row.as_stored and any(isinstance(v, Tensor) and v.dtype is torch.uint64 for v in values):
         data = function(row)(*[v.view(torch.int64) ^ _LOWEST for v in values], **params)
         return (data ^ _LOWEST).view(torch.uint64) if data.dtype is torch.int64 else data
     return function(row)(*values, **params)
+
+
+def with_tensors(row: Elementwise, values: list[Any]) -> list[Any]:
+    """The values with the numbers among them as tensors, or the first one only."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [torch.as_tensor(value) for value in values]
+    device, made = tensors[0].device, list(values)
+    for i, value in enumerate(values if row.tensors_only else values[:1]):
+        if isinstance(value, int | float | complex) and row.rule is MaskRule.ALL:
+            dtypes = [torch.result_type(tensor, value) for tensor in tensors]
+            made[i] = torch.scalar_tensor(value, dtype=reduce(torch.promote_types, dtypes), device=device)
+    return made
 
 
 # -- what comes in ------------------------------------------------------------------------------------------------
@@ -146,6 +156,21 @@ def as_u64(row: Elementwise, value: Any) -> Tensor:
         "or convert both to torch.int64 or torch.float64 first",
         parameter="dtype",
     )
+
+
+def in_range(row: Elementwise, operands: Sequence[Operand]) -> Sequence[Operand]:
+    """The operands where their integer dtype holds each int among them; torch would wrap it without a word."""
+    tensors = [value for value, _, _ in operands if isinstance(value, Tensor)]
+    if not tensors or any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
+        return operands
+    dtype = reduce(torch.promote_types, [torch.result_type(tensor, 1) for tensor in tensors])
+    kind = _DTYPES[dtype]
+    beyond = [value for value, _, _ in operands if type(value) is int and not kind.holds(value)]
+    if not beyond:
+        return operands
+    if row.beyond is Beyond.EXACT and kind is not u64 and all(i64.holds(value) for value in beyond):
+        return [(v.to(torch.int64) if isinstance(v, Tensor) else v, mask, masked) for v, mask, masked in operands]
+    raise DtypeError(f"{row.name}: {beyond[0]} does not fit {kind.name}; convert the tensor first, to a dtype that holds it")
 
 
 def nan_checked(row: Elementwise, operands: Sequence[Operand], nan: str) -> Sequence[Operand]:

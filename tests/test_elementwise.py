@@ -558,6 +558,23 @@ def test_a_dtype_that_torch_has_no_kernel_for_is_a_dtype_error() -> None:
         ms.logaddexp(whole, whole)
 
 
+def test_an_int_beyond_its_partners_dtype_is_compared_as_it_is() -> None:
+    """torch wraps it: torch.tensor([5], dtype=torch.uint8) < -1 is True there."""
+    small = ms.masked_tensor(torch.tensor([5, 200], dtype=torch.uint8), torch.tensor([True, True]))
+    for number in (-1, 300, 2**40):
+        for operator in (lambda a, b: a < b, lambda a, b: a >= b, lambda a, b: a == b, lambda a, b: a != b):
+            assert operator(small, number).tolist() == [operator(5, number), operator(200, number)]
+            assert operator(number, small).tolist() == [operator(number, 5), operator(number, 200)]
+    for call in (
+        lambda: ms.maximum(small, -1), lambda: ms.clamp(small, -1, 3), lambda: ms.clamp_min(small, -1), lambda: small % 300,
+        lambda: small // 300, lambda: ms.div(small, 300, rounding_mode="floor"), lambda: small == 2**70,
+    ):  # fmt: skip
+        with pytest.raises(DtypeError, match="does not fit"):
+            call()
+    assert (small + -1).tolist() == [4, 199]
+    assert (small / 500).tolist() == (torch.tensor([5.0, 200.0]) / 500).tolist()
+
+
 # -- where torch raises, or worse ---------------------------------------------------------------------------------
 
 

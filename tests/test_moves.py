@@ -462,8 +462,9 @@ REASONS = {
     "random": "alpha_dropout feature_alpha_dropout dropout dropout1d dropout2d dropout3d rrelu",
     "torch's own, for compiled graphs": (
         "alias_copy detach_copy expand_copy permute_copy squeeze_copy unsqueeze_copy transpose_copy t_copy view_copy "
-        "diagonal_copy select_copy slice_copy unbind_copy unfold_copy split_copy narrow_copy split_with_sizes_copy view_as_real_copy "
-        "view_as_complex_copy slice_inverse unsafe_split unsafe_chunk unsafe_split_with_sizes native_channel_shuffle"
+        "diagonal_copy select_copy slice_copy unbind_copy unfold_copy split_copy narrow_copy "
+        "split_with_sizes_copy view_as_real_copy view_as_complex_copy slice_inverse "
+        "unsafe_split unsafe_chunk unsafe_split_with_sizes native_channel_shuffle"
     ),
     "a method of MaskedTensor, or no use": (
         "to cpu cuda float double type type_as to_dense item tolist numpy data size dequantize pin_memory share_memory "
@@ -476,11 +477,11 @@ NOT_MOVED = {name for names in REASONS.values() for name in names.split()}
 
 
 def arguments(x: Tensor) -> list[tuple[Any, ...]]:
-    one, index = torch.ones_like(x), torch.zeros((1,) * x.ndim, dtype=torch.int64)
+    one, index = torch.ones_like(x), torch.zeros(x.shape, dtype=torch.int64)
     return [
         (x,), (x, 0), (x, 1), (x, 0, 1), (x, (0,)), (x, (0, 1)), (x, [1, 1]), (x, 0, 0, 1), (x, (12,)), (x, x), ([x, x],),
         (x, 0, index), (x, index), (x, 0, torch.tensor([0])), (x, (2, 3, 4)), (x, 0, (1, 2)), (x, one > 0), (x, one > 0, x),
-        (x, 1, [1, 1]), (x, 2), (x, 2, 0),
+        (x, 1, [1, 1]), (x, 2), (x, 2, 0), (x, 0, 2, 1),
         (x, [1]), (x, (1, 1), "replicate"), (x, (torch.tensor([0]),), x[0]), (x, index, x[0, 0]), (x, x[0], 0, 0),
     ]  # fmt: skip
 

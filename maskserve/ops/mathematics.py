@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskserve.dtypes import COMPLEX, FLOATING, NUMERIC, and_stored, boolean
-from maskserve.ops.rows import Elementwise, Parameter, Type
+from maskserve.ops.rows import Beyond, Elementwise, Parameter, Type
 
 DECIMALS = Parameter(name="decimals", type=Type.NUMBER, default=0, keyword_only=True, help="digits after the point; floats only")
 
@@ -49,7 +49,7 @@ ROWS = (
     Elementwise(name="sign", summary="-1, 0 or 1", accepts=REAL),
     Elementwise(name="sgn", summary="sign; of a complex cell input / |input|", accepts=ANY),
     Elementwise(name="signbit", summary="whether the sign bit is set, as in -0.0", accepts=REAL),
-    Elementwise(name="copysign", summary="input with the sign of other", operands=TWO, accepts=REAL),
+    Elementwise(name="copysign", summary="input with the sign of other", beyond=Beyond.TORCHS, operands=TWO, accepts=REAL),
     Elementwise(name="floor", summary="rounded down", accepts=COUNTING),
     Elementwise(name="ceil", summary="rounded up", accepts=COUNTING),
     Elementwise(name="round", summary="rounded to decimals, halves to even", parameters=(DECIMALS,), accepts=COUNTING),

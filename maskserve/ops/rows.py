@@ -335,6 +335,14 @@ class MaskRule(StrEnum):
     CHOSEN = "chosen"  # where(): the chosen branch's validity
 
 
+class Beyond(StrEnum):
+    """What an int is that the integer dtype of its partner cannot hold; torch takes 300 beside u8 for 44."""
+
+    ERROR = "error"
+    TORCHS = "torch's"  # it is right to wrap, as in sums, or torch computes in floats
+    EXACT = "exact"  # compared as it is
+
+
 OTHER: Final = "other"
 """The identity of an op with op(x, x) = x: the other operand's cell stands for a missing one, in any dtype."""
 
@@ -363,6 +371,7 @@ class Elementwise(Row):
     """torch's function takes no numbers: they become tensors of no dims first."""
     unsafe: bool = False
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
+    beyond: Beyond = Beyond.ERROR
     as_stored: bool = False
     """It chooses cells and computes none: it takes those of a storage type without widening them."""
 

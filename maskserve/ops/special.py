@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskserve.dtypes import INTEGRAL, NUMERIC, and_stored, boolean, f32, f64
-from maskserve.ops.rows import REQUIRED, Elementwise, Parameter, Type
+from maskserve.ops.rows import REQUIRED, Beyond, Elementwise, Parameter, Type
 
 P = Parameter(name="p", type=Type.COUNT, default=REQUIRED, help="number of dims of the gamma function")
 
@@ -20,9 +20,10 @@ ROWS = (
     Elementwise(name="ndtri", summary="inverse of ndtr", accepts=WIDE),
     Elementwise(name="log_ndtr", summary="log of ndtr", accepts=WIDE),
     Elementwise(name="entr", summary="-input * log(input), 0 at 0, -inf below", accepts=REAL),
-    Elementwise(name="xlogy", summary="input * log(other), 0 where input is 0", operands=TWO,
+    Elementwise(name="xlogy", summary="input * log(other), 0 where input is 0", beyond=Beyond.TORCHS, operands=TWO,
                 accepts=REAL),
-    Elementwise(name="xlog1py", summary="input * log1p(other), 0 where input is 0", operands=TWO, accepts=REAL),
+    Elementwise(name="xlog1py", summary="input * log1p(other), 0 where input is 0", beyond=Beyond.TORCHS, operands=TWO,
+                accepts=REAL),
     Elementwise(name="lgamma", summary="log of the absolute value of the gamma function", torch=("gammaln",), accepts=REAL),
     Elementwise(name="digamma", summary="derivative of the log of the gamma function", torch=("psi",), accepts=REAL),
     Elementwise(name="polygamma", summary="n-th derivative of digamma", operands=("n", "input"), method=(1, 0),
@@ -33,7 +34,7 @@ ROWS = (
                 tensors_only=True, torch=("igamma",), accepts=REAL),
     Elementwise(name="gammaincc", summary="upper incomplete gamma function, regularized", operands=TWO,
                 tensors_only=True, torch=("igammac",), accepts=REAL),
-    Elementwise(name="zeta", summary="Hurwitz zeta function", operands=TWO, accepts=REAL),
+    Elementwise(name="zeta", summary="Hurwitz zeta function", beyond=Beyond.TORCHS, operands=TWO, accepts=REAL),
     Elementwise(name="i0", summary="modified Bessel function of the first kind, order 0", accepts=REAL),
     Elementwise(name="i0e", summary="i0, scaled by exp(-|input|)", accepts=REAL),
     Elementwise(name="i1", summary="modified Bessel function of the first kind, order 1", accepts=REAL),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskserve.errors import IntegerOverflowError, ParameterError
+from maskserve.errors import DtypeError, IntegerOverflowError, ParameterError
 
 
 def checked_abs(data: Tensor) -> Tensor:
@@ -43,6 +43,10 @@ def polygamma(n: Tensor, data: Tensor) -> Tensor:
 def div(data: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
     """torch.div, which ends the process (SIGFPE) at the smallest int / -1 rounded towards 0: that wraps here, as in -data."""
     dtype = torch.result_type(data, other)
+    if rounding_mode and isinstance(other, int) and not (dtype.is_floating_point or dtype is torch.bool):
+        limits = torch.iinfo(dtype)
+        if not limits.min <= other <= limits.max:
+            raise DtypeError(f"div: {other} does not fit {dtype}; convert the tensor first, to a dtype that holds it")
     if rounding_mode != "trunc" or dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         return torch.div(data, other, rounding_mode=rounding_mode)
     cells, by = torch.as_tensor(data, dtype=dtype), torch.as_tensor(other, dtype=dtype, device=data.device)
