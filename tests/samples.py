@@ -64,8 +64,8 @@ def cells(dtype: DType, shape: tuple[int, ...], seed: int, share: float = 0.7, *
         return Masked(seed, wide > 0, mask)
     if dtype.kind is dtypes.Kind.UINT:
         wide = wide.abs()
-    if dtype is dtypes.c64:
-        return Masked(seed, torch.complex(wide.float(), wide.flip(0).float()), mask)
+    if dtype in dtypes.COMPLEX:
+        return Masked(seed, torch.complex(wide, wide.flip(0)).to(torch_dtype(dtype)), mask)
     return Masked(seed, wide.to(torch_dtype(dtype)), mask)
 
 
@@ -73,7 +73,7 @@ def junk(dtype: DType) -> list[Any]:
     """What may lie under a mask: NaN, infinities, the dtype's extremes."""
     if dtype is dtypes.boolean:
         return [False, True]
-    if dtype is dtypes.c64:
+    if dtype in dtypes.COMPLEX:
         return [complex(math.nan, math.inf), complex(-math.inf, 0.0), complex(0.0, math.nan)]
     if dtype.is_float:
         info = torch.finfo(torch_dtype(dtype))
@@ -86,6 +86,9 @@ def poisoned(sample: Masked) -> Iterator[Tensor]:
     """The data with each kind of junk under the mask."""
     name = str(sample.data.dtype).removeprefix("torch.")
     for poison in junk(dtypes.BY_TORCH[name]):
+        if sample.data.is_complex():
+            yield torch.where(sample.mask, sample.data, torch.tensor(poison, dtype=sample.data.dtype))
+            continue
         exact = torch.uint64 if sample.data.dtype is torch.uint64 else torch.int64
         filler = torch.tensor(poison, dtype=exact if type(poison) is int else torch.float64).to(sample.data.dtype)
         yield torch.where(sample.mask, as_bits(sample.data), as_bits(filler)).view(sample.data.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from maskserve.dtypes import COMPLEX, INTEGRAL, NUMERIC, and_stored, boolean, f32, u64
+from maskserve.dtypes import COMPLEX, INTEGRAL, NUMERIC, and_stored, boolean, f32, f64, u64
 from maskserve.ops import activations, mathematics, special
 from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule, Parameter, Type
 
@@ -51,7 +51,7 @@ ROWS = (
     Elementwise(name="pow", summary="input to the power exponent", operands=("input", "exponent"), identity=(None, 1),
                 operator="pow", torch=("__pow__",), unsafe=True, accepts=ANY),
     Elementwise(name="float_power", summary="input to the power exponent, in f64", beyond=Beyond.TORCHS,
-                operands=("input", "exponent"), identity=(None, 1), accepts=REAL),
+                operands=("input", "exponent"), identity=(None, 1), accepts=ANY),
     Elementwise(name="neg", summary="-input", operator="neg", torch=("negative",), accepts=SIGNED),
     Elementwise(name="positive", summary="+input", operator="pos", accepts=SIGNED),
     Elementwise(name="abs", summary="absolute value; an error for the smallest int, which has none",
@@ -128,9 +128,9 @@ ROWS = (
     Elementwise(name="angle", summary="angle of a complex cell; 0 or pi of a real one", accepts=ANY),
     Elementwise(name="conj_physical", summary="complex conjugate, in memory of its own", accepts=ANY),
     Elementwise(name="complex", summary="real + i * imag", operands=("real", "imag"), tensors_only=True,
-                accepts=and_stored(frozenset({f32}))),
+                accepts=and_stored(frozenset({f32, f64}))),
     Elementwise(name="polar", summary="abs * (cos angle + i * sin angle)", operands=("abs", "angle"),
-                tensors_only=True, accepts=and_stored(frozenset({f32}))),
+                tensors_only=True, accepts=and_stored(frozenset({f32, f64}))),
     *mathematics.ROWS,
     *activations.ROWS,
     *special.ROWS,
