@@ -16,6 +16,7 @@ from maskserve_cli import inputs
 from maskserve_cli.command import Config, Files, settings_of
 from maskserve_cli.exits import about, say
 from maskserve_cli.outputs import STDOUT, Wanted, asked_exists, check_folder
+from maskserve_cli.progress import patience
 from maskserve_cli.table import dims_text
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def convert(
     if conversion.stands(target, row, said_exists):
         say(f"{shown(target)} exists; skipped")
         return
-    title = inputs.title(source)
-    with about(title), read(source, inputs.limits_of(settings_of(config)), split(columns)) as payload:
+    title, limits = inputs.title(source), inputs.limits_of(settings_of(config))
+    with about(title), patience(f"converting {title} …"), read(source, limits, split(columns)) as payload:
         done = conversion.convert_payload(
             payload,
             target,

@@ -1,11 +1,14 @@
-"""A progress bar for what takes more than two seconds, on a terminal only."""
+"""A progress bar, or a note, for what takes more than two seconds, on a terminal only."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from maskserve_cli.exits import say
 
 PATIENCE_S = 2.0
 
@@ -21,6 +24,21 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield bar.tick
     finally:
         bar.close()
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """A line on stderr after PATIENCE_S, for what cannot say how far it is."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    timer = threading.Timer(PATIENCE_S, say, [what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Bar:

@@ -24,7 +24,7 @@ from maskserve.payload.variables import MASK, SPARSE_SUFFIXES, MaskKind, Variabl
 KEY_ATTRIBUTES = "maskserve.attributes"
 """Attributes of the file and of each variable, and the order of the variables, as JSON; jobs keep it."""
 
-ATTRIBUTE_BYTES = 48 * 1024  # of the 64 KiB that metadata may have
+METADATA_BYTES = 56 * 1024  # of the 64 KiB that a payload may have: jobs add their history
 
 
 # -- in -----------------------------------------------------------------------------------------------------------
@@ -70,13 +70,13 @@ def metadata_of(dataset: Dataset) -> tuple[dict[str, str], list[str]]:
         "variables": {v.name: plain(v.attributes) for v in dataset.variables if v.attributes},
     }
     record = {key: value for key, value in record.items() if value}
-    lost = []
+    lost, budget = [], METADATA_BYTES - size_of(dims)
     entries = {k: text for k, text in texts.items() if k and k.isprintable() and is_text(text)}
     entries |= {KEY_HISTORY: str(dataset.attributes[KEY_HISTORY])} if KEY_HISTORY in dataset.attributes else {}
-    while entries and size_of(entries) + size_of(record) > ATTRIBUTE_BYTES:
+    while entries and size_of(entries) + size_of(record) > budget:
         lost.append(max(entries, key=lambda key: len(entries[key])))
         del entries[lost[-1]]
-    if size_of(record) > ATTRIBUTE_BYTES:
+    if size_of(record) > budget:
         lost.append("the attributes of the variables")
         record = {}
     metadata = entries | ({KEY_ATTRIBUTES: compact(record)} if record else {})
