@@ -126,6 +126,35 @@ def test_text_and_groups_are_left_out_and_named(tmp_path: Path) -> None:
     assert list(payload.header.tensors) == ["x"]
 
 
+def test_lists_records_and_bools_with_a_fill_value(tmp_path: Path) -> None:
+    path = netcdf(tmp_path, np.array([0, 1, -127], "i1"), _FillValue=np.int8(-127), dtype="bool")
+    with netCDF4.Dataset(path, "a") as file:
+        file.createVariable("lists", file.createVLType("i4", "some"), ("t",))
+        file.createVariable("records", file.createCompoundType(np.dtype([("a", "f4")]), "pair"), ("t",))
+        file.createVariable("mask", "i1", ("t", "t"))[:] = 1
+    found, notes = lists(path)
+    assert found == [False, True, None]
+    assert notes == (
+        "left out, not numbers: records (void32), lists (lists)",
+        "renamed, a payload gives these names a meaning or cannot hold them: mask is mask_ here",
+    )
+
+
+def test_names_of_groups_and_reserved_attributes_are_not_written(tmp_path: Path) -> None:
+    one = np.ones(2), np.ones(2, bool)
+    (tmp_path / "slash.safetensors").write_bytes(payload({"blk/0": one}))
+    forged = '{"variables": {"x": {"scale_factor": 2, "_FillValue": 1.0, "dtype": "bool", "units": "m"}}}'
+    given = payload({"x": one}, None, _NCProperties="x", **{"a/b": "x", "maskserve.attributes": forged})
+    (tmp_path / "in.safetensors").write_bytes(given)
+    for suffix in ("nc", "zarr"):
+        with pytest.raises(NotComputableError, match=r"has no / in names, and there is blk/0; rename it, or write \.npz"):
+            ms.convert_file(tmp_path / "slash.safetensors", tmp_path / f"slash.{suffix}")
+        ms.convert_file(tmp_path / "in.safetensors", tmp_path / f"out.{suffix}")
+        with xr.open_dataset(tmp_path / f"out.{suffix}", chunks=None) as found:
+            assert found["x"].values.tolist() == [1.0, 1.0]
+            assert found["x"].attrs == {"units": "m"}
+
+
 def test_declared_sizes_are_compared_with_memory_before_it_is_spent(tmp_path: Path) -> None:
     path = tmp_path / "huge.nc"
     with netCDF4.Dataset(path, "w") as file:

@@ -94,7 +94,7 @@ def test_text_as_others_write_it(tmp_path: Path, text: str | bytes, expected: di
 
 
 def test_text_columns_are_left_out_and_named(tmp_path: Path) -> None:
-    path = table(tmp_path, "a,carrier,day,b\n1,UA,2013-01-01,2\n3,AA,2013-01-02,4\n")
+    path = table(tmp_path, 'a,carrier,day,b\n1,5" pipe,2013-01-01,2\n3,AA,2013-01-02,4\n')
     payload = open_foreign(path)
     assert payload.notes == ("left out, not numbers: carrier (text), day (timestamp)",)
     assert list(payload.header.tensors) == ["a", "b"]
@@ -109,6 +109,8 @@ def test_text_columns_are_left_out_and_named(tmp_path: Path) -> None:
         ("a,b\n1,true\n2,5\n", ["b"], "line 2, column b: 'true' is no number"),
         ("a,b\n1,2\n3\n", None, "line 3 has 1 cells, and the first line 2 names"),
         ("a,b\n1,2\n3,4,5\n", None, "line 3 has 3 cells, and the first line 2 names"),
+        ('a,b\n1,"x\n2,y\n3,z\n', None, "a quote is open at the end; it begins after line 1"),
+        (",".join(f"c{i}" for i in range(2000)) + "\n", None, "the file has 2000 variables, 2000 tensors with their masks"),
         ("a,a\n1,2\n", None, "the column a is there twice; rename one"),
         ("", None, "the file is empty: a table begins with a line of column names"),
         ("\n\n", None, "the file is empty"),

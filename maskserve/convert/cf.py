@@ -71,10 +71,10 @@ class Packed:
 
 def variable_from(
     name: str, cells: Array, attributes: Mapping[str, Any], dims: tuple[str, ...], *, has_defaults: bool
-) -> tuple[DataVariable | None, list[str]]:
+) -> tuple[DataVariable, list[str]]:
     """The variable that packed `cells` with these attributes mean, and lines about what was decided.
 
-    None where no dtype of ours holds it. `has_defaults`: what was never written holds a default of the netCDF library.
+    `has_defaults`: what was never written holds a default of the netCDF library.
     """
     packed = Packed(name, cells, attributes)
     if packed.cells.dtype.kind in "iuf":
@@ -90,7 +90,8 @@ def variable_from(
         kept[PACKING] = {"dtype": packed.cells.dtype.name, **storage}
     valid = ~packed.hidden if packed.hidden.any() else None
     variable = variable_of(name, unpacked, valid, dims=dims if len(set(dims)) == len(dims) else None, attributes=kept)
-    return None if variable is None else variable.hidden_as_zero(), packed.notes
+    assert variable is not None, "integers, floats and bools are types of ours"
+    return variable.hidden_as_zero(), packed.notes
 
 
 def hide_fills(packed: Packed, *, has_defaults: bool) -> None:
@@ -102,7 +103,9 @@ def hide_fills(packed: Packed, *, has_defaults: bool) -> None:
     if differ:
         packed.note(f"{FILL} {fills[0]} and {MISSING} {differ[0]} differ; both are masked")
     default = DEFAULT_FILLS.get(packed.cells.dtype.str[1:])
-    if has_defaults and packed.cells.ndim and FILL not in packed.attributes and default is not None:  # scalars hold maps' names
+    if (
+        has_defaults and packed.cells.ndim and FILL not in packed.attributes and default is not None
+    ):  # scalars hold maps' names
         n = packed.hide_value(packed.cells.dtype.type(default))
         if n:
             packed.note(f"{n} of its cells hold netCDF's default fill value, {default}, as never written: masked")

@@ -96,7 +96,9 @@ def variable_of(name: str, array: Array, valid: Array | None = None, **more: Any
     if dtype is None:
         return None
     little = np.asarray(array).astype(array.dtype.newbyteorder("<"), copy=False)  # of 0 dims, operators give scalars
-    return DataVariable(name=name, dtype=dtype, cells=little, valid=None if valid is None else np.asarray(valid), **more)
+    return DataVariable(
+        name=name, dtype=dtype, cells=little, valid=None if valid is None else np.asarray(valid), **more
+    )
 
 
 def left_out(names: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[str, ...]:

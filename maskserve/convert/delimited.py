@@ -35,8 +35,8 @@ BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def read_table(path: str, reading: Reading, delimiter: str) -> Dataset:
     """The columns of numbers as 1-D variables; the others are named in a note, or an error where they were asked for."""
     refuse_beyond(GROWTH * os.path.getsize(path), reading.memory, "the table")
-    names = header_of(path, delimiter)
-    check_names(names, reading)
+    check_names(header_of(path, delimiter), reading)
+    refuse_open_quote(path, delimiter)
     table = parsed(path, delimiter, columns=reading.columns)
     kinds = {name: kind_of(table.schema.field(name).type) for name in table.column_names}
     others = {name: kind for name, kind in kinds.items() if kind is not None}
@@ -61,10 +61,26 @@ def header_of(path: str, delimiter: str) -> list[str]:
     return names
 
 
+def refuse_open_quote(path: str, delimiter: str) -> None:
+    """Raise where a quote is not closed: Arrow takes all that follows it for one cell, and says nothing."""
+    n_quotes = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(BLOCK_BYTES):
+            n_quotes += chunk.count(b'"')
+    if n_quotes % 2 == 0:
+        return
+    line = 1
+    try:  # an odd number may also be inches in a plain cell; csv tells, slowly
+        for begin, _ in rows(path, delimiter):
+            line = begin
+    except csv.Error as cause:
+        raise PayloadError(f"a quote is open at the end; it begins after line {line}") from cause
+
+
 def rows(path: str, delimiter: str, errors: str = "replace") -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of each row: the line of the file on which it begins, from 1; empty lines are none."""
     with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         begin = 1
         for cells in reader:
             if cells:

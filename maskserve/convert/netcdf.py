@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from maskserve.convert.cf import DEFAULT_FILLS
 from maskserve.convert.dataset import Dataset, Reading, Writing
@@ -16,8 +17,8 @@ CUSTOMARY = {**{code: (fill,) for code, fill in DEFAULT_FILLS.items()}, "i1": (-
 
 def read(path: str, reading: Reading) -> Dataset:
     """The variables of numbers in the root group."""
-    with opened(path, engine=ENGINE) as grid:
-        dataset = read_dataset(grid, reading, has_defaults=True)
+    with opened(partial(library("xarray.backends").NetCDF4DataStore.open, path)) as (variables, attributes):
+        dataset = read_dataset(variables, attributes, reading, has_defaults=True)
     with library("netCDF4").Dataset(path) as file:
         groups = [shown(name, 40) for name in file.groups]
     line = f"groups are not read, only the root is: {', '.join(groups[:20])}"

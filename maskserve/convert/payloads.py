@@ -13,7 +13,7 @@ import numpy as np
 from maskserve.convert.dataset import FOREIGN_TO_NUMPY, Array, Attributes, Dataset, DataVariable
 from maskserve.convert.formats import Format
 from maskserve.dtypes import boolean
-from maskserve.errors import NotComputableError
+from maskserve.errors import NotComputableError, TooLargeError
 from maskserve.payload.format import Limits, Output, Payload
 from maskserve.payload.header import shown
 from maskserve.payload.held import HeldPayload
@@ -36,6 +36,11 @@ def payload_of(dataset: Dataset, row: Format, limits: Limits) -> HeldPayload:
         left = "; ".join(dataset.notes)
         raise NotComputableError(f"the file has no variable of numbers{'; ' + left if left else ''}")
     outputs = [output for variable in dataset.variables for output in outputs_of(variable)]
+    if len(outputs) > limits.tensors:
+        raise TooLargeError(
+            f"the file has {len(dataset.variables)} variables, {len(outputs)} tensors with their masks; at most "
+            f"{limits.tensors} are read{': pick some with --columns' if row.is_table else ''}"
+        )
     metadata, notes = metadata_of(dataset)
     return HeldPayload(
         outputs,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from maskserve.convert.cf import DEFAULT_FILLS
 from maskserve.convert.dataset import Dataset, Reading, Writing
+from maskserve.convert.formats import library
 from maskserve.convert.grids import grid_of, opened, read_dataset
 
-ENGINE = "zarr"
 VERSION = 2  # read by more programs than 3, and by all that read 3
 NAN = (float("nan"),)
 CUSTOMARY = {
@@ -20,8 +22,8 @@ CUSTOMARY = {
 
 def read(path: str, reading: Reading) -> Dataset:
     """The arrays of numbers in the root group."""
-    with opened(path, engine=ENGINE) as grid:
-        return read_dataset(grid, reading, has_defaults=False)
+    with opened(partial(library("xarray.backends").ZarrStore.open_group, path, mode="r")) as (variables, attributes):
+        return read_dataset(variables, attributes, reading, has_defaults=False)
 
 
 def write(dataset: Dataset, path: str, writing: Writing) -> list[str]:
