@@ -16,6 +16,7 @@ from maskserve.ops import verbs
 from maskserve.payload.files import EXISTS, Exists, StrPath
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, encode
 from maskserve.payload.format import save as save_bytes
+from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, answer_metadata
 from maskserve.payload.opening import open_any
 from maskserve.payload.tensors import load as load_parts
@@ -52,6 +53,7 @@ def opened(source: Source) -> Payload:
 def load(source: Source, *, mask: str | None = None) -> Variables:
     """Every variable and coordinate of a payload by name, each with its mask; `.dims` has the names of their dims."""
     with opened(source) as payload:
+        refuse_other_masks(payload, mask, None)
         variables = resolve(payload.header, mask=mask)
         every = (*variables, *variables.coordinates.values())
         loaded = Variables({v.name: MaskedTensor._of(*load_parts(payload, v)) for v in every})

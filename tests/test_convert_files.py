@@ -274,6 +274,25 @@ def test_a_folder_that_is_not_zarrs_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "home.zarr" / "precious").exists()
 
 
+def test_a_folder_that_cannot_be_swapped_in_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = example(tmp_path, next(row for row in FORMATS if row.is_folder))
+    rename, calls = os.rename, []
+
+    def second_fails(old: str, new: str) -> None:
+        calls.append(new)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr("maskserve.convert.files.os.rename", second_fails)
+    with pytest.raises(OutputError, match="Input/output error"):
+        ms.convert_file(tmp_path / "in.safetensors", path, exists="replace")
+    monkeypatch.undo()
+    assert len(calls) == 3
+    assert ms.load(path)["data"].numel() == 6
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_words_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "in.safetensors").write_bytes(SOURCE)
     cases: list[tuple[str, dict[str, Any], str]] = [
@@ -341,7 +360,7 @@ def json_counts(maskserve: Maskserve) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("argv", "code", "line"),
     [
-        ("convert rain.safetensors", 2, "maskserve: convert takes two files, IN and OUT, and 1 are given"),
+        ("convert rain.safetensors", 2, "maskserve: Missing argument 'OUT' (maskserve convert --help)"),
         ("convert rain.safetensors -", 2, "maskserve: convert writes a file: give OUT a name"),
         ("convert rain.safetensors a.xyz", 2, "maskserve: a.xyz: no format has this suffix; say which it is with to"),
         ("convert rain.safetensors a.nc --to npz", 2, "maskserve: a.nc is netcdf by its suffix"),

@@ -205,6 +205,25 @@ def test_xarray_reads_what_is_written(tmp_path: Path, suffix: str, dtype: str) -
         assert found["x"].dims == ("a", "b")
 
 
+def test_where_no_cell_is_masked_every_value_may_be_taken(tmp_path: Path) -> None:
+    every = np.arange(256).astype("u1"), np.ones(256, bool)
+    for suffix in ("nc", "zarr", "tif", "npy"):
+        tensor = {"x": (every[0].reshape(16, 16), np.ones((16, 16), bool))} if suffix == "tif" else {"x": every}
+        (tmp_path / "in.safetensors").write_bytes(payload(tensor))
+        done = ms.convert_file(tmp_path / "in.safetensors", tmp_path / f"out.{suffix}")
+        assert done.notes == ()
+        [found] = ms.load(tmp_path / f"out.{suffix}").values()
+        assert found.get_mask().all()
+
+
+def test_a_valid_value_that_means_never_written_gets_another_fill_value(tmp_path: Path) -> None:
+    (tmp_path / "in.safetensors").write_bytes(payload({"x": (i2(1, -32767, 3), np.ones(3, bool))}))
+    assert ms.convert_file(tmp_path / "in.safetensors", tmp_path / "out.nc").notes == ()
+    assert lists(tmp_path / "out.nc") == ([1, -32767, 3], ())
+    with netCDF4.Dataset(tmp_path / "out.nc") as file:
+        assert not np.ma.getmaskarray(file["x"][:]).any()
+
+
 def test_a_fill_value_is_one_that_no_valid_cell_has(tmp_path: Path) -> None:
     every = np.arange(256).astype("u1"), np.ones(256, bool)
     every[1][7] = False

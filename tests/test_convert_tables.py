@@ -195,6 +195,8 @@ def test_a_request_has_no_say_in_the_masks_of_a_table(tmp_path: Path) -> None:
     for words in ({"mask_means": "missing"}, {"mask": "a"}):
         with pytest.raises(ParameterError, match="csv says itself what is missing"):
             ms.compute("reduce", path, op="sum", **words)
+    with pytest.raises(ParameterError, match="csv says itself what is missing"):
+        ms.load(path, mask="a")
 
 
 # -- Parquet and Arrow --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.payload.metadata import MEANS, Means
 from maskserve_cli import inputs
-from maskserve_cli.command import Config, Files, settings_of
+from maskserve_cli.command import Config, settings_of
 from maskserve_cli.exits import about, say
 from maskserve_cli.outputs import STDOUT, Wanted, asked_exists, check_folder
 from maskserve_cli.progress import patience
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from maskserve.convert.files import Converted
 
 Names = list[str] | None
+In = Annotated[str, typer.Argument(metavar="IN", show_default=False)]
+Out = Annotated[str, typer.Argument(metavar="OUT", show_default=False)]
 READING, WRITING = "Reading IN", "Writing OUT"
 
 
@@ -52,7 +54,8 @@ FORCE = option("--force", panel=WRITING, help="the same as --exists replace")
 
 
 def convert(
-    files: Files = None,
+    source: In,
+    target: Out,
     columns: Annotated[Names, COLUMNS] = None,
     tensor: Annotated[Names, TENSOR] = None,
     mask: Annotated[str | None, MASK] = None,
@@ -65,7 +68,8 @@ def convert(
 ) -> None:
     from maskserve.convert import files as conversion
 
-    source, target = two_files(files)
+    if target == STDOUT:
+        raise ParameterError("convert writes a file: give OUT a name, with the suffix of its format", parameter="OUT")
     said_exists = asked_exists(Wanted(exists=exists, force=force))
     fill, said_means = None if fill_value is None else number(fill_value), means(mask_means)
     row = conversion.target_format(target, to)
@@ -87,15 +91,6 @@ def convert(
             exists=said_exists,
         )
     report(done, target)
-
-
-def two_files(files: list[str] | None) -> tuple[str, str]:
-    given = files or []
-    if len(given) != 2:
-        raise ParameterError(f"convert takes two files, IN and OUT, and {len(given)} are given", parameter="FILE")
-    if given[1] == STDOUT:
-        raise ParameterError("convert writes a file: give OUT a name, with the suffix of its format", parameter="FILE")
-    return given[0], given[1]
 
 
 def split(words: Names) -> list[str] | None:

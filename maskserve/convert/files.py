@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import secrets
@@ -117,7 +118,7 @@ def check_there(path: str, row: Format) -> None:
         raise InputError(f"{shown(path)} is not a folder, and {row.name} is read from one")
     elif not os.access(path, os.R_OK | os.X_OK):
         error = InputError(f"{shown(path)} cannot be opened: Permission denied")
-        error.errno = 13
+        error.errno = errno.EACCES
         raise error
 
 
@@ -322,13 +323,24 @@ def placed_folder(path: str, make: Any, exists: Exists) -> bool:
             make(beside)
         with _failing(f"{shown(path)} cannot be written"):
             for folder, _, names in os.walk(beside):
-                for name in names:
+                for name in (*names, "."):
                     sync(os.path.join(folder, name))
-            if exists == "replace" and os.path.isdir(target):
-                os.rename(target, old)
-            os.rename(beside, target)  # not over a folder that came meanwhile, unless that is empty
+            swap(beside, target, old)
             sync(os.path.dirname(target))
         return True
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if os.path.isdir(target):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def swap(new: str, target: str, old: str) -> None:
+    """`new` becomes `target`, and what stood there `old`; where that fails, it is put back."""
+    if os.path.isdir(target):
+        os.rename(target, old)
+    try:
+        os.rename(new, target)  # not over a folder that came meanwhile, unless that is empty
+    except OSError:
+        if os.path.isdir(old):
+            os.rename(old, target)
+        raise

@@ -79,9 +79,7 @@ def is_other(variable: Any) -> bool:
 # -- out ----------------------------------------------------------------------------------------------------------
 
 
-def grid_of(
-    dataset: Dataset, writing: Writing, target: str, customary: Mapping[str, tuple[Number, ...]]
-) -> tuple[Any, list[str]]:
+def grid_of(dataset: Dataset, writing: Writing, target: str, customary: Customary) -> tuple[Any, list[str]]:
     """The xarray dataset to write, each masked variable with a fill value; and lines about what was decided."""
     xarray = library("xarray")
     variables, notes = widened(refuse_complex(dataset.variables, target), target, f16)
@@ -107,10 +105,10 @@ def fill_for(variable: DataVariable, writing: Writing, customary: Customary) -> 
     first = customary.get(variable.cells.dtype.str[1:], ())
     if variable.has_masked:
         return fill_of(variable, writing.fill_value, first)
-    values = variable.valid_cells()
-    if variable.shape and any(holds(values, variable.cells.dtype.type(value)) for value in first if value == value):
-        return fill_of(variable, None, first)
-    return None
+    if not variable.shape or variable.cells.dtype.itemsize == 1:  # read_dataset takes none of these for never written
+        return None
+    values, defaults = variable.valid_cells(), [variable.cells.dtype.type(value) for value in first if value == value]
+    return fill_of(variable, None, first) if any(holds(values, default) for default in defaults) else None
 
 
 def refuse_separator(variable: DataVariable, target: str) -> None:
