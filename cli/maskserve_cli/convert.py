@@ -15,7 +15,7 @@ from maskserve.payload.metadata import MEANS, Means
 from maskserve_cli import inputs
 from maskserve_cli.command import Config, settings_of
 from maskserve_cli.exits import about, say
-from maskserve_cli.outputs import STDOUT, Wanted, asked_exists, check_folder
+from maskserve_cli.outputs import STDOUT, Wanted, asked_exists, check_folder, stands
 from maskserve_cli.progress import patience
 from maskserve_cli.table import dims_text
 
@@ -75,7 +75,7 @@ def convert(
     row = conversion.target_format(target, to)
     conversion.check_words(row, said_exists, fill)
     check_folder(target)
-    if conversion.stands(target, row, said_exists):
+    if conversion.stands(target, row, said_exists) if row.is_folder else stands(target, said_exists):
         say(f"{shown(target)} exists; skipped")
         return
     title, limits = inputs.title(source), inputs.limits_of(settings_of(config))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from maskserve.convert.dataset import Array, DataVariable
-from maskserve.dtypes import boolean
+from maskserve.dtypes import boolean, u8
 from maskserve.errors import NotComputableError, ParameterError
 from maskserve.payload.header import shown
 
-Number = int | float
+Number: TypeAlias = int | float
 
 LARGEST_EXACT = 2**53
 """Up to here a double holds every whole number."""
@@ -104,10 +105,6 @@ def gaps(values: Array) -> Iterator[Number]:
 
 def as_numbers(variable: DataVariable) -> DataVariable:
     """A bool variable as uint8, for formats without bools; others as they are."""
-    from dataclasses import replace
-
-    from maskserve.dtypes import u8
-
     if variable.dtype is not boolean:
         return variable
     return replace(variable, dtype=u8, cells=variable.cells.astype(np.uint8))
