@@ -15,7 +15,7 @@ from maskserve.convert.formats import Format
 from maskserve.dtypes import boolean
 from maskserve.errors import NotComputableError, TooLargeError
 from maskserve.payload.format import Limits, Output, Payload
-from maskserve.payload.header import shown
+from maskserve.payload.header import is_encodable, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.metadata import KEY_DIMS, KEY_HISTORY
 from maskserve.payload.slices import cells_at, validity
@@ -76,7 +76,7 @@ def metadata_of(dataset: Dataset) -> tuple[dict[str, str], list[str]]:
     }
     record = {key: value for key, value in record.items() if value}
     lost, budget = [], METADATA_BYTES - size_of(dims)
-    entries = {k: text for k, text in texts.items() if k and k.isprintable() and is_text(text)}
+    entries = {k: text for k, text in texts.items() if k and k.isprintable() and is_encodable(text)}
     entries |= {KEY_HISTORY: str(dataset.attributes[KEY_HISTORY])} if KEY_HISTORY in dataset.attributes else {}
     while entries and size_of(entries) + size_of(record) > budget:
         lost.append(max(entries, key=lambda key: len(entries[key])))
@@ -99,7 +99,7 @@ def order_of(variables: Iterable[DataVariable]) -> list[str]:
 def plain(attributes: Attributes) -> dict[str, Any]:
     """Attributes as JSON can hold them; what it cannot hold is left out."""
     values = {str(key): plain_value(value) for key, value in attributes.items()}
-    return {key: value for key, value in values.items() if value is not None and is_text(key)}
+    return {key: value for key, value in values.items() if value is not None and is_encodable(key)}
 
 
 def plain_value(value: Any) -> Any:
@@ -113,17 +113,8 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, str):
-        return value if is_text(value) else None
+        return value if is_encodable(value) else None
     return value if isinstance(value, bool | int | float) else None
-
-
-def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def compact(record: Any) -> str:
@@ -148,7 +139,7 @@ def with_safe_names(variables: Iterable[DataVariable]) -> tuple[tuple[DataVariab
             while name in taken:
                 name += "_"
             taken.add(name)
-            renamed.append(f"{shown(variable.name, 40)} is {shown(name, 40)} here")
+            renamed.append(f"{shown(variable.name, 40) or 'an empty name'} is {shown(name, 40)} here")
         result.append(replace(variable, name=name))
     line = f"renamed, a payload gives these names a meaning or cannot hold them: {', '.join(renamed[:20])}"
     return tuple(result), (line,) if renamed else ()
