@@ -7,18 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from maskserve import dtypes
-from maskserve.backends.cpu import PASSES, CpuBackend
+from maskserve.backends.cpu import CpuBackend
 from maskserve.dtypes import DType
+from maskserve.ops import OPS
+from maskserve.plan import plan
 from tests.instruction_sets import assert_same_bits_as_baseline
 
 ROOT = Path(__file__).parent.parent
-SERVED = sorted(dtypes.NUMERIC, key=lambda dtype: dtype.name)
+SERVED = sorted(dtypes.FLOATING | dtypes.INTEGRAL, key=lambda dtype: dtype.name)
 SIZES = (0, 1, 2, 3, 15, 63, 64, 65, 127, 4095, 4096, 4097, 3 * 4096 + 1, 5 * 4096)
 DOWN = 2.0**-128
 Parts = dict[str, np.ndarray]
@@ -336,20 +339,12 @@ def test_an_unknown_instruction_set_is_refused_by_name() -> None:
     assert "baseline" in ran.stdout
 
 
-def plan_for(name: str, dtype: DType, device: str = "cpu") -> SimpleNamespace:
-    return SimpleNamespace(
-        row=SimpleNamespace(name=name),
-        passes=[PASSES.get(name, SimpleNamespace(name=name))],  # the pass itself: a borrowed name gets no kernel
-        params={},
-        dtype=dtype,
-        device=device,
-        leaf=64,
-    )
-
-
 def test_the_back_end_states_its_limits() -> None:
-    backend = CpuBackend()
-    assert backend.why_not(plan_for("total", dtypes.f32)) is None
-    assert "cuda:0" in str(backend.why_not(plan_for("total", dtypes.f32, "cuda:0")))
-    assert "u64" in str(backend.why_not(plan_for("total", dtypes.u64)))
-    assert "median" in str(backend.why_not(plan_for("median", dtypes.f32)))
+    def why_not(op: str, dtype: DType, device: str = "cpu", **params: Any) -> str | None:
+        return CpuBackend().why_not(plan(OPS[op], tuple(params.items()), (2, 3), dtype, device))
+
+    assert why_not("sum", dtypes.f32) is None
+    assert "cuda:0" in str(why_not("sum", dtypes.f32, "cuda:0"))
+    assert "u64" in str(why_not("sum", dtypes.u64))
+    assert "prod" in str(why_not("prod", dtypes.f32))
+    assert "sum with weights" in str(why_not("sum", dtypes.f32, weights=dtypes.f32))

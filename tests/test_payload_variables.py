@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskserve.dtypes import ALL, BY_CODE
+from maskserve.dtypes import BY_CODE
 from maskserve.errors import (
     AmbiguousMaskError,
     DtypeError,
@@ -299,7 +299,7 @@ def test_a_bitmask_is_read_lowest_bit_first(data: st.DataObject) -> None:
     assert np.array_equal(mask_of(sent, "x").numpy(), valid.reshape(shape))
 
 
-@pytest.mark.parametrize("dtype", ALL, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("dtype", BY_CODE.values(), ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("shift", [0, 1, 8])
 @pytest.mark.parametrize("kind", [bytes, bytearray])
 def test_a_tensor_is_read_from_any_address_without_a_warning(dtype: Any, shift: int, kind: type) -> None:
