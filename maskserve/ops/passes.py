@@ -57,7 +57,8 @@ PRODUCT = Pass(name="product", parts=product_parts, reference=".products:Product
 POWERS = Pass(
     name="powers",
     parts=lambda _: (
-        COUNT_PART, Part(name="total", dtype=f64), Part(name="exponent", dtype=i64), Part(name="ord", dtype=f64)
+        COUNT_PART, Part(name="total", dtype=f64), Part(name="low", dtype=f64),
+        Part(name="scale", dtype=f64), Part(name="ord", dtype=f64),
     ),
     reference=".norms:Powers",
     exact_bits=False,
