@@ -245,9 +245,18 @@ def no_such_dim(request: Request, variables: Variables) -> DimError:
 
 def answer_dims(planned: Plan, variable: Variable) -> Dims | None:
     """The names of the dims that live on."""
-    if variable.dims is None or len(planned.out_shape) == len(variable.dims):
+    row, params = planned.row, planned.params
+    if variable.dims is None or not isinstance(row, Reduction):
         return variable.dims
-    return tuple(name for dim, name in enumerate(variable.dims) if dim not in planned.dims)
+    kept = tuple(name for dim, name in enumerate(variable.dims) if params["keepdim"] or dim not in planned.dims)
+    return kept if row.leading(params) is None else (new_dim(row.leading_dim, kept), *kept)
+
+
+def new_dim(name: str, taken: Dims) -> str:
+    """`name`, with an underscore for each dim that has it already."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def result(request: Request, payload: Payload, variables: Variables, step: Step) -> Result:

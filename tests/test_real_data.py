@@ -104,6 +104,19 @@ def test_computed_co2_figures_are_exact_to_a_few_ulps(co2: pd.DataFrame, op: str
     np.testing.assert_allclose(ours, by_pandas(columns, op), rtol=RTOL)
 
 
+def test_several_quantiles_are_those_of_pandas_along_a_new_first_dim(co2: pd.DataFrame) -> None:
+    for dim, kept in (("week", "year"), ("year", "week")):
+        answer = ms.load(ms.compute("reduce", CO2, op="quantile", q="0.1,0.5,0.9", dim=dim).to_bytes())
+        assert answer.dims["co2"] == ("quantile", kept)
+        expected = slices(co2, dim).quantile([0.1, 0.5, 0.9]).to_numpy()
+        np.testing.assert_allclose(answer["co2"].get_data().numpy(), expected, rtol=RTOL)
+    twice = ms.compute("reduce", ms.compute("reduce", CO2, op="quantile", q="0,1", dim="week").to_bytes(), op="quantile", q="0,1")
+    assert ms.load(twice.to_bytes()).dims["co2"] == ("quantile",)
+    again = ms.compute("reduce", CO2, op="quantile", q="0,1", dim="week").to_bytes()
+    again = ms.compute("reduce", again, op="quantile", q="0,0.5,1", dim="year").to_bytes()
+    assert ms.load(again).dims["co2"] == ("quantile_", "quantile")
+
+
 def test_years_with_few_weeks_can_be_masked() -> None:
     means = reduced(CO2, "mean", dim="week", min_count=40)
     missing = [year for year, mean in zip(means["year"], means["co2"], strict=True) if mean is None]
