@@ -233,6 +233,8 @@ def check_reduction(row: Reduction, params: Mapping[str, Any], result: DType) ->
             f"{row.name}: min_count=0 needs an identity, and {row.name} of no cells is undefined; use min_count=1",
             parameter="min_count",
         )
+    if params.get("weights") in dtypes.COMPLEX:
+        raise DtypeError(f"{row.name}: weights are {params['weights'].name}; give real ones", parameter="weights")
     if params.get("weights") is not None and params.get("correction"):
         raise ParameterError(
             f"{row.name}: weights are no counts, so no correction is defined for them; give correction=0",

@@ -74,12 +74,15 @@ WEIGHT_PARTS = (COUNT_PART, Part(name="weight", dtype=f64))
 WEIGHTED_TOTAL = Pass(
     name="weighted_total",
     parts=lambda _: (
-        *WEIGHT_PARTS, Part(name="weight_low", dtype=f64), Part(name="total", dtype=f64), Part(name="low", dtype=f64)
+        *WEIGHT_PARTS, Part(name="weight_low", dtype=f64),
+        Part(name="total", dtype=f64), Part(name="low", dtype=f64), Part(name="exponent", dtype=i64),
     ),
     reference=".weighted:WeightedTotal",
 )  # fmt: skip
 WEIGHTED_MOMENTS = Pass(
     name="weighted_moments",
-    parts=lambda _: (*WEIGHT_PARTS, Part(name="mean", dtype=f64), Part(name="m2", dtype=f64)),
+    parts=lambda _: (
+        *WEIGHT_PARTS, Part(name="mean", dtype=f64), Part(name="low", dtype=f64), Part(name="m2", dtype=f64)
+    ),
     reference=".weighted:WeightedMoments",
-)
+)  # fmt: skip

@@ -88,16 +88,22 @@ def settled(parts: Parts) -> Parts:
 
 
 def times_pair(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor, Tensor]:
-    """(a + a_low) * (b + b_low) as a pair (Dekker's product; mantissas are too small to overflow)."""
-    product = a * b
-    a_top, b_top = top_half(a), top_half(b)
-    a_rest, b_rest = a - a_top, b - b_top
-    error = ((a_top * b_top - product) + a_top * b_rest + a_rest * b_top) + a_rest * b_rest
+    """(a + a_low) * (b + b_low) as a pair; mantissas are too small to overflow."""
+    product, error = two_product(a, b)
     error = error + (a * b_low + a_low * b)
     total = product + error
     rest = error - (total - product)
     finite = product.isfinite()
     return torch.where(finite, total, product), torch.where(finite, rest, 0.0)
+
+
+def two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, e) with p = fl(a * b) and p + e = a * b (Dekker); e is 0 where a half of a or b overflows."""
+    product = a * b
+    a_top, b_top = top_half(a), top_half(b)
+    a_rest, b_rest = a - a_top, b - b_top
+    error = ((a_top * b_top - product) + a_top * b_rest + a_rest * b_top) + a_rest * b_rest
+    return product, torch.where(error.isfinite(), error, 0.0)
 
 
 def top_half(x: Tensor) -> Tensor:
