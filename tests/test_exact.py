@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import maskserve as ms
+from maskserve.errors import IntegerOverflowError
 
 inf, nan = math.inf, math.nan
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -94,3 +95,120 @@ def test_cells_of_very_different_sizes_meet_in_one_norm() -> None:
 def test_a_norm_of_an_infinite_cell(ord: float, expected: float) -> None:
     assert ms.norm(t([inf, 1.0]), ord).item() == expected
     assert ms.norm(torch.cat([t([inf, 1.0]), torch.full((9000,), inf, dtype=f64)]), ord).item() in (expected, 9002)
+
+
+@given(st.lists(FINITE, min_size=2, max_size=40), st.floats(0, 1), st.booleans())
+def test_quantiles_of_float64_are_within_two_ulps_of_exact(values: list[float], q: float, midpoint: bool) -> None:
+    """The place q * (count - 1) is a float64; what lies between two cells is exact from there on."""
+    ordered = [Fraction(v) for v in sorted(values)]
+    place = q * (len(values) - 1)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    share = Fraction(0.5) if midpoint else Fraction(place) - math.floor(place)
+    expected = below + share * (above - below)
+    got = ms.quantile(hidden(t(values)), q, interpolation="midpoint" if midpoint else "linear").item()
+    if abs(expected) > 1e-290:  # the share of a subnormal gap has fewer digits
+        assert abs(Fraction(got) - expected) <= 2 * Fraction(math.ulp(float(expected)))
+
+
+def test_quantiles_between_infinite_cells() -> None:
+    for q in (0.2, 0.5, 0.8):
+        assert ms.quantile(t([-inf, 1.0]), q).item() == -inf
+        assert ms.quantile(t([1.0, inf]), q).item() == inf
+        assert math.isnan(ms.quantile(t([-inf, inf]), q).item())
+        assert ms.quantile(t([inf, inf]), q).item() == inf
+        assert ms.quantile(t([-1.7e308, 1.7e308]), q).item() == pytest.approx((2 * q - 1) * 1.7e308)
+    assert ms.quantile(t([1, 2**53, 2**53 + 2], torch.int64), 1.0).item() == 2**53 + 2
+    assert ms.quantile(t([-inf, 1.0]), 1.0).item() == 1.0
+
+
+def product_of(cells: Sequence[float]) -> Any:
+    return mpmath.fprod(mpmath.mpf(c) for c in cells)
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("n", [1, 3, 64, 1000, 4097, 9001])
+def test_products_of_float64_are_within_an_ulp_of_exact(n: int, spread: float, inner: int) -> None:
+    cells = (normal(n, n) * spread).exp() * normal(n, n + 1).sign()
+    cells[n // 2] *= (cells[: n // 2].abs().log().sum() + cells[n // 2 :].abs().log().sum()).neg().clamp(-600, 600).exp()
+    with mpmath.workdps(60):
+        expected = product_of(cells.tolist())
+        for got in ms.prod(cells.unsqueeze(1).repeat(1, inner), 0).tolist():
+            assert off(got, expected) <= 1 if float(abs(expected)) > 1e-290 else abs(got) < 1e-280
+        assert off(ms.prod(hidden(cells)).item(), expected) <= 1 or float(abs(expected)) < 1e-290
+
+
+@pytest.mark.parametrize("dtype", [f32, f16, bf16], ids=str)
+def test_products_of_narrow_floats_are_within_an_ulp_of_exact(dtype: torch.dtype) -> None:
+    for n in (2, 10, 65, 5000):
+        cells = (normal(n, n) * (3 / n**0.5)).exp().to(dtype)
+        with mpmath.workdps(40):
+            expected = product_of(cells.tolist())
+        assert off(ms.prod(hidden(cells)).item(), expected, dtype) <= 1
+        running = ms.cumprod(cells, 0).get_data()
+        for i in (0, n // 2, n - 1):
+            assert off(running[i].item(), product_of(cells[: i + 1].tolist()), dtype) <= 1
+
+
+@given(st.lists(FINITE, min_size=1, max_size=60))
+def test_running_products_of_float64_are_within_two_ulps_of_exact(values: list[float]) -> None:
+    got, exact = ms.cumprod(hidden(t(values)), 0), Fraction(1)
+    own = got.get_data()[got.get_mask()].tolist()
+    for value, mine in zip(values, own, strict=True):
+        exact *= Fraction(value)
+        if exact == 0 or abs(exact) < Fraction(1e-290):
+            assert abs(mine) <= 1e-289
+        elif abs(exact) > Fraction(1.797e308):
+            assert abs(mine) >= 1.797e308
+        else:
+            assert abs(Fraction(mine) - exact) <= 2 * Fraction(math.ulp(float(exact)))
+
+
+EDGES = [2**63 - 1, -(2**63), 2**62, -(2**62), 2**32, -(2**31), 3037000499, 3037000500, 7, 73, 127, 337, 92737, 649657]
+WHOLE = st.one_of(st.sampled_from([*EDGES, 0, 1, -1, 2, -2]), st.integers(-(2**63), 2**63 - 1), st.integers(-10, 10))
+
+
+def fits(exact: int) -> bool:
+    return -(2**63) <= exact < 2**63
+
+
+@given(st.lists(WHOLE, min_size=1, max_size=12))
+def test_integer_products_are_exact_or_an_error(values: list[int]) -> None:
+    data = t(values, torch.int64)
+    for masked in (data, ms.masked_tensor(torch.cat([data, t([5], torch.int64)]), t([True] * len(values) + [False], torch.bool))):
+        if fits(math.prod(values)):
+            assert ms.prod(masked).item() == math.prod(values)
+        else:
+            with pytest.raises(IntegerOverflowError, match="dtype=f64"):
+                ms.prod(masked)
+    running = [math.prod(values[: i + 1]) for i in range(len(values))]
+    if all(map(fits, running)):
+        assert ms.cumprod(data, 0).tolist() == running
+    else:
+        with pytest.raises(IntegerOverflowError):
+            ms.cumprod(data, 0)
+    assert ms.prod(data, dtype=f64).item() == pytest.approx(float(math.prod(values)), rel=1e-15)
+
+
+BORDER = [
+    ([2**62, 2], None), ([-(2**62), 2], -(2**63)), ([7, 7, 73, 127, 337, 92737, 649657], 2**63 - 1),
+    ([2**32, 2**31], None), ([2**32, -(2**31)], -(2**63)), ([-1, -(2**63)], None), ([2**62, 2, 0], 0), ([2**62, 2, 2, 0], 0),
+    ([2**32, 2**32], None), ([2**32, 2**32, 0], 0), ([2**62, 4], None), ([3037000500, 3037000500], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "expected"), BORDER, ids=[str(v) for v, _ in BORDER])
+def test_integer_products_at_the_border(values: list[int], expected: int | None) -> None:
+    for data in (t(values, torch.int64), torch.cat([t(values, torch.int64), torch.ones(9000, dtype=torch.int64)])):
+        for shaped in (data, data.unsqueeze(1)):
+            if expected is None:
+                with pytest.raises(IntegerOverflowError):
+                    ms.prod(shaped, 0)
+            else:
+                assert ms.prod(shaped, 0).get_data().view(-1).tolist() == [expected]
+    running = [math.prod(values[: i + 1]) for i in range(len(values))]
+    if all(map(fits, running)):
+        assert ms.cumprod(t(values, torch.int64), 0).tolist() == running
+    else:
+        with pytest.raises(IntegerOverflowError):
+            ms.cumprod(t(values, torch.int64), 0)

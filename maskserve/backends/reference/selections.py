@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import counted, select
+from maskserve.backends.reference.cells import counted, select, two_sum
 from maskserve.backends.reference.orders import in_order, run_starts, runs, valid_first
+from maskserve.backends.reference.products import two_product
 from maskserve.backends.reference.reductions import as_double
 from maskserve.dtypes import i64
 from maskserve.plan import Plan
@@ -79,10 +80,17 @@ def interpolated(plan: Plan, ordered: Tensor, wanted: Tensor, how: str) -> Tenso
         return at(wanted.floor() if how == "lower" else wanted.ceil())
     lower, upper = at(wanted.floor()), at(wanted.ceil())
     share = torch.full_like(wanted, 0.5) if how == "midpoint" else wanted - wanted.floor()
-    between = torch.lerp(lower, upper, share)
-    overflowed = (upper - lower).isinf() & lower.isfinite() & upper.isfinite()
-    between = torch.where(overflowed, lower * (1 - share) + upper * share, between)
-    return torch.where((lower == upper) | (share == 0), lower, between)
+    return torch.where((lower == upper) | (share == 0), lower, between(lower, upper, share))
+
+
+def between(lower: Tensor, upper: Tensor, share: Tensor) -> Tensor:
+    """lower + share * (upper - lower), rounded once or twice; an infinite end wins, at a quarter the size nothing overflows."""
+    lower, upper = lower * 0.25, upper * 0.25
+    gap, gap_error = two_sum(upper, -lower)
+    step, step_error = two_product(share, gap)
+    total, error = two_sum(lower, step)
+    found = total + (error + (step_error + share * gap_error))
+    return torch.where(gap.isinf(), lower + upper, found) * 4
 
 
 def mode(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
