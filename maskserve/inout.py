@@ -12,13 +12,13 @@ from maskserve.answers import Answer, run
 from maskserve.engine import hidden_as_zero
 from maskserve.errors import ConversionWarning, OutputError, ParameterError, UnknownOpError, nearest
 from maskserve.making import as_masked_tensor
+from maskserve.opening import open_any
 from maskserve.ops import verbs
 from maskserve.payload.files import EXISTS, Exists, StrPath
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, encode
 from maskserve.payload.format import save as save_bytes
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, answer_metadata
-from maskserve.payload.opening import open_any
 from maskserve.payload.tensors import load as load_parts
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import MASK, MaskKind, resolve

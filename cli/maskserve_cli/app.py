@@ -6,7 +6,6 @@ Only the command that is called is built, so that `info` pays neither for the mo
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from typer.core import TyperGroup
 from maskserve.errors import nearest
 from maskserve.ops import verbs
 from maskserve_cli import exits
-from maskserve_cli.command import Command, write_examples
+from maskserve_cli.command import Command, imported, write_examples
 from maskserve_cli.exits import Terminated, report, say
 from maskserve_cli.words import examples, rows
 
@@ -122,13 +121,6 @@ def of_verb(verb: str) -> Entry:
     served = rows(verb)
     summary = f"one of {', '.join(row.name for row in served)}" if len(served) > 1 else served[0].summary
     return Entry(summary=summary, callback=callback, examples=lambda: examples(verb))
-
-
-def imported(where: str) -> Callable[..., object]:
-    """The object that "module:name" says."""
-    module, _, name = where.partition(":")
-    found: Callable[..., object] = getattr(importlib.import_module(module), name)
-    return found
 
 
 class Commands(TyperGroup):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -79,3 +80,10 @@ def one_file(command: str, files: Sequence[str] | None) -> str:
             f"{command} reads one FILE, and {len(files)} are given: this version does not join files", parameter="FILE"
         )
     return files[0]
+
+
+def imported(where: str) -> Callable[..., object]:
+    """The object that "module:name" says."""
+    module, _, name = where.partition(":")
+    found: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return found

@@ -9,10 +9,11 @@ import sys
 from typing import BinaryIO, Literal, TypeAlias
 
 from maskserve.errors import InputError, OutOfMemoryError
+from maskserve.opening import open_any
 from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.payload.held import HeldPayload
-from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json, open_any
+from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json
 from maskserve.settings import Settings
 from maskserve_cli.exits import say
 

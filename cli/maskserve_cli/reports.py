@@ -122,7 +122,7 @@ class Listed:
 def looked_at(listing: Listing, result: Result) -> Listed | None:
     """The report on one variable; None where it lacks the named dim."""
     from maskserve.tensor import MaskedTensor
-    from maskserve_cli.app import imported
+    from maskserve_cli.command import imported
 
     arguments: dict[str, Any] = {}
     along: str | int | None = None

@@ -42,7 +42,7 @@ from maskserve.payload.files import (
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, shown
 from maskserve.payload.held import HeldPayload, refuse_other_masks
 from maskserve.payload.metadata import Means, Pairs
-from maskserve.payload.opening import open_any
+from maskserve.payload.opening import open_own
 from maskserve.payload.variables import resolve
 
 
@@ -182,7 +182,7 @@ def opened(source: StrPath, limits: Limits, columns: Collection[str] | None, mem
         return open_foreign(source, limits, columns=columns, memory=memory)
     if columns is not None:
         raise columns_of_no_table(row or FORMATS[0])
-    return open_any(source, limits)
+    return open_own(source, limits)
 
 
 def convert_payload(

@@ -1,24 +1,18 @@
-"""Files by what they hold: safetensors or JSON, or what their suffix says. Imports no torch."""
+"""Files in our own two forms, by what they hold: safetensors, or JSON. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import stat
 
-from maskserve.convert.formats import by_suffix
 from maskserve.payload.files import Payload, StrPath, open_payload
 from maskserve.payload.header import DEFAULT_LIMITS, Limits
 
 LENGTH_BYTES = 8
 
 
-def open_any(path: StrPath, limits: Limits = DEFAULT_LIMITS) -> Payload:
-    """The payload of a file: in one of our two forms, a large one read where it lies; or in the format of its suffix."""
-    foreign = by_suffix(os.fspath(path))
-    if foreign is not None and not foreign.is_ours:
-        from maskserve.convert.files import open_foreign
-
-        return open_foreign(path, limits)
+def open_own(path: StrPath, limits: Limits = DEFAULT_LIMITS) -> Payload:
+    """The payload of a file, whichever of the two forms it has; a large one is read where it lies."""
     text = json_text(path, limits)
     return open_payload(path, limits) if text is None else decoded(text, limits)
 
