@@ -11,7 +11,8 @@ from torch import Tensor
 
 from maskserve.dtypes import DType, bf16, f16, f32, f64, i8, i32, i64
 from maskserve.ops import OPS
-from maskserve.ops.rows import Normalization, Reduction, Scan, Type
+from maskserve.ops.parameters import Type
+from maskserve.ops.rows import Normalization, Reduction, Scan
 from maskserve.plan import SlicedRow
 
 Shape = tuple[int, ...]

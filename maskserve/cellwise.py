@@ -14,8 +14,9 @@ from maskserve.backends.reference.cells import select
 from maskserve.dtypes import ALL, BY_TORCH, INFINITIES, WIDE, DType, i64, u64
 from maskserve.errors import DataError, DtypeError, MaskserveError, NanError, ParameterError, ShapeError
 from maskserve.masks import Policy, check_equal, intersection, union
-from maskserve.ops.rows import NAN, OTHER, Beyond, Elementwise, MaskRule, Type
-from maskserve.plan import accept, check, names_of
+from maskserve.ops.parameters import NAN, Type
+from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
+from maskserve.params import accept, check, names_of
 
 Operand = tuple[Any, Tensor | None, bool]
 """(tensor, number or None, its mask, whether it is a MaskedTensor): plain tensors and numbers are valid everywhere."""

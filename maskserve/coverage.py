@@ -8,7 +8,8 @@ from html import escape
 from maskserve.backends import choose
 from maskserve.dtypes import ALL, DType
 from maskserve.ops import OPS
-from maskserve.ops.rows import REQUIRED, Elementwise, Move, Row, Sliced, Type
+from maskserve.ops.parameters import REQUIRED, Type
+from maskserve.ops.rows import Elementwise, Move, Row, Sliced
 from maskserve.plan import SlicedRow, plan
 
 CELL, LEFT, TOP = 18, 130, 84

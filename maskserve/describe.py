@@ -33,7 +33,8 @@ from maskserve.dtypes import (
     u64,
 )
 from maskserve.ops import OPS
-from maskserve.ops.rows import REQUIRED, Elementwise, Move, Row, Sliced, Whole
+from maskserve.ops.parameters import REQUIRED
+from maskserve.ops.rows import Elementwise, Move, Row, Sliced, Whole
 
 KEYWORDS = (
     "Each takes `policy` (intersect, strict, union: what different masks give) and `nan` (propagate, omit, raise) by keyword; "

@@ -24,21 +24,11 @@ from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeErr
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
-from maskserve.ops.rows import (
-    NAN,
-    REQUIRED,
-    Cells,
-    Elementwise,
-    Masking,
-    Move,
-    Parameter,
-    Reduction,
-    Row,
-    Type,
-    Whole,
-    same,
-)
-from maskserve.plan import SlicedRow, accept, as_floats, names_of, plan, resolve
+from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
+from maskserve.ops.results import same
+from maskserve.ops.rows import Cells, Elementwise, Masking, Move, Reduction, Row, Whole
+from maskserve.params import accept, names_of, resolve
+from maskserve.plan import SlicedRow, as_floats, plan
 from maskserve.tensor import MaskedTensor, from_foreign
 
 Function = Callable[..., Any]

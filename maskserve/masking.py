@@ -18,9 +18,10 @@ from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
 from maskserve.dtypes import BY_TORCH, INFINITIES, WIDENED, DType, boolean
 from maskserve.errors import DtypeError
-from maskserve.ops.rows import Masking, Type
+from maskserve.ops.parameters import Type
+from maskserve.ops.rows import Masking
+from maskserve.params import accept, resolve
 from maskserve.payload.metadata import Means
-from maskserve.plan import accept, resolve
 
 Number = int | float
 Masks = Mapping[str, Tensor | None]

@@ -15,7 +15,8 @@ from maskserve import dtypes
 from maskserve.dtypes import f64
 from maskserve.errors import ParameterError, UnknownOpError, nearest
 from maskserve.ops import OPS, default, find
-from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
+from maskserve.ops.parameters import REQUIRED, Parameter, Type
+from maskserve.ops.rows import Row
 
 Words = Mapping[str, Any]
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from maskserve.errors import MaskserveError, ShapeError, UnknownTensorError
-from maskserve.ops.rows import Parameter, Row, Type
+from maskserve.ops.parameters import Parameter, Type
+from maskserve.ops.rows import Row
 from maskserve.payload.format import Payload
 from maskserve.payload.header import Shape, shown, shown_shape
 from maskserve.payload.metadata import Means, dim_names, mask_means_of

@@ -8,8 +8,10 @@ from torch import Tensor
 from maskserve.backends.reference.cells import Parts, counted, halve, widened
 from maskserve.dtypes import f64
 from maskserve.ops import OPS, passes
+from maskserve.ops.parameters import DIMS, KEEPDIM
 from maskserve.ops.reductions import OURS
-from maskserve.ops.rows import DIMS, KEEPDIM, Part, Pass, Reduction, floated
+from maskserve.ops.results import floated
+from maskserve.ops.rows import Part, Pass, Reduction
 from maskserve.plan import Plan
 
 

@@ -14,7 +14,8 @@ from maskserve import OPS, dtypes, engine
 from maskserve.backends.cpu import CpuBackend
 from maskserve.backends.reference.cells import BITS
 from maskserve.dtypes import DType
-from maskserve.ops.rows import REQUIRED, Elementwise, Move, Normalization, Reduction, Row, Scan, Type
+from maskserve.ops.parameters import REQUIRED, Type
+from maskserve.ops.rows import Elementwise, Move, Normalization, Reduction, Row, Scan
 from maskserve.plan import Plan, plan
 
 SIZES = (1, 2, 63, 64, 65, 4095, 4096, 4097, 3 * 4096 + 1)

@@ -12,7 +12,8 @@ import torch
 import maskserve as ms
 from maskserve.errors import MaskserveError
 from maskserve.ops import OPS
-from maskserve.ops.rows import REQUIRED, Row, Type
+from maskserve.ops.parameters import REQUIRED, Type
+from maskserve.ops.rows import Row
 from maskserve.payload.format import to_bytes
 from maskserve.payload.tensors import output
 from maskserve_cli.app import main

@@ -29,7 +29,8 @@ from maskserve.errors import (
     ShapeError,
     UncoveredFunctionError,
 )
-from maskserve.ops.rows import OTHER, REQUIRED, Elementwise, MaskRule, Type
+from maskserve.ops.parameters import REQUIRED, Type
+from maskserve.ops.rows import OTHER, Elementwise, MaskRule
 from maskserve.torch_functions import functions_of, table
 from tests.samples import ELEMENTWISE, Masked, assert_same_bits, bits, cells, poisoned, torch_dtype
 

@@ -15,8 +15,9 @@ from maskserve.backends import backends, choose
 from maskserve.backends.reference import kernel
 from maskserve.dtypes import DType
 from maskserve.ops.rows import Reduction, Row
+from maskserve.params import names_of
 from maskserve.partials import Partial
-from maskserve.plan import as_floats, names_of
+from maskserve.plan import as_floats
 from tests.samples import (
     MERGEABLE,
     REDUCTIONS,

@@ -25,7 +25,7 @@ from maskserve.dtypes import DType
 from maskserve.errors import DtypeError, MaskserveError, ParameterError, ShapeError, UnknownTensorError
 from maskserve.masking import rounded
 from maskserve.ops import OPS, default, maskings, verbs
-from maskserve.ops.rows import Parameter, Type
+from maskserve.ops.parameters import Parameter, Type
 from maskserve.payload.format import BytesPayload
 from maskserve.plan import Plan
 from tests.command_line import (  # noqa: F401  # fixtures are found by name

@@ -6,7 +6,7 @@ from fastapi.openapi.models import OpenAPI
 
 from maskserve import requests
 from maskserve.ops import default, verbs
-from maskserve.ops.rows import REQUIRED
+from maskserve.ops.parameters import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
 from maskserve_api.forms import Form

@@ -9,7 +9,8 @@ from http import HTTPStatus
 from maskserve import requests
 from maskserve.errors import MaskserveError
 from maskserve.ops import verbs
-from maskserve.ops.rows import Parameter, Row
+from maskserve.ops.parameters import Parameter
+from maskserve.ops.rows import Row
 from maskserve_api.problems import classes, status_of, title
 from maskserve_api.work import EXAMPLE, example_row
 

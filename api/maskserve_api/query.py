@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from maskserve import requests
 from maskserve.errors import ParameterError
 from maskserve.ops import OPS
-from maskserve.ops.rows import Type
+from maskserve.ops.parameters import Type
 from maskserve.payload.header import shown
 
 MAX_FIELDS = 256

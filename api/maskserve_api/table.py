@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 from maskserve import requests
 from maskserve.dtypes import DType
 from maskserve.ops import OPS
-from maskserve.ops.rows import REQUIRED, Parameter, Row
+from maskserve.ops.parameters import REQUIRED, Parameter
+from maskserve.ops.rows import Row
 
 Json = dict[str, Any]
 

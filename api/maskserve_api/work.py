@@ -14,7 +14,8 @@ from maskserve import answers, requests
 from maskserve.answers import Answer
 from maskserve.errors import NotComputableError, PayloadError, TooLargeError
 from maskserve.ops import OPS
-from maskserve.ops.rows import REQUIRED, Row
+from maskserve.ops.parameters import REQUIRED
+from maskserve.ops.rows import Row
 from maskserve.payload import json
 from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload
 from maskserve.requests import Request

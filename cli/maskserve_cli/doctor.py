@@ -71,7 +71,7 @@ def backend_reports() -> list[BackendReport]:
     from maskserve.backends import backends
     from maskserve.dtypes import f32
     from maskserve.ops import OPS
-    from maskserve.ops.rows import REQUIRED, Type
+    from maskserve.ops.parameters import REQUIRED, Type
     from maskserve.plan import SlicedRow, plan
 
     plans = []

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from maskserve.errors import DimError, ParameterError, nearest
-from maskserve.ops.rows import Masking, Parameter, Report, Type
+from maskserve.ops.parameters import Parameter, Type
+from maskserve.ops.rows import Masking, Report
 from maskserve_cli import outputs
 from maskserve_cli.outputs import Form, Target
 from maskserve_cli.table import MASKED, columns, dims_text

@@ -11,7 +11,8 @@ import typer
 
 from maskserve import requests
 from maskserve.ops import default
-from maskserve.ops.rows import Parameter, Report, Type
+from maskserve.ops.parameters import Parameter, Type
+from maskserve.ops.rows import Report
 from maskserve_cli import reports
 from maskserve_cli.command import AsJson, Config, Files
 from maskserve_cli.outputs import Wanted

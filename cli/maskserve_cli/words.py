@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from keyword import iskeyword
 
 from maskserve.ops import OPS, default
-from maskserve.ops.rows import REQUIRED, Parameter, Row, Type
+from maskserve.ops.parameters import REQUIRED, Parameter, Type
+from maskserve.ops.rows import Row
 
 SAMPLES: Mapping[Type, str] = {
     Type.DIMS: "time", Type.DIM: "-1", Type.COUNT: "2", Type.NUMBER: "0", Type.REAL: "2", Type.CELL: "0", Type.NUMBERS: "0.5",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from maskserve.dtypes import COMPLEX, FLOATING, NUMERIC, and_stored, boolean, u8
-from maskserve.ops.rows import REQUIRED, Elementwise, Parameter, Type
+from maskserve.ops.parameters import REQUIRED, Parameter, Type
+from maskserve.ops.rows import Elementwise
 
 SLOPE = Parameter(name="negative_slope", type=Type.NUMBER, default=0.01, help="slope below 0")
 ELU_ALPHA = Parameter(name="alpha", type=Type.NUMBER, default=1.0, help="the limit far below 0 is -alpha")

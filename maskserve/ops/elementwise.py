@@ -6,7 +6,8 @@ from typing import Final
 
 from maskserve.dtypes import COMPLEX, INTEGRAL, NUMERIC, and_stored, boolean, f32, f64, u64
 from maskserve.ops import activations, mathematics, special
-from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule, Parameter, Type
+from maskserve.ops.parameters import Parameter, Type
+from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
 
 ALPHA = Parameter(name="alpha", type=Type.NUMBER, default=1, keyword_only=True, help="factor of the second operand")
 VALUE = Parameter(name="value", type=Type.NUMBER, default=1, keyword_only=True, help="factor of what is added")

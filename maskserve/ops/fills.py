@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from maskserve.dtypes import NUMERIC, u64
-from maskserve.ops.rows import DIM, REQUIRED, Fill, Parameter, Type, same
+from maskserve.ops.parameters import DIM, REQUIRED, Parameter, Type
+from maskserve.ops.results import same
+from maskserve.ops.rows import Fill
 
 VALUE = Parameter(name="value", type=Type.CELL, default=REQUIRED, help="what the masked cells become")
 LIMIT = Parameter(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from maskserve import dtypes
-from maskserve.ops.rows import Masking, Parameter, Report, Type
+from maskserve.ops.parameters import Parameter, Type
+from maskserve.ops.rows import Masking, Report
 
 
 def _test(name: str, kind: Type, text: str, sample: str = "") -> Parameter:

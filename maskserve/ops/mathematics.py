@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from maskserve.dtypes import COMPLEX, FLOATING, NUMERIC, and_stored, boolean
-from maskserve.ops.rows import Beyond, Elementwise, Parameter, Type
+from maskserve.ops.parameters import Parameter, Type
+from maskserve.ops.rows import Beyond, Elementwise
 
 DECIMALS = Parameter(name="decimals", type=Type.NUMBER, default=0, keyword_only=True, help="digits after the point; floats only")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from maskserve.dtypes import COMPLEX, NUMERIC
 from maskserve.ops import passes
-from maskserve.ops.rows import CORRECTION, DIM, DTYPE, KEYWORD_DTYPE, NAN, ORD, Normalization, Parameter, Type, floated
+from maskserve.ops.parameters import CORRECTION, DIM, DTYPE, KEYWORD_DTYPE, NAN, ORD, Parameter, Type
+from maskserve.ops.results import floated
+from maskserve.ops.rows import Normalization
 
 EPS = Parameter(
     name="eps", type=Type.REAL, default=1e-12, keyword_only=True, help="the least norm that cells are divided by"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from maskserve.dtypes import NUMERIC, i64, u64
-from maskserve.ops.rows import DIM, NAN, REQUIRED, Ordering, Parameter, Params, Type, always, same
+from maskserve.ops.parameters import DIM, NAN, REQUIRED, Parameter, Params, Type
+from maskserve.ops.results import always, same
+from maskserve.ops.rows import Ordering
 
 LAST = replace(DIM, default=-1)
 DESCENDING = Parameter(name="descending", type=Type.FLAG, default=False, help="largest first")

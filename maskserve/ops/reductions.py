@@ -6,7 +6,7 @@ import math
 
 from maskserve.dtypes import COMPLEX, NUMERIC, boolean, i64, u64
 from maskserve.ops import passes
-from maskserve.ops.rows import (
+from maskserve.ops.parameters import (
     CORRECTION,
     DIMS,
     DTYPE,
@@ -21,15 +21,10 @@ from maskserve.ops.rows import (
     WEIGHTS,
     Parameter,
     Params,
-    Reduction,
     Type,
-    always,
-    floated,
-    same,
-    spread,
-    summed,
-    summed_or_weighted,
 )
+from maskserve.ops.results import always, floated, same, spread, summed, summed_or_weighted
+from maskserve.ops.rows import Reduction
 
 OURS = (MIN_COUNT, EMPTY, NAN)
 ORDERED = NUMERIC | {u64}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from maskserve.dtypes import COMPLEX, NUMERIC, boolean, f64, u64
-from maskserve.ops.rows import DIM, KEYWORD_DTYPE, NAN, Parameter, Scan, Type, always, floated, same, summed
+from maskserve.ops.parameters import DIM, KEYWORD_DTYPE, NAN, Parameter, Type
+from maskserve.ops.results import always, floated, same, summed
+from maskserve.ops.rows import Scan
 
 METHOD = Parameter(
     name="method", type=Type.CHOICE, default="average", choices=("average", "min", "max", "dense", "ordinal"),

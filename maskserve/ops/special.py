@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from maskserve.dtypes import INTEGRAL, NUMERIC, and_stored, boolean, f32, f64
-from maskserve.ops.rows import REQUIRED, Beyond, Elementwise, Parameter, Type
+from maskserve.ops.parameters import REQUIRED, Parameter, Type
+from maskserve.ops.rows import Beyond, Elementwise
 
 P = Parameter(name="p", type=Type.COUNT, default=REQUIRED, help="number of dims of the gamma function")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from maskserve.dtypes import NUMERIC, boolean, u64
-from maskserve.ops.rows import CORRECTION, NAN, Parameter, Type, Whole, floated
+from maskserve.ops.parameters import CORRECTION, NAN, Parameter, Type
+from maskserve.ops.results import floated
+from maskserve.ops.rows import Whole
 
 BINS = Parameter(name="bins", type=Type.NUMBERS, default=100, help="how many bins of equal width, or their edges")
 RANGE = Parameter(name="range", type=Type.RANGE, keyword_only=True, help="lowest and highest edge; the data's when not given")
