@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from torch.testing._internal.opinfo.definitions import _masked as masked
 
 import maskserve as ms
-
-masked = pytest.importorskip("torch.testing._internal.opinfo.definitions._masked", reason="torch's own samples need expecttest")
 
 Slice = np.ndarray[Any, Any]
 REDUCED: dict[str, Callable[..., Any]] = {
