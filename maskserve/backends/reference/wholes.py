@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import select
+from maskserve.backends.reference.products import scaled
 from maskserve.errors import DataError, ParameterError, ShapeError
+from maskserve.masks import intersection
 
 Params = Mapping[str, Any]
 Outputs = tuple[tuple[Tensor, Tensor | None], ...]
@@ -19,14 +23,27 @@ def histogram(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
     """Counts (bins,) in int64 and edges (bins + 1,) in float64; a bin has its lower edge, the last one both."""
     cells = valid_cells(data, mask)
     edges = edges_of(cells, params)
-    bins = torch.bucketize(cells.double(), edges[1:-1], right=True)
-    within = (cells >= edges[0]) & (cells <= edges[-1])
-    hist = torch.bincount(bins[within], minlength=len(edges) - 1)
+    wide = cells.double()  # a comparison of narrow cells and an edge would round the edge
+    wide = wide[(wide >= edges[0]) & (wide <= edges[-1])]
+    n = len(edges) - 1
+    bins = torch.bucketize(wide, edges[1:-1], right=True) if isinstance(params["bins"], tuple) else even_bins(wide, edges)
+    hist = torch.bincount(bins, minlength=n)
     if params["density"]:
         total = hist.sum()
         density = hist.double() / (total.clamp(min=1) * edges.diff())
         return ((density, (total > 0).expand(density.shape)), (edges, None))
     return (hist, None), (edges, None)
+
+
+def even_bins(cells: Tensor, edges: Tensor) -> Tensor:
+    """The bins of cells within edges of equal distance: by division, then by the edges themselves, as numpy does it."""
+    low, high, last = edges[0], edges[-1], len(edges) - 2
+    if not torch.isfinite(high - low) or (high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs()):
+        return torch.bucketize(cells, edges[1:-1], right=True)  # a quotient could be off by more than one
+    bins = ((cells - low) * ((last + 1) / (high - low))).long().clamp_(0, last)
+    bins -= (cells < edges[bins]).view(torch.uint8)
+    bins += ((cells >= edges[bins + 1]) & (bins < last)).view(torch.uint8)
+    return bins
 
 
 def edges_of(cells: Tensor, params: Params) -> Tensor:
@@ -42,9 +59,13 @@ def edges_of(cells: Tensor, params: Params) -> Tensor:
     if limits is None:
         limits = extent(cells)
     low, high = (float(limit) for limit in limits)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ParameterError(f"histogram: range is {limits}; both ends must be finite", parameter="range")
     if low == high:  # numpy's rule
         low, high = low - 0.5, high + 0.5
-    return torch.linspace(low, high, bins + 1, dtype=torch.float64, device=cells.device)
+    edges = torch.linspace(low / 2, high / 2, bins + 1, dtype=torch.float64, device=cells.device) * 2  # high - low may overflow
+    edges[0], edges[-1] = low, high
+    return edges
 
 
 def extent(cells: Tensor) -> tuple[float, float]:
@@ -80,56 +101,105 @@ def valid_cells(data: Tensor, mask: Tensor | None) -> Tensor:
 
 def cov(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
     """(k, k) covariances of the k rows, or () of one row; masked where no more pairs than `correction` are valid."""
-    sums = pairwise(data, mask)
+    sums = pairwise(data.double(), mask)
     divisor = sums.n - params["correction"]
     values = sums.products / torch.where(divisor > 0, divisor, 1.0)
     return (shaped(data, values), shaped(data, (sums.n > 0) & (divisor > 0))),
 
 
 def corrcoef(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
-    """(k, k) correlation coefficients of the k rows; masked where fewer than two pairs are valid."""
-    sums = pairwise(data, mask)
-    values = (sums.products / (sums.squares * sums.squares.T).sqrt()).clamp(-1, 1)
+    """(k, k) correlation coefficients of the k rows; masked where fewer than two pairs are valid, NaN of equal cells."""
+    wide = data.double()
+    if data.numel() and data.ndim:
+        reach = select(wide, intersection([mask, wide.isfinite()])).abs().amax(-1, keepdim=True)
+        wide = scaled(wide, -torch.frexp(reach).exponent.long())  # squares of cells near 1 neither overflow nor vanish
+    sums = pairwise(wide, mask)
+    root = sums.squares.sqrt()
+    values = (sums.products / (root * root.T)).clamp(-1, 1)
+    own = values.diagonal()
+    own.copy_(torch.where(own.isnan(), own, 1.0))
     return (shaped(data, values), shaped(data, sums.n > 1)),
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class PairSums:
-    """Of each pair of rows over the columns where both are valid: how many, and the sums of centred products and squares."""
+    """Of each pair of rows over the columns where both are valid: how many, and the sums of centred products and squares.
 
-    def __init__(self, n: Tensor, products: Tensor, squares: Tensor) -> None:
-        self.n, self.products, self.squares = n, products, squares
+    `squares` are those of the first row of a pair.
+    """
+
+    n: Tensor
+    products: Tensor
+    squares: Tensor
+
+
+LOST = 1e3
+"""How far the square of a mean may exceed the variance about it before a pair is centred anew."""
+PAIR_CELLS = 1 << 22
+"""Cells of the pairs that are centred at once."""
 
 
 def pairwise(data: Tensor, mask: Tensor | None) -> PairSums:
-    """Rows are centred at their own mean first, so that little cancels in what follows."""
+    """Rows are centred at their own means; a pair whose mean over its columns is far from them is centred anew."""
     if data.ndim > 2:
         raise ShapeError(f"cov and corrcoef take rows of observations, a tensor of 1 or 2 dims; this one has {data.ndim}")
-    cells = torch.atleast_2d(data.double())
-    valid = torch.ones_like(cells, dtype=torch.bool) if mask is None else torch.atleast_2d(mask.expand(data.shape))
+    cells = torch.atleast_2d(data)
+    finite = cells.isfinite()
+    valid = None if mask is None else torch.atleast_2d(mask.expand(data.shape))
+    whole = bool(finite.all())
+    cells = select(cells, valid if whole else intersection([valid, finite]))
+    sums = of_whole_rows(cells) if valid is None else of_masked_rows(cells, valid)
+    if not whole:
+        there = torch.ones_like(cells) if valid is None else valid.double()
+        bad = ~finite if valid is None else valid & ~finite
+        touched = bad.double() @ there.T > 0  # row i has a NaN or inf where row j is valid
+        sums.squares[touched] = torch.nan
+        sums.products[touched | touched.T] = torch.nan
+    return sums
+
+
+def of_whole_rows(cells: Tensor) -> PairSums:
+    k, columns = cells.shape
+    centred = cells - mean_of(cells, None)
+    sums = centred.sum(1, keepdim=True)
+    products = centred @ centred.T - sums * sums.T / max(columns, 1)
+    squares = products.diagonal().clamp(min=0).unsqueeze(1).repeat(1, k)
+    return PairSums(torch.full_like(products, columns), products, squares)
+
+
+def of_masked_rows(cells: Tensor, valid: Tensor) -> PairSums:
     there = valid.double()
-    if not bool(select(cells, valid).isfinite().all()):
-        return pair_by_pair(cells, valid)
-    own_mean = select(cells, valid).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
-    centred = select(cells - own_mean, valid)
+    centred = select(cells - mean_of(cells, valid), valid)
     n = there @ there.T
     count = n.clamp(min=1)
     sums = centred @ there.T  # of row i over the columns where row j is valid
+    squares = centred.square() @ there.T
+    means = sums.square() / count
+    squares = (squares - means).clamp(min=0)
     products = centred @ centred.T - sums * sums.T / count
-    squares = centred.square() @ there.T - sums.square() / count
-    return PairSums(n, products, squares.clamp(min=0))
-
-
-def pair_by_pair(cells: Tensor, valid: Tensor) -> PairSums:
-    """Where a valid cell is NaN or infinite: a product with 0 would carry it into pairs that it is no part of."""
-    rows = len(cells)
-    n, products, squares = (torch.zeros(rows, rows, dtype=torch.float64, device=cells.device) for _ in range(3))
-    for i in range(rows):
-        for j in range(rows):
-            both = valid[i] & valid[j]
-            n[i, j] = both.sum()
-            x, y = (row[both] - row[both].mean() if n[i, j] else row[both] for row in (cells[i], cells[j]))
-            products[i, j], squares[i, j] = (x * y).sum(), x.square().sum()
+    lost = means > LOST * squares
+    for i, j in zip(*[at.split(max(1, PAIR_CELLS // max(cells.shape[1], 1))) for at in triangle(lost)], strict=True):
+        both = valid[i] & valid[j]
+        x, y = (select(cells[at] - mean_of(select(cells[at], both), both), both) for at in (i, j))
+        products[i, j] = products[j, i] = (x * y).sum(1)
+        squares[i, j], squares[j, i] = x.square().sum(1), y.square().sum(1)
     return PairSums(n, products, squares)
+
+
+def triangle(lost: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs i <= j of which either side is lost."""
+    i, j = (lost | lost.T).triu().nonzero(as_tuple=True)
+    return i, j
+
+
+def mean_of(cells: Tensor, valid: Tensor | None) -> Tensor:
+    """(k, 1) means of rows, masked cells 0; that of equal cells is exactly their value."""
+    if not cells.shape[1]:
+        return cells.new_zeros(len(cells), 1)
+    n = cells.shape[1] if valid is None else valid.sum(1, keepdim=True).clamp(min=1)
+    low, high = select(cells, valid, torch.inf).amin(1, keepdim=True), select(cells, valid, -torch.inf).amax(1, keepdim=True)
+    mean = cells.sum(1, keepdim=True) / n
+    return torch.where(low <= high, torch.minimum(torch.maximum(mean, low), high), 0.0)
 
 
 def shaped(data: Tensor, matrix: Tensor) -> Tensor:
