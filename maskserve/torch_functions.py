@@ -43,8 +43,10 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         raise UncoveredFunctionError(
             f"{name_of(function)}: inplace=True would change data and not mask; leave it out and use the returned MaskedTensor"
         )
+    for name in [k for k, v in kwargs.items() if v is None or k.startswith("_") or k == "inplace"]:
+        del kwargs[name]  # None is torch's word for what is not given: torch.unique hands on dim=None
     try:
-        return ours(*args, **{k: v for k, v in kwargs.items() if not k.startswith("_") and k not in ("inplace", "out")})
+        return ours(*args, **kwargs)
     except TypeError as error:
         if isinstance(error, MaskserveError) or "argument" not in str(error):
             raise
@@ -104,6 +106,12 @@ def uncovered(function: Callable[..., Any]) -> UncoveredFunctionError:
     for row in OPS.values():
         if row.differs and name == row.name:
             return UncoveredFunctionError(f"{row.differs}: call maskserve.{row.name}")
+        if name in [other.replace(".", "_") for other in row.unlike]:
+            return UncoveredFunctionError(
+                f"torch.{name.replace('_', '.', 1)} means other things too; maskserve.{row.name} gives the {row.summary}"
+            )
+        if name == f"nan{row.name}":
+            return UncoveredFunctionError(f'torch.{name}: call maskserve.{row.name} with nan="omit"')
         if name in row.aliases:
             return UncoveredFunctionError(
                 f"torch.{name} means several things; maskserve.{row.name} gives the {row.summary}"

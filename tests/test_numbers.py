@@ -61,6 +61,27 @@ EXACT = [
     ("sum of infs", "sum", t([inf, -inf]), nan),
     ("mean of f64 inf", "mean", t([inf, 1.0]), inf),
     ("any of NaN", "any", t([nan, 0.0]), True),
+    ("N11", "norm", t([1e20, 1e20], f32), float(np.float32(math.sqrt(2) * float(np.float32(1e20))))),
+    ("N12", "norm", t([1e-30, 1e-30], f32), float(np.float32(math.sqrt(2) * float(np.float32(1e-30))))),
+    ("N13", "norm", t([1e200, 1e200]), math.hypot(1e200, 1e200)),
+    ("N14", "norm", t([300] * 4, f16), 600.0),
+    ("N20", "prod", t([2.0**700, 2.0**700, 2.0**-700, 2.0**-700]), 1.0),
+    ("N20 decimal", "prod", t([1e200, 1e200, 1e-200, 1e-200]), float((Fraction(1e200) * Fraction(1e-200)) ** 2)),
+    ("N20 turned", "prod", t([1e-200, 1e-200, 1e200, 1e200]), float((Fraction(1e200) * Fraction(1e-200)) ** 2)),
+    ("N27 norm", "norm", t([200, 100], torch.uint8), math.hypot(200, 100)),
+    ("N27 std", "std", t([200, 100], torch.uint8), math.sqrt(5000)),
+    ("N27 prod", "prod", t([200, 100], torch.uint8), 20_000),
+    ("N28 var", "var", t([True, False], torch.bool), 0.5),
+    ("N28 argmax", "argmax", t([False, True, True], torch.bool), 1),
+    ("N28 prod", "prod", t([True, False, True], torch.bool), 0),
+    ("N28 norm", "norm", t([True, False, True], torch.bool), math.sqrt(2)),
+    ("N28 mode", "mode", t([True, False, True], torch.bool), True),
+    ("N29 amax", "amax", t([1, 2**64 - 1], torch.uint64), 2**64 - 1),
+    ("N29 amin", "amin", t([2**63, 2**64 - 1], torch.uint64), 2**63),
+    ("N29 mean", "mean", t([2**63, 2**63 + 2**12], torch.uint64), float(2**63 + 2**11)),
+    ("N29 sum", "sum", t([2**62, 2**62 - 1], torch.uint64), 2**63 - 1),
+    ("N29 median", "median", t([2**63 + 2**12, 2**63], torch.uint64), float(2**63 + 2**11)),
+    ("P03 log of sums", "logsumexp", t([True, True], torch.bool), 1 + math.log(2)),
 ]
 
 
@@ -75,7 +96,8 @@ def test_exact_cases(op: str, data: Tensor, expected: float) -> None:
     )
     moved = 1 if op.startswith("arg") else 0
     for tensor, offset in ((ms.masked_tensor(data), 0), (surrounded, moved)):
-        got = getattr(ms, op)(tensor, 0)
+        got = getattr(ms, op)(tensor, dim=0)
+        got = got.values if isinstance(got, tuple) else got
         assert got.get_mask().item()
         assert got.get_data().item() == pytest.approx(expected + offset, rel=0, abs=0, nan_ok=True)
 
@@ -154,6 +176,28 @@ def test_n22_an_integer_sum_that_does_not_fit_is_an_error_and_one_that_only_pass
         ms.sum(t([100, 100], torch.int8), dtype="i8")
 
 
+def test_n23_an_integer_product_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(IntegerOverflowError, match="dtype=f64"):
+        ms.prod(t([2**62, 4], torch.int64))
+    assert ms.prod(t([2**62, 4], torch.int64), dtype=f64).item() == 2.0**64
+    assert ms.prod(t([2**62, 4, 0], torch.int64)).item() == 0
+    with pytest.raises(IntegerOverflowError):
+        ms.cumprod(t([2**62, 4, 0], torch.int64), 0)
+
+
+def test_n27_a_softmax_of_bytes_is_a_float() -> None:
+    got = ms.softmax(t([200, 100, 200], torch.uint8), 0)
+    assert got.dtype == f64
+    assert got.tolist() == torch.softmax(t([200, 100, 200]), 0).tolist()
+    assert ms.softmin(t([0, 255], torch.uint8), 0).tolist() == torch.softmax(t([0, -255]), 0).tolist()
+
+
+def test_n29_a_sum_of_uint64_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(IntegerOverflowError, match="dtype=f64"):
+        ms.sum(t([2**63, 2**63], torch.uint64))
+    assert ms.sum(t([2**63, 2**63], torch.uint64), dtype=f64).item() == 2.0**64
+
+
 @pytest.mark.parametrize(
     ("dtype", "at"),
     [(f16, 4097), (f16, 70_001), (bf16, 259), (torch.int8, 300), (f32, 16_777_217)],
@@ -221,6 +265,13 @@ def test_p17_a_float32_mean_of_equal_cells_is_that_value() -> None:
 def test_p18_a_median_of_twenty_million_cells() -> None:
     data = torch.arange(20_000_001, dtype=f32)
     assert ms.median(data).item() == 10_000_000.0
+
+
+@pytest.mark.slow
+def test_p18_quantiles_of_twenty_million_cells() -> None:
+    cells = torch.arange(20_000_000, dtype=torch.int32).flip(0)
+    assert ms.quantile(cells, (0.0, 0.25, 1.0)).tolist() == [0.0, 19_999_999 / 4, 19_999_999.0]
+    assert ms.quantile(cells.float(), 0.5, interpolation="lower").item() == 9_999_999.0
 
 
 def test_p19_a_mask_that_is_not_bool_is_refused() -> None:

@@ -171,6 +171,7 @@ ROWS = (
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:magnitude",
         result=spread, passes=(passes.POWERS,), finalize=".norms:finalize_norm", identity=0,
         torch=("vector_norm",), torch_words={"p": "ord", "x": "input"}, torch_values={"fro": 2},
+        unlike=("linalg.norm",),  # of a matrix it is the largest singular value, and the like
     ),
     Reduction(
         name="max",
