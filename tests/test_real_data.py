@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import maskserve as ms
 from examples import make_co2, make_flights
@@ -145,6 +146,60 @@ def test_the_script_makes_the_file_from_the_record() -> None:
     assert make_co2.payload(make_co2.tensors(make_co2.record())) == CO2.read_bytes()
 
 
+SELECTING: dict[str, Callable[[pd.Series], Any]] = {
+    "first": lambda c: c.dropna().iloc[0],
+    "last": lambda c: c.dropna().iloc[-1],
+    "mode": lambda c: c.mode()[0],
+    "count_distinct": lambda c: c.nunique(),
+    "ptp": lambda c: c.max() - c.min(),
+}
+
+
+@every_dim
+@pytest.mark.parametrize("op", SELECTING)
+def test_co2_cells_that_are_picked_are_those_of_pandas(co2: pd.DataFrame, op: str, dim: str | None) -> None:
+    expected = [SELECTING[op](column) for _, column in slices(co2, dim).items()]
+    assert reduced(CO2, op, **words(dim))["co2"] == expected
+
+
+@every_dim
+def test_co2_products_are_exact_to_an_ulp(co2: pd.DataFrame, dim: str | None) -> None:
+    ours = reduced(CO2, "prod", **words(dim))["co2"]
+    for mine, (_, column) in zip(ours, slices(co2, dim).items(), strict=True):
+        factors = math.prod(map(Fraction, column.dropna().tolist()))
+        assert mine == math.inf if factors > Fraction(1.7976931348623157e308) else in_ulps(mine, float(factors)) <= 1
+
+
+@pytest.mark.parametrize("dim", ["week", "year"])
+def test_co2_fills_ranks_and_running_extremes_are_those_of_pandas(co2: pd.DataFrame, dim: str) -> None:
+    axis = ("year", "week").index(dim)
+    for verb, op, given, expected in (
+        ("fill", "ffill", {}, co2.ffill(axis=axis)),
+        ("fill", "bfill", {"limit": 2}, co2.bfill(axis=axis, limit=2)),
+        ("scan", "rank", {}, co2.rank(axis=axis)),
+        ("scan", "rank", {"method": "dense"}, co2.rank(axis=axis, method="dense")),
+        ("scan", "cummax", {}, co2.cummax(axis=axis)),
+    ):
+        got = ms.load(ms.compute(verb, CO2, op=op, dim=dim, **given).to_bytes())["co2"]
+        np.testing.assert_array_equal(got.get_mask().numpy(), expected.notna())
+        np.testing.assert_array_equal(got.get_data().numpy(), expected.fillna(0))
+
+
+def test_covariances_of_the_co2_years_are_those_of_pandas_pairwise(co2: pd.DataFrame) -> None:
+    years = ms.load(CO2)["co2"]
+    for got, expected in ((ms.cov(years), co2.T.cov()), (ms.corrcoef(years), co2.T.corr())):
+        valid = got.get_mask().numpy()
+        np.testing.assert_allclose(got.get_data().numpy()[valid], expected.to_numpy()[valid], rtol=1e-9, atol=1e-11)
+        assert expected.isna().to_numpy()[~valid].all()
+
+
+def test_means_weighted_by_the_week_of_the_year_are_those_of_pandas(co2: pd.DataFrame) -> None:
+    weights = torch.arange(1.0, 54.0)
+    ours = ms.mean(ms.load(CO2)["co2"], 1, weights=weights)
+    expected = co2.mul(weights.numpy()).sum(axis=1) / co2.notna().mul(weights.numpy()).sum(axis=1)
+    np.testing.assert_allclose(ours.get_data().numpy(), expected, rtol=RTOL)
+
+
 # -- flights ------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +234,31 @@ def test_computed_flight_figures_are_exact_to_a_few_ulps(flights: pd.DataFrame, 
         expected = exact_of_integers(op, column.dropna().to_numpy(np.int64))
         assert figure == expected if op == "sum" else in_ulps(figure, expected) <= ULPS, name
     np.testing.assert_allclose([ours[name][0] for name in flights], by_pandas(flights, op), rtol=RTOL)
+
+
+def test_flight_cells_that_are_picked_are_those_of_pandas(flights: pd.DataFrame, payload: bytes) -> None:
+    for op, select in SELECTING.items():
+        ours = reduced(payload, op)
+        assert {name: ours[name][0] for name in flights} == {name: select(column) for name, column in flights.items()}, op
+
+
+def test_flight_quantiles_are_those_of_pandas(flights: pd.DataFrame, payload: bytes) -> None:
+    shares = [0.01, 0.25, 0.5, 0.999]
+    for how in ("linear", "lower", "nearest"):
+        ours = reduced(payload, "quantile", q="0.01,0.25,0.5,0.999", interpolation=how)
+        for name, column in flights.items():
+            expected = column.astype("float64").quantile(shares, interpolation=how)  # type: ignore[call-overload]  # a str
+            np.testing.assert_allclose(ours[str(name)], expected, rtol=RTOL)
+
+
+def test_flight_delays_are_ranked_filled_and_related_as_in_pandas(flights: pd.DataFrame, payload: bytes) -> None:
+    names = ["dep_delay", "arr_delay", "air_time", "distance"]
+    columns, table = ms.load(payload), flights[names].astype("float64")
+    assert ms.rank(columns["arr_delay"], 0).get_data().tolist() == table["arr_delay"].rank().fillna(0).tolist()
+    assert ms.ffill(columns["dep_delay"], 0, limit=3).get_data().tolist() == table["dep_delay"].ffill(limit=3).fillna(0).tolist()
+    rows = ms.stack([columns[name].to(torch.float64) for name in names])
+    np.testing.assert_allclose(ms.cov(rows).get_data().numpy(), table.cov(), rtol=1e-9)
+    np.testing.assert_allclose(ms.corrcoef(rows).get_data().numpy(), table.corr(), rtol=1e-9)
 
 
 def exact_of_integers(op: str, cells: np.ndarray) -> float:
