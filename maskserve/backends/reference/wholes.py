@@ -17,17 +17,22 @@ from maskserve.masks import intersection
 
 Params = Mapping[str, Any]
 Outputs = tuple[tuple[Tensor, Tensor | None], ...]
+BLOCK = 1 << 16
+"""Cells of a histogram that are placed at once: they and what is made of them stay in the cache."""
 
 
 def histogram(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
     """Counts (bins,) in int64 and edges (bins + 1,) in float64; a bin has its lower edge, the last one both."""
     cells = valid_cells(data, mask)
     edges = edges_of(cells, params)
-    wide = cells.double()  # a comparison of narrow cells and an edge would round the edge
-    wide = wide[(wide >= edges[0]) & (wide <= edges[-1])]
-    n = len(edges) - 1
-    bins = torch.bucketize(wide, edges[1:-1], right=True) if isinstance(params["bins"], tuple) else even_bins(wide, edges)
-    hist = torch.bincount(bins, minlength=n)
+    hist = torch.zeros(len(edges) - 1, dtype=torch.int64, device=data.device)
+    for block in cells.split(max(BLOCK, len(hist))):
+        wide = block.double()  # a comparison of narrow cells and an edge would round the edge
+        within = (wide >= edges[0]).logical_and_(wide <= edges[-1])
+        wide = wide if within.all() else wide[within]
+        even = not isinstance(params["bins"], tuple)
+        bins = even_bins(wide, edges) if even else torch.bucketize(wide, edges[1:-1], right=True)
+        hist += torch.bincount(bins, minlength=len(hist))
     if params["density"]:
         total = hist.sum()
         density = hist.double() / (total.clamp(min=1) * edges.diff())
@@ -40,9 +45,11 @@ def even_bins(cells: Tensor, edges: Tensor) -> Tensor:
     low, high, last = edges[0], edges[-1], len(edges) - 2
     if not torch.isfinite(high - low) or (high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs()):
         return torch.bucketize(cells, edges[1:-1], right=True)  # a quotient could be off by more than one
-    bins = ((cells - low) * ((last + 1) / (high - low))).long().clamp_(0, last)
-    bins -= (cells < edges[bins]).view(torch.uint8)
-    bins += ((cells >= edges[bins + 1]) & (bins < last)).view(torch.uint8)
+    bins = (cells - low).mul_((last + 1) / (high - low)).to(torch.int32).clamp_(0, last)
+    ends = edges.clone()
+    ends[-1] = torch.inf  # the last bin has both its edges
+    bins -= (cells < ends.take(bins.long())).view(torch.uint8)
+    bins += (cells >= ends[1:].take(bins.long())).view(torch.uint8)
     return bins
 
 
@@ -96,7 +103,7 @@ def unique(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
 
 def valid_cells(data: Tensor, mask: Tensor | None) -> Tensor:
     """The valid cells in a row."""
-    return data.reshape(-1) if mask is None else data[mask.expand(data.shape)]
+    return data.reshape(-1) if mask is None else data.masked_select(mask)
 
 
 def cov(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
