@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskserve.dtypes import DType, bf16, f16, f32, f64, i8, i32, i64
 from maskserve.ops import OPS
-from maskserve.ops.parameters import Type
+from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.ops.rows import Normalization, Reduction, Scan
 from maskserve.plan import SlicedRow
 
 Shape = tuple[int, ...]
 SEED = 20240229
+SORTED_CELLS = 1 << 22
+"""Beyond it no row is timed that sorts: a call would take seconds and say what it says of fewer cells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,11 @@ class Cell:
     dim: int | None
     dtype: DType = f32
     mask: str = "70 %"
+
+    @property
+    def n(self) -> int:
+        """How many cells it has."""
+        return prod(self.shape)
 
     @property
     def omits_nan(self) -> bool:
@@ -62,11 +72,41 @@ def rows() -> tuple[SlicedRow, ...]:
     return tuple(row for row in OPS.values() if isinstance(row, Reduction | Normalization | Scan))
 
 
+NEEDED: dict[Type, Any] = {Type.NUMBERS: 0.25, Type.CELL: 1, Type.COUNT: 3}
+"""A value for each parameter that has no default, dims apart."""
+
+
+def leading(row: SlicedRow) -> tuple[Any, ...]:
+    """The parameters that stand before the dim, as in torch and numpy: the order of a norm, the share of a quantile."""
+    before = takewhile(lambda p: p.name != "dim" and not p.keyword_only, row.parameters)
+    return tuple(NEEDED[p.type] if p.default is REQUIRED else p.default for p in before)
+
+
+def arguments(row: SlicedRow, cell: Cell) -> tuple[Any, ...]:
+    """What a call gives after the data: the leading parameters, and the dim where the row has one."""
+    return (*leading(row), cell.dim) if "dim" in types(row) else leading(row)
+
+
+def types(row: SlicedRow) -> dict[str, Type]:
+    return {p.name: p.type for p in row.parameters}
+
+
+def takes_nan(row: SlicedRow) -> bool:
+    """Whether it can take NaN for missing."""
+    return "nan" in types(row)
+
+
+def sorts(row: SlicedRow) -> bool:
+    """Whether it puts each slice in order, by the modules that do."""
+    needs_whole = row.select if isinstance(row, Reduction) else row.scan if isinstance(row, Scan) else ""
+    return needs_whole.startswith((".selections:", ".orders:"))
+
+
 def fits(row: SlicedRow, cell: Cell) -> bool:
-    """Whether `row` can be asked for `cell`: it takes the dtype, and a dim where it needs one."""
-    types = {p.name: p.type for p in row.parameters}
-    needs_dim = types["dim"] is Type.DIM and cell.dim is None
-    return cell.dtype in row.accepts and not needs_dim and (not cell.omits_nan or "nan" in types)
+    """Whether `row` is asked for `cell`: it takes the dtype, all dims or the one, and that many cells."""
+    takes_all = types(row).get("dim") is Type.DIMS or cell.dim is not None
+    takes_missing = not cell.omits_nan or takes_nan(row)
+    return cell.dtype in row.accepts and takes_all and takes_missing and not (sorts(row) and cell.n > SORTED_CELLS)
 
 
 def pairs(groups: tuple[Group, ...], among: tuple[SlicedRow, ...]) -> Iterator[tuple[SlicedRow, Cell]]:
@@ -98,8 +138,9 @@ QUICK = (
         ),
     ),
     Group(
-        title="Other dtypes and masks, (2048, 1024) along the last dim",
+        title="Dtypes and masks, (2048, 1024) along the last dim",
         cells=(
+            Cell(label="f32", shape=(2048, 1024), dim=1),
             Cell(label="f64", shape=(2048, 1024), dim=1, dtype=f64),
             Cell(label="f16", shape=(2048, 1024), dim=1, dtype=f16),
             Cell(label="i64", shape=(2048, 1024), dim=1, dtype=i64),
@@ -169,11 +210,20 @@ TINY = (
 # -- samples ------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def sample(shape: Shape, dtype: DType, mask: str) -> Sample:
-    """The tensors of a cell, the same in every run; only the last one is kept in memory."""
+PRODUCTS = ("prod", "cumprod")
+"""What multiplies gets cells near 1, and integers of 1 and -1: of other cells products overflow, or vanish."""
+
+
+def sample(row: SlicedRow, cell: Cell) -> Sample:
+    """The tensors of a cell, the same in every run."""
+    return drawn(cell.shape, cell.dtype, cell.mask, near_one=row.name in PRODUCTS)
+
+
+@lru_cache(maxsize=2)
+def drawn(shape: Shape, dtype: DType, mask: str, *, near_one: bool) -> Sample:
+    """Only those of the last cell are kept in memory: near 1, and others."""
     generator = torch.Generator().manual_seed(SEED)
-    data = make_data(shape, dtype, generator)
+    data = (make_factors if near_one else make_data)(shape, dtype, generator)
     if mask == "none":
         return Sample(data, None)
     valid = make_mask(mask, shape, generator)
@@ -187,6 +237,13 @@ def make_data(shape: Shape, dtype: DType, generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator).add_(1).to(wanted)
     bound = min(2**20, torch.iinfo(wanted).max)
     return torch.randint(-bound, bound, shape, generator=generator, dtype=wanted)
+
+
+def make_factors(shape: Shape, dtype: DType, generator: torch.Generator) -> Tensor:
+    """So near 1 that the product of 67 million stays within float32; integers of 1 and -1."""
+    wanted: torch.dtype = getattr(torch, dtype.torch)
+    normal = torch.randn(shape, generator=generator)
+    return (normal.mul_(0.003).exp_() if dtype.is_float else normal.sign_().add_(0.5).sign_()).to(wanted)
 
 
 def make_mask(kind: str, shape: Shape, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import maskserve as ms
-from benchmarks.cases import Cell, Sample
+from benchmarks.cases import Cell, Sample, arguments, leading, takes_nan
+from benchmarks.forms import FORMS, NAN_FORMS
 from maskserve.ops.passes import COUNT
 from maskserve.ops.rows import Reduction
 from maskserve.plan import SlicedRow
@@ -34,12 +35,12 @@ def contenders(row: SlicedRow, cell: Cell, sample: Sample) -> dict[str, Call]:
     ours = getattr(ms, row.name)
     words = {"nan": "omit"} if cell.omits_nan else {"mask": sample.mask}
     calls: dict[str, Call | None] = {
-        OURS: partial(ours, sample.data, dim=cell.dim, **words),
+        OURS: partial(ours, sample.data, *arguments(row, cell), **words),
         READ: one_read(row, sample),
         TORCH_MASKED: None if cell.omits_nan else torch_masked(row, cell, sample),
         NUMPY_MA: None if cell.omits_nan else numpy_ma(row, cell, sample),
         PLAIN: plain(row, cell, sample),
-        BOTTLENECK: bottleneck(row, cell, sample) if cell.omits_nan else None,
+        BOTTLENECK: bottleneck(row, cell, sample) if cell.omits_nan or not takes_nan(row) else None,
     }
     return {name: call for name, call in calls.items() if call is not None}
 
@@ -75,12 +76,14 @@ def torch_masked(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
         return None
     if row.name == "median" and cell.dim is None:  # its dim has a default, and None is not one of its values
         return partial(function, sample.data.reshape(-1), 0, mask=flat(sample.full_mask))
-    return partial(function, sample.data, cell.dim, mask=sample.full_mask)
+    return partial(function, sample.data, *arguments(row, cell), mask=sample.full_mask)
 
 
-NUMPY_NAMES = {"amax": "max", "amin": "min"}
-ONE_LESS: dict[str, dict[str, Any]] = {"var": {"ddof": 1}, "std": {"ddof": 1}}
-"""numpy and bottleneck divide by the count, torch and maskserve by one less."""
+NUMPY_NAMES = {"amax": "max", "amin": "min", "fill": "filled"}
+NUMPY_WORDS: dict[str, dict[str, Any]] = {"var": {"ddof": 1}, "std": {"ddof": 1}, "argsort": {"kind": "stable"}}
+"""numpy and bottleneck divide by the count, torch and maskserve by one less; numpy's sorts are not stable unasked."""
+IN_PLACE = ("sort",)
+"""Methods that overwrite the data, where the function of the same name does not."""
 
 
 def numpy_ma(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
@@ -90,19 +93,25 @@ def numpy_ma(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
     name = NUMPY_NAMES.get(row.name, row.name)
     mask = sample.full_mask
     array = np.ma.masked_array(sample.data.numpy(), np.ma.nomask if mask is None else (~mask).numpy())
-    words = {"axis": cell.dim, **ONE_LESS.get(row.name, {})}
-    if hasattr(array, name):
-        return partial(getattr(array, name), **words)
+    words = NUMPY_WORDS.get(row.name, {})
+    if hasattr(array, name) and name not in IN_PLACE:
+        return partial(getattr(array, name), *arguments(row, cell), **words)
     function = getattr(np.ma, name, None)
-    return function and partial(function, array, **words)
+    return function and partial(function, array, *arguments(row, cell), **words)
+
+
+BOTTLENECK_NAMES = {"rank": "nanrankdata", "ffill": "push"}
 
 
 def bottleneck(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
-    """bottleneck's nan function; None where it has none, or is not installed."""
-    library = bottleneck_module()
-    function = getattr(library, "nan" + NUMPY_NAMES.get(row.name, row.name), None)
-    words = {"axis": cell.dim, **ONE_LESS.get(row.name, {})}
-    return function and partial(function, sample.data.numpy(), **words)
+    """bottleneck's nan function; None where it has none, or is not installed. A mask becomes NaN before the clock runs."""
+    name = BOTTLENECK_NAMES.get(row.name, "nan" + NUMPY_NAMES.get(row.name, row.name))
+    function = getattr(bottleneck_module(), name, None)
+    if function is None or not sample.data.is_floating_point():
+        return None
+    data = sample.data if sample.mask is None else sample.data.masked_fill(~sample.mask, torch.nan)
+    words = {"axis": cell.dim, **NUMPY_WORDS.get(row.name, {})}
+    return partial(function, data.numpy(), **words)
 
 
 def bottleneck_module() -> ModuleType | None:
@@ -115,7 +124,7 @@ def bottleneck_module() -> ModuleType | None:
 def unmasked(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
     """torch's own op on the data alone: what a call costs at the least."""
     function = getattr(torch, row.name, None) or {"count": torch.count_nonzero}.get(row.name)
-    return function and partial(function, sample.data, cell.dim)
+    return function and partial(function, sample.data, *arguments(row, cell))
 
 
 # -- plain torch --------------------------------------------------------------------------------------------------
@@ -130,111 +139,11 @@ def plain(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
     data, mask, dim = sample.data, sample.full_mask, cell.dim
     if dim is None:
         data, mask, dim = data.reshape(-1), flat(mask), 0
+    given = leading(row)
     if cell.omits_nan and nan_form is None:
-        return lambda: form(data, ~data.isnan(), dim)
-    return partial(form, data, mask, dim)
+        return lambda: form(data, ~data.isnan(), dim, *given)
+    return partial(form, data, mask, dim, *given)
 
 
 def flat(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1)
-
-
-def zeroed(x: Tensor, m: Tensor | None) -> Tensor:
-    """`x` with 0 where masked, by an integer AND: about twice as fast as torch.where."""
-    if m is None:
-        return x
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return m.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
-
-
-def filled(x: Tensor, m: Tensor | None, fill: float) -> Tensor:
-    return x if m is None else torch.where(m, x, fill)
-
-
-def count(x: Tensor, m: Tensor | None, dim: int) -> Tensor:
-    """How many are valid: an int32 sum of bytes is faster than a sum of bools; in 1-D count_nonzero beats both."""
-    if m is None:
-        return torch.full((), x.shape[dim]).expand(x.select(dim, 0).shape)
-    return m.count_nonzero() if m.ndim == 1 else m.view(torch.uint8).sum(dim, dtype=torch.int32)
-
-
-def some(x: Tensor, m: Tensor | None, dim: int) -> Tensor:
-    """Whether any is valid: the maximum of bytes is faster than any() of bools."""
-    return count(x, m, dim) > 0 if m is None else m.view(torch.uint8).amax(dim).view(torch.bool)
-
-
-def lowest(x: Tensor) -> float:
-    return -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-
-
-def highest(x: Tensor) -> float:
-    return torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).max
-
-
-def floated(x: Tensor) -> Tensor:
-    return x if x.is_floating_point() else x.double()
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """half and bfloat16 overflow on the way."""
-    return torch.float32 if x.element_size() < 4 and x.is_floating_point() else floated(x[:0]).dtype
-
-
-def mean(x: Tensor, m: Tensor | None, dim: int) -> Any:
-    n = count(x, m, dim)
-    return (zeroed(x, m).sum(dim, dtype=accumulator(x)) / n).to(floated(x[:0]).dtype), n > 0
-
-
-def var(x: Tensor, m: Tensor | None, dim: int) -> Any:
-    n = count(x, m, dim)
-    if m is None:
-        return floated(x).var(dim), n > 1
-    center = zeroed(x, m).sum(dim, keepdim=True, dtype=accumulator(x)) / n.unsqueeze(dim)
-    squares = zeroed(x - center, m).square_().sum(dim)
-    return (squares / (n - 1)).to(floated(x[:0]).dtype), n > 1
-
-
-def std(x: Tensor, m: Tensor | None, dim: int) -> Any:
-    values, valid = var(x, m, dim)
-    return values.sqrt(), valid
-
-
-def median(x: Tensor, m: Tensor | None, dim: int) -> Any:
-    """The mean of the two middle cells, by sorting: nanmedian gives the lower, and nanquantile stops at 2**24 cells."""
-    ordered = filled(floated(x), m, torch.inf).sort(dim).values
-    n = count(x, m, dim).unsqueeze(dim).long()
-    middle = ordered.gather(dim, (n - 1).clamp(min=0) // 2) + ordered.gather(dim, (n // 2).clamp(max=x.shape[dim] - 1))
-    return middle.squeeze(dim) / 2, n.squeeze(dim) > 0
-
-
-def softmax(x: Tensor, m: Tensor | None, dim: int) -> Any:
-    return zeroed(filled(floated(x), m, -torch.inf).softmax(dim), m), m
-
-
-def log_softmax(x: Tensor, m: Tensor | None, dim: int) -> Any:
-    return zeroed(filled(floated(x), m, -torch.inf).log_softmax(dim), m), m
-
-
-Form = Callable[[Tensor, Tensor | None, int], Any]
-FORMS: dict[str, Form] = {
-    "sum": lambda x, m, dim: (zeroed(x, m).sum(dim), some(x, m, dim)),
-    "mean": mean,
-    "var": var,
-    "std": std,
-    "amax": lambda x, m, dim: (filled(x, m, lowest(x)).amax(dim), some(x, m, dim)),
-    "amin": lambda x, m, dim: (filled(x, m, highest(x)).amin(dim), some(x, m, dim)),
-    "argmax": lambda x, m, dim: (filled(x, m, lowest(x)).argmax(dim), some(x, m, dim)),
-    "argmin": lambda x, m, dim: (filled(x, m, highest(x)).argmin(dim), some(x, m, dim)),
-    "count": lambda x, m, dim: count(x, m, dim),
-    "any": lambda x, m, dim: ((x != 0 if m is None else m & (x != 0)).any(dim), some(x, m, dim)),
-    "all": lambda x, m, dim: ((x != 0 if m is None else ~m | (x != 0)).all(dim), some(x, m, dim)),
-    "logsumexp": lambda x, m, dim: (filled(floated(x), m, -torch.inf).logsumexp(dim), some(x, m, dim)),
-    "median": median,
-    "softmax": softmax,
-    "log_softmax": log_softmax,
-    "cumsum": lambda x, m, dim: (zeroed(zeroed(x, m).cumsum(dim), m), m),
-}
-NAN_FORMS: dict[str, Form] = {
-    "sum": lambda x, m, dim: x.nansum(dim),
-    "mean": lambda x, m, dim: x.nanmean(dim),
-}

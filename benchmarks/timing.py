@@ -81,7 +81,7 @@ class Timing:
 
 def measure(row: SlicedRow, cell: Cell, effort: Effort, *, is_small: bool = False) -> Timing:
     """Results compared, then times taken; a contender that fails is left out and named."""
-    drawn = sample(cell.shape, cell.dtype, cell.mask)
+    drawn = sample(row, cell)
     calls = peers.contenders(row, cell, drawn)
     with quiet():
         results, first, failed = attempt(calls)
@@ -164,8 +164,12 @@ RTOL = {"f64": 1e-9, "f32": 1e-4, "f16": 5e-3, "bf16": 4e-2}
 """Wide enough for a peer's own rounding over 67 million cells: this finds wrong answers, not lost digits."""
 
 
-def agrees(ours: ms.MaskedTensor, theirs: Any, dtype: DType) -> bool:
-    """Whether a peer's values are ours where ours are valid and, where it tells, valid in the same cells."""
+def agrees(ours: ms.MaskedTensor | tuple[ms.MaskedTensor, ...], theirs: Any, dtype: DType) -> bool:
+    """Whether a peer's values are ours where ours are valid and, where it tells, valid in the same cells.
+
+    Of (values, indices) the values are compared: among equal cells torch is free to point at any.
+    """
+    ours = ours[0] if isinstance(ours, tuple) else ours
     values, valid = parts(theirs)
     our_values, our_valid = ours.get_data().double(), ours.get_mask()
     if tuple(values.shape) != tuple(our_values.shape):

@@ -11,8 +11,10 @@ import torch
 import maskserve as ms
 from benchmarks import cases, peers, timing
 from benchmarks.__main__ import PAGE, measured
+from benchmarks.forms import FORMS
 from benchmarks.report import BEGIN, END, Run, report, rewrite
 from maskserve.ops import find
+from maskserve.plan import SlicedRow
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +26,27 @@ def test_every_sliced_row_is_timed_and_agrees_with_a_peer(tiny: Run) -> None:
     timed = {t.row.name for t in tiny.timings if peers.OURS in t.seconds}
     assert timed == {row.name for row in cases.rows()}
     assert not tiny.wrong
-    assert {t.row.name for t in tiny.timings if not t.agreeing} <= timed - set(peers.FORMS)
+    assert {t.row.name for t in tiny.timings if not t.agreeing} <= timed - set(FORMS)
 
 
 def test_the_plain_formulations_agree_wherever_they_are_tried(tiny: Run) -> None:
     assert [(t.row.name, t.cell.label) for t in tiny.timings if peers.PLAIN in (*t.differing, *t.failed)] == []
+
+
+@pytest.mark.parametrize("row", [row for row in cases.rows() if row.name in FORMS], ids=lambda row: row.name)
+def test_what_lies_under_the_mask_changes_no_plain_formulation(row: SlicedRow) -> None:
+    cell = cases.TINY[0].cells[1]
+    sample = cases.sample(row, cell)
+    assert sample.mask is not None
+    form, given = FORMS[row.name], cases.leading(row)
+    first, *others = (
+        timing.parts(form(sample.data.masked_fill(~sample.mask, junk), sample.mask, cell.dim, *given))
+        for junk in (0.0, torch.nan, torch.inf)
+    )
+    valid = torch.ones(()).bool() if first[1] is None else first[1]
+    for values, own in others:
+        assert own is None or torch.equal(own, valid)
+        assert torch.equal(torch.where(valid, values, 0), torch.where(valid, first[0], 0))
 
 
 def test_the_report_has_a_line_for_each_op(tiny: Run) -> None:
@@ -39,7 +57,7 @@ def test_the_report_has_a_line_for_each_op(tiny: Run) -> None:
 
 def test_a_fast_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        ms, "sum", lambda data, **_: ms.masked_tensor(torch.zeros(()), torch.tensor(True)), raising=False
+        ms, "sum", lambda data, *_, **__: ms.masked_tensor(torch.zeros(()), torch.tensor(True)), raising=False
     )
     found = timing.measure(find("sum"), cases.TINY[0].cells[0], timing.LEAST)
     assert found.is_wrong
@@ -55,6 +73,13 @@ def test_a_wrong_cell_is_in_the_report(tiny: Run) -> None:
 @pytest.mark.parametrize("groups", [cases.QUICK, cases.FULL], ids=["quick", "full"])
 def test_every_row_has_cells_in_each_set(groups: tuple[cases.Group, ...]) -> None:
     assert {row.name for row, _ in cases.pairs(groups, cases.rows())} == {row.name for row in cases.rows()}
+
+
+@pytest.mark.parametrize("groups", [cases.QUICK, cases.FULL], ids=["quick", "full"])
+def test_no_row_sorts_tens_of_millions_of_cells(groups: tuple[cases.Group, ...]) -> None:
+    sorting = [row for row in cases.rows() if cases.sorts(row)]
+    assert {"median", "mode", "rank", "sort", "topk"} <= {row.name for row in sorting}
+    assert max(cell.n for _, cell in cases.pairs(groups, tuple(sorting))) <= cases.SORTED_CELLS
 
 
 def test_a_command_that_is_not_there_has_no_time() -> None:
