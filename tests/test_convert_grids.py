@@ -27,7 +27,8 @@ def netcdf(folder: Path, cells: Array, **attributes: Any) -> Path:
     path = folder / "x.nc"
     with netCDF4.Dataset(path, "w") as file:
         file.createDimension("t", len(cells))
-        x = file.createVariable("x", cells.dtype, ("t",), fill_value=attributes.pop("_FillValue", None))
+        fill, endian = attributes.pop("_FillValue", None), "big" if cells.dtype.str[0] == ">" else "native"
+        x = file.createVariable("x", cells.dtype, ("t",), fill_value=fill, endian=endian)
         x.set_auto_maskandscale(False)
         x.setncatts(attributes)
         x[:] = cells
@@ -63,6 +64,10 @@ def i2(*cells: int) -> Array:
         (np.array([1, -1, -2], "i1"), {"_Unsigned": "true", "_FillValue": np.int8(-1)}, [1, None, 254]),
         (np.array([1, 255, 254], "u1"), {"_Unsigned": "false", "_FillValue": np.uint8(255)}, [1, None, -2]),
         (np.array([1, -1, -2], "i1"), {"_Unsigned": "true", "valid_max": np.int16(254)}, [1, None, 254]),
+        (np.array([1, -1, -2], "i1"), {"_Unsigned": "true", "valid_max": np.int16(300)}, [1, 255, 254]),
+        (np.array([1, 256, -2], ">i2"), {"_Unsigned": "true", "_FillValue": np.int16(-2)}, [1, 256, None]),
+        (np.array([1, -2**63]), {"units": "days since 2000-01-01"}, [1, None]),  # NaT
+        (np.array([1, -2**63]), {"units": "m"}, [1, -2**63]),
         (np.array([1, 1e20, 3], "f4"), {"missing_value": 1e20}, [1, None, 3]),
         (np.array([1, np.nan, 3], "f4"), {"_FillValue": np.float32(np.nan)}, [1, None, 3]),
         (np.array([1, -127, 255 - 256], "i1"), {}, [1, -127, -1]),  # in one byte every value is data
@@ -113,6 +118,15 @@ def test_unpacked_values_have_the_type_of_the_scale(tmp_path: Path, packed: str,
     assert found.dtype == expected
     with xr.open_dataset(path) as by_xarray:
         np.testing.assert_allclose(found, by_xarray["x"].values, rtol=1e-6)
+
+
+def test_a_value_at_a_limit_is_inside_whatever_the_dtype_of_the_limit(tmp_path: Path) -> None:
+    wide = ms.load(netcdf(tmp_path, np.array([0.1, 0.3, 0.2], "f4"), valid_range=np.array([0.1, 0.2])))["x"]
+    assert wide.get_mask().tolist() == [True, False, True]
+    packed = ms.load(netcdf(tmp_path, i2(1, 3, 2), scale_factor=np.float32(0.1), valid_range=np.array([0.1, 0.2])))["x"]
+    assert packed.get_mask().tolist() == [True, False, True]
+    whole = ms.load(netcdf(tmp_path, np.array([2**53 + 1, 2**53]), valid_max=float(2**53)))["x"]
+    assert whole.get_mask().tolist() == [False, True]
 
 
 def test_text_and_groups_are_left_out_and_named(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ DEFAULT_FILLS: Mapping[str, int | float] = {
 }  # fmt: skip
 """What the netCDF library writes where nothing was written, less the types of one byte, where every value is data (NUG)."""
 
+NAT = np.int64(np.iinfo(np.int64).min)
+"""What xarray and pandas store for a time that is missing, without a _FillValue."""
+
 
 @dataclass(slots=True)
 class Packed:
@@ -44,7 +47,7 @@ class Packed:
         word = str(self.attributes.get(UNSIGNED, "")).lower()
         sign = {"true": "iu", "false": "ui"}.get(word, "")
         if sign and self.cells.dtype.kind == sign[0]:
-            self.cells = self.cells.view(f"{sign[1]}{self.cells.dtype.itemsize}")
+            self.cells = self.cells.view(of_other_sign(self.cells.dtype))
         self.hidden = np.zeros(self.cells.shape, np.bool_)
 
     def note(self, what: str) -> None:
@@ -63,10 +66,14 @@ class Packed:
         dtype = self.cells.dtype
         cell = as_cell(value.item(), dtype)
         if cell is None and UNSIGNED in self.attributes and isinstance(value, np.integer):
-            other = np.dtype(f"{'i' if dtype.kind == 'u' else 'u'}{dtype.itemsize}")
-            signed = as_cell(value.item(), other)
-            cell = None if signed is None else signed.view(dtype)
+            signed = as_cell(value.item(), of_other_sign(dtype))
+            cell = None if signed is None else dtype.type(np.asarray(signed).astype(dtype))  # wraps, as its bits are meant
         return cell
+
+
+def of_other_sign(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The integers of the same width and byte order, but with a sign where `dtype` has none, or without."""
+    return np.dtype(f"{dtype.byteorder}{'i' if dtype.kind == 'u' else 'u'}{dtype.itemsize}")
 
 
 def variable_from(
@@ -102,6 +109,8 @@ def hide_fills(packed: Packed, *, has_defaults: bool) -> None:
     differ = [v for v in missing if fills and not any(v == f or (v != v and f != f) for f in fills)]
     if differ:
         packed.note(f"{FILL} {fills[0]} and {MISSING} {differ[0]} differ; both are masked")
+    if is_time(packed.attributes) and packed.cells.dtype.kind == "i" and packed.cells.dtype.itemsize == NAT.itemsize:
+        packed.hide_value(NAT)
     default = DEFAULT_FILLS.get(packed.cells.dtype.str[1:])
     if (
         has_defaults and packed.cells.ndim and FILL not in packed.attributes and default is not None
@@ -109,6 +118,11 @@ def hide_fills(packed: Packed, *, has_defaults: bool) -> None:
         n = packed.hide_value(packed.cells.dtype.type(default))
         if n:
             packed.note(f"{n} of its cells hold netCDF's default fill value, {default}, as never written: masked")
+
+
+def is_time(attributes: Mapping[str, Any]) -> bool:
+    """Whether the cells count from a moment, or are lengths of time of xarray."""
+    return " since " in str(attributes.get("units", "")) or str(attributes.get("dtype", "")).startswith("timedelta64")
 
 
 def numbers(packed: Packed, key: str) -> Iterator[Any]:
@@ -141,11 +155,13 @@ def hide_outside(packed: Packed) -> None:
         if limit.size != 1 or limit.dtype.kind not in "iuf":
             packed.note(f"{LEAST} or {MOST} is not a number; ignored")
             continue
-        bound = limit[0]
-        if UNSIGNED in packed.attributes and limit.dtype.kind in "iu":
-            bound = packed.as_packed(bound)
-        of = scaled(packed) if is_of_unpacked(packed, limit.dtype) else packed.cells
-        packed.hidden |= is_beyond(of, bound)
+        if is_of_unpacked(packed, limit.dtype):
+            of = scaled(packed)
+            bound = as_cell(limit[0].item(), of.dtype)
+        else:
+            of, bound = packed.cells, packed.as_packed(limit[0])
+        # in the dtype of the cells where that holds it: the float32 of 0.1 is not beyond a limit of 0.1
+        packed.hidden |= is_beyond(of, limit[0] if bound is None else bound)
 
 
 def is_of_unpacked(packed: Packed, dtype: np.dtype[Any]) -> bool:
