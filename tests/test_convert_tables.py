@@ -74,6 +74,20 @@ def test_whole_numbers_beyond_int64_are_u64_or_said_to_be_rounded(tmp_path: Path
     assert found["b"].tolist() == [2.0**64, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("cells", [(-(2**63) - 1, 1), (2**63 + 1, -1)])
+def test_that_negative_numbers_were_rounded_is_said_too(tmp_path: Path, cells: tuple[int, int]) -> None:
+    with pytest.warns(ConversionWarning, match="rounded to f64: a"):
+        found = ms.load(table(tmp_path, "a\n{}\n{}\n".format(*cells)))
+    assert found["a"].tolist() == [float(cells[0]), cells[1]]
+
+
+def test_hexadecimal_text_is_no_number(tmp_path: Path) -> None:
+    path = table(tmp_path, "a,b\n0xFFFFFFFFFFFFFFFF,1\n0x10,2\n")
+    with pytest.warns(ConversionWarning, match=r"left out, not numbers: a \(hexadecimal text\)"):
+        assert list(ms.load(path)) == ["b"]
+    assert "line 2, column a: '0xFFFFFFFFFF…' is no number" in refused(path, columns=("a",))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

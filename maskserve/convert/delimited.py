@@ -28,7 +28,8 @@ BLOCK_BYTES = 1 << 24  # a row must fit into one
 GROWTH = 5  # a cell of two characters, "1,", takes 8 bytes and its mask, beside the text
 ROWS = 1 << 16  # written at a time
 WIDE = 2.0**63
-UNSIGNED = r"^\s*[0-9]+\s*$"
+WHOLE = r"^\s*-?[0-9]+\s*$"
+HEX = r"^\s*-?0[xX]"
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -39,6 +40,7 @@ def read_table(path: str, reading: Reading, delimiter: str) -> Dataset:
     refuse_open_quote(path, delimiter)
     table = parsed(path, delimiter, columns=reading.columns)
     kinds = {name: kind_of(table.schema.field(name).type) for name in table.column_names}
+    kinds |= dict.fromkeys(hexadecimal(table, path, delimiter), "hexadecimal text")
     others = {name: kind for name, kind in kinds.items() if kind is not None}
     if reading.columns and others:
         raise no_number(path, delimiter, next(iter(others)))
@@ -75,6 +77,29 @@ def refuse_open_quote(path: str, delimiter: str) -> None:
             line = begin
     except csv.Error as cause:
         raise PayloadError(f"a quote is open at the end; it begins after line {line}") from cause
+
+
+def hexadecimal(table: Any, path: str, delimiter: str) -> list[str]:
+    """The columns of integers of which Arrow read some as hexadecimal: it takes 0xFFFFFFFFFFFFFFFF for -1."""
+    if not holds_any(path, (b"0x", b"0X")):
+        return []
+    pa, pc = library("pyarrow"), library("pyarrow.compute")
+    whole = tuple(name for name in table.column_names if table.schema.field(name).type == pa.int64())
+    if not whole:
+        return []
+    texts = parsed(path, delimiter, columns=whole, as_text=True)
+    return [name for name in whole if pc.any(pc.match_substring_regex(texts.column(name), HEX)).as_py()]
+
+
+def holds_any(path: str, words: tuple[bytes, ...]) -> bool:
+    """Whether one of `words`, of two bytes each, stands in a file."""
+    last = b""
+    with open(path, "rb") as file:
+        while chunk := file.read(BLOCK_BYTES):
+            if any(word in last + chunk for word in words):
+                return True
+            last = chunk[-1:]
+    return False
 
 
 def rows(path: str, delimiter: str, errors: str = "replace") -> Iterator[tuple[int, list[str]]]:
@@ -153,18 +178,20 @@ def with_wide_integers(table: Any, path: str, delimiter: str) -> tuple[Any, list
         if table.column(i).type != pa.float64() or not beyond_int64(table.column(i)):
             continue
         text = parsed(path, delimiter, columns=(name,), as_text=True).column(name)
-        if not pc.all(pc.match_substring_regex(text, UNSIGNED)).as_py():
+        if not pc.all(pc.match_substring_regex(text, WHOLE)).as_py():
             continue
         try:
             table = table.set_column(i, name, pc.cast(pc.utf8_trim_whitespace(text), pa.uint64()))
-        except pa.ArrowInvalid:
+        except pa.ArrowInvalid:  # beyond 2^64, or below 0
             rounded.append(shown(name, 40))
     return table, [f"whole numbers beyond 64 bits, rounded to f64: {', '.join(rounded)}"] if rounded else []
 
 
 def beyond_int64(column: Any) -> bool:
-    largest = library("pyarrow.compute").max(library("pyarrow.compute").drop_null(column)).as_py()
-    return largest is not None and WIDE <= largest < np.inf
+    pc = library("pyarrow.compute")
+    ends = pc.min_max(pc.drop_null(column)).as_py()
+    least, largest = ends["min"], ends["max"]
+    return largest is not None and (WIDE <= largest < np.inf or -np.inf < least <= -WIDE)
 
 
 def write_table(dataset: Dataset, path: str, delimiter: str, target: str) -> list[str]:
