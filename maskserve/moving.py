@@ -90,7 +90,6 @@ def function(row: Move) -> Callable[..., Any]:
 
 def parted(row: Move, args: Arguments, kwargs: Keywords) -> tuple[list[MaskedTensor], Arguments]:
     """The arguments that hold cells, and the others."""
-    others: Arguments
     if row.cells is Cells.TWO and "src" in kwargs:
         args = (args[0], kwargs.pop("src"), *args[1:])
     others: Arguments
