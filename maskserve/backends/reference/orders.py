@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,18 @@ def in_order(data: Tensor, mask: Tensor | None, *, descending: bool = False) -> 
         late = (~mask).gather(1, places).view(torch.uint8).sort(dim=1, stable=True).indices
         ordered, places = ordered.gather(1, late), places.gather(1, late)
     return ordered, places
+
+
+def cells_in_order(data: Tensor, mask: Tensor | None) -> Tensor:
+    """The cells of `in_order` without their places, -0 as 0: whichever of equal cells comes first, the bits are the same."""
+    cells = data.view(torch.uint8).short() if data.dtype is torch.bool else data
+    cells = select(cells, mask, last_of(cells.dtype, descending=False))
+    if cells.is_floating_point():
+        cells = cells + 0.0
+    if cells.device.type != "cpu" or cells.dtype is torch.bfloat16:
+        return cells.sort(dim=1).values
+    ordered = np.sort(cells.movedim(1, 2).contiguous().numpy(), axis=2)  # several times faster than a sort with places
+    return torch.from_numpy(ordered).movedim(2, 1)
 
 
 def last_of(dtype: torch.dtype, *, descending: bool) -> float | int:

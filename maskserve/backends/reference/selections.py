@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import counted, select, two_sum
-from maskserve.backends.reference.orders import in_order, run_starts, runs, valid_first
+from maskserve.backends.reference.orders import cells_in_order, in_order, run_starts, runs, valid_first
 from maskserve.backends.reference.products import two_product
 from maskserve.backends.reference.reductions import as_double
 from maskserve.dtypes import i64
@@ -59,7 +59,7 @@ def quantile(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     shares = torch.tensor(q if isinstance(q, tuple) else (q,), dtype=torch.float64, device=data.device).view(-1, 1, 1)
     if not data.shape[1]:
         return torch.zeros((shares.shape[0], *count.shape), dtype=torch.float64, device=data.device), count
-    ordered, _ = in_order(data, mask)
+    ordered = cells_in_order(data, mask)
     wanted = shares * (count - 1).clamp(min=0)
     values = interpolated(plan, ordered, wanted, plan.params["interpolation"])
     if data.is_floating_point():
@@ -111,5 +111,5 @@ def count_distinct(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tenso
     count = counted(data, mask, 1)
     if not data.shape[1]:
         return torch.zeros_like(count), count
-    ordered, _ = in_order(data, mask)
+    ordered = cells_in_order(data, mask)
     return (runs(ordered) & valid_first(data, mask)).sum(1), count
