@@ -89,7 +89,9 @@ def picked(plan: Plan, data: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
         return torch.zeros(plan.out_shape, dtype=dtype, device=data.device)
     places = indices.reshape(folded[0], -1, folded[2])
     bits = BITS[data.element_size()]  # torch gathers no u16, u32 or u64
-    values = data.reshape(folded).view(bits).gather(1, places).view(data.dtype).reshape(plan.out_shape)
+    cells = data.reshape(folded).view(bits)
+    values = cells.squeeze(2).gather(1, places.squeeze(2))  # in two dims torch gathers 3 to 5 times faster
+    values = values.view(data.dtype).reshape(plan.out_shape)
     return select(canonical(values.to(dtype)), valid)
 
 
