@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the quick set, under two minutes on 2 cores; `--full` for tensors of 67 million cells."""
+"""`python -m benchmarks`: the quick set, under six minutes on 2 cores; `--full` for tensors of 67 million cells."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="tensors of 67 million cells; needs 16 GB and half an hour")
+    parser.add_argument("--full", action="store_true", help="tensors of 67 million cells; needs 16 GB and hours")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--op", action="append", default=[], help="this op alone (repeatable)")
     which.add_argument("--write", action="store_true", help="rewrite the figures in docs/performance.md")
