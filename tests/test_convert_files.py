@@ -117,6 +117,18 @@ def test_objects_and_text_are_left_out_and_never_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_mask_that_cannot_be_read_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{"x": np.arange(3), "x.mask": np.array([True, None, False], object)})
+    with pytest.raises(PayloadError, match="x.mask is a mask by its name and holds text or objects"):
+        open_foreign(tmp_path / "a.npz")
+
+
+def test_a_number_that_no_payload_holds_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", z=np.ones(2, "c16"))
+    with pytest.raises(NotComputableError, match="z is complex128, which no payload holds"):
+        open_foreign(tmp_path / "a.npz")
+
+
 def test_a_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path) -> None:
     n = 50_000_000
     path = archive(tmp_path / "bomb.npz", ("x.npy", entry(np.zeros(n, "u1"))))

@@ -331,6 +331,14 @@ def test_blocks_of_a_tiled_raster_are_put_together(tmp_path: Path) -> None:
     agree_with_rasterio(path, [17])
 
 
+def test_a_scale_that_is_not_applied_is_said(tmp_path: Path) -> None:
+    path = raster(tmp_path / "a.tif", CELLS)
+    assert open_foreign(path).notes == ()
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = [0.5] * file.count, [2.0] * file.count
+    assert open_foreign(path).notes == ("band 1: its scale 0.5 and offset 2.0 are not applied, cells are as they are stored",)
+
+
 def test_nodata_that_no_cell_can_hold_is_said(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     raster(path, CELLS, nodata=5)

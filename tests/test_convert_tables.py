@@ -293,6 +293,13 @@ def test_pandas_reads_what_is_written(tmp_path: Path) -> None:
     assert [column.null_count for column in nulls.columns] == [1, 1]
 
 
+def test_a_name_with_a_point_is_no_field_of_another_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a.b": [1, 2], "a": [{"b": 5}, {"b": 6}]}), tmp_path / "t.parquet")
+    assert open_foreign(tmp_path / "t.parquet").notes == ("left out, not numbers: a (nested)",)
+    with pytest.warns(ConversionWarning):
+        assert lists(tmp_path / "t.parquet") == {"a.b": [1, 2]}
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_rows_are_counted_before_they_are_read(tmp_path: Path, suffix: str) -> None:
     given = pa.table({"a": pa.array(np.zeros(1_000_000))})  # a few kB of Parquet

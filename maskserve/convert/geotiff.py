@@ -55,6 +55,7 @@ def read(path: str, reading: Reading) -> Dataset:
             cells[here] = raster.read(bands, window=window)
             valid[here] = validity(raster, bands, alpha, window, cells[here], nodata)
         attributes = attributes_of(raster)
+        notes += scaling_of(raster, bands)
     variable = variable_of("data", cells, None if valid.all() else valid, dims=DIMS, attributes=attributes)
     assert variable is not None, "dtype_of let only numbers pass"
     return Dataset(variables=(variable.hidden_as_zero(),), notes=tuple(notes))
@@ -88,6 +89,15 @@ def nodata_of(raster: Any, bands: list[int], dtype: np.dtype[Any]) -> tuple[list
             notes.append(f"band {band}: nodata {given} is no {dtype.name}, so no cell can hold it; ignored")
         found.append(cell)
     return found, notes
+
+
+def scaling_of(raster: Any, bands: list[int]) -> list[str]:
+    """The line that says that the cells are as they are stored, where a band has a scale or an offset."""
+    scaled = [band for band in bands if (raster.scales[band - 1], raster.offsets[band - 1]) != (1, 0)]
+    if not scaled:
+        return []
+    scale, offset = raster.scales[scaled[0] - 1], raster.offsets[scaled[0] - 1]
+    return [f"band {scaled[0]}: its scale {scale} and offset {offset} are not applied, cells are as they are stored"]
 
 
 def validity(raster: Any, bands: list[int], alpha: int | None, window: Any, cells: Array, nodata: list[Any]) -> Array:

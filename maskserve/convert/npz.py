@@ -9,6 +9,7 @@ import numpy as np
 
 from maskserve.convert.dataset import Array, Dataset, DataVariable, Reading, Writing, left_out, variable_of, widened
 from maskserve.convert.npy import array_of
+from maskserve.convert.payloads import safe_name
 from maskserve.convert.sizes import refuse_beyond
 from maskserve.errors import PayloadError, TooLargeError
 from maskserve.payload.header import DEFAULT_LIMITS, shown
@@ -25,6 +26,11 @@ def read(path: str, reading: Reading) -> Dataset:
         entries = archive.infolist()
         refuse_bomb(entries, reading.memory)
         arrays = dict(arrays_of(archive, entries, reading.memory))
+    if lost := [name for name, array in arrays.items() if array is None and safe_name(name) != name]:
+        raise PayloadError(
+            f"{shown(lost[0])} is a mask by its name and holds text or objects: left out, its cells would be valid; save it "
+            "as bool"
+        )
     return Dataset(
         variables=tuple(variable for variable in arrays.values() if variable is not None),
         notes=left_out({name: "text, objects or a type of NumPy's own" for name, v in arrays.items() if v is None}),

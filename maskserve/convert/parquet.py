@@ -18,7 +18,8 @@ def read(path: str, reading: Reading) -> Dataset:
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
         unpacked = sum(c.total_uncompressed_size for c in columns if c.path_in_schema in names)
         refuse_beyond(unpacked, reading.memory, "the columns, unpacked,")
-        return dataset_of(file.read(columns=names), notes)
+        # select: to Parquet, the name a.b is also the field b of a column a
+        return dataset_of(file.read(columns=names).select(names), notes)
 
 
 def write(dataset: Dataset, path: str, writing: Writing) -> list[str]:

@@ -35,6 +35,12 @@ def payload_of(dataset: Dataset, row: Format, limits: Limits) -> HeldPayload:
     if not dataset.variables:
         left = "; ".join(dataset.notes)
         raise NotComputableError(f"the file has no variable of numbers{'; ' + left if left else ''}")
+    for variable in dataset.variables:
+        if not variable.dtype.code:
+            raise NotComputableError(
+                f"{shown(variable.name)} is {variable.dtype.torch}, which no payload holds; convert it first",
+                parameter=shown(variable.name),
+            )
     outputs = [output for variable in dataset.variables for output in outputs_of(variable)]
     if len(outputs) > limits.tensors:
         raise TooLargeError(
