@@ -8,12 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from maskserve.backends.reference.cells import Parts, counted, halve, halve_pairs, select, two_sum
-=======
-from maskserve.backends.reference.cells import Parts, counted, halve, select, widened
-from maskserve.backends.reference.products import scaled
->>>>>>> 1f57572 (Picked cells are gathered in two dims; norms raise their cells in place)
 from maskserve.backends.reference.reductions import root
 from maskserve.dtypes import f64
 from maskserve.plan import Plan
@@ -35,13 +30,8 @@ class Powers:
         one = torch.ones_like(count, dtype=torch.float64)
         parts = {"count": count, "ord": one * ord, "low": one * 0, "scale": one}
         if not data.shape[CELLS]:
-<<<<<<< HEAD
             return parts | {"total": nothing(parts["ord"])}
         size = select(data.double().abs(), mask, math.inf if ord < 0 else 0)
-=======
-            return parts | {"total": nothing(parts["ord"]), "exponent": torch.zeros_like(count)}
-        size = widened(data, mask).abs_() if ord >= 0 else select(data.double().abs(), mask, math.inf)
->>>>>>> 1f57572 (Picked cells are gathered in two dims; norms raise their cells in place)
         if math.isinf(ord):
             return parts | {"total": size.amax(CELLS) if ord > 0 else size.amin(CELLS)}
         if ord == 0:
@@ -95,7 +85,6 @@ def share(own: Tensor, scale: Tensor, ord: Tensor) -> Tensor:
 
 
 def power(size: Tensor, ord: float) -> Tensor:
-<<<<<<< HEAD
     """size**ord in fresh memory, the common orders rounded as little as can be."""
     match ord:
         case 2:
@@ -111,20 +100,6 @@ def power(size: Tensor, ord: float) -> Tensor:
         case -2:
             return size.square().reciprocal_()
     return size.pow(ord)
-=======
-    """size ** ord, in its place."""
-    if ord == 2:
-        return size.square_()
-    return size if ord == 1 else size.pow_(ord)
-
-
-def rescaled(total: Tensor, shift: Tensor, ord: Tensor) -> Tensor:
-    """total * 2**(shift * ord); a shift of 0 changes nothing, not even an infinite total."""
-    wanted = torch.where(shift == 0, 0.0, shift * torch.where(ord.isfinite(), ord, 0.0))
-    whole = wanted.floor()
-    scale = torch.where(wanted == whole, 1.0, torch.exp2(wanted - whole))
-    return scaled(total * scale, whole.long())
->>>>>>> 1f57572 (Picked cells are gathered in two dims; norms raise their cells in place)
 
 
 def finalize_norm(plan: Plan, parts: Parts) -> Tensor:
