@@ -184,6 +184,8 @@ def public(name: str) -> Function:
 def method(name: str) -> Function:
     """The row's function as a method of MaskedTensor and of torch.Tensor."""
     row, function = OPS[name], public(name)
+    if row.torch_words:
+        return in_torchs_words(row, function)
     if not isinstance(row, Elementwise) or not row.method:
         return function
 
@@ -193,6 +195,20 @@ def method(name: str) -> Function:
 
     reordered.__doc__ = function.__doc__
     return reordered
+
+
+def in_torchs_words(row: Row, function: Function) -> Function:
+    """The function, for callers who use torch's names of parameters and of values as well as ours."""
+
+    def ours(value: Any) -> Any:
+        return row.torch_values.get(value, value) if isinstance(value, str) else value
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        said = {row.torch_words.get(name, name): ours(value) for name, value in kwargs.items()}
+        return function(*map(ours, args), **said)
+
+    called.__doc__ = function.__doc__
+    return called
 
 
 def build(row: Row) -> Function:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from maskserve.errors import MaskError, MaskserveError, UncoveredFunctionError
-from maskserve.functions import method, public
+from maskserve.functions import in_torchs_words, method, public
 from maskserve.ops import OPS
 from maskserve.ops.rows import Cells, Elementwise, Move, Row
 from maskserve.tensor import plain_index
@@ -82,16 +82,12 @@ def functions_of(row: Row) -> Iterator[tuple[Callable[..., Any], Callable[..., A
 
 def spoken(row: Row, ours: Callable[..., Any]) -> Callable[..., Any]:
     """Our function, called in torch's words and with torch's defaults."""
-
-    def ours_for(value: Any) -> Any:
-        return row.torch_values.get(value, value) if isinstance(value, str) else value
+    worded = in_torchs_words(row, ours)
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(ours_for(value) for value in args)
-        said = {row.torch_words.get(name, name): ours_for(value) for name, value in kwargs.items()}
         positional = {p.name for p in row.callable[: len(args) - 1]}
-        missing = {k: v for k, v in row.torch_defaults.items() if k not in positional and said.get(k) is None}
-        return ours(*args, **said | missing)
+        missing = {k: v for k, v in row.torch_defaults.items() if k not in positional and kwargs.get(k) is None}
+        return worded(*args, **kwargs | missing)
 
     return called
 

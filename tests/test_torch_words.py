@@ -66,3 +66,9 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
 def test_what_means_something_else_says_what_to_do(call: Callable[[], Any], said: str) -> None:
     with pytest.raises(UncoveredFunctionError, match=said):
         call()
+
+
+def test_methods_take_torchs_words_too() -> None:
+    m = ms.masked_tensor([[3.0, 4.0, None]])
+    assert m.norm(p=1, dim=1).tolist() == m.norm(ord=1, dim=1).tolist() == [7]
+    assert m.norm(p="fro").tolist() == m.norm("fro").tolist() == 5

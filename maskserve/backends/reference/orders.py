@@ -66,9 +66,25 @@ class Top:
 
     @staticmethod
     def scan(plan: Plan, data: Tensor, mask: Tensor | None) -> Scanned:
-        _, places = in_order(data, mask, descending=plan.params["largest"])
-        k = plan.params["k"]
-        return places[:, :k], valid_first(data, mask)[:, :k]
+        k, largest = plan.params["k"], plan.params["largest"]
+        if data.element_size() == 8:  # no room for a place beside the value
+            places = in_order(data, mask, descending=largest)[1][:, :k]
+        else:
+            places = keyed(data, mask, largest=largest).topk(k, 1, largest=largest, sorted=True).indices
+        return places, valid_first(data, mask)[:, :k]
+
+
+def keyed(data: Tensor, mask: Tensor | None, *, largest: bool) -> Tensor:
+    """int64 keys in the order of cells of at most 32 bits, each with its place: torch's topk may take any of equal keys."""
+    if data.is_floating_point():
+        bits = (data.float() + 0.0).view(torch.int32)  # -0 is 0
+        bits = torch.where(data.isnan(), torch.iinfo(torch.int32).max, bits ^ ((bits >> 31) & 0x7FFF_FFFF))
+    else:
+        bits = data
+    places = torch.arange(data.shape[1], device=data.device).view(1, -1, 1)
+    keys = (bits.long() << 32) | (places.flip(1) if largest else places)
+    info = torch.iinfo(torch.int64)
+    return select(keys, mask, info.min if largest else info.max)
 
 
 def runs(ordered: Tensor) -> Tensor:

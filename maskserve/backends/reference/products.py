@@ -160,14 +160,24 @@ class CumulativeProduct:
 
 def running(cells: Tensor, *, pairs: bool) -> Tensor:
     """The running product; slices that leave float64's range on the way are done again with an exponent of their own."""
-    if pairs:
-        return by_doubling(cells)
     plain = torch.cumprod(cells, 1)
-    lost = (~plain.isfinite() | (plain.abs() < 2.0**-1000)).any(1)
+    vanishes = (plain.abs() < 2.0**-900) & ((cells == 0).cumsum(1) == 0)  # what a 0 does is no loss
+    lost = (~plain.isfinite() | (plain.abs() > 2.0**900) | vanishes).any(1)
+    if pairs:
+        plain = compensated(cells, plain)
     if lost.any():
         outer, inner = lost.nonzero(as_tuple=True)
         plain[outer, :, inner] = by_doubling(cells[outer, :, inner].unsqueeze(2)).squeeze(2)
     return plain
+
+
+def compensated(cells: Tensor, plain: Tensor) -> Tensor:
+    """The running product with the relative errors of its steps added up beside it (Ogita & Oishi's product as a scan)."""
+    before = torch.cat([torch.ones_like(plain[:, :1]), plain[:, :-1]], 1)
+    none = torch.zeros_like(plain)
+    _, error = times_pair(before, none, cells, none)
+    relative = torch.where(plain == 0, 0.0, error / plain).cumsum(1)
+    return torch.where(relative.isfinite(), plain + plain * relative, plain)
 
 
 def by_doubling(cells: Tensor) -> Tensor:
