@@ -57,7 +57,7 @@ def compute(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | No
     if small is not None:
         return small
     if weights is not None:
-        mask = intersection([mask, weights[1]])
+        mask = intersection([mask, counting(plan.row, *weights, plan.params["nan"])])
     cells = Cells(plan, data, mask, weights[0] if weights is not None else None)
     row = plan.row
     if isinstance(row, Reduction):

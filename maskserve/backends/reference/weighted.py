@@ -110,7 +110,7 @@ class WeightedMoments:
             "m2": (a["m2"] + b["m2"]) + delta * delta * share * a["weight"],
         }
         for side, other in ((b, a), (a, b)):  # what weighs nothing changes nothing
-            empty = side["weight"] == 0
+            empty = (side["weight"] == 0) & ~side["mean"].isnan()  # 0 * NaN and 0 * inf are NaN wherever they stand
             both = {name: torch.where(empty, other[name], part) for name, part in both.items()}
         return {"count": a["count"] + b["count"]} | both
 
