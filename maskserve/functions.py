@@ -77,7 +77,13 @@ def whole(row: Whole, tensor: Any, mask: Any, given: dict[str, Any]) -> Any:
         for name, (values, valid) in zip(row.outputs, parts, strict=True)
         if params.get(f"return_{name}", True)
     }
-    return namedtuple(row.name, made)(**made) if len(made) > 1 else next(iter(made.values()))
+    return several_of(row.name, made) if len(made) > 1 else next(iter(made.values()))
+
+
+def several_of(name: str, made: dict[str, MaskedTensor]) -> Any:
+    """A named tuple that pickle takes for the call that makes it: its class is in no module."""
+    bare = namedtuple(name, made)  # type: ignore[misc]  # the names are those of the row
+    return type(name, (bare,), {"__slots__": (), "__reduce__": lambda self: (several_of, (name, self._asdict()))})(**made)
 
 
 def side_input(row: Row, given: Any, data: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -416,6 +416,9 @@ def _unpickled(data: Tensor, mask: Tensor | None) -> MaskedTensor:
     return MaskedTensor._of(data, mask)
 
 
+torch.serialization.add_safe_globals([_unpickled])  # torch.load(weights_only=True): it takes two tensors, and no more
+
+
 def plain_index(index: Any) -> Any:
     """An index with each MaskedTensor made plain: bool ones select where valid and true, others must be all valid."""
     if isinstance(index, MaskedTensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -22,6 +23,7 @@ from maskserve.errors import (
     DtypeError,
     MaskError,
     MaskserveError,
+    NanError,
     ParameterError,
     SettingsError,
     ShapeError,
@@ -388,3 +390,52 @@ def test_an_argument_that_only_torch_takes_is_named() -> None:
         torch.where(m([T]))
     with pytest.raises(DtypeError):
         m([1, 2]).view(torch.uint8)
+
+
+# -- side inputs and functions of a whole tensor ------------------------------------------------------------------
+
+
+def test_complex_weights_are_refused_and_not_made_real() -> None:
+    with pytest.raises(DtypeError, match="mean: weights are c64; give real ones"):
+        ms.mean(m([1.0, 2.0]), weights=torch.tensor([1j, 1.0]))
+
+
+def test_a_nan_among_the_weights_follows_the_policy() -> None:
+    x, weights = m([1.0, 2.0, 5.0]), torch.tensor([1.0, math.nan, 3.0])
+    assert math.isnan(ms.mean(x, weights=weights).item())
+    assert ms.mean(x, weights=weights, nan="omit").item() == 4.0
+    with pytest.raises(NanError, match="nan=raise"):
+        ms.mean(x, weights=weights, nan="raise")
+    eight = weights.nan_to_num(nan=2.0).to(torch.float8_e5m2)
+    assert ms.mean(x, weights=eight, nan="omit").item() == pytest.approx(20 / 6)
+
+
+@pytest.mark.parametrize("n", [10, 20_000])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_nan_that_weighs_nothing_is_one_wherever_it_stands(n: int, value: float) -> None:
+    x, weights = torch.ones(n), torch.ones(n)
+    x[0], weights[: n // 2] = value, 0.0
+    assert math.isnan(ms.mean(x, weights=weights).item())
+    assert math.isnan(ms.var(x, weights=weights, correction=0).item())
+
+
+def test_several_results_by_name_can_be_copied_and_pickled() -> None:
+    given = ms.unique(m([3, 1, 3], [T, T, F]), return_counts=True)
+    for found in (pickle.loads(pickle.dumps(given)), copy.deepcopy(given), copy.copy(given)):
+        assert type(found).__name__ == "unique"
+        assert (found.values.tolist(), found.counts.tolist()) == ([1, 3], [1, 1])
+    assert repr(given).startswith("unique(values=masked_tensor([1, 3])")
+
+
+def test_unique_takes_torchs_words() -> None:
+    x = m([[3.0, 1.0], [3.0, 2.0]], [[T, T], [T, F]])
+    assert torch.unique(x).tolist() == [1.0, 3.0]
+    values, inverse, counts = torch.unique(x, sorted=False, return_inverse=True, return_counts=True)
+    assert (values.tolist(), inverse.tolist(), counts.tolist()) == ([1.0, 3.0], [[1, 0], [1, None]], [1, 2])
+    with pytest.raises(UncoveredFunctionError, match="dim"):
+        torch.unique(x, dim=0)
+
+
+def test_torch_load_takes_a_masked_tensor_without_being_told_to_trust_it(tmp_path: Path) -> None:
+    torch.save({"x": m([1.0, 2.0], [T, F])}, tmp_path / "x.pt")
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["x"].tolist() == [1.0, None]
