@@ -141,6 +141,7 @@ def run(request: Request, payload: Payload, others: Payloads = NOTHING) -> Answe
     results = [result(request, payload, variables, step) for step in planned]
     alive = {dim for step in planned for dim in step.dims_alive}
     results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
+    results += labels(planned, {r.name for r in results})
     named = {r.name: r.dims for r in results if r.dims is not None}
     elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
     line = {"maskserve": version(), **request.canonical(), **elsewhere}
@@ -148,14 +149,32 @@ def run(request: Request, payload: Payload, others: Payloads = NOTHING) -> Answe
     return Answer(results=tuple(results), metadata=metadata)
 
 
+def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:
+    """A coordinate for each new dim that has labels, where its name is free: the quantiles that were asked for."""
+    for step in planned:
+        row = step.plan.row if step.plan else None
+        said = row.leading(step.plan.params) if step.plan and isinstance(row, Reduction) else None
+        if said is None or not step.dims or step.dims[0] in taken:
+            continue
+        name = step.dims[0]
+        taken.add(name)
+        data = torch.tensor(said, dtype=torch.float64)
+        yield Result(name=name, data=data, mask=None, mask_name=f"{name}.mask", dims=(name,), is_coordinate=True)
+
+
 def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
     """Refuses an answer out of all proportion to its question: a dim of size 0 lets 70 bytes ask for terabytes."""
-    if all(info.n_bytes for info in payload.header.tensors.values()):
-        return  # no dim has size 0, so no answer has more cells than its question has bytes
+    if all(info.n_bytes for info in payload.header.tensors.values()) and not any(grows(step) for step in planned):
+        return  # no dim has size 0 and none is new, so no answer has more cells than its question has bytes
     n_bytes = sum(step.bytes_written for step in planned)
     most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)
     if n_bytes > most:
         raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
+
+
+def grows(step: Step) -> bool:
+    """Whether there may be several results a slice."""
+    return step.plan is not None and isinstance(step.plan.row, Reduction) and step.plan.row.leading(step.plan.params) is not None
 
 
 def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:

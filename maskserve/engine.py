@@ -280,9 +280,9 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     if len(plan.fold) > 3:
         cells = gathered(plan, cells)
     outer, n, inner = cells.shape
-    leading = row.leading(plan.params)
+    labels = row.leading(plan.params)
     wide = torch.int64 if plan.result.is_integral else torch.float64
-    values = torch.empty((leading or 1, outer, inner), dtype=wide, device=plan.device)
+    values = torch.empty((1 if labels is None else len(labels), outer, inner), dtype=wide, device=plan.device)
     counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)
     backend, finisher = backend_of(plan), finisher_of(plan)
     of = finisher.select if finisher else kernel(row.select)
@@ -296,7 +296,7 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     tiles = cut(plan, cells.shape, block_cells(backend), whole=True).tiles
     in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
     finished = finisher.finish(plan, {"count": counts, "total": values[0]}) if finisher else None
-    enough = reached(plan, counts) if leading is None else reached(plan, counts).expand(values.shape)
+    enough = reached(plan, counts) if labels is None else reached(plan, counts).expand(values.shape)
     return masked_where_too_few(plan, values, enough) if finished is None else finished
 
 

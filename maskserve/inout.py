@@ -18,7 +18,7 @@ from maskserve.payload.files import EXISTS, Exists, StrPath
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, encode
 from maskserve.payload.format import save as save_bytes
 from maskserve.payload.held import refuse_other_masks
-from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, answer_metadata
+from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, Means, answer_metadata
 from maskserve.payload.tensors import load as load_parts
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import MASK, MaskKind, resolve
@@ -50,11 +50,11 @@ def opened(source: Source) -> Payload:
     return payload
 
 
-def load(source: Source, *, mask: str | None = None) -> Variables:
+def load(source: Source, *, mask: str | None = None, mask_means: Means | None = None) -> Variables:
     """Every variable and coordinate of a payload by name, each with its mask; `.dims` has the names of their dims."""
     with opened(source) as payload:
-        refuse_other_masks(payload, mask, None)
-        variables = resolve(payload.header, mask=mask)
+        refuse_other_masks(payload, mask, mask_means)
+        variables = resolve(payload.header, mask=mask, mask_means=mask_means)
         every = (*variables, *variables.coordinates.values())
         loaded = Variables({v.name: MaskedTensor._of(*load_parts(payload, v)) for v in every})
         loaded.dims = {v.name: v.dims for v in every if v.dims is not None}

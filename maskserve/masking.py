@@ -17,7 +17,7 @@ from maskserve import masks
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
 from maskserve.dtypes import BY_TORCH, INFINITIES, WIDENED, DType, boolean
-from maskserve.errors import DtypeError
+from maskserve.errors import DataError, DtypeError
 from maskserve.ops.parameters import Type
 from maskserve.ops.rows import Masking
 from maskserve.params import accept, resolve
@@ -168,5 +168,10 @@ def rounded(value: Number, dtype: torch.dtype) -> float:
 def validity(data: Tensor, mask: Tensor | None, means: Means = "valid") -> Tensor | None:
     """What a tensor says of validity: a bool one where it is true, or false if that `means` valid; others by their mask."""
     if data.dtype is not torch.bool:
+        if mask is None:
+            raise DataError(
+                "a tensor that is named for its mask has none, and is not bool: make a mask of its cells first "
+                "(maskserve mask --equal 0 OTHER -o MASK)"
+            )
         return mask
     return masks.intersection([~data if means == "missing" else data, mask])

@@ -146,8 +146,8 @@ def _plan(
     out_shape = shape
     if isinstance(row, Reduction):
         check_reduction(row, params, result)
-        leading = row.leading(params)
-        out_shape = (() if leading is None else (leading,)) + reduced_shape(shape, dims, keepdim=params["keepdim"])
+        labels = row.leading(params)
+        out_shape = (() if labels is None else (len(labels),)) + reduced_shape(shape, dims, keepdim=params["keepdim"])
     elif isinstance(row, Ordering) and shape:
         out_shape = tuple(resized(row, params, n) if dim in dims else n for dim, n in enumerate(shape))
     return Plan(

@@ -14,6 +14,7 @@ from maskserve.ops.rows import Row
 from maskserve.payload.format import Payload
 from maskserve.payload.header import Shape, shown, shown_shape
 from maskserve.payload.metadata import Means, dim_names, mask_means_of
+from maskserve.payload.slices import numbers, stored
 from maskserve.payload.variables import Dims, Variable, Variables, resolve, unknown
 
 ELSEWHERE = "another payload"
@@ -70,6 +71,8 @@ def of_variable(
         name = str(params[p.name])
         source = others.get(name, payload)
         side = matching(source, variable.name, name, p, means) if name in others else variables.side_inputs[name]
+        if source is not payload:
+            refuse_other_places(p, name, side, variable, source, payload)
         order, shape = laid_over(side, variable, p)
         said = mask_means_of(source.header.metadata, means)
         yield Side(parameter=p, payload=source, variable=side, order=order, shape=shape, means=said)
@@ -96,6 +99,23 @@ def matching(payload: Payload, name: str, word: str, parameter: Parameter, means
         parameter=parameter.name,
         allowed=[shown(known) for known in variables.computed],
     )
+
+
+def refuse_other_places(
+    p: Parameter, word: str, side: Variable, variable: Variable, source: Payload, payload: Payload
+) -> None:
+    """Raise where a coordinate of the same name says otherwise in the two payloads: their cells do not belong together."""
+    for dim in set(side.dims or ()) & set(variable.dims or ()):
+        own, other = payload.header.tensors.get(dim), source.header.tensors.get(dim)
+        if own is None or other is None or own.shape != other.shape or 1 in own.shape:
+            continue
+        mine, theirs = (numbers(stored(x.read(dim), t.dtype), t.dtype) for x, t in ((payload, own), (source, other)))
+        if not all(abs(a - b) <= 1e-6 * max(abs(a), abs(b)) for a, b in zip(mine.tolist(), theirs.tolist(), strict=True)):
+            raise ShapeError(
+                f"{p.name}: the coordinate {shown(dim)} of {shown(word)} differs from the data's: its cells lie elsewhere, or "
+                "in another order; write it on the data's grid first",
+                parameter=p.name,
+            )
 
 
 def laid_over(side: Variable, variable: Variable, parameter: Parameter) -> tuple[Shape, Shape]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -58,14 +57,6 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
     """torch function -> ours."""
     return {theirs: ours for row in OPS.values() if not row.differs for theirs, ours in functions_of(row)}
-
-
-@cache
-def words_of(ours: Callable[..., Any]) -> frozenset[str]:
-    """The parameters of one of our functions by name; none where it takes any."""
-    parameters = inspect.signature(ours).parameters.values()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return frozenset() if takes_any else frozenset(p.name for p in parameters)
 
 
 @cache

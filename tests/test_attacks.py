@@ -439,3 +439,46 @@ def test_unique_takes_torchs_words() -> None:
 def test_torch_load_takes_a_masked_tensor_without_being_told_to_trust_it(tmp_path: Path) -> None:
     torch.save({"x": m([1.0, 2.0], [T, F])}, tmp_path / "x.pt")
     assert torch.load(tmp_path / "x.pt", weights_only=True)["x"].tolist() == [1.0, None]
+
+
+def test_foreign_arrays_of_every_make_come_in() -> None:
+    a = np.ma.masked_array(np.arange(6.0).reshape(2, 3), [[0, 1, 0], [0, 0, 1]])
+    assert ms.masked_tensor(a[:, ::-1]).tolist() == [[2, None, 0], [None, 4, 3]]
+    assert ms.masked_tensor(np.arange(3).astype(">i2")).tolist() == [0, 1, 2]
+    pd, xr = pytest.importorskip("pandas"), pytest.importorskip("xarray")
+    assert ms.masked_tensor(pd.Series([1, None, 3], dtype="Int64")).tolist() == [1, None, 3]
+    assert ms.masked_tensor(pd.DataFrame({"a": [1.5, None]})).tolist() == [[1.5], [None]]
+    assert ms.masked_tensor(xr.DataArray([1.0, math.nan])).tolist() == [1, None]
+    with pytest.raises(DtypeError, match="convert it to numbers"):
+        ms.masked_tensor(np.array(["2020-01-01"], "M8[D]"))
+
+
+def test_weights_on_another_grid_are_refused(tmp_path: Path) -> None:
+    def grid(name: str, tensor: torch.Tensor, lat: list[float]) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        dims = {name: ("lat",), "lat": ("lat",)}
+        ms.save({name: tensor, "lat": torch.tensor(lat)}, path, dims=dims)
+        return path
+
+    rain = grid("rain", torch.tensor([1.0, 3.0]), [-30, 30])
+    words = {"op": "mean", "dim": "lat", "weights": "w"}
+    same = grid("area", torch.tensor([1.0, 3.0]), [-30, 30])
+    assert ms.load(ms.compute("reduce", rain, sides={"w": same}, **words).to_bytes())["rain"].item() == 2.5
+    turned = grid("other", torch.tensor([3.0, 1.0]), [30, -30])
+    with pytest.raises(ShapeError, match="the coordinate lat of w differs"):
+        ms.compute("reduce", rain, sides={"w": turned}, **words)
+
+
+def test_several_quantiles_come_with_their_coordinate(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    ms.save({"x": torch.arange(5.0)}, path, dims={"x": ("time",)})
+    answer = ms.load(ms.compute("reduce", path, op="quantile", q="0.25,0.5", dim="time").to_bytes())
+    assert answer.dims == {"x": ("quantile",), "quantile": ("quantile",)}
+    assert (answer["x"].tolist(), answer["quantile"].tolist()) == ([1, 2], [0.25, 0.5])
+
+
+def test_many_quantiles_do_not_outgrow_their_question() -> None:
+    body = to_bytes([output("x", torch.zeros(200_000, 1))], {})
+    with pytest.raises(TooLargeError, match="may have at most"):
+        ms.compute("reduce", body, op="quantile", q=",".join(["0.5"] * 256), dim=1)
+

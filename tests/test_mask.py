@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 import maskserve as ms
 from maskserve import answers, dtypes, engine, requests, runs
 from maskserve.dtypes import DType
-from maskserve.errors import DtypeError, MaskserveError, ParameterError, ShapeError, UnknownTensorError
+from maskserve.errors import DataError, DtypeError, MaskserveError, ParameterError, ShapeError, UnknownTensorError
 from maskserve.masking import rounded
 from maskserve.ops import OPS, default, maskings, verbs
 from maskserve.ops.parameters import Parameter, Type
@@ -241,8 +241,10 @@ def test_a_bool_tensor_is_a_mask_and_any_other_stands_for_its_mask() -> None:
     assert computed({"and": "a"}, a=OTHER) == [[1, None, None], [None, None, 6]]
     assert computed({"and": "a"}, a=OTHER, a__mask=np.array([[False, True, True]])) == [[None] * 3, [None, None, 6]]
     assert computed({"and": "a"}, a=X, a__mask=OTHER) == [[1, None, None], [None, None, 6]]
-    assert computed({"and": "a"}, a=X) == [[1, None, 3], [4, None, 6]]
-    assert computed({"or": "a"}, a=X) == X.tolist()
+    assert computed({"and": "a"}, a=X, a__mask=np.ones((1, 1), bool)) == [[1, None, 3], [4, None, 6]]
+    for word in ("and", "or"):  # a land mask of 0 and 1 would mask nothing, without a word
+        with pytest.raises(DataError, match="has none, and is not bool"):
+            computed({word: "a"}, a=X)
     assert computed({"or": "a", "mask_means": "missing"}, a=OTHER) == [[None, 2, 3], [4, 5, None]]
 
 
@@ -261,7 +263,8 @@ def test_side_inputs_are_laid_over_by_the_names_of_dims() -> None:
     names = {"x": ["time", "lat"], "w": ["lat", "time"], "s": ["time"], "lat": ["lat"], "z": ["lon"]}
     file = payload(
         {"maskserve.dims": json.dumps(names)},
-        x=X, w=OTHER.T, s=np.array([True, False]), lat=np.array([1.0, 2, 3]), z=np.ones(3, bool), u=OTHER[:1],
+        x=X, w=OTHER.T, s=np.array([True, False]), lat=np.array([1.0, 2, 3]),
+        lat__mask=np.ones(3, bool), z=np.ones(3, bool), u=OTHER[:1],
     )  # fmt: skip
 
     def said(**words: Any) -> Any:
@@ -436,9 +439,8 @@ def test_another_file_is_a_mask_on_the_command_line(maskserve: Maskserve) -> Non
     Path("land.json").write_text('{"land": [[true, true, true]]}')
     assert maskserve("mask", "--or", "land.json", "question.json").text == "1.0\t2.0\t0.0\n4.0\t5.5\t6.0\n"
     Path("lat").write_bytes(Path("land.safetensors").read_bytes())
-    assert maskserve("mask", "--and", "lat", "rain.safetensors").text == "1.0\t--\t3.0\n4.0\t--\t6.0\n", (
-        "a tensor of the payload comes first"
-    )
+    first = maskserve("mask", "--and", "lat", "rain.safetensors")
+    assert (first.code, "has none, and is not bool" in first.err) == (65, True), "a tensor of the payload comes first"
 
 
 def test_a_dry_run_counts_the_side_inputs(maskserve: Maskserve) -> None:

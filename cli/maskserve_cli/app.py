@@ -136,7 +136,9 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
         if name not in entries() and not ctx.resilient_parsing:
-            ctx.fail(f"{name!r:.80} is not a command{nearest(name, entries())}")
+            served = [row for verb in verbs() for row in rows(verb) if name in (row.name, *row.aliases)]
+            hint = f"; it is an op: maskserve {served[0].verb} --op {name}" if served else nearest(name, entries())
+            ctx.fail(f"{name!r:.80} is not a command{hint}")
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -19,6 +19,9 @@ def find(word: str, *, verb: str | None = None) -> Row:
     if word not in words:
         if word in OPS and OPS[word].verb is None:
             raise UnknownOpError(f"{word} is for Python: call maskserve.{word}", parameter="op", allowed=words)
+        other = next((row for row in OPS.values() if row.verb and word in (row.name, *row.aliases)), None)
+        if other is not None:
+            raise UnknownOpError(f"{word} is an op of {other.verb}, not of {verb}", parameter="op", allowed=words)
         served = [w for w in words if verb or words[w].verb]  # the rest are hundreds, which `maskserve ops` lists
         more = f" or one of {len(words) - len(served)} more" if len(served) < len(words) else ""
         raise UnknownOpError(

@@ -39,15 +39,14 @@ INTERPOLATION = Parameter(
 )  # fmt: skip
 
 
-def how_many(params: Params) -> int | None:
-    """How many quantiles are asked for; None for one that is no list."""
-    return len(params["q"]) if isinstance(params["q"], tuple) else None
+def shares(params: Params) -> tuple[float, ...] | None:
+    """The quantiles that are asked for; None for one that is no list."""
+    return params["q"] if isinstance(params["q"], tuple) else None
 
 
 def checked_shares(params: Params) -> str | None:
     """Why the shares are none."""
-    shares = params["q"] if isinstance(params["q"], tuple) else (params["q"],)
-    return None if all(0 <= q <= 1 for q in shares) else "q must lie from 0 to 1"
+    return None if all(0 <= q <= 1 for q in shares(params) or (params["q"],)) else "q must lie from 0 to 1"
 
 
 ROWS = (
@@ -154,7 +153,7 @@ ROWS = (
         summary="value below which the share q of the valid cells lies",
         parameters=(QUANTILE, DIMS, KEEPDIM, INTERPOLATION, KEYWORD_DTYPE, *OURS),
         accepts=ORDERED,
-        result=floated, select=".selections:quantile", leading=how_many, leading_dim="quantile",
+        result=floated, select=".selections:quantile", leading=shares, leading_dim="quantile",
         check=checked_shares,
     ),
     Reduction(

@@ -119,8 +119,8 @@ class Reduction(Sliced):
     finalize_weighted: str = ""
     """The passes, and what ends them, when `weights` are given."""
     select: str = ""
-    leading: Callable[[Params], int | None] = lambda _: None
-    """The size of a new first dim, where the params ask for several results a slice."""
+    leading: Callable[[Params], tuple[float, ...] | None] = lambda _: None
+    """The labels of a new first dim, where the params ask for several results a slice."""
     leading_dim: str = ""
     """The name of that dim."""
     identity: Number | None = None

@@ -32,7 +32,7 @@ FOREIGN_BITS: Mapping[str, int] = MappingProxyType(
 )
 MAGIC: Mapping[bytes, str] = MappingProxyType(
     {
-        b"\x1f\x8b": "a gzip stream: unpack it, or send Content-Encoding: gzip over HTTP",
+        b"\x1f\x8b": "a gzip stream: unpack it",
         b"\x28\xb5\x2f\xfd": "a zstd stream: unpack it",
         b"PK\x03\x04": "a zip archive (.npz and .pt files are zip archives): convert it",
         b"\x93NUMPY": "a NumPy .npy file: convert it",
@@ -131,6 +131,8 @@ def _check_length(n: int, first: bytes, total_bytes: int, limits: Limits) -> Non
             raise PayloadError(f"these bytes are not safetensors but {what}")
     if n < 2:
         raise PayloadError(f"the header length is {n}; the shortest header, {{}}, has 2 bytes")
+    if first and first.isascii() and first.decode().isprintable():
+        raise PayloadError("these bytes are not safetensors but text; a command writes safetensors to a pipe with -o -")
     if n > NOT_A_LENGTH:
         raise PayloadError(f"these bytes are not safetensors: their first 8 are no little-endian header length ({n})")
     if n <= FORMAT_HEADER_BYTES and n > total_bytes - 8:
