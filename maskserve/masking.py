@@ -159,6 +159,8 @@ def rounded(value: Number, dtype: torch.dtype) -> float:
     if dtype is torch.float64 or number == 0 or number in INFINITIES:
         return number
     info = torch.finfo(dtype)
+    if abs(number) >= 2 * info.max:  # beside float64's own end the scaling below would overflow
+        return math.copysign(math.inf, number)
     smallest = math.frexp(info.tiny)[1] + math.frexp(info.eps)[1] - 2  # the last place of the subnormals
     place = max(math.frexp(number)[1] - 1 + math.frexp(info.eps)[1] - 1, smallest)
     nearest = math.ldexp(round(math.ldexp(number, -place)), place)

@@ -164,6 +164,11 @@ def test_a_number_is_rounded_once_to_the_nearest(dtype: torch.dtype, number: flo
         assert abs(number) > info.max
 
 
+def test_the_largest_float64_is_beyond_every_narrower_float() -> None:
+    assert rounded(1.7976931348623157e308, torch.float16) == rounded(1.7976931348623157e308, torch.float32) == math.inf
+    assert rounded(-1.7976931348623157e308, torch.bfloat16) == -math.inf
+
+
 def test_numbers_beyond_the_dtype_are_beyond_every_cell_but_infinity() -> None:
     x = torch.tensor([-math.inf, -65504.0, 65504.0, math.inf], dtype=torch.float16)
     assert ms.mask(x, greater=1e30).tolist() == [-math.inf, -65504.0, 65504.0, None]
