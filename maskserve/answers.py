@@ -13,7 +13,7 @@ from torch import Tensor
 from maskserve import engine, execution, masking, sides
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
-from maskserve.dtypes import BY_TORCH, DType
+from maskserve.dtypes import DType
 from maskserve.errors import BackendError, DeviceError, DimError, DtypeError, TooLargeError, nearest
 from maskserve.ops.rows import Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Encoded, Output, Payload, encode
@@ -23,6 +23,7 @@ from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_n
 from maskserve.plan import Plan, plan
 from maskserve.requests import Request
 from maskserve.sides import Payloads, Side
+from maskserve.torch_dtypes import dtype_of
 from maskserve.version import version
 
 NOTHING: Payloads = MappingProxyType({})
@@ -48,7 +49,7 @@ class Result:
 
     @property
     def dtype(self) -> DType:
-        return BY_TORCH[str(self.data.dtype).removeprefix("torch.")]
+        return dtype_of(self.data)
 
     def outputs(self) -> Iterator[Output]:
         yield output(self.name, self.data)
@@ -152,8 +153,7 @@ def run(request: Request, payload: Payload, others: Payloads = NOTHING) -> Answe
 def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:
     """A coordinate for each new dim that has labels, where its name is free: the quantiles that were asked for."""
     for step in planned:
-        row = step.plan.row if step.plan else None
-        said = row.leading(step.plan.params) if step.plan and isinstance(row, Reduction) else None
+        said = step.plan.labels if step.plan else None
         if said is None or not step.dims or step.dims[0] in taken:
             continue
         name = step.dims[0]
@@ -164,17 +164,12 @@ def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:
 
 def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
     """Refuses an answer out of all proportion to its question: a dim of size 0 lets 70 bytes ask for terabytes."""
-    if all(info.n_bytes for info in payload.header.tensors.values()) and not any(grows(step) for step in planned):
+    if all(info.n_bytes for info in payload.header.tensors.values()) and not any(s.plan and s.plan.labels for s in planned):
         return  # no dim has size 0 and none is new, so no answer has more cells than its question has bytes
     n_bytes = sum(step.bytes_written for step in planned)
     most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)
     if n_bytes > most:
         raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
-
-
-def grows(step: Step) -> bool:
-    """Whether there may be several results a slice."""
-    return step.plan is not None and isinstance(step.plan.row, Reduction) and step.plan.row.leading(step.plan.params) is not None
 
 
 def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:
@@ -268,7 +263,7 @@ def answer_dims(planned: Plan, variable: Variable) -> Dims | None:
     if variable.dims is None or not isinstance(row, Reduction):
         return variable.dims
     kept = tuple(name for dim, name in enumerate(variable.dims) if params["keepdim"] or dim not in planned.dims)
-    return kept if row.leading(params) is None else (new_dim(row.leading_dim, kept), *kept)
+    return kept if planned.labels is None else (new_dim(row.leading_dim, kept), *kept)
 
 
 def new_dim(name: str, taken: Dims) -> str:
@@ -346,7 +341,7 @@ def coordinate(payload: Payload, variable: Variable, variables: Variables) -> Re
 
 def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:
     """The mask, less the cells that hold the fill value; a value that the dtype cannot hold is in no cell."""
-    if fill is None or not BY_TORCH[str(data.dtype).removeprefix("torch.")].holds(fill):
+    if fill is None or not dtype_of(data).holds(fill):
         return mask
     valid = data != (fill if data.dtype.is_floating_point else int(fill))
     return valid if mask is None else valid & mask

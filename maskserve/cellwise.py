@@ -11,19 +11,20 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
-from maskserve.dtypes import ALL, BY_TORCH, INFINITIES, WIDE, DType, i64, u64
-from maskserve.errors import DataError, DtypeError, MaskserveError, NanError, ParameterError, ShapeError
+from maskserve.blocks import counting
+from maskserve.dtypes import INFINITIES, WIDE, DType, i64, u64
+from maskserve.errors import DataError, DtypeError, MaskserveError, ParameterError, ShapeError
 from maskserve.masks import Policy, check_equal, intersection, union
 from maskserve.ops.parameters import NAN, Type
 from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
 from maskserve.params import accept, check, names_of
+from maskserve.torch_dtypes import DTYPES, dtype_of
 
 Operand = tuple[Any, Tensor | None, bool]
 """(tensor, number or None, its mask, whether it is a MaskedTensor): plain tensors and numbers are valid everywhere."""
 
 HOMES = (torch, torch.special, torch.nn.functional)
 
-_DTYPES: dict[torch.dtype, DType] = {getattr(torch, dtype.torch): dtype for dtype in ALL}
 _LOWEST = -(2**63)
 
 
@@ -40,7 +41,7 @@ def compute(
     row: Elementwise, operands: Sequence[Operand], given: Mapping[str, Any], policy: Policy, nan: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(values, mask) of the row on its operands, broadcast; hidden cells are 0."""
-    kinds = [known(value) for value, _, _ in operands if isinstance(value, Tensor)]
+    kinds = [dtype_of(value) for value, _, _ in operands if isinstance(value, Tensor)]
     for kind in kinds:
         if kind not in row.accepts:
             refuse(row, kind)
@@ -63,7 +64,7 @@ def compute(
         if isinstance(error, MaskserveError):
             raise
         raise refused(row, error, kinds) from error
-    if data.dtype not in _DTYPES:
+    if data.dtype not in DTYPES:
         raise DtypeError(f"{row.name} gives {data.dtype}, which is not supported; convert to torch.float32 first")
     if mask is None:
         return (data.clone() if any(same_memory(data, tensor) for tensor in tensors) else data), None
@@ -102,14 +103,6 @@ def with_tensors(row: Elementwise, values: list[Any]) -> list[Any]:
 # -- what comes in ------------------------------------------------------------------------------------------------
 
 
-def known(tensor: Tensor) -> DType:
-    found = _DTYPES.get(tensor.dtype)
-    if found is None:
-        name = str(tensor.dtype).removeprefix("torch.")
-        raise DtypeError(f"{name} is not supported: give one of {', '.join(BY_TORCH)}", parameter="dtype")
-    return found
-
-
 def refuse(row: Elementwise, kind: DType) -> None:
     if kind is u64:
         raise DtypeError(
@@ -138,8 +131,8 @@ def readable(row: Elementwise, operands: Sequence[Operand], kinds: Sequence[DTyp
     if row.as_stored and len(set(branches)) == 1:
         return operands
     return [
-        (value.to(getattr(torch, WIDE[known(value)].torch)), mask, masked)
-        if isinstance(value, Tensor) and known(value) in WIDE
+        (value.to(getattr(torch, WIDE[dtype_of(value)].torch)), mask, masked)
+        if isinstance(value, Tensor) and dtype_of(value) in WIDE
         else (value, mask, masked)
         for value, mask, masked in operands
     ]
@@ -147,11 +140,11 @@ def readable(row: Elementwise, operands: Sequence[Operand], kinds: Sequence[DTyp
 
 def as_u64(row: Elementwise, value: Any) -> Tensor:
     """A number or tensor that u64 holds, as u64."""
-    if isinstance(value, Tensor) and known(value).name in ("u64", "u32", "u16", "u8", "bool"):
+    if isinstance(value, Tensor) and dtype_of(value).name in ("u64", "u32", "u16", "u8", "bool"):
         return value.to(torch.uint64)
     if isinstance(value, int) and u64.holds(value):
         return torch.tensor(value, dtype=torch.uint64)
-    what = f"a tensor of {known(value).name}" if isinstance(value, Tensor) else repr(value)
+    what = f"a tensor of {dtype_of(value).name}" if isinstance(value, Tensor) else repr(value)
     raise DtypeError(
         f"{row.name} of u64 and {what} has no type that holds both: give unsigned whole numbers below 2**64, "
         "or convert both to torch.int64 or torch.float64 first",
@@ -165,7 +158,7 @@ def in_range(row: Elementwise, operands: Sequence[Operand]) -> Sequence[Operand]
     if not tensors or any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
         return operands
     dtype = reduce(torch.promote_types, [torch.result_type(tensor, 1) for tensor in tensors])
-    kind = _DTYPES[dtype]
+    kind = DTYPES[dtype]
     beyond = [value for value, _, _ in operands if type(value) is int and not kind.holds(value)]
     if not beyond:
         return operands
@@ -185,10 +178,7 @@ def nan_checked(row: Elementwise, operands: Sequence[Operand], nan: str) -> Sequ
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             checked.append((value, mask, masked))
             continue
-        found = value.isnan()
-        if nan == "raise" and (found if mask is None else found & mask).any():
-            raise NanError(f"{row.name}: a valid cell is NaN and nan=raise; nan=omit treats NaN as missing")
-        checked.append((value, ~found if mask is None else mask & ~found, True))
+        checked.append((value, counting(row, value, mask, nan), True))
     return checked
 
 

@@ -280,7 +280,7 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     if len(plan.fold) > 3:
         cells = gathered(plan, cells)
     outer, n, inner = cells.shape
-    labels = row.leading(plan.params)
+    labels = plan.labels
     wide = torch.int64 if plan.result.is_integral else torch.float64
     values = torch.empty((1 if labels is None else len(labels), outer, inner), dtype=wide, device=plan.device)
     counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)

@@ -18,7 +18,7 @@ from maskserve import cellwise, masking, masks
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import canonical
 from maskserve.blocks import counting
-from maskserve.dtypes import BY_TORCH, WIDENED, DType
+from maskserve.dtypes import WIDENED
 from maskserve.engine import run, run_with_indices
 from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeError
 from maskserve.making import as_masked_tensor, tensor_of
@@ -30,10 +30,10 @@ from maskserve.ops.rows import Cells, Elementwise, Masking, Move, Reduction, Row
 from maskserve.params import accept, names_of, resolve
 from maskserve.plan import SlicedRow, as_floats, plan
 from maskserve.tensor import MaskedTensor, from_foreign
+from maskserve.torch_dtypes import dtype_of
 
 Function = Callable[..., Any]
 
-_DTYPES: dict[torch.dtype, DType] = {getattr(torch, dtype.torch): dtype for dtype in BY_TORCH.values()}
 _SYNONYMS = {"dim": "axis", "keepdim": "keepdims"}
 """numpy's words, which torch takes too."""
 
@@ -161,13 +161,6 @@ def unwrap(row: Row, tensor: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
             "call it under torch.no_grad(), or on tensor.detach()"
         )
     return data, own
-
-
-def dtype_of(data: Tensor) -> DType:
-    found = _DTYPES.get(data.dtype)
-    if found is None:
-        raise DtypeError(f"{data.dtype} is not supported: give one of {', '.join(BY_TORCH)}", parameter="dtype")
-    return found
 
 
 def one(name: str, value: Any, other: str, synonym: Any) -> Any:

@@ -16,12 +16,13 @@ from torch import Tensor
 from maskserve import masks
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
-from maskserve.dtypes import BY_TORCH, INFINITIES, WIDENED, DType, boolean
+from maskserve.dtypes import INFINITIES, WIDENED, DType, boolean
 from maskserve.errors import DataError, DtypeError
 from maskserve.ops.parameters import Type
 from maskserve.ops.rows import Masking
 from maskserve.params import accept, resolve
 from maskserve.payload.metadata import Means
+from maskserve.torch_dtypes import dtype_of
 
 Number = int | float
 Masks = Mapping[str, Tensor | None]
@@ -32,7 +33,7 @@ def compute(
     row: Masking, data: Tensor, mask: Tensor | None, given: Mapping[str, Any], others: Masks
 ) -> tuple[Tensor, Tensor]:
     """(data with 0 under the new mask, the new mask at full size); `others` broadcast to the data."""
-    dtype = BY_TORCH[str(data.dtype).removeprefix("torch.")]
+    dtype = dtype_of(data)
     known = check(row, dtype, given)
     decide: Callable[..., Tensor] = kernel(row.function)
     own = torch.ones((), dtype=torch.bool, device=data.device) if mask is None else mask
@@ -146,7 +147,7 @@ def none(data: Tensor) -> Tensor:
 
 
 def held(data: Tensor, value: Number) -> bool:
-    return BY_TORCH[str(data.dtype).removeprefix("torch.")].holds(value)
+    return dtype_of(data).holds(value)
 
 
 def rounded(value: Number, dtype: torch.dtype) -> float:
@@ -172,8 +173,8 @@ def validity(data: Tensor, mask: Tensor | None, means: Means = "valid") -> Tenso
     if data.dtype is not torch.bool:
         if mask is None:
             raise DataError(
-                "a tensor that is named for its mask has none, and is not bool: make a mask of its cells first "
-                "(maskserve mask --equal 0 OTHER -o MASK)"
+                "a tensor that is named for its mask has none, and is not bool: make a mask of its cells first, as equal=0 "
+                "does of zeros"
             )
         return mask
     return masks.intersection([~data if means == "missing" else data, mask])

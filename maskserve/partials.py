@@ -22,7 +22,6 @@ from maskserve.backends import Parts, choose
 from maskserve.backends.reference import kernel
 from maskserve.dtypes import Kind
 from maskserve.errors import MaskserveError, StateError
-from maskserve.functions import dtype_of
 from maskserve.ops import find
 from maskserve.ops.rows import Reduction
 from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, to_bytes
@@ -30,6 +29,7 @@ from maskserve.payload.header import strict_json
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.plan import Plan, plan
 from maskserve.requests import spelled
+from maskserve.torch_dtypes import dtype_of
 from maskserve.version import ORDER_VERSION, version
 
 PREFIX = "maskserve.state."

@@ -65,6 +65,11 @@ class Plan:
         return self.row.finalize_weighted if self.weighted else self.row.finalize
 
     @property
+    def labels(self) -> tuple[float, ...] | None:
+        """The labels of a new first dim, where several results a slice are asked for."""
+        return self.row.leading(self.params) if isinstance(self.row, Reduction) else None
+
+    @property
     def flipped(self) -> bool:
         """Whether kernels see u64 cells as i64, 2**63 less than they are."""
         return self.stored is u64 and self.dtype is i64

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from maskserve.errors import MaskserveError, ShapeError, UnknownTensorError
 from maskserve.ops.parameters import Parameter, Type
@@ -16,6 +17,9 @@ from maskserve.payload.header import Shape, shown, shown_shape
 from maskserve.payload.metadata import Means, dim_names, mask_means_of
 from maskserve.payload.slices import numbers, stored
 from maskserve.payload.variables import Dims, Variable, Variables, resolve, unknown
+
+if TYPE_CHECKING:
+    from maskserve.payload.slices import Array
 
 ELSEWHERE = "another payload"
 """What history says of a tensor from another payload: its path is nobody's business, and differs by door."""
@@ -110,12 +114,22 @@ def refuse_other_places(
         if own is None or other is None or own.shape != other.shape or 1 in own.shape:
             continue
         mine, theirs = (numbers(stored(x.read(dim), t.dtype), t.dtype) for x, t in ((payload, own), (source, other)))
-        if not all(abs(a - b) <= 1e-6 * max(abs(a), abs(b)) for a, b in zip(mine.tolist(), theirs.tolist(), strict=True)):
+        if not same_places(mine, theirs):
             raise ShapeError(
                 f"{p.name}: the coordinate {shown(dim)} of {shown(word)} differs from the data's: its cells lie elsewhere, or "
                 "in another order; write it on the data's grid first",
                 parameter=p.name,
             )
+
+
+def same_places(mine: Array, theirs: Array) -> bool:
+    """Whether two coordinates agree up to what rounding to another dtype may move: far less than the way to a neighbour."""
+    import numpy as np
+
+    a, b = mine.astype(np.float64), theirs.astype(np.float64)
+    gaps = np.abs(np.diff(a[np.isfinite(a)]))
+    near = 1e-3 * gaps[gaps > 0].min(initial=np.inf)
+    return bool(np.isclose(a, b, rtol=0, atol=near if np.isfinite(near) else 0, equal_nan=True).all())
 
 
 def laid_over(side: Variable, variable: Variable, parameter: Parameter) -> tuple[Shape, Shape]:

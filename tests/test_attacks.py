@@ -25,6 +25,7 @@ from maskserve.errors import (
     MaskserveError,
     NanError,
     ParameterError,
+    PayloadError,
     SettingsError,
     ShapeError,
     StateError,
@@ -37,6 +38,7 @@ from maskserve.partials import PREFIX, Partial
 from maskserve.payload.format import to_bytes
 from maskserve.payload.tensors import output
 from maskserve.plan import plan
+from maskserve.sides import same_places
 
 T, F = True, False
 
@@ -467,6 +469,21 @@ def test_weights_on_another_grid_are_refused(tmp_path: Path) -> None:
     turned = grid("other", torch.tensor([3.0, 1.0]), [30, -30])
     with pytest.raises(ShapeError, match="the coordinate lat of w differs"):
         ms.compute("reduce", rain, sides={"w": turned}, **words)
+
+
+def test_coordinates_that_differ_by_rounding_alone_are_the_same() -> None:
+    lat = np.array([-30.0, 0.1, 30.0])
+    assert same_places(lat, lat.astype(np.float32))
+    assert same_places(np.array([1.0, math.nan]), np.array([1.0, math.nan]))
+    hours = np.array([1_000_000, 1_000_001, 1_000_002])
+    assert not same_places(hours, hours + 1)
+    assert not same_places(lat, lat[::-1])
+
+
+def test_text_where_a_payload_belongs_is_called_text() -> None:
+    for text in (b"1.0\t--\t3.0\n4.0\t2.0\n", b"a,b\n1,2\n3,4\n", b"{not json"):
+        with pytest.raises(PayloadError, match=r"but text|JSON"):
+            ms.load(text)
 
 
 def test_several_quantiles_come_with_their_coordinate(tmp_path: Path) -> None:

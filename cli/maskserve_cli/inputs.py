@@ -8,10 +8,10 @@ import stat
 import sys
 from typing import BinaryIO, Literal, TypeAlias
 
-from maskserve.errors import InputError, OutOfMemoryError
+from maskserve.errors import InputError, OutOfMemoryError, PayloadError
 from maskserve.opening import open_any
 from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload
-from maskserve.payload.header import shown
+from maskserve.payload.header import is_text, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json
 from maskserve.settings import Settings
@@ -75,6 +75,8 @@ def read_stream(stream: BinaryIO, name: str, limits: Limits) -> Payload:
         first = stream.read(LENGTH_BYTES)
         if is_json(first):
             return decoded(first + stream.read(limits.json_bytes + 1 - len(first)), limits)
+        if is_text(first):
+            raise PayloadError("text came where a payload belongs; the command before a pipe writes safetensors with -o -")
         buffer = bytearray(first)
         n_header = int.from_bytes(first, "little")
         if len(first) == LENGTH_BYTES and n_header <= limits.header_bytes:

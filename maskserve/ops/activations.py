@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import COMPLEX, FLOATING, NUMERIC, and_stored, boolean, u8
+from maskserve.dtypes import COMPLEX, u8
+from maskserve.ops.families import COUNTING, FLOATS, REAL
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
 from maskserve.ops.rows import Elementwise
 
@@ -20,10 +21,6 @@ LAMBD = Parameter(name="lambd", type=Type.NUMBER, default=0.5, help="cells withi
 THRESHOLD = Parameter(name="threshold", type=Type.NUMBER, default=REQUIRED, help="cells above this are kept")
 VALUE = Parameter(name="value", type=Type.NUMBER, default=REQUIRED, help="what the others become")
 EPS = Parameter(name="eps", type=Type.NUMBER, help="clamp to eps and 1 - eps first")
-
-REAL = and_stored(NUMERIC)
-COUNTING = REAL - {boolean}
-FLOATS = and_stored(FLOATING)
 
 ROWS = (
     Elementwise(name="relu", summary="input, at least 0", accepts=COUNTING),

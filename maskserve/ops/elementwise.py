@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from maskserve.dtypes import COMPLEX, INTEGRAL, NUMERIC, and_stored, boolean, f32, f64, u64
+from maskserve.dtypes import COMPLEX, and_stored, f32, f64
 from maskserve.ops import activations, mathematics, special
+from maskserve.ops.families import ANY, EVERY, FLOATS, ORDERED, REAL, SIGNED, TWO, WHOLE
 from maskserve.ops.parameters import Parameter, Type
 from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
 
@@ -21,16 +20,6 @@ EQUAL_NAN = Parameter(name="equal_nan", type=Type.FLAG, default=False, help="whe
 NAN_TO = Parameter(name="nan", type=Type.NUMBER, default=0.0, help="what NaN becomes")
 POSINF = Parameter(name="posinf", type=Type.NUMBER, help="what inf becomes; the largest finite number when not given")
 NEGINF = Parameter(name="neginf", type=Type.NUMBER, help="what -inf becomes; the smallest finite number when not given")
-
-TWO: Final = ("input", "other")
-
-REAL = and_stored(NUMERIC)
-ANY = REAL | COMPLEX
-COUNTING = REAL - {boolean}
-SIGNED = ANY - {boolean}
-WHOLE = and_stored(INTEGRAL)
-ORDERED = REAL | {u64}
-EVERY = ANY | {u64}
 
 ROWS = (
     Elementwise(name="add", summary="input + alpha * other", beyond=Beyond.TORCHS, operands=TWO, parameters=(ALPHA,),
@@ -75,7 +64,7 @@ ROWS = (
     Elementwise(name="clamp_max", summary="input, at most max", operands=("input", "max"), identity=(None, OTHER),
                 accepts=REAL),
     Elementwise(name="lerp", summary="input + weight * (end - input)", operands=("input", "end", "weight"),
-                accepts=mathematics.FLOATS | COMPLEX),
+                accepts=FLOATS | COMPLEX),
     Elementwise(name="addcmul", summary="input + value * tensor1 * tensor2", operands=("input", "tensor1", "tensor2"),
                 parameters=(VALUE,), identity=(0, None, None), tensors_only=True, accepts=ANY),
     Elementwise(name="addcdiv", summary="input + value * tensor1 / tensor2", operands=("input", "tensor1", "tensor2"),

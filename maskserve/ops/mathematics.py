@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import COMPLEX, FLOATING, NUMERIC, and_stored, boolean
+from maskserve.ops.families import ANY, COUNTING, FLOATS, REAL, TWO
 from maskserve.ops.parameters import Parameter, Type
 from maskserve.ops.rows import Beyond, Elementwise
 
 DECIMALS = Parameter(name="decimals", type=Type.NUMBER, default=0, keyword_only=True, help="digits after the point; floats only")
-
-REAL = and_stored(NUMERIC)
-ANY = REAL | COMPLEX
-COUNTING = REAL - {boolean}
-FLOATS = and_stored(FLOATING)
-TWO = ("input", "other")
 
 ROWS = (
     Elementwise(name="exp", summary="e to the power input", accepts=ANY),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import INTEGRAL, NUMERIC, and_stored, boolean, f32, f64
+from maskserve.dtypes import boolean
+from maskserve.ops.families import REAL, TWO, WIDE
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
 from maskserve.ops.rows import Beyond, Elementwise
 
 P = Parameter(name="p", type=Type.COUNT, default=REQUIRED, help="number of dims of the gamma function")
-
-REAL = and_stored(NUMERIC)
-WIDE = and_stored(INTEGRAL | {f64, f32})
-TWO = ("input", "other")
 
 ROWS = (
     Elementwise(name="erf", summary="error function", accepts=REAL),

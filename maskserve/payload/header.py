@@ -27,6 +27,8 @@ METADATA = "__metadata__"
 FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 # In the format, but no element of ours: bits per element, to tell a malformed tensor from one we cannot compute on.
+TEXT = frozenset(b"\t\n\r" + bytes(range(0x20, 0x7F)))
+"""The bytes of plain text; a header's length begins with some, and has a NUL among its 8."""
 FOREIGN_BITS: Mapping[str, int] = MappingProxyType(
     {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 )
@@ -122,6 +124,11 @@ def parse_header(read: Callable[[int, int], Buffer], total_bytes: int, limits: L
     return Header(MappingProxyType({info.name: info for info in infos}), MappingProxyType(metadata), 8 + n)
 
 
+def is_text(first: bytes) -> bool:
+    """Whether bytes that begin so are plain text."""
+    return bool(first) and TEXT.issuperset(first)
+
+
 def _check_length(n: int, first: bytes, total_bytes: int, limits: Limits) -> None:
     """Whether `n` may be a header's length. A lie about the length is malformed, and only then is size the question."""
     if 2 <= n <= min(limits.header_bytes, total_bytes - 8):
@@ -131,8 +138,8 @@ def _check_length(n: int, first: bytes, total_bytes: int, limits: Limits) -> Non
             raise PayloadError(f"these bytes are not safetensors but {what}")
     if n < 2:
         raise PayloadError(f"the header length is {n}; the shortest header, {{}}, has 2 bytes")
-    if first and first.isascii() and first.decode().isprintable():
-        raise PayloadError("these bytes are not safetensors but text; a command writes safetensors to a pipe with -o -")
+    if is_text(first):
+        raise PayloadError("these bytes are not safetensors but text")
     if n > NOT_A_LENGTH:
         raise PayloadError(f"these bytes are not safetensors: their first 8 are no little-endian header length ({n})")
     if n <= FORMAT_HEADER_BYTES and n > total_bytes - 8:

@@ -49,6 +49,12 @@ def counted(data: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     return mask.sum(dim, dtype=torch.int64)
 
 
+def has_nan(data: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """Whether a valid cell along `dim` is NaN; the dim keeps size 1."""
+    nan = data.isnan()
+    return (nan if mask is None else nan & mask).any(dim, keepdim=True)
+
+
 def halvings(n: int) -> list[tuple[int, int]]:
     """The steps (h, k) that join n cells by halving: the first k of them absorb the cell h further on.
 

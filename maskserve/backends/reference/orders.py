@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import counted, select
+from maskserve.backends.reference.cells import counted, has_nan, select
 from maskserve.backends.reference.scans import Scanned
 from maskserve.plan import Plan
 
@@ -127,8 +127,7 @@ class Rank:
                 ranks = (at + 1).double()
         result = torch.empty_like(ranks).scatter_(1, places, ranks)
         if data.is_floating_point():
-            nan = data.isnan() if mask is None else data.isnan() & mask
-            result = torch.where(nan.any(1, keepdim=True), torch.nan, result)
+            result = torch.where(has_nan(data, mask, 1), torch.nan, result)
         return result, mask
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import counted, select, two_sum
+from maskserve.backends.reference.cells import counted, has_nan, select, two_sum
 from maskserve.backends.reference.orders import cells_in_order, in_order, run_starts, runs, valid_first
 from maskserve.backends.reference.products import two_product
 from maskserve.backends.reference.reductions import as_double
@@ -26,8 +26,7 @@ def median(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
     overflowed = middle.isinf() & lower.isfinite()
     middle = torch.where(overflowed, lower * 0.5 + upper * 0.5, middle)
     if data.is_floating_point():
-        nan = data.isnan() if mask is None else data.isnan() & mask
-        middle = torch.where(nan.any(1), torch.nan, middle)
+        middle = torch.where(has_nan(data, mask, 1).squeeze(1), torch.nan, middle)
     return middle, count
 
 
@@ -63,8 +62,7 @@ def quantile(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     wanted = shares * (count - 1).clamp(min=0)
     values = interpolated(plan, ordered, wanted, plan.params["interpolation"])
     if data.is_floating_point():
-        nan = data.isnan() if mask is None else data.isnan() & mask
-        values = torch.where(nan.any(1), torch.nan, values)
+        values = torch.where(has_nan(data, mask, 1).squeeze(1), torch.nan, values)
     return values, count
 
 
