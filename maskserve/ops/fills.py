@@ -20,6 +20,7 @@ ROWS = (
         accepts=NUMERIC | {u64},
         result=same, scan=".places:Filled",
         differs="torch.fill overwrites every cell, maskserve.fill the masked ones",
+        vjp=".gradients:total",
     ),
     Fill(
         name="ffill",
@@ -27,6 +28,7 @@ ROWS = (
         parameters=(DIM, LIMIT),
         accepts=NUMERIC | {u64}, picks=True,
         result=same, scan=".places:FilledForward",
+        vjp=".gradients_of_orders:picked",
     ),
     Fill(
         name="bfill",
@@ -34,5 +36,6 @@ ROWS = (
         parameters=(DIM, LIMIT),
         accepts=NUMERIC | {u64}, picks=True,
         result=same, scan=".places:FilledBackward",
+        vjp=".gradients_of_orders:picked",
     ),
 )  # fmt: skip

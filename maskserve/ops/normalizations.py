@@ -18,18 +18,21 @@ ROWS = (
         summary="exponentials of the valid cells, scaled to sum to 1 along dim",
         parameters=(DIM, DTYPE, NAN),
         result=floated, passes=(passes.EXPONENTIALS,), apply=".normalizations:apply_softmax",
+        vjp=".gradients:softmax",
     ),
     Normalization(
         name="log_softmax",
         summary="logarithm of the softmax of the valid cells along dim",
         parameters=(DIM, DTYPE, NAN),
         result=floated, passes=(passes.EXPONENTIALS,), apply=".normalizations:apply_log_softmax",
+        vjp=".gradients:log_softmax",
     ),
     Normalization(
         name="softmin",
         summary="softmax of the negated valid cells along dim",
         parameters=(DIM, DTYPE, NAN),
         result=floated, passes=(passes.EXPONENTIALS,), apply=".normalizations:apply_softmax", negates=True,
+        vjp=".gradients:softmin",
     ),
     Normalization(
         name="normalize",
@@ -38,6 +41,7 @@ ROWS = (
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:normalized",
         result=floated, passes=(passes.POWERS,), apply=".norms:apply_normalize",
         torch_words={"p": "ord"}, torch_defaults={"dim": 1},
+        vjp=".gradients_of_norms:normalize",
     ),
     Normalization(
         name="standardize",
@@ -45,5 +49,6 @@ ROWS = (
         parameters=(DIM, CORRECTION, KEYWORD_DTYPE, NAN),
         result=floated, passes=(passes.MOMENTS,), apply=".normalizations:apply_standardize",
         needs=lambda params: params["correction"],
+        vjp=".gradients:standardize",
     ),
 )  # fmt: skip

@@ -30,6 +30,7 @@ ROWS = (
         parameters=(LAST, DESCENDING, STABLE, NAN),
         accepts=ORDERED, picks=True, indices=True,
         result=same, scan=".orders:Sorted",
+        vjp=".gradients_of_orders:picked",
     ),
     Ordering(
         name="argsort",
@@ -44,5 +45,6 @@ ROWS = (
         parameters=(K, LAST, LARGEST, SORTED, NAN),
         accepts=ORDERED, picks=True, indices=True, size=first_k,
         result=same, scan=".orders:Top",
+        vjp=".gradients_of_orders:picked",
     ),
 )  # fmt: skip

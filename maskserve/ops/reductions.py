@@ -57,6 +57,7 @@ ROWS = (
         accepts=SUMMED, on_complex=".complexes:by_parts",
         result=summed_or_weighted, passes=(passes.TOTAL,), finalize=".reductions:finalize_sum", identity=0,
         weighted=(passes.WEIGHTED_TOTAL,), finalize_weighted=".weighted:finalize_sum",
+        vjp=".gradients:total", vjp_weighted=".gradients:weighted_total",
     ),
     Reduction(
         name="mean",
@@ -65,6 +66,7 @@ ROWS = (
         accepts=SUMMED, on_complex=".complexes:by_parts",
         result=floated, passes=(passes.TOTAL,), finalize=".reductions:finalize_mean",
         weighted=(passes.WEIGHTED_TOTAL,), finalize_weighted=".weighted:finalize_mean",
+        vjp=".gradients:mean", vjp_weighted=".gradients:weighted_mean",
     ),
     Reduction(
         name="var",
@@ -74,6 +76,7 @@ ROWS = (
         result=spread, passes=(passes.MOMENTS,), finalize=".reductions:finalize_var",
         weighted=(passes.WEIGHTED_MOMENTS,), finalize_weighted=".weighted:finalize_var",
         needs=lambda params: params["correction"],
+        vjp=".gradients:var", vjp_weighted=".gradients:weighted_var",
     ),
     Reduction(
         name="std",
@@ -83,6 +86,7 @@ ROWS = (
         result=spread, passes=(passes.MOMENTS,), finalize=".reductions:finalize_std",
         weighted=(passes.WEIGHTED_MOMENTS,), finalize_weighted=".weighted:finalize_std",
         needs=lambda params: params["correction"],
+        vjp=".gradients:std", vjp_weighted=".gradients:weighted_std",
     ),
     Reduction(
         name="amax", aliases=("max",),
@@ -90,6 +94,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=same, passes=(passes.LARGEST,), finalize=".reductions:finalize_best",
+        vjp=".gradients:extreme",
     ),
     Reduction(
         name="amin", aliases=("min",),
@@ -97,6 +102,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=same, passes=(passes.SMALLEST,), finalize=".reductions:finalize_best",
+        vjp=".gradients:extreme",
     ),
     Reduction(
         name="argmax",
@@ -139,6 +145,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, KEYWORD_DTYPE, *OURS),
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:logsumexp",
         result=floated, passes=(passes.EXPONENTIALS,), finalize=".reductions:finalize_logsumexp", identity=-math.inf,
+        vjp=".gradients:logsumexp",
     ),
     Reduction(
         name="median",
@@ -147,6 +154,7 @@ ROWS = (
         accepts=ORDERED,
         result=floated, select=".selections:median",
         differs="torch.median gives the lower of two middle cells, maskserve.median their mean",
+        vjp=".gradients_of_orders:median",
     ),
     Reduction(
         name="quantile",
@@ -155,6 +163,7 @@ ROWS = (
         accepts=ORDERED,
         result=floated, select=".selections:quantile", leading=shares, leading_dim="quantile",
         check=checked_shares,
+        vjp=".gradients_of_orders:quantile",
     ),
     Reduction(
         name="prod",
@@ -162,6 +171,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, DTYPE, *OURS),
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:product",
         result=summed, passes=(passes.PRODUCT,), finalize=".products:finalize_prod", identity=1,
+        vjp=".gradients_of_products:prod",
     ),
     Reduction(
         name="norm",
@@ -171,6 +181,7 @@ ROWS = (
         result=spread, passes=(passes.POWERS,), finalize=".norms:finalize_norm", identity=0,
         torch=("vector_norm",), torch_words={"p": "ord", "x": "input"}, torch_values={"fro": 2},
         unlike=("linalg.norm",),  # of a matrix it is the largest singular value, and the like
+        vjp=".gradients_of_norms:norm",
     ),
     Reduction(
         name="max",
@@ -178,6 +189,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, MIN_COUNT, NAN),
         verb=None, accepts=ORDERED, picks=True, indices=True, binary="maximum",
         result=same, passes=(passes.FIRST_LARGEST,), finalize=".reductions:finalize_at",
+        vjp=".gradients_of_orders:picked",
     ),
     Reduction(
         name="min",
@@ -185,6 +197,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, MIN_COUNT, NAN),
         verb=None, accepts=ORDERED, picks=True, indices=True, binary="minimum",
         result=same, passes=(passes.FIRST_SMALLEST,), finalize=".reductions:finalize_at",
+        vjp=".gradients_of_orders:picked",
     ),
     Reduction(
         name="mode",
@@ -192,6 +205,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, MIN_COUNT, NAN),
         accepts=ORDERED, picks=True, indices=True,
         result=same, select=".selections:mode", torch_defaults={"dim": -1},
+        vjp=".gradients_of_orders:picked",
     ),
     Reduction(
         name="first",
@@ -199,6 +213,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=same, passes=(passes.FIRST,), finalize=".reductions:finalize_best",
+        vjp=".gradients_of_orders:first",
     ),
     Reduction(
         name="last",
@@ -206,6 +221,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=same, passes=(passes.LAST,), finalize=".reductions:finalize_best",
+        vjp=".gradients_of_orders:last",
     ),
     Reduction(
         name="ptp",
@@ -213,6 +229,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=NUMBERS,
         result=same, passes=(passes.EXTENT,), finalize=".places:finalize_ptp",
+        vjp=".gradients:extent",
     ),
     Reduction(
         name="count_distinct",

@@ -101,6 +101,8 @@ class Sliced(Row):
     """The kernel that makes real cells of complex ones, where the row takes them."""
     check: Callable[[Params], str | None] = lambda _: None
     """What is wrong with the parameters, where their types do not say it."""
+    vjp: str = ""
+    """The kernel of its gradient; none where the row is not differentiable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,6 +120,8 @@ class Reduction(Sliced):
     weighted: tuple[Pass, ...] = ()
     finalize_weighted: str = ""
     """The passes, and what ends them, when `weights` are given."""
+    vjp_weighted: str = ""
+    """The kernel of the gradients by data and by weights."""
     select: str = ""
     leading: Callable[[Params], tuple[float, ...] | None] = lambda _: None
     """The labels of a new first dim, where the params ask for several results a slice."""
@@ -202,6 +206,8 @@ class Whole(Row):
 
     function: str
     outputs: tuple[str, ...] = ("values",)
+    vjp: str = ""
+    """The kernel of its gradient; none where the row is not differentiable."""
 
 
 class MaskRule(StrEnum):

@@ -19,6 +19,7 @@ ROWS = (
         parameters=(DIM, KEYWORD_DTYPE, NAN),
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:by_parts",
         result=summed, scan=".scans:CumulativeSum",
+        vjp=".gradients:cumsum",
     ),
     Scan(
         name="cumprod",
@@ -26,6 +27,7 @@ ROWS = (
         parameters=(DIM, KEYWORD_DTYPE, NAN),
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:running_product",
         result=summed, scan=".products:CumulativeProduct",
+        vjp=".gradients_of_products:cumprod",
     ),
     Scan(
         name="cummax",
@@ -33,6 +35,7 @@ ROWS = (
         parameters=(DIM, NAN),
         accepts=NUMERIC | {u64}, picks=True, indices=True,
         result=same, scan=".places:CumulativeLargest",
+        vjp=".gradients_of_orders:picked",
     ),
     Scan(
         name="cummin",
@@ -40,12 +43,14 @@ ROWS = (
         parameters=(DIM, NAN),
         accepts=NUMERIC | {u64}, picks=True, indices=True,
         result=same, scan=".places:CumulativeSmallest",
+        vjp=".gradients_of_orders:picked",
     ),
     Scan(
         name="logcumsumexp",
         summary="log of the running sum of exponentials of the valid cells along dim",
         parameters=(DIM, KEYWORD_DTYPE, NAN),
         result=floated, scan=".scans:LogCumulativeSumOfExponentials",
+        vjp=".gradients_of_products:logcumsumexp",
     ),
     Scan(
         name="rank",

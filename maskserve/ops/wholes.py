@@ -34,11 +34,13 @@ ROWS = (
         summary="covariances of the rows, each pair over the columns where both are valid",
         parameters=(CORRECTION, NAN),
         result=floated, function=".wholes:cov",
+        vjp=".gradients_of_wholes:cov",
     ),
     Whole(
         name="corrcoef",
         summary="correlation coefficients of the rows, each pair over the columns where both are valid",
         parameters=(NAN,),
         result=floated, function=".wholes:corrcoef",
+        vjp=".gradients_of_wholes:corrcoef",
     ),
 )  # fmt: skip
