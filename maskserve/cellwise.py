@@ -18,10 +18,9 @@ from maskserve.masks import Policy, check_equal, intersection, union
 from maskserve.ops.parameters import NAN, Type
 from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
 from maskserve.params import accept, check, names_of
+from maskserve.reach import Operand, Through, applied, is_followed
+from maskserve.tensor import same_memory
 from maskserve.torch_dtypes import DTYPES, dtype_of
-
-Operand = tuple[Any, Tensor | None, bool]
-"""(tensor, number or None, its mask, whether it is a MaskedTensor): plain tensors and numbers are valid everywhere."""
 
 HOMES = (torch, torch.special, torch.nn.functional)
 
@@ -39,25 +38,28 @@ def function(row: Elementwise) -> Callable[..., Tensor]:
 
 def compute(
     row: Elementwise, operands: Sequence[Operand], given: Mapping[str, Any], policy: Policy, nan: str | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(values, mask) of the row on its operands, broadcast; hidden cells are 0."""
-    kinds = [dtype_of(value) for value, _, _ in operands if isinstance(value, Tensor)]
+) -> Operand:
+    """The row of its operands, broadcast; hidden cells are 0."""
+    kinds = [dtype_of(operand.value) for operand in operands if isinstance(operand.value, Tensor)]
     for kind in kinds:
         if kind not in row.accepts:
             refuse(row, kind)
     if any(kind in WIDE or kind is u64 for kind in kinds):
         operands = readable(row, operands, kinds)
-    if row.beyond is not Beyond.TORCHS and any(type(value) is int for value, _, _ in operands):
+    if row.beyond is not Beyond.TORCHS and any(type(operand.value) is int for operand in operands):
         operands = in_range(row, operands)
     if nan is not None:
         operands = nan_checked(row, operands, nan)
     params = resolve(row, given) if row.parameters else {}
-    tensors = [value for value, _, _ in operands if isinstance(value, Tensor)]
+    tensors = [operand.value for operand in operands if isinstance(operand.value, Tensor)]
     shape = broadcast_shape(row, tensors)
-    masks = [None if mask is None else padded(mask, len(shape)) for _, mask, _ in operands]
+    masks = [None if mask is None else padded(mask, len(shape)) for _, mask, *_ in operands]
     if policy is Policy.STRICT:
-        check_equal(row.name, [m for m, (_, _, masked) in zip(masks, operands, strict=True) if masked], shape)
+        check_equal(row.name, [m for m, operand in zip(masks, operands, strict=True) if operand.is_masked], shape)
+    reach = None
     try:
+        if any(map(is_followed, tensors)):
+            operands, reach = followed(row, operands, masks, shape, policy)
         values, mask = flow(row, operands, masks, policy)
         data = called(row, values, params)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
@@ -66,15 +68,51 @@ def compute(
         raise refused(row, error, kinds) from error
     if data.dtype not in DTYPES:
         raise DtypeError(f"{row.name} gives {data.dtype}, which is not supported; convert to torch.float32 first")
+    if not (data.is_floating_point() or data.is_complex()):
+        reach = None
     if mask is None:
-        return (data.clone() if any(same_memory(data, tensor) for tensor in tensors) else data), None
+        return Operand(data.clone() if any(same_memory(data, tensor) for tensor in tensors) else data, None, reach)
     if any(same_memory(mask, m) for m in masks if m is not None):
         mask = mask.clone()  # a later assignment into the result is none into the operand
-    return select(data, mask.expand(data.shape)), mask
+    return Operand(select(data, mask.expand(data.shape)), mask, reach)
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def followed(
+    row: Elementwise, operands: Sequence[Operand], masks: Sequence[Tensor | None], shape: torch.Size, policy: Policy
+) -> tuple[Sequence[Operand], Tensor | None]:
+    """The operands on their way through the gate, at the result's shape, and the result's reach."""
+    if not row.is_differentiable:
+        return [o._replace(value=o.value.detach()) if isinstance(o.value, Tensor) else o for o in operands], None
+    places = [i for i, operand in enumerate(operands) if has_derivative(operand.value)]
+    reaches = [None if (own := operands[i].reach) is None else own.expand(shape) for i in places]
+    if not places or (row.is_linear and not any(reach is not None for reach in reaches)):
+        return operands, None
+    live = live_cells(row, operands, masks, shape, policy)
+    gate = [live[i] for i in places]
+    *values, reach = applied(
+        Through, not row.is_linear, len(places), *gate, *[operands[i].value.expand(shape) for i in places], *reaches
+    )
+    made = list(operands)
+    for i, value in zip(places, values, strict=True):
+        made[i] = operands[i]._replace(value=value)
+    return made, reach
+
+
+def has_derivative(value: Any) -> bool:
+    """Whether a gradient by it can be asked for."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and is_followed(value)
+
+
+def live_cells(
+    row: Elementwise, operands: Sequence[Operand], masks: Sequence[Tensor | None], shape: torch.Size, policy: Policy
+) -> Sequence[Tensor | None]:
+    """Where the result depends on each operand; None: wherever it is valid."""
+    if row.rule is MaskRule.CHOSEN:
+        condition = operands[0].value.expand(shape)
+        return None, condition, ~condition
+    if policy is Policy.UNION:
+        return [None if mask is None else mask.expand(shape) for mask in masks]
+    return [None] * len(operands)
 
 
 def called(row: Elementwise, values: list[Any], params: Mapping[str, Any]) -> Tensor:
@@ -127,14 +165,14 @@ def readable(row: Elementwise, operands: Sequence[Operand], kinds: Sequence[DTyp
     branches = kinds[1:] if row.rule is MaskRule.CHOSEN else kinds
     if u64 in branches:
         first = 1 if row.rule is MaskRule.CHOSEN else 0
-        return [*operands[:first], *[(as_u64(row, value), mask, m) for value, mask, m in operands[first:]]]
+        return [*operands[:first], *[o._replace(value=as_u64(row, o.value)) for o in operands[first:]]]
     if row.as_stored and len(set(branches)) == 1:
         return operands
     return [
-        (value.to(getattr(torch, WIDE[dtype_of(value)].torch)), mask, masked)
-        if isinstance(value, Tensor) and dtype_of(value) in WIDE
-        else (value, mask, masked)
-        for value, mask, masked in operands
+        operand._replace(value=operand.value.to(getattr(torch, WIDE[dtype_of(operand.value)].torch)))
+        if isinstance(operand.value, Tensor) and dtype_of(operand.value) in WIDE
+        else operand
+        for operand in operands
     ]
 
 
@@ -154,16 +192,16 @@ def as_u64(row: Elementwise, value: Any) -> Tensor:
 
 def in_range(row: Elementwise, operands: Sequence[Operand]) -> Sequence[Operand]:
     """The operands where their integer dtype holds each int among them; torch would wrap it without a word."""
-    tensors = [value for value, _, _ in operands if isinstance(value, Tensor)]
+    tensors = [operand.value for operand in operands if isinstance(operand.value, Tensor)]
     if not tensors or any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
         return operands
     dtype = reduce(torch.promote_types, [torch.result_type(tensor, 1) for tensor in tensors])
     kind = DTYPES[dtype]
-    beyond = [value for value, _, _ in operands if type(value) is int and not kind.holds(value)]
+    beyond = [o.value for o in operands if type(o.value) is int and not kind.holds(o.value)]
     if not beyond:
         return operands
     if row.beyond is Beyond.EXACT and kind is not u64 and all(i64.holds(value) for value in beyond):
-        return [(v.to(torch.int64) if isinstance(v, Tensor) else v, mask, masked) for v, mask, masked in operands]
+        return [o._replace(value=o.value.to(torch.int64)) if isinstance(o.value, Tensor) else o for o in operands]
     raise DtypeError(f"{row.name}: {beyond[0]} does not fit {kind.name}; convert the tensor first, to a dtype that holds it")
 
 
@@ -172,13 +210,13 @@ def nan_checked(row: Elementwise, operands: Sequence[Operand], nan: str) -> Sequ
     if check(row, NAN, nan) == "propagate":
         return operands
     checked: list[Operand] = []
-    for value, mask, masked in operands:
+    for operand in operands:
+        value = operand.value
         if isinstance(value, float | complex) and value != value:
-            value = torch.tensor(value)
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            checked.append((value, mask, masked))
-            continue
-        checked.append((value, counting(row, value, mask, nan), True))
+            operand = operand._replace(value=(value := torch.tensor(value)))
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+            operand = operand._replace(mask=counting(row, value, operand.mask, nan), is_masked=True)
+        checked.append(operand)
     return checked
 
 
@@ -205,7 +243,7 @@ def flow(
     row: Elementwise, operands: Sequence[Operand], masks: list[Tensor | None], policy: Policy
 ) -> tuple[list[Any], Tensor | None]:
     """The values to compute with, and where the result is valid."""
-    values = [value for value, _, _ in operands]
+    values = [operand.value for operand in operands]
     if row.rule is MaskRule.CHOSEN:
         condition, yes, no = masks
         if yes is None and no is None:
@@ -223,7 +261,7 @@ def flow(
 def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[Any]:
     """Policy union: a missing operand is the op's identity on its side."""
     values = []
-    for i, (value, mask, _) in enumerate(operands):
+    for i, (value, mask, *_) in enumerate(operands):
         identity = row.identity[i] if row.identity else None
         if mask is None:
             values.append(value)
@@ -233,7 +271,7 @@ def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[
                 parameter="policy",
             )
         elif identity == OTHER:
-            other = operands[1 if i == 0 else 0][0]
+            other = operands[1 if i == 0 else 0].value
             values.append(torch.where(mask.expand(value.shape), value, other))
         else:
             assert not isinstance(identity, str)

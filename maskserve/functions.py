@@ -7,28 +7,24 @@ more than a dict look-up and a cached plan.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from maskserve import cellwise, masking, masks
-from maskserve.backends.reference import kernel
-from maskserve.backends.reference.cells import canonical
-from maskserve.blocks import counting
-from maskserve.dtypes import WIDENED
+from maskserve import cellwise, gradients, masking, masks, wholes
 from maskserve.engine import run, run_with_indices
-from maskserve.errors import DtypeError, GradientError, ParameterError, ShapeError
+from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
 from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
-from maskserve.ops.results import same
 from maskserve.ops.rows import Cells, Elementwise, Masking, Move, Reduction, Row, Whole
 from maskserve.params import accept, names_of, resolve
-from maskserve.plan import SlicedRow, as_floats, plan
+from maskserve.plan import Plan, SlicedRow, plan, with_masked_slices
+from maskserve.reach import Operand, hidden, in_transform, is_followed, narrowed
 from maskserve.tensor import MaskedTensor, from_foreign
 from maskserve.torch_dtypes import dtype_of
 
@@ -49,34 +45,55 @@ def sliced(
     row: SlicedRow, tensor: Any, mask: Any, given: tuple[tuple[str, Any], ...], weights: Any = None
 ) -> MaskedTensor | Pair:
     """An op along dims of one tensor."""
-    data, own = unwrap(row, tensor, mask)
+    cells = unwrap(row, tensor, mask)
+    data = cells.value
     device = "cpu" if data.device.type == "cpu" else str(data.device)
+    operands = [cells]
     if weights is not None:
-        weights = side_input(row, weights, data)
-        given = (*given, ("weights", dtype_of(weights[0])))
+        operands.append(side_input(row, weights, data))
+        given = (*given, ("weights", dtype_of(operands[1].value)))
     planned = plan(row, given, tuple(data.shape), dtype_of(data), device)
-    if row.indices and planned.params["dim"] is not None:
+    if any(is_followed(operand.value) for operand in operands):
+        return traced(planned, operands)
+    return computed(planned, operands)
+
+
+def computed(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
+    """The engine's result."""
+    data, own, *_ = operands[0]
+    if planned.row.indices and planned.params["dim"] is not None:
         values, valid, indices = run_with_indices(planned, data, own)
         return Pair(MaskedTensor._of(values, valid), MaskedTensor._of(indices, valid.clone()))
-    return MaskedTensor._of(*run(planned, data, own, weights))
+    return MaskedTensor._of(*run(planned, data, own, operands[1][:2] if len(operands) > 1 else None))
+
+
+def traced(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
+    """The same, with a trace for autograd; a row without a derivative leaves none."""
+    row = planned.row
+    if not row.vjp and not in_transform():
+        return computed(planned, [operand._replace(value=operand.value.detach()) for operand in operands])
+    fill = planned.params.get("empty", "mask")
+    if isinstance(fill, int | float):  # a number that depends on no cell is no part of the derivative
+        planned = with_masked_slices(planned)
+    result, indices = gradients.apply(gradients.OfSlices(planned), *operands)
+    made = MaskedTensor._of(*result[:3])
+    if isinstance(fill, int | float):
+        return cast(MaskedTensor, public("fill")(made, fill))
+    if indices is not None and row.indices and planned.params["dim"] is not None:
+        return Pair(made, MaskedTensor._of(indices, made.get_mask()))
+    return made
 
 
 def whole(row: Whole, tensor: Any, mask: Any, given: dict[str, Any]) -> Any:
     """A function of the whole tensor: one MaskedTensor, or several by name."""
-    data, own = unwrap(row, tensor, mask)
-    dtype = dtype_of(data)
+    cells = unwrap(row, tensor, mask)
+    dtype = dtype_of(cells.value)
     accept(row, dtype)
     params = resolve(row, given)
-    if dtype in WIDENED:
-        data = data.to(getattr(torch, WIDENED[dtype].torch))
-    own = counting(row, data, own, params["nan"])
-    parts = kernel(row.function)(data, own, params)
-    wide = getattr(torch, row.result(as_floats(dtype), params).torch)
-    made = {
-        name: MaskedTensor._of(canonical(values.to(wide) if row.result is not same else values), valid)
-        for name, (values, valid) in zip(row.outputs, parts, strict=True)
-        if params.get(f"return_{name}", True)
-    }
+    if row.vjp and is_followed(cells.value):
+        return MaskedTensor._of(*gradients.apply(gradients.OfWhole(row, params), cells)[0][:3])
+    parts = wholes.compute(row, params, cells.value.detach(), cells.mask)
+    made = {name: MaskedTensor._of(*part) for name, part in parts.items() if params.get(f"return_{name}", True)}
     return several_of(row.name, made) if len(made) > 1 else next(iter(made.values()))
 
 
@@ -86,16 +103,20 @@ def several_of(name: str, made: dict[str, MaskedTensor]) -> Any:
     return type(name, (bare,), {"__slots__": (), "__reduce__": lambda self: (several_of, (name, self._asdict()))})(**made)
 
 
-def side_input(row: Row, given: Any, data: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A tensor that is used and not computed on, and its mask, both with data's ndim."""
-    values, valid = unwrap(row, given, None)
+def side_input(row: Row, given: Any, data: Tensor) -> Operand:
+    """A tensor that is used and not computed on, with data's ndim, as its mask and reach."""
+    values, valid, reach, _ = unwrap(row, given, None)
     grown = [1] * (data.ndim - values.ndim) + list(values.shape)
     if len(grown) != data.ndim or any(m not in (1, n) for m, n in zip(grown, data.shape, strict=True)):
         raise ShapeError(
             f"{row.name}: weights have shape {tuple(values.shape)}, the data {tuple(data.shape)}; weights must broadcast to "
             "the data: sizes equal or 1, counted from the last dim"
         )
-    return values.reshape(grown), None if valid is None else valid.expand(values.shape).reshape(grown)
+    return Operand(
+        values.reshape(grown),
+        None if valid is None else valid.expand(values.shape).reshape(grown),
+        None if reach is None else reach.reshape(grown),
+    )
 
 
 def several(value: Any) -> Any:
@@ -107,12 +128,17 @@ def several(value: Any) -> Any:
 
 def masked(row: Masking, tensor: Any, mask: Any, given: tuple[tuple[str, Any], ...]) -> MaskedTensor:
     """The same cells under a new mask."""
-    data, own = unwrap(row, tensor, mask)
+    cells = unwrap(row, tensor, mask)
+    data, own = cells.value.detach(), cells.mask
     dtype_of(data)
     tensors = {p.name for p in row.callable if p.type is Type.TENSOR}
     others = {name: other_mask(data, name, value) for name, value in given if name in tensors and value is not None}
     params = {name: value for name, value in given if name not in tensors and value is not None}
-    return MaskedTensor._of(*masking.compute(row, data, own, params, others))
+    values, valid = masking.compute(row, data, own, params, others)
+    if is_followed(cells.value):
+        both = valid if own is None else valid & own
+        return MaskedTensor._of(hidden(cells.value, valid), valid, narrowed(cells.reach, both))
+    return MaskedTensor._of(values, valid)
 
 
 def other_mask(data: Tensor, name: str, value: Any) -> Tensor | None:
@@ -129,38 +155,33 @@ def elementwise(
     """An elementwise op of tensors and numbers."""
     last = len(operands) - row.n_optional
     unwrapped = [unwrapped_operand(row, operand, optional=i >= last) for i, operand in enumerate(operands)]
-    return MaskedTensor._of(*cellwise.compute(row, unwrapped, given, masks.parse_policy(policy), nan))
+    return MaskedTensor._of(*cellwise.compute(row, unwrapped, given, masks.parse_policy(policy), nan)[:3])
 
 
-def unwrapped_operand(row: Elementwise, operand: Any, *, optional: bool) -> cellwise.Operand:
+def unwrapped_operand(row: Elementwise, operand: Any, *, optional: bool) -> Operand:
     operand = from_foreign(operand)
     if isinstance(operand, MaskedTensor | Tensor):
-        return (*unwrap(row, operand, None), isinstance(operand, MaskedTensor))
+        return unwrap(row, operand, None)
     if not isinstance(operand, int | float | complex) and not (operand is None and optional):
         raise DtypeError(f"{row.name} takes tensors and numbers, not a {type(operand).__name__}")
-    return operand, None, False
+    return Operand(operand)
 
 
-def unwrap(row: Row, tensor: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
-    """(data, mask) of a MaskedTensor, or of a plain tensor with `mask=`."""
+def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
+    """The parts of a MaskedTensor, or of a plain tensor with `mask=`."""
     if not isinstance(tensor, MaskedTensor):
         tensor = tensor_of(tensor)
-    if isinstance(tensor, MaskedTensor):
-        data, own = tensor._data, tensor._mask
+    if is_masked := isinstance(tensor, MaskedTensor):
         if mask is not None:
-            own = masks.intersection([own, masks.checked(data, mask)])
+            tensor = as_masked_tensor(tensor, mask)
+        data, own, reach = tensor._data, tensor._mask, tensor._reach
     else:
-        data, own = tensor, masks.checked(tensor, mask)
+        data, own, reach = tensor, masks.checked(tensor, mask), None
     if data.layout is not torch.strided or data.is_meta:
         raise DtypeError(f"{row.name} takes strided tensors with cells, not {data.layout} on {data.device}")
     if data.is_neg() or data.is_conj():
         data = data.resolve_neg().resolve_conj()
-    if data.requires_grad and torch.is_grad_enabled():
-        raise GradientError(
-            f"{row.name}: the tensor requires grad, and this version computes no gradients: "
-            "call it under torch.no_grad(), or on tensor.detach()"
-        )
-    return data, own
+    return Operand(data, own, reach, is_masked)
 
 
 def one(name: str, value: Any, other: str, synonym: Any) -> Any:

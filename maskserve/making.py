@@ -38,13 +38,12 @@ def mapped(cells: list[Any], change: Callable[[Any], Any]) -> list[Any]:
 def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -> MaskedTensor:
     """A new MaskedTensor with memory of its own, like torch.tensor.
 
-    `data` may be a list (None is masked), a tensor, numpy.ma or torch.masked.
+    `data` may be a list (None is masked), a tensor, numpy.ma or torch.masked. With `requires_grad` it is a leaf that
+    collects a gradient in `.grad`; the history of `data` ends here either way (as_masked_tensor keeps it).
     """
     source = as_masked_tensor(data, mask)
-    copied = source._data.detach().clone()
-    if requires_grad:
-        copied.requires_grad_()
-    return MaskedTensor._of(copied, source._mask)
+    made = MaskedTensor._of(source._data.detach().clone(), source._mask)
+    return made.requires_grad_() if requires_grad else made
 
 
 def as_masked_tensor(data: Any, mask: Any = None) -> MaskedTensor:
@@ -56,7 +55,7 @@ def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
     """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
     tensor = tensor_of(data)
     if isinstance(tensor, MaskedTensor):
-        return as_masked_tensor(tensor, from_lengths(tensor._data, lengths, dim)._mask)
+        return as_masked_tensor(tensor, from_lengths(tensor._data.detach(), lengths, dim)._mask)
     counts = tensor_of(lengths)
     if not isinstance(counts, Tensor) or not isinstance(dim, int):
         _refuse("lengths are whole numbers and dim is one dim number", "lengths")

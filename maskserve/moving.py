@@ -12,11 +12,12 @@ from torch import Tensor
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
-from maskserve.cellwise import HOMES, same_memory
+from maskserve.cellwise import HOMES
 from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
-from maskserve.tensor import MaskedTensor
+from maskserve.reach import channel, is_followed
+from maskserve.tensor import MaskedTensor, same_memory
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -47,10 +48,18 @@ def by_torch(row: Move, args: Arguments, kwargs: Keywords) -> Any:
         return move(cells, *others, **kwargs) if listed else move(*cells, *others, **kwargs)
 
     data = go([source._data for source in sources])
+    reach = the_same_way(go, reaches) if (reaches := asked(sources)) else None
     if all(source._mask is None for source in sources):
-        return placed(data, None, sources)
+        return placed(data, None, reach, sources)
     masks = [source._full_mask() for source in sources]
-    return placed(data, ones_beside(go, masks) if row.zeros else the_same_way(go, masks), sources)
+    return placed(data, ones_beside(go, masks) if row.zeros else the_same_way(go, masks), reach, sources)
+
+
+def asked(sources: Sequence[MaskedTensor]) -> list[Tensor]:
+    """The reaches of all sources, where a gradient asks for one of them."""
+    if not torch.is_grad_enabled() or all(source._reach is None for source in sources):
+        return []
+    return [channel(source._data) if source._reach is None else source._reach for source in sources]
 
 
 def the_same_way(go: Callable[[list[Tensor]], Any], masks: list[Tensor]) -> Any:
@@ -74,10 +83,11 @@ def by_kernel(row: Move, args: Arguments, kwargs: Keywords) -> Any:
         if not isinstance(argument, Tensor | MaskedTensor):
             return argument
         source = source_of(argument)
-        return Masked(source._data, None if source._mask is None else source._full_mask())
+        reach = source._reach if torch.is_grad_enabled() else None
+        return Masked(source._data, None if source._mask is None else source._full_mask(), reach)
 
-    data, mask = kernel(row.function)(pair(sources[0]), *map(pair, args[1:]), **{k: pair(v) for k, v in kwargs.items()})
-    return placed(data, mask, sources)
+    made: Masked = kernel(row.function)(pair(sources[0]), *map(pair, args[1:]), **{k: pair(v) for k, v in kwargs.items()})
+    return placed(made.data, made.mask, made.reach, sources)
 
 
 @cache
@@ -116,20 +126,21 @@ def source_of(value: Any) -> MaskedTensor:
 # -- results ------------------------------------------------------------------------------------------------------
 
 
-def placed(data: Any, mask: Any, sources: Sequence[MaskedTensor]) -> Any:
+def placed(data: Any, mask: Any, reach: Any, sources: Sequence[MaskedTensor]) -> Any:
     """MaskedTensors of moved parts: views of the source whose memory they share, or copies with 0 under the mask."""
     if isinstance(data, tuple | list):
-        masks = [None] * len(data) if mask is None else mask
-        return tuple(placed(part, part_mask, sources) for part, part_mask in zip(data, masks, strict=True))
+        none = [None] * len(data)
+        parts = zip(data, none if mask is None else mask, none if reach is None else reach, strict=True)
+        return tuple(placed(*part, sources) for part in parts)
+    if not is_followed(data):
+        reach = None
     for source in sources:
         if same_memory(data, source._data):
-            made = source._view_of(data, mask)
+            made = source._view_of(data, mask, reach)
             made._owns_mask &= data.dtype is source.dtype  # a real part made valid would make the imaginary one so
             return made
     if mask is None:
-        return MaskedTensor._of(data, None)
+        return MaskedTensor._of(data, None, reach)
     if any(source._mask is not None and same_memory(mask, source._mask) for source in sources):
         mask = mask.clone()
-    if data.requires_grad:  # select is bit by bit, and knows no history
-        return MaskedTensor._of(torch.where(mask, data, torch.zeros((), dtype=data.dtype, device=data.device)), mask)
-    return MaskedTensor._of(select(data, mask), mask)
+    return MaskedTensor._of(select(data, mask), mask, reach)

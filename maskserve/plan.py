@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -83,6 +83,21 @@ class Plan:
     def n_reduced(self) -> int:
         """The cells of one slice."""
         return math.prod(self.fold[1::2])
+
+
+@lru_cache(maxsize=1024)
+def batched(plan: Plan, n: int) -> Plan:
+    """The same for n tensors at once, along a new first dim that is kept."""
+    shape, dims = (n, *plan.shape), tuple(dim + 1 for dim in plan.dims)
+    labels = 0 if plan.labels is None else 1
+    out_shape = (*plan.out_shape[:labels], n, *plan.out_shape[labels:])
+    return replace(plan, shape=shape, dims=dims, out_shape=out_shape, fold=fold(shape, dims))
+
+
+@lru_cache(maxsize=1024)
+def with_masked_slices(plan: Plan) -> Plan:
+    """The same, where a slice with too few valid cells gives a masked one and no number."""
+    return replace(plan, params=MappingProxyType({**plan.params, "empty": "mask"}))
 
 
 def fold(shape: Shape, dims: Shape) -> Shape:

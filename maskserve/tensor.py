@@ -18,6 +18,7 @@ from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
 from maskserve.formatting import nested, text_of
 from maskserve.operators import attach
+from maskserve.reach import Exit, applied, as_cotangent, channel, hidden, in_transform, is_followed, narrowed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +31,14 @@ class MaskedTensor:
     `get_mask()` give the two; `to_tensor(fill)` gives a plain tensor.
     """
 
-    __slots__ = ("_data", "_is_view", "_mask", "_owns_mask")
+    __slots__ = ("_data", "_is_view", "_mask", "_owns_mask", "_reach")
     __array_ufunc__ = None  # numpy arrays on the left leave the operator to us
     __hash__ = object.__hash__  # == is elementwise; as with torch, a tensor hashes by identity
 
     _data: Tensor
     _mask: Tensor | None
+    _reach: Tensor | None
+    """What a gradient's mask travels back by (reach.py); None where nobody asks for one."""
     _is_view: bool
     """Whether another MaskedTensor sees the same data."""
     _owns_mask: bool
@@ -43,8 +46,11 @@ class MaskedTensor:
 
     def __init__(self, data: Tensor, mask: Tensor | bool | None = None) -> None:
         data = from_foreign(data)
+        self._reach = None
         if isinstance(data, MaskedTensor):
-            data, mask = data._data, masks.intersection([data._mask, masks.checked(data._data, mask)])
+            own = masks.checked(data._data, mask)
+            self._reach = narrowed(data._reach, own)
+            data, mask = data._data, masks.intersection([data._mask, own])
         if not isinstance(data, Tensor):
             raise DtypeError(
                 f"MaskedTensor takes a torch tensor, not a {type(data).__name__}; masked_tensor(...) converts lists, "
@@ -56,19 +62,19 @@ class MaskedTensor:
         self._owns_mask = own is not None and own.shape == data.shape
 
     @classmethod
-    def _of(cls, data: Tensor, mask: Tensor | None) -> MaskedTensor:
+    def _of(cls, data: Tensor, mask: Tensor | None, reach: Tensor | None = None) -> MaskedTensor:
         """From parts that fit together and are nobody else's, without a copy or a check."""
         made = object.__new__(cls)
-        made._data, made._mask, made._is_view = data, mask, False
+        made._data, made._mask, made._reach, made._is_view = data, mask, reach, False
         made._owns_mask = mask is not None and mask.shape == data.shape
         return made
 
-    def _view_of(self, data: Tensor, mask: Tensor | None) -> MaskedTensor:
+    def _view_of(self, data: Tensor, mask: Tensor | None, reach: Tensor | None = None) -> MaskedTensor:
         """Parts that were made from this tensor's parts, as views or as copies."""
-        shares_data, shares_mask = _same_memory(data, self._data), _same_memory(mask, self._mask)
+        shares_data, shares_mask = same_memory(data, self._data), same_memory(mask, self._mask)
         if shares_mask and not shares_data:
             mask, shares_mask = mask.clone() if mask is not None else None, False
-        made = MaskedTensor._of(data, mask)
+        made = MaskedTensor._of(data, mask, reach)
         if shares_data:
             made._is_view, made._owns_mask = True, shares_mask and self._owns_mask
         return made
@@ -108,8 +114,11 @@ class MaskedTensor:
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def get_data(self) -> Tensor:
-        """The data, with whatever lies under the mask."""
-        return self._data
+        """The data, with whatever lies under the mask. A gradient that comes back by it reaches every valid cell."""
+        if not is_followed(self._data):
+            return self._data
+        plain: Tensor = applied(Exit, self._data, self._full_mask(), self._reach)
+        return plain
 
     def get_mask(self) -> Tensor:
         """A copy of the mask, of the data's shape."""
@@ -122,14 +131,15 @@ class MaskedTensor:
 
     def to_tensor(self, fill: float | None = None) -> Tensor:
         """A plain tensor with `fill` in the masked cells; without a fill a masked cell is an error."""
-        if self._mask is None or bool(self._mask.all()):
-            return self._data.clone()
         if fill is None:
-            n = int((~self._full_mask()).sum())
-            raise MaskedValueError(
-                f"{n} of {self._data.numel()} cells are masked; give to_tensor(fill) a value for them"
-            )
-        return torch.where(self._full_mask(), self._data, self._fitting(fill))
+            n = 0 if self._mask is None else int((~self._full_mask()).sum())
+            if n:
+                raise MaskedValueError(
+                    f"{n} of {self._data.numel()} cells are masked; give to_tensor(fill) a value for them"
+                )
+        if self._mask is None or fill is None:
+            return self.get_data().clone()
+        return torch.where(self._full_mask(), self.get_data(), self._fitting(fill))
 
     def _fitting(self, fill: float) -> Tensor:
         """`fill` in the data's dtype, or an error where it would change."""
@@ -167,6 +177,77 @@ class MaskedTensor:
     @property
     def requires_grad(self) -> bool:
         return self._data.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        self.requires_grad_(wanted)
+
+    def requires_grad_(self, requires_grad: bool = True) -> MaskedTensor:
+        """The tensor itself, from now on a leaf that collects a gradient in `.grad`, or none any more."""
+        self._data.requires_grad_(requires_grad)
+        if not requires_grad:
+            self._reach = None
+        elif self._reach is None:
+            self._reach = channel(self._data, leaf=True)
+        return self
+
+    @property
+    def is_leaf(self) -> bool:
+        return self._data.is_leaf
+
+    @property
+    def grad_fn(self) -> Any:
+        return self._data.grad_fn
+
+    def retain_grad(self) -> None:
+        """Have `.grad` collected here too, though the tensor is no leaf."""
+        self._data.retain_grad()
+        if self._reach is not None:
+            self._reach.retain_grad()
+
+    @property
+    def grad(self) -> MaskedTensor | None:
+        """The gradient that backward() collected: specified where a path of valid cells led back to a valid cell.
+
+        None where nothing came back yet. It is read-only; assign None, or another gradient, to replace it.
+        """
+        if self._data.grad is None:
+            return None
+        reached = None if self._reach is None else self._reach.grad
+        specified = self._full_mask() if reached is None else reached > 0
+        made = MaskedTensor._of(hidden(self._data.grad, specified), specified)
+        made._is_view, made._owns_mask = True, False
+        return made
+
+    @grad.setter
+    def grad(self, gradient: MaskedTensor | None) -> None:
+        if gradient is None:
+            self._data.grad = None
+            if self._reach is not None:
+                self._reach.grad = None
+            return
+        if not isinstance(gradient, MaskedTensor) or gradient.shape != self.shape:
+            raise GradientError(f"a gradient is a MaskedTensor of shape {tuple(self.shape)}, or None")
+        specified = gradient._full_mask() & self._full_mask()
+        self._data.grad = hidden(gradient._data.detach(), specified)
+        if self._reach is not None:
+            self._reach.grad = as_cotangent(specified)
+
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """Gradients of this tensor into `.grad` of the leaves it was computed from, as torch.Tensor.backward.
+
+        gradient: what comes from above, of this tensor's shape; masked cells of it add nothing. May be left out for a
+        tensor of one cell. A masked cell has no gradient: plain leaves get 0 from it, MaskedTensors `--`.
+        """
+        from maskserve.autograd import backward
+
+        backward(self, gradient, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
 
     def dim(self) -> int:
         return self._data.ndim
@@ -248,7 +329,9 @@ class MaskedTensor:
 
     def _mapped(self, data: Tensor) -> MaskedTensor:
         """The same validity on converted data, in memory of its own."""
-        return MaskedTensor._of(data, None if self._mask is None else self._mask.to(data.device, copy=True))
+        mask = None if self._mask is None else self._mask.to(data.device, copy=True)
+        reach = None if self._reach is None or not is_followed(data) else self._reach.to(data.device)
+        return MaskedTensor._of(data, mask, reach)
 
     def to(self, *args: Any, **kwargs: Any) -> MaskedTensor:
         """On another device or in another dtype, as torch.Tensor.to; the tensor itself where nothing changes."""
@@ -275,7 +358,7 @@ class MaskedTensor:
         return self if self._data.is_contiguous() else self._mapped(self._data.contiguous())
 
     def __copy__(self) -> MaskedTensor:
-        return self._view_of(self._data, self._mask)
+        return self._view_of(self._data, self._mask, self._reach)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedTensor:
         return self._moved("clone")
@@ -351,7 +434,9 @@ class MaskedTensor:
 
     def __getitem__(self, index: Any) -> MaskedTensor:
         index = plain_index(index)
-        return self._view_of(self._data[index], None if self._mask is None else self._full_mask()[index])
+        mask = None if self._mask is None else self._full_mask()[index]
+        reach = None if self._reach is None or not torch.is_grad_enabled() else self._reach[index]
+        return self._view_of(self._data[index], mask, reach)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Cells take the value and its validity: a plain value makes them valid, a masked one or None masks them."""
@@ -408,8 +493,12 @@ def _overlaps(cells: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(cells.stride(), cells.shape, strict=True))
 
 
-def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return False
+    if in_transform():  # where tensors have none
+        return a is b
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _unpickled(data: Tensor, mask: Tensor | None) -> MaskedTensor:

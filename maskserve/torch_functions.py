@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from maskserve import autograd
 from maskserve.errors import MaskError, MaskserveError, UncoveredFunctionError
 from maskserve.functions import in_torchs_words, method, public
 from maskserve.ops import OPS
@@ -56,7 +57,8 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 @cache
 def table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
     """torch function -> ours."""
-    return {theirs: ours for row in OPS.values() if not row.differs for theirs, ours in functions_of(row)}
+    found = {theirs: ours for row in OPS.values() if not row.differs for theirs, ours in functions_of(row)}
+    return found | {torch.autograd.grad: autograd.grad_by, torch.autograd.backward: autograd.backward}
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from maskserve.dtypes import NUMERIC, u64
 from maskserve.ops.parameters import DIM, REQUIRED, Parameter, Type
 from maskserve.ops.results import same
-from maskserve.ops.rows import Fill
+from maskserve.ops.rows import Fill, Reach
 
 VALUE = Parameter(name="value", type=Type.CELL, default=REQUIRED, help="what the masked cells become")
 LIMIT = Parameter(
@@ -18,7 +18,7 @@ ROWS = (
         summary="cells with every masked one a valid `value`",
         parameters=(VALUE,),
         accepts=NUMERIC | {u64},
-        result=same, scan=".places:Filled",
+        result=same, scan=".places:Filled", reach=Reach.OWN,
         differs="torch.fill overwrites every cell, maskserve.fill the masked ones",
         vjp=".gradients:total",
     ),

@@ -85,6 +85,15 @@ class Row:
         return tuple(p for p in self.parameters if not p.request_only)
 
 
+class Reach(StrEnum):
+    """Which cells of its slice a result depends on, and so has a gradient to."""
+
+    SLICE = "slice"  # all valid ones: the loser of a max has gradient 0
+    BEFORE = "before"  # those up to its place: a running sum
+    PICKED = "picked"  # the one it was taken from: a fill
+    OWN = "own"  # the one at its place
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sliced(Row):
     """An op along dims: every result cell depends on one slice alone.
@@ -103,6 +112,7 @@ class Sliced(Row):
     """What is wrong with the parameters, where their types do not say it."""
     vjp: str = ""
     """The kernel of its gradient; none where the row is not differentiable."""
+    reach: Reach = Reach.SLICE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -154,6 +164,7 @@ class Scan(Sliced):
     verb: str | None = "scan"
 
     scan: str
+    reach: Reach = Reach.BEFORE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -163,6 +174,8 @@ class Fill(Scan):
     kind = "fill"
     verb: str | None = "fill"
 
+    reach: Reach = Reach.PICKED
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ordering(Scan):
@@ -170,6 +183,8 @@ class Ordering(Scan):
 
     kind = "ordering"
     verb: str | None = None
+
+    reach: Reach = Reach.SLICE
 
     size: Callable[[Params, int], int] = lambda _, n: n
     """How many cells of each slice it gives."""
@@ -254,6 +269,10 @@ class Elementwise(Row):
     unsafe: bool = False
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
     beyond: Beyond = Beyond.ERROR
+    is_differentiable: bool = True
+    """Whether torch knows its derivative, where its results are floats."""
+    is_linear: bool = False
+    """Its derivative is finite whatever the cells are, and so needs no gate: + - and the choice of cells."""
     as_stored: bool = False
     """It chooses cells and computes none: it takes those of a storage type without widening them."""
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskserve.reach import is_followed
+
 Parts = dict[str, Tensor]
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -20,6 +22,8 @@ def select(data: Tensor, mask: Tensor | None, fill: float | int = 0) -> Tensor:
     """
     if mask is None:
         return data
+    if is_followed(data):  # bits have no history
+        return torch.where(mask, data, torch.full((), fill, dtype=data.dtype, device=data.device))
     if data.dtype is torch.bool:
         return data & mask if not fill else data | ~mask
     if data.element_size() not in BITS:  # complex128

@@ -11,16 +11,22 @@ from torch import Tensor
 from maskserve.backends.reference.cells import select
 from maskserve.errors import DtypeError, MaskedValueError, ParameterError, UncoveredFunctionError
 from maskserve.masks import intersection
+from maskserve.reach import channel, narrowed
 
 
 class Masked(NamedTuple):
-    """A tensor argument: its data, and its mask of the same shape (None: all valid)."""
+    """A tensor argument: its data, its mask (None: all valid) and its reach (None: nobody asks), of the same shape."""
 
     data: Tensor
     mask: Tensor | None
+    reach: Tensor | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Masked:
-        return Masked(move(self.data), None if self.mask is None else move(self.mask))
+        mask, reach = [None if part is None else move(part) for part in self[1:]]
+        return Masked(move(self.data), mask, reach)
+
+    def full_reach(self) -> Tensor:
+        return channel(self.data) if self.reach is None else self.reach
 
     def full_mask(self) -> Tensor:
         return torch.ones(self.data.shape, dtype=torch.bool, device=self.data.device) if self.mask is None else self.mask
@@ -43,8 +49,8 @@ def reshape_as(cells: Masked, other: Masked) -> Masked:
 
 
 def view_as(cells: Masked, other: Masked) -> Masked:
-    data = cells.data.view(other.data.shape)
-    return Masked(data, None if cells.mask is None else cells.mask.reshape(other.data.shape))
+    shape = other.data.shape
+    return Masked(cells.data.view(shape), *[None if part is None else part.reshape(shape) for part in cells[1:]])
 
 
 def expand_as(cells: Masked, other: Masked) -> Masked:
@@ -52,20 +58,24 @@ def expand_as(cells: Masked, other: Masked) -> Masked:
 
 
 def real(cells: Masked) -> Masked:
-    return Masked(cells.data.real, cells.mask)
+    return cells._replace(data=cells.data.real)
 
 
 def imag(cells: Masked) -> Masked:
-    return Masked(cells.data.imag, cells.mask)
+    return cells._replace(data=cells.data.imag)
 
 
 def view_as_real(cells: Masked) -> Masked:
     data = torch.view_as_real(cells.data)
-    return Masked(data, None if cells.mask is None else cells.mask.unsqueeze(-1).expand(data.shape))
+    return Masked(data, *[None if part is None else part.unsqueeze(-1).expand(data.shape) for part in cells[1:]])
 
 
 def view_as_complex(cells: Masked) -> Masked:
-    return Masked(torch.view_as_complex(cells.data), None if cells.mask is None else cells.mask.all(-1))
+    mask, reach = cells.mask, cells.reach
+    both = None if mask is None else mask.all(-1)
+    if reach is not None and mask is not None:
+        reach = narrowed(reach, mask.all(-1, keepdim=True))
+    return Masked(torch.view_as_complex(cells.data), both, None if reach is None else reach.sum(-1))
 
 
 def repeat_interleave(cells: Masked, repeats: Any, dim: int | None = None, *, output_size: int | None = None) -> Masked:
@@ -82,9 +92,10 @@ def pad(cells: Masked, pad: Sequence[int], mode: str = "constant", value: float 
     if mode == "constant":
         check_fits("pad", cells.data, value)
         data = function(cells.data, pad, value=value)
+        reach = None if cells.reach is None else function(cells.reach, pad)
         if value is not None and cells.mask is None:
-            return Masked(data, None)
-        return Masked(data, function(cells.full_mask(), pad, value=value is not None))
+            return Masked(data, None, reach)
+        return Masked(data, function(cells.full_mask(), pad, value=value is not None), reach)
     if value is not None:
         raise ParameterError(f"pad: value goes with mode constant, not {mode}", parameter="value")
     # torch pads no bools and few integers in these modes: it pads positions, in f64, and these are looked up
@@ -110,7 +121,19 @@ def masked_fill(cells: Masked, mask: Masked, value: Any) -> Masked:
     if cells.mask is not None or fill_mask is not None:
         valid = torch.where(mask.data, True if fill_mask is None else fill_mask, cells.full_mask())
     found = intersection([valid, mask.mask])
-    return Masked(data, None if found is None else found.expand(data.shape))
+    reach = None
+    if asked(cells, value):
+        filled = value.full_reach() if isinstance(value, Masked) else channel(mask.data)
+        reach = torch.where(mask.data, filled, cells.full_reach())
+    if found is not None:
+        found = found.expand(data.shape)
+        reach = narrowed(reach, found)
+    return Masked(data, found, reach)
+
+
+def asked(*arguments: Any) -> bool:
+    """Whether a gradient asks for the reach of any of them."""
+    return any(isinstance(argument, Masked) and argument.reach is not None for argument in arguments)
 
 
 def index_fill(cells: Masked, dim: int, index: Any, value: Any) -> Masked:
@@ -118,9 +141,12 @@ def index_fill(cells: Masked, dim: int, index: Any, value: Any) -> Masked:
     at = plain("index", index)
     data = cells.data.index_fill(dim, at, value.data if isinstance(value, Masked) else value)
     fill_mask = value.mask if isinstance(value, Masked) else None
+    reach = None
+    if asked(cells, value):
+        reach = cells.full_reach().index_fill(dim, at, value.full_reach() if isinstance(value, Masked) else 0)
     if cells.mask is None and fill_mask is None:
-        return Masked(data, None)
-    return Masked(data, cells.full_mask().index_fill(dim, at, True if fill_mask is None else bool(fill_mask)))
+        return Masked(data, None, reach)
+    return Masked(data, cells.full_mask().index_fill(dim, at, True if fill_mask is None else bool(fill_mask)), reach)
 
 
 # -- cells by index -----------------------------------------------------------------------------------------------
@@ -129,10 +155,11 @@ def index_fill(cells: Masked, dim: int, index: Any, value: Any) -> Masked:
 def picked(move: Callable[[Tensor, Tensor], Tensor], cells: Masked, index: Masked, valid: Tensor | None) -> Masked:
     """The cells at an index: a masked one reads cell 0, and the result is masked there."""
     at = select(index.data, index.mask)
-    mask = None if cells.mask is None else move(cells.mask, at)
-    data = move(cells.data, at)
+    data, mask, reach = cells.moved(lambda tensor: move(tensor, at))
     together = intersection([mask, valid])
-    return Masked(data, None if together is None else together.expand(data.shape))
+    if together is None:
+        return Masked(data, None, reach)
+    return Masked(data, together.expand(data.shape), narrowed(reach, together.expand(data.shape)))
 
 
 def gather(cells: Masked, dim: int, index: Masked, *, sparse_grad: bool = False) -> Masked:
@@ -183,9 +210,10 @@ def replaced(cells: Masked, source: Masked, place: Callable[[Tensor, Tensor], Te
         return torch.where(is_taken, theirs.reshape(-1)[at].to(own.dtype), own) if theirs.numel() else own.clone()
 
     data = looked_up(cells.data, source.data)
+    reach = looked_up(cells.full_reach(), source.full_reach()) if asked(cells, source) else None
     if cells.mask is None and source.mask is None:
-        return Masked(data, None)
-    return Masked(data, looked_up(cells.full_mask(), source.full_mask()))
+        return Masked(data, None, reach)
+    return Masked(data, looked_up(cells.full_mask(), source.full_mask()), reach)
 
 
 def same_dtype(name: str, cells: Masked, source: Masked) -> None:

@@ -1,0 +1,321 @@
+"""Gradients as MaskedTensors: backward and grad in torch's words, and the transforms grad, value_and_grad, vjp and jvp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from maskserve.errors import GradientError
+from maskserve.making import tensor_of
+from maskserve.reach import DTYPE, Cross, applied, as_cotangent, channel, hidden, is_followed
+from maskserve.tensor import MaskedTensor
+
+Function = Callable[..., Any]
+
+
+# -- torch.autograd's words ---------------------------------------------------------------------------------------
+
+
+def backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    """torch.autograd.backward, of MaskedTensors and plain tensors alike."""
+    outputs = listed(tensors)
+    given = grad_tensors if grad_tensors is not None else grad_variables
+    cotangents = [None] * len(outputs) if given is None else listed(given)
+    roots, seeds = seeded(outputs, cotangents)
+    leaves = None if inputs is None else [part for leaf in listed(inputs) for part in followed_parts(leaf)]
+    torch.autograd.backward(roots, seeds, retain_graph=retain_graph, create_graph=create_graph, inputs=leaves)
+
+
+def grad_by(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[Any, ...]:
+    """torch.autograd.grad: a MaskedTensor for each MaskedTensor among the inputs, a dense tensor for each plain one."""
+    if is_grads_batched:
+        raise GradientError("is_grads_batched is not for MaskedTensors: call torch.func.vmap over maskserve.vjp")
+    wanted, sources = listed(outputs), listed(inputs)
+    roots, seeds = seeded(wanted, [None] * len(wanted) if grad_outputs is None else listed(grad_outputs))
+    parts = [followed_parts(source) for source in sources]
+    flat = [part for own in parts for part in own]
+    found = iter(
+        torch.autograd.grad(roots, flat, seeds, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True)
+    )
+    made = [gradient_of(source, [next(found) for _ in own]) for source, own in zip(sources, parts, strict=True)]
+    return tuple(
+        checked_use(source, gradient, allow_unused=bool(allow_unused or materialize_grads), materialize=materialize_grads)
+        for source, gradient in zip(sources, made, strict=True)
+    )
+
+
+def listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, MaskedTensor | Tensor) else list(value)
+
+
+def seeded(outputs: Sequence[Any], cotangents: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """(roots, their cotangents): data and reach of each output."""
+    roots: list[Tensor] = []
+    seeds: list[Tensor] = []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        for root, seed in pairs(output, cotangent):
+            roots.append(root)
+            seeds.append(seed)
+    return roots, seeds
+
+
+def pairs(output: Any, cotangent: Any) -> list[tuple[Tensor, Tensor]]:
+    data = output._data if isinstance(output, MaskedTensor) else output
+    if not data.requires_grad:
+        raise GradientError(
+            "the tensor has no history: make a leaf with masked_tensor(..., requires_grad=True) and compute from it, "
+            "outside torch.no_grad()"
+        )
+    if cotangent is None:
+        if data.numel() != 1:
+            raise GradientError(
+                f"a gradient comes from one cell, and the tensor has shape {tuple(data.shape)}: reduce it first, or give "
+                "the gradient from above, of its shape"
+            )
+        cotangent = torch.ones_like(data)
+    above = tensor_of(cotangent)
+    if above.shape != data.shape:
+        raise GradientError(
+            f"the gradient from above has shape {tuple(above.shape)}, the tensor {tuple(data.shape)}; they must be equal"
+        )
+    return list(zip(followed_parts(output), seeds_of(output, above), strict=False))
+
+
+def seeds_of(output: Any, above: Any) -> list[Tensor]:
+    """The cotangents of an output's data and reach, where `above` is what comes from above."""
+    above = tensor_of(above)
+    mask = mask_of(above)
+    data = plain_of(above).to(output.dtype)
+    if not isinstance(output, MaskedTensor):
+        return [hidden(data, mask)]
+    reached = output._full_mask() if mask is None else output._full_mask() & mask
+    return [hidden(data, reached), as_cotangent(reached)]
+
+
+def followed_parts(source: Any) -> list[Tensor]:
+    """What autograd knows of a tensor: its data and, of a MaskedTensor, its reach."""
+    if not isinstance(source, MaskedTensor):
+        return [source]
+    return [source._data] if source._reach is None else [source._data, source._reach]
+
+
+def gradient_of(source: Any, found: Sequence[Tensor | None]) -> Any:
+    """The gradient by a tensor, from those by its parts; None where it was not used."""
+    data, *reach = found
+    if not isinstance(source, MaskedTensor):
+        return data
+    if data is None:
+        return None
+    reached = source._full_mask() if not reach else torch.zeros_like(source._data, dtype=torch.bool)
+    if reach and reach[0] is not None:
+        reached = reach[0] > 0
+    again = None
+    if is_followed(data) and source._reach is not None:
+        again = applied(Cross, reached, source._reach)
+    return MaskedTensor._of(hidden(data, reached), reached, again)
+
+
+def checked_use(source: Any, gradient: Any, *, allow_unused: bool, materialize: bool) -> Any:
+    if gradient is not None:
+        return gradient
+    if not allow_unused:
+        raise GradientError("an input was not used in the computation; allow_unused=True gives None for it")
+    if not materialize:
+        return None
+    if not isinstance(source, MaskedTensor):
+        return torch.zeros_like(source)
+    return MaskedTensor._of(torch.zeros_like(source._data), torch.zeros_like(source._data, dtype=torch.bool))
+
+
+# -- torch.func's words -------------------------------------------------------------------------------------------
+
+
+def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
+    """A function that gives the gradient of `function`, whose result is one cell, by its arguments `argnums`.
+
+    As torch.func.grad: a MaskedTensor for each MaskedTensor, a plain tensor for each plain one; with has_aux,
+    (gradient, what else the function gave). It nests, and composes with torch.func's transforms.
+    """
+    both = value_and_grad(function, argnums, has_aux)
+
+    @wraps(function)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        value, found = both(*args, **kwargs)
+        return (found, value[1]) if has_aux else found
+
+    return gradient
+
+
+def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
+    """A function that gives (value, gradient); with has_aux ((value, what else the function gave), gradient)."""
+    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @wraps(function)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        if any(not -len(args) <= place < len(args) for place in places):
+            raise GradientError(f"argnums is {argnums}, and {len(args)} positional arguments are given")
+
+        def of_some(*some: Any) -> Any:
+            given = list(args)
+            for place, arg in zip(places, some, strict=True):
+                given[place] = arg
+            return function(*given, **kwargs)
+
+        value, pull, *aux = vjp(of_some, *[args[place] for place in places], has_aux=has_aux)
+        if not isinstance(value, MaskedTensor | Tensor) or value.numel() != 1:
+            what = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+            raise GradientError(f"grad is of a function that gives one cell, and this one gives {what}; vjp takes any")
+        found = pull(torch.ones(value.shape, dtype=value.dtype, device=value.device))
+        gradient = found[0] if isinstance(argnums, int) else found
+        return ((value, *aux), gradient) if has_aux else (value, gradient)
+
+    return both
+
+
+def vjp(function: Function, *primals: Any, has_aux: bool = False) -> tuple[Any, ...]:
+    """(what the function gives, a function from gradients of that to gradients by each primal), as torch.func.vjp.
+
+    primals: MaskedTensors, plain tensors, and lists, tuples or dicts of them; so the gradients. With has_aux the
+    function gives a pair, and what else it gave comes third.
+    """
+    opened = Opened(function, primals, has_aux)
+    made: tuple[Any, ...] = torch.func.vjp(opened, *opened.flat(channel), has_aux=True)
+    flat, pull, extra = made
+    value, aux = opened.closed(flat, extra)
+
+    def pulled(cotangents: Any) -> tuple[Any, ...]:
+        leaves = zip(tree_leaves(value), tree_leaves(cotangents), strict=True)
+        return opened.gradients(pull(tuple(seed for out, above in leaves for seed in seeds_of(out, above))))
+
+    return (value, pulled, aux) if has_aux else (value, pulled)
+
+
+def jvp(function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False) -> tuple[Any, ...]:
+    """(what the function gives, how it changes along the tangents), as torch.func.jvp.
+
+    A masked cell of a tangent adds nothing. A cell of the change is specified where it is valid and a path of valid
+    cells leads to it from a specified cell of a tangent.
+    """
+    opened = Opened(function, primals, has_aux)
+    given = [seeds_of(leaf, t) for leaf, t in zip(opened.leaves, tree_leaves(tangents), strict=True)]
+    flat = opened.flat(lambda data: torch.zeros(data.shape, dtype=DTYPE, device=data.device))
+    made: tuple[Any, ...] = torch.func.jvp(opened, flat, tuple(t for seeds in given for t in seeds), has_aux=True)
+    values, changes, extra = made
+    value, aux = opened.closed(values, extra)
+    change = opened.changes(changes, extra)
+    return (value, change, aux) if has_aux else (value, change)
+
+
+class Opened:
+    """A function of MaskedTensors as one of plain tensors: data and reach of each, and the masks beside."""
+
+    def __init__(self, function: Function, primals: tuple[Any, ...], has_aux: bool) -> None:
+        self.function, self.has_aux = function, has_aux
+        self.leaves, self.shape = tree_flatten(primals)
+        for leaf in self.leaves:
+            if not isinstance(leaf, MaskedTensor | Tensor):
+                raise GradientError(f"a gradient is by tensors, and an argument has a {type(leaf).__name__}")
+            if not (leaf.is_floating_point() or leaf.is_complex()):
+                raise GradientError(f"a gradient is by floats, and an argument is {leaf.dtype}; convert it first: .double()")
+
+    def flat(self, reach_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """The leaves' parts; `reach_of(data)` where nobody asked so far."""
+        return tuple(part for leaf in self.leaves for part in opened_parts(leaf, reach_of))
+
+    def __call__(self, *flat: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """(the parts of what the function gives, the masks and what else it gave: these carry no derivative)."""
+        parts = iter(flat)
+        arguments = [
+            MaskedTensor._of(next(parts), leaf._mask, next(parts)) if isinstance(leaf, MaskedTensor) else next(parts)
+            for leaf in self.leaves
+        ]
+        made = self.function(*tree_unflatten(arguments, self.shape))
+        value, aux = made if self.has_aux else (made, None)
+        outputs, self.value_shape = tree_flatten(value)
+        others, self.aux_shape = tree_flatten(aux)
+        for output in outputs:
+            if not isinstance(output, MaskedTensor | Tensor):
+                raise GradientError(f"the function gives a {type(output).__name__} where a tensor has a gradient")
+        beside = [[mask_of(output) for output in outputs], *zip(*[(plain_of(o), mask_of(o)) for o in others], strict=True)]
+        self.beside = [[None if isinstance(part, Tensor) else (part,) for part in parts] for parts in beside]
+        return (
+            tuple(part for output in outputs for part in opened_parts(output, channel)),
+            tuple(part for parts in beside for part in parts if isinstance(part, Tensor)),
+        )
+
+    def unpacked(self, extra: tuple[Tensor, ...]) -> list[list[Any]]:
+        """The masks, the other things and their masks, with what is no tensor back in its place."""
+        tensors = iter(extra)
+        return [[next(tensors) if kept is None else kept[0] for kept in parts] for parts in self.beside]
+
+    def closed(self, flat: tuple[Tensor, ...], extra: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        """(what the function gave, what else)."""
+        masks, *others = self.unpacked(extra)
+        parts = iter(flat)
+        made = [next(parts) if mask is None else followed_tensor(next(parts), mask, next(parts)) for mask in masks]
+        aux = [other if mask is None else MaskedTensor._of(other, mask) for other, mask in zip(*others, strict=True)]
+        return tree_unflatten(made, self.value_shape), tree_unflatten(aux, self.aux_shape)
+
+    def gradients(self, found: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        parts = iter(found)
+        made = [
+            gradient_of(leaf, [next(parts), next(parts)]) if isinstance(leaf, MaskedTensor) else next(parts)
+            for leaf in self.leaves
+        ]
+        gradients: tuple[Any, ...] = tree_unflatten(made, self.shape)
+        return gradients
+
+    def changes(self, flat: tuple[Tensor, ...], extra: tuple[Tensor, ...]) -> Any:
+        """How what the function gave changes."""
+        parts = iter(flat)
+        made: list[Any] = []
+        for mask in self.unpacked(extra)[0]:
+            data = next(parts)
+            if mask is None:
+                made.append(data)
+                continue
+            reach = next(parts)
+            specified = (reach > 0) & mask
+            made.append(followed_tensor(hidden(data, specified), specified, reach))
+        return tree_unflatten(made, self.value_shape)
+
+
+def opened_parts(value: MaskedTensor | Tensor, reach_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    if not isinstance(value, MaskedTensor):
+        return [value]
+    return [value._data, reach_of(value._data) if value._reach is None else value._reach]
+
+
+def followed_tensor(data: Tensor, mask: Tensor, reach: Tensor) -> MaskedTensor:
+    """A tensor that an outer transform, or backward(), may follow."""
+    return MaskedTensor._of(data, mask, reach if is_followed(data) else None)
+
+
+def mask_of(value: Any) -> Tensor | None:
+    return value._full_mask() if isinstance(value, MaskedTensor) else None
+
+
+def plain_of(value: Any) -> Any:
+    return value._data if isinstance(value, MaskedTensor) else value

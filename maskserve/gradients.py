@@ -1,0 +1,335 @@
+"""The one place where an op of slices meets autograd: the engine's values forward, the row's `vjp` back.
+
+The vjp is made of ordinary torch operations, so that its own derivative is the second one, and its transpose the
+forward-mode one; the rule that carries reach back is linear, and its transpose carries reach forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from maskserve import wholes
+from maskserve.backends.reference import contractions, kernel
+from maskserve.backends.reference.gradients import Slices
+from maskserve.engine import run, run_with_indices
+from maskserve.masks import intersection
+from maskserve.ops.rows import Reach, Reduction, Whole
+from maskserve.plan import Plan, batched, reduced_shape
+from maskserve.reach import Memory, Operand, applied, as_cotangent, channel, hidden, in_forward_mode
+
+Masks = tuple[Tensor | None, ...]
+
+
+class Result(NamedTuple):
+    values: Tensor
+    valid: Tensor
+    indices: Tensor | None = None
+    """Where the cells stood that a picking row took."""
+
+
+class Operation(Protocol):
+    """Something computed from operands, one result."""
+
+    @property
+    def is_differentiable(self) -> bool: ...
+
+    @property
+    def batch_dim(self) -> int:
+        """Where the results of a batched operation have their batch."""
+
+    def compute(self, operands: tuple[Tensor, ...], masks: Masks) -> Result:
+        """The result, from plain tensors."""
+
+    def pull(
+        self, operands: tuple[Tensor, ...], masks: Masks, result: Result, g: Tensor, reached: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The gradients by each operand, of cotangents that are 0 where not reached; linear in them."""
+
+    def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
+        """The reach of each operand; linear too."""
+
+    def batched(self, n: int) -> Operation:
+        """The same on n tensors at once, along a new first dim."""
+
+
+def apply(operation: Operation, *operands: Operand) -> tuple[Operand, Tensor | None]:
+    """(the result, the indices of picked cells), leaving a trace for autograd and for transforms."""
+    parts = zip(*[operand[:3] for operand in operands], strict=True)
+    values, valid, reach, *indices = applied(Compute, operation, len(operands), *[part for kind in parts for part in kind])
+    asked = values.requires_grad or (operation.is_differentiable and any(operand.reach is not None for operand in operands))
+    return Operand(values, valid, reach if asked else None), indices[0] if indices else None
+
+
+class Compute(torch.autograd.Function):
+    """(operation, n, data of n operands, their masks, their reaches) -> (values, valid, reach[, indices])."""
+
+    @staticmethod
+    def forward(operation: Operation, n: int, *tensors: Any) -> tuple[Tensor, ...]:
+        made = [part for part in operation.compute(tensors[:n], tensors[n : 2 * n]) if part is not None]
+        if in_forward_mode():  # which takes no views here
+            made = [part.clone() for part in made]
+        values, valid, *indices = made
+        return (values, valid, channel(values), *indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.operation, n, *tensors = inputs
+        ctx.n, ctx.memory = n, Memory()
+        ctx.wants_reach = any(reach is not None for reach in tensors[2 * n :])
+        values, valid, reach, *indices = output
+        fixed = [valid, *indices]
+        if not ctx.operation.is_differentiable or not (values.is_floating_point() or values.is_complex()):
+            fixed += [values, reach]
+        ctx.mark_non_differentiable(*fixed)
+        ctx.set_materialize_grads(False)
+        saved = (*tensors[: 2 * n], values, valid, *indices)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None, cotangent: Tensor | None, *__: None) -> tuple[Tensor | None, ...]:
+        given = unpacked(ctx)
+        gate = ctx.memory.gate(cotangent)
+        gate = given[2].valid if gate is None else gate
+        data: tuple[Tensor | None, ...] = (None,) * ctx.n
+        reaches: tuple[Tensor | None, ...] = (None,) * ctx.n
+        if g is not None:
+            reached = ctx.operation.back(*given, as_cotangent(gate))
+            pulled = ctx.operation.pull(*given, hidden(g, gate), gate)
+            data = tuple(
+                hidden(grad.expand(r.shape), r > 0).to(operand.dtype)
+                for grad, r, operand in zip(pulled, reached, given[0], strict=True)
+            )
+        if cotangent is not None and ctx.wants_reach:
+            reaches = ctx.operation.back(*given, as_cotangent(cotangent > 0))
+        return (None, None, *data, *[None] * ctx.n, *reaches)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = unpacked(ctx)
+        n, result = ctx.n, given[2]
+        operation, hide = ctx.operation, result.valid
+        data = transposed(lambda u: operation.pull(*given, hidden(u, hide), hide), result.values, given, tangents[2 : 2 + n])
+        reach = transposed(lambda u: operation.back(*given, u), channel(result.values), given, tangents[2 + 2 * n :])
+        picked = () if result.indices is None else (None,)
+        return (hidden(data, hide), None, reach, *picked)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, n: int, *tensors: Tensor | None) -> Any:
+        size = info.batch_size
+        front = [
+            None if tensor is None
+            else tensor.movedim(dim, 0) if dim is not None
+            else tensor.expand(size, *tensor.shape)
+            for tensor, dim in zip(tensors, in_dims[2:], strict=True)
+        ]  # fmt: skip
+        wider = operation.batched(size)
+        made = applied(Compute, wider, n, *front)
+        return made, tuple(wider.batch_dim for _ in made)
+
+
+def unpacked(ctx: Any) -> tuple[tuple[Tensor, ...], Masks, Result]:
+    """(operands, masks, result) as they were saved."""
+    saved, n = ctx.saved_tensors, ctx.n
+    return saved[:n], saved[n : 2 * n], Result(*saved[2 * n :])
+
+
+def transposed(pull: Any, result: Tensor, given: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """What tangents of the operands make of the result, by the transpose of a map that is linear."""
+    if all(tangent is None for tangent in tangents):
+        return torch.zeros_like(result)
+    shapes = [operand.shape for operand in given[0]]
+
+    def moved(u: Tensor) -> Tensor:
+        parts = zip(pull(u), tangents, shapes, strict=True)
+        products = [(part.expand(shape) * t.conj()).sum().real for part, t, shape in parts if t is not None]
+        total: Tensor = sum(products[1:], products[0])
+        return total
+
+    change: Tensor = torch.func.grad(moved)(torch.zeros_like(result))
+    return change
+
+
+# -- slices -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OfSlices:
+    """An op along dims; its operands are the data and, where there are any, the weights."""
+
+    plan: Plan
+
+    @property
+    def is_differentiable(self) -> bool:
+        return bool(self.plan.row.vjp)
+
+    @property
+    def batch_dim(self) -> int:
+        return 0 if self.plan.labels is None else 1
+
+    def batched(self, n: int) -> OfSlices:
+        return OfSlices(batched(self.plan, n))
+
+    def compute(self, operands: tuple[Tensor, ...], masks: Masks) -> Result:
+        data, weights = operands[0], (operands[1], masks[1]) if len(operands) > 1 else None
+        if self.plan.row.picks:
+            return Result(*run_with_indices(self.plan, data, masks[0]))
+        return Result(*run(self.plan, data, masks[0], weights))
+
+    def pull(
+        self, operands: tuple[Tensor, ...], masks: Masks, result: Result, g: Tensor, reached: Tensor
+    ) -> tuple[Tensor, ...]:
+        row, own = self.plan.row, self.counting(operands, masks)
+        data, *weights = [hidden(singles(operand.expand(self.plan.shape)), own) for operand in operands]
+        slices = Slices(
+            data,
+            own,
+            self.kept(singles(result.values)),
+            None if result.indices is None else self.kept(result.indices),
+            weights[0] if weights else None,
+        )
+        vjp = row.vjp_weighted if weights and isinstance(row, Reduction) else row.vjp
+        made = kernel(vjp)(self.plan, slices, self.kept(singles(g)))
+        parts = made if weights else (made,)
+        return tuple(
+            reduced_to(part.expand(self.plan.shape), operand.shape) for part, operand in zip(parts, operands, strict=True)
+        )
+
+    def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
+        at = self.reached(self.kept(reach), result)
+        at = hidden(at.expand(self.plan.shape), self.counting(operands, masks))
+        return tuple(reduced_to(at, operand.shape) for operand in operands)
+
+    def reached(self, reach: Tensor, result: Result) -> Tensor:
+        """Which cells of their slices the results depend on."""
+        plan = self.plan
+        if plan.labels is not None:
+            reach = reach.sum(0)
+        if not plan.dims or isinstance(plan.row, Reduction):
+            return reach
+        match plan.row.reach:
+            case Reach.SLICE:
+                return reach.sum(plan.dims, keepdim=True)
+            case Reach.BEFORE:
+                return reach.flip(plan.dims).cumsum(plan.dims[0]).flip(plan.dims)
+            case Reach.PICKED:
+                assert result.indices is not None
+                return reach.new_zeros(plan.shape).scatter_add(plan.dims[0], result.indices, reach)
+            case Reach.OWN:
+                return reach
+
+    def counting(self, operands: tuple[Tensor, ...], masks: Masks) -> Tensor | None:
+        """Where cells count: mask, weights' mask, and no NaN where those are omitted."""
+        omits = self.plan.params.get("nan") == "omit"
+        own = intersection([*masks, *[~operand.isnan() for operand in operands if omits]])
+        return None if own is None else own.expand(self.plan.shape)
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """A result with its reduced dims, of size 1."""
+        plan = self.plan
+        if not isinstance(plan.row, Reduction):
+            return tensor
+        labels = () if plan.labels is None else (len(plan.labels),)
+        return tensor.reshape(labels + reduced_shape(plan.shape, plan.dims, keepdim=True))
+
+
+# -- products of matrices -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OfProduct:
+    """(..., i, k) and (..., k, j): the masked product; its gradients are masked products too, and so differentiable."""
+
+    is_differentiable = True
+    batch_dim = 0
+
+    def batched(self, n: int) -> OfProduct:
+        return self
+
+    def compute(self, operands: tuple[Tensor, ...], masks: Masks) -> Result:
+        a, b = operands
+        flat = [None if part is None else part.reshape(-1, *part.shape[-2:]) for part in (a, masks[0], b, masks[1])]
+        values, valid = contractions.product(*flat)
+        shape = (*a.shape[:-1], b.shape[-1])
+        valid = torch.ones(shape, dtype=torch.bool, device=a.device) if valid is None else valid.reshape(shape)
+        return Result(values.reshape(shape), valid)
+
+    def pull(
+        self, operands: tuple[Tensor, ...], masks: Masks, result: Result, g: Tensor, reached: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A pair whose product was not reached contributes nothing, whatever inf stands in it."""
+        above = Operand(g, reached)
+        a, b = (
+            Operand(operand.conj_physical().mT if operand.is_complex() else operand.mT, None if mask is None else mask.mT)
+            for operand, mask in zip(operands, masks, strict=True)
+        )
+        return apply(self, above, b)[0].value, apply(self, a, above)[0].value
+
+    def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
+        counts = [torch.ones_like(cells, dtype=torch.float32) if m is None else m.float() for cells, m in zip(operands, masks, strict=True)]
+        by_a, by_b = reach.float() @ counts[1].mT, counts[0].mT @ reach.float()
+        return hidden(by_a, masks[0]), hidden(by_b, masks[1])
+
+
+# -- whole tensors ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class OfWhole:
+    """A function of rows whose result has a cell for each pair of them; of several tensors at once after `batched`."""
+
+    row: Whole
+    params: Mapping[str, Any]
+    n_batches: int = 0
+
+    is_differentiable = True
+    batch_dim = 0
+
+    def batched(self, n: int) -> OfWhole:
+        return OfWhole(self.row, self.params, self.n_batches + 1)
+
+    def compute(self, operands: tuple[Tensor, ...], masks: Masks) -> Result:
+        data, mask = operands[0], masks[0]
+        if self.n_batches:
+            inner = OfWhole(self.row, self.params, self.n_batches - 1)
+            each = [inner.compute((cells,), (None if mask is None else mask[i],)) for i, cells in enumerate(data)]
+            return Result(torch.stack([one.values for one in each]), torch.stack([one.valid for one in each]))
+        ((values, valid),) = wholes.compute(self.row, self.params, data, mask).values()
+        return Result(values, torch.ones_like(values, dtype=torch.bool) if valid is None else valid)
+
+    def pull(
+        self, operands: tuple[Tensor, ...], masks: Masks, result: Result, g: Tensor, reached: Tensor
+    ) -> tuple[Tensor, ...]:
+        def one(data: Tensor, mask: Tensor, out: Tensor, above: Tensor) -> Tensor:
+            made: Tensor = kernel(self.row.vjp)(self.params, hidden(data, mask), mask, out, above)
+            return made
+
+        for _ in range(self.n_batches):
+            one = torch.func.vmap(one)
+        return (one(operands[0], self.counting(operands[0], masks[0]), result.values, g),)
+
+    def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
+        """A pair of rows depends on the columns where both are valid."""
+        own = self.counting(operands[0], masks[0])
+        if own.ndim == self.n_batches + 1:
+            return (hidden(reach.unsqueeze(-1).expand(own.shape), own),)
+        return (hidden((reach + reach.mT).float() @ own.float(), own),)
+
+    def counting(self, data: Tensor, mask: Tensor | None) -> Tensor:
+        own = torch.ones(data.shape, dtype=torch.bool, device=data.device) if mask is None else mask.expand(data.shape)
+        return own & ~data.isnan() if self.params["nan"] == "omit" else own
+
+
+def singles(tensor: Tensor) -> Tensor:
+    """Cells in a dtype to differentiate in: halves as float32."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
+def reduced_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """What reached the copies of a broadcast operand, added up."""
+    return tensor if tensor.shape == shape else tensor.sum_to_size(shape)

@@ -1,0 +1,207 @@
+"""The reach channel: how a gradient knows its mask.
+
+A MaskedTensor that is followed by autograd carries beside its data a second tensor of the data's shape that takes no
+memory, its *reach*. Nothing is computed from it; its cotangent says which cells the gradient has reached, and flows
+back by the op's mask rule while the data's cotangent flows back by its derivative. Where the derivative is unbounded
+(0 * inf is NaN), what was not reached is set to 0 before anything is summed.
+
+Three invariants hold the rest up: a cotangent of data is exactly 0 at cells that were not reached; only valid cells are
+reached; the cotangent of a reach is at least 0, and only `> 0` is read of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+DTYPE = torch.bfloat16
+"""Counts in it saturate, and neither cancel nor vanish."""
+
+
+class Operand(NamedTuple):
+    """What an op is given: cells, where they are valid (None: everywhere), and their reach (None: nobody asks for it)."""
+
+    value: Any
+    """A tensor; in elementwise ops also a number, or None where it is optional."""
+    mask: Tensor | None = None
+    reach: Tensor | None = None
+    is_masked: bool = False
+    """Whether it is a MaskedTensor: plain tensors and numbers are valid everywhere."""
+
+
+def is_followed(data: Tensor) -> bool:
+    """Whether what is computed from `data` must leave a trace: for backward, or for a transform of torch.func."""
+    return (data.requires_grad and torch.is_grad_enabled()) or in_transform()
+
+
+def in_transform() -> bool:
+    """Whether torch.func (or forward-mode AD) looks on: tensors have no memory of their own there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or in_forward_mode()
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def channel(data: Tensor, *, leaf: bool = False) -> Tensor:
+    """The reach of new cells."""
+    if in_forward_mode():  # tangents have the layout of their tensor, and must be written
+        return torch.zeros(data.shape, dtype=DTYPE, device=data.device)
+    reach = torch.zeros((), dtype=DTYPE, device=data.device).expand(data.shape)
+    return reach.detach().requires_grad_() if leaf else reach
+
+
+def hidden(data: Tensor, mask: Tensor | None) -> Tensor:
+    """`data` with 0 where `mask` is not, in a way that autograd can follow."""
+    return data if mask is None else torch.where(mask, data, torch.zeros((), dtype=data.dtype, device=data.device))
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """What the function gives, with its trace."""
+    return function.apply(*args)  # type: ignore[no-untyped-call]  # torch does not type it
+
+
+def as_cotangent(reached: Tensor) -> Tensor:
+    return reached.to(DTYPE)
+
+
+class Memory:
+    """What an op's gradients have reached so far, for a second derivative.
+
+    Its cotangents come by data alone, since a gradient's dependence on the op's inputs carries no reach; what they may
+    touch is what the first derivatives touched.
+    """
+
+    __slots__ = ("reached",)
+
+    def __init__(self) -> None:
+        self.reached: Tensor | None = None
+
+    def gate(self, cotangent: Tensor | None) -> Tensor | None:
+        """Where a cotangent of data counts in this walk, given the reach's; None: nothing is known, and everywhere."""
+        if cotangent is None:
+            return self.reached
+        now = cotangent > 0
+        if not torch.is_grad_enabled():  # no graph of this walk is kept, so no second one will ask
+            return now if self.reached is None else now | self.reached
+        self.reached = now if self.reached is None else now | self.reached
+        return self.reached
+
+
+class Through(torch.autograd.Function):
+    """Operands of one shape into an op of the same shape, and its result's reach.
+
+    (gated, n, live masks, operands, their reaches) -> (operands..., reach). `live[i]` is where the result depends on
+    operand i (None: everywhere); an operand whose history nobody masked has no reach (None).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gated: bool, n: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        operands = [operand for operand in tensors[n : 2 * n] if operand is not None]
+        return (*[operand.view_as(operand) for operand in operands], channel(operands[0]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.gated, ctx.n, *tensors = inputs
+        ctx.has_reach = [reach is not None for reach in tensors[2 * ctx.n :]]
+        ctx.save_for_backward(*tensors[: ctx.n])
+        ctx.save_for_forward(*tensors[: ctx.n])
+        ctx.shape, ctx.device = output[-1].shape, output[-1].device
+        ctx.memory = Memory()
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *data, reach = cotangents
+        if ctx.gated:
+            gate = ctx.memory.gate(reach)
+            data = [None if g is None else hidden(g, gate) for g in data]
+        back = [
+            None if reach is None or not wanted else hidden(reach, live)
+            for wanted, live in zip(ctx.has_reach, ctx.saved_tensors, strict=True)
+        ]
+        return (None, None, *[None] * ctx.n, *data, *back)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        tangents = tangents[2 + ctx.n :]
+        moved = [None if t is None else t.view_as(t) for t in tangents[: ctx.n]]
+        reaches = zip(tangents[ctx.n :], ctx.saved_tensors, strict=True)
+        back = [hidden(t, live) for t, live in reaches if t is not None]
+        reach = sum_of(back)
+        return (*moved, torch.zeros(ctx.shape, dtype=DTYPE, device=ctx.device) if reach is None else reach)
+
+
+def narrowed(reach: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The reach of cells of which only those in `mask` stay valid."""
+    if reach is None or mask is None or not (torch.is_grad_enabled() or in_transform()):
+        return reach
+    narrow: Tensor = applied(Through, False, 1, mask.expand(reach.shape), reach, reach)[1]
+    return narrow
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    total: Tensor | None = None
+    for tensor in tensors:
+        total = tensor if total is None else total + tensor
+    return total
+
+
+class Exit(torch.autograd.Function):
+    """Data on its way to a plain tensor: there every valid cell counts as reached, and masked cells have no say."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(data: Tensor, mask: Tensor, reach: Tensor | None) -> Tensor:
+        return data.clone() if in_forward_mode() else data.view_as(data)  # the tangent is no view of the one given
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mask, reach = inputs
+        ctx.has_reach = reach is not None
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return hidden(g, mask), None, as_cotangent(mask) if ctx.has_reach else None
+
+    @staticmethod
+    def jvp(ctx: Any, data: Tensor, mask: None, reach: Tensor | None) -> Tensor:
+        return hidden(data, ctx.saved_tensors[0])
+
+
+class Cross(torch.autograd.Function):
+    """The reach of a gradient, from that of its input: a second derivative is specified where both first ones are."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(reached: Tensor, reach: Tensor) -> Tensor:
+        return channel(reach)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return None, Cross.crossed(ctx, cotangent)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        return Cross.crossed(ctx, tangent)
+
+    @staticmethod
+    def crossed(ctx: Any, reach: Tensor) -> Tensor:
+        (reached,) = ctx.saved_tensors
+        return as_cotangent(reached & (reach > 0).any())
