@@ -42,9 +42,30 @@ def dim_of(plan: Plan) -> int:
     return plan.dims[0] if plan.dims else 0
 
 
+def flattened(plan: Plan, cells: Tensor) -> Tensor:
+    """Kept dims first, then all reduced ones as a last dim."""
+    if not plan.shape:
+        return cells.reshape(1)
+    kept = [dim for dim in range(len(plan.shape)) if dim not in plan.dims]
+    return cells.permute(*kept, *plan.dims).flatten(len(kept))
+
+
+def restored(plan: Plan, cells: Tensor) -> Tensor:
+    """The dims of `flattened` cells where they were."""
+    if not plan.shape:
+        return cells.reshape(())
+    order = [dim for dim in range(len(plan.shape)) if dim not in plan.dims] + list(plan.dims)
+    return cells.reshape([plan.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))])
+
+
 def wide(cells: Tensor) -> Tensor:
     """In float64, or complex128."""
     return cells.to(torch.complex128 if cells.is_complex() else torch.float64)
+
+
+def counting(slices: Slices) -> Tensor:
+    """Which cells count."""
+    return torch.ones_like(slices.data, dtype=torch.bool) if slices.mask is None else slices.mask
 
 
 def shown(slices: Slices, cells: Tensor) -> Tensor:
@@ -128,9 +149,7 @@ def weight_of(plan: Plan, slices: Slices) -> Tensor:
     """What each cell counts for, in float64 and of shape plan.shape."""
     if slices.weights is not None:
         return slices.weights.double()
-    if slices.mask is not None:
-        return slices.mask.double()
-    return torch.ones(plan.shape, dtype=torch.float64, device=slices.data.device)
+    return counting(slices).double()
 
 
 def nonzero(weight: Tensor) -> Tensor:
@@ -189,9 +208,7 @@ def extreme(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
 
 def shared(plan: Plan, slices: Slices, found: Tensor, g: Tensor) -> Tensor:
     """g in equal parts to the cells that equal what was found."""
-    same = (slices.data == found) | (slices.data.isnan() & found.isnan())
-    if slices.mask is not None:
-        same = same & slices.mask
+    same = counting(slices) & ((slices.data == found) | (slices.data.isnan() & found.isnan()))
     return torch.where(same, g / along(plan, same).clamp(min=1), 0.0)
 
 
@@ -199,10 +216,10 @@ def extent(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
     """Of ptp: that of the largest cell less that of the smallest."""
     if not slices.data.numel():
         return g.expand(plan.shape)
-    low, high = (torch.where(slices.mask, slices.data, fill) if slices.mask is not None else slices.data
-                 for fill in (torch.inf, -torch.inf))  # fmt: skip
-    top = shared(plan, slices, high.amax(plan.dims, keepdim=True), g)
-    return top - shared(plan, slices, low.amin(plan.dims, keepdim=True), g)
+    counts, data = counting(slices), slices.data
+    low = torch.where(counts, data, torch.inf).amin(plan.dims, keepdim=True)
+    high = torch.where(counts, data, -torch.inf).amax(plan.dims, keepdim=True)
+    return shared(plan, slices, high, g) - shared(plan, slices, low, g)
 
 
 # -- exponentials -------------------------------------------------------------------------------------------------
@@ -214,10 +231,8 @@ def logsumexp(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
     The result is but a shift that keeps exponentials in range: it cancels, with what its rounding cost.
     """
     shift = slices.out.detach()
-    counts = (shift.real if shift.is_complex() else shift) > -torch.inf
-    counts = counts | shift.isnan()
-    if slices.mask is not None:
-        counts = counts & slices.mask
+    nothing = (shift.real if shift.is_complex() else shift) == -torch.inf
+    counts = counting(slices) & ~nothing
     raised = torch.where(counts, torch.where(counts, slices.data - shift, 0.0).exp(), 0.0)
     return g * ratio(raised, along(plan, raised)).conj()
 
