@@ -17,7 +17,8 @@ def picked(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
 
 def placed(plan: Plan, slices: Slices, places: Tensor, g: Tensor) -> Tensor:
     """g added up at its places of the flattened slices."""
-    return torch.zeros_like(flattened(plan, slices.data), dtype=g.dtype).scatter_add(-1, places, g)
+    nothing = torch.zeros_like(flattened(plan, slices.data), dtype=g.dtype)
+    return nothing.scatter_add(-1, places, g) if nothing.numel() else nothing
 
 
 def first(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
