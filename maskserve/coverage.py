@@ -9,7 +9,7 @@ from maskserve.backends import choose
 from maskserve.dtypes import ALL, DType
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
-from maskserve.ops.rows import Elementwise, Move, Row, Sliced
+from maskserve.ops.rows import Contraction, Elementwise, Move, Row, Sliced
 from maskserve.plan import SlicedRow, plan
 
 CELL, LEFT, TOP = 18, 130, 84
@@ -70,4 +70,7 @@ def others() -> str:
     def count(kind: type[Row]) -> int:
         return sum(isinstance(row, kind) for row in OPS.values())
 
-    return f"and {count(Elementwise)} elementwise functions and {count(Move)} moves: docs/ops.md"
+    return (
+        f"and {count(Elementwise)} elementwise functions, {count(Contraction)} contractions and {count(Move)} moves: "
+        "docs/ops.md"
+    )

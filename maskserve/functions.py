@@ -14,14 +14,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from maskserve import cellwise, gradients, masking, masks, wholes
+from maskserve import cellwise, contracting, gradients, masking, masks, wholes
+from maskserve.backends.reference.moves import Masked
+from maskserve.blocks import counting
 from maskserve.engine import run, run_with_indices
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
 from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
-from maskserve.ops.rows import Cells, Elementwise, Masking, Move, Reduction, Row, Whole
+from maskserve.ops.rows import Cells, Contraction, Elementwise, Masking, Move, Reduction, Row, Whole
 from maskserve.params import accept, names_of, resolve
 from maskserve.plan import Plan, SlicedRow, plan, with_masked_slices
 from maskserve.reach import Operand, hidden, in_transform, is_followed, narrowed
@@ -167,6 +169,26 @@ def unwrapped_operand(row: Elementwise, operand: Any, *, optional: bool) -> Oper
     return Operand(operand)
 
 
+def contraction(row: Contraction, operands: Sequence[Any], given: dict[str, Any]) -> MaskedTensor:
+    """Sums of products of cells; an optional operand joins them cell by cell."""
+    params = resolve(row, given)
+    if row.takes_any_number and len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = operands[0]
+    unwrapped = [unwrap(row, operand, None) for operand in operands if operand is not None]
+    cells = [Masked(o.value, counting(row, o.value, o.mask, params["nan"]), o.reach) for o in unwrapped]
+    cells, dtype = contracting.computable(row, cells)
+    n = len(cells) if row.takes_any_number else len(row.operands) - row.n_optional
+    made = contracting.compute(row, cells[:n], params)
+    for other in cells[n:]:
+        joins = OPS[row.added]
+        assert isinstance(joins, Elementwise)
+        contracting.check_joins(row, made, other)
+        sides = [c.data if c.mask is None and c.reach is None else MaskedTensor._of(*c) for c in (made, other)]
+        joined = elementwise(joins, tuple(sides), None, None, {})
+        made = Masked(joined._data, joined._mask, joined._reach)
+    return MaskedTensor._of(made.data.to(dtype), made.mask, made.reach)
+
+
 def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
     """The parts of a MaskedTensor, or of a plain tensor with `mask=`."""
     if not isinstance(tensor, MaskedTensor):
@@ -254,6 +276,7 @@ def build(row: Row) -> Function:
     )
     names: dict[str, Any] = {
         "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_whole": whole,
+        "_contraction": contraction,
         "_masking": masked, "_one": one, "_masked": as_masked_tensor, "_many": (list, range, Tensor), "_several": several,
         "_tensors": (Tensor, MaskedTensor), "_public": public,
     }  # fmt: skip
@@ -289,7 +312,13 @@ _WHOLE = """\
 def {name}({signature}):
 {tuples}    return _whole(_row, input, mask, {{k: v for k, v in ({given}) if v is not None}})
 """
-_TEMPLATES: dict[type[Row], str] = {Elementwise: _ELEMENTWISE, Masking: _MASKING, Move: _MOVE, Whole: _WHOLE}
+_CONTRACTION = """\
+def {name}({signature}):
+    return _contraction(_row, ({operands}), {{k: v for k, v in ({given}) if v is not None}})
+"""
+_TEMPLATES: dict[type[Row], str] = {
+    Elementwise: _ELEMENTWISE, Masking: _MASKING, Move: _MOVE, Whole: _WHOLE, Contraction: _CONTRACTION,
+}  # fmt: skip
 
 
 def has_nan_policy(row: Elementwise) -> bool:
@@ -299,7 +328,7 @@ def has_nan_policy(row: Elementwise) -> bool:
 
 def takes_mask(row: Row) -> bool:
     """Whether a plain tensor may bring its mask along: there is one tensor that it can belong to."""
-    return not isinstance(row, Elementwise | Move) or (isinstance(row, Elementwise) and len(row.operands) == 1)
+    return not isinstance(row, Elementwise | Move | Contraction) or (isinstance(row, Elementwise) and len(row.operands) == 1)
 
 
 def given(row: Row) -> str:
@@ -321,14 +350,19 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
         yield from ([typed(first_of(row), _CELLS[row.cells])] if first_of(row) else [])
         yield from (typed("*args", "Any"), typed("**kwargs", "Any"))
         return
-    operands = row.operands if isinstance(row, Elementwise) else ("input",)
-    last = len(operands) - (row.n_optional if isinstance(row, Elementwise) else 0)
+    if isinstance(row, Contraction) and row.takes_any_number:
+        yield from (parameter_text(p, typed) for p in row.callable if not p.keyword_only)
+        yield typed(row.operands[0], "Operand")
+        yield from (parameter_text(p, typed) for p in row.callable if p.keyword_only)
+        return
+    operands = row.operands if isinstance(row, Elementwise | Contraction) else ("input",)
+    last = len(operands) - (row.n_optional if isinstance(row, Elementwise | Contraction) else 0)
     yield from (typed(operand, "Operand") for operand in operands[:last])
     yield from (typed(operand, "Operand | None", "None") for operand in operands[last:])
     yield from (parameter_text(p, typed) for p in row.callable if not p.keyword_only)
     yield "*"
     yield from (parameter_text(p, typed) for p in row.callable if p.keyword_only)
-    if isinstance(row, Elementwise | Whole):
+    if isinstance(row, Elementwise | Whole | Contraction):
         if takes_mask(row):
             yield typed("mask", "Tensor | None", "None")
         if isinstance(row, Elementwise):
@@ -370,6 +404,8 @@ _HINTS = {
     Type.CELL: "float",
     Type.NUMBERS: "float | Sequence[float]",
     Type.RANGE: "Sequence[float]",
+    Type.MEETING: "int | Sequence[int | Sequence[int]]",
+    Type.EQUATION: "str",
     Type.TENSOR: "Operand",
     Type.DTYPE: "torch.dtype | str",
     Type.CHOICE: "str",

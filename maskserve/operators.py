@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskserve.errors import DtypeError, ShapeError
 from maskserve.ops import OPS
-from maskserve.ops.rows import Elementwise
+from maskserve.ops.rows import Contraction, Elementwise
 
 if TYPE_CHECKING:
     from maskserve.tensor import MaskedTensor
@@ -24,6 +24,9 @@ COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 def attach(cls: type[MaskedTensor]) -> None:
     """__add__, __radd__, __iadd__ and the like."""
     for row in OPS.values():
+        if isinstance(row, Contraction) and row.operator:  # m @= n is m = m @ n, as in torch
+            setattr(cls, f"__{row.operator}__", binary(row.name, reflected=False, numbers=()))
+            setattr(cls, f"__r{row.operator}__", binary(row.name, reflected=True, numbers=()))
         if not isinstance(row, Elementwise) or not row.operator:
             continue
         if len(row.operands) == 1:
@@ -44,13 +47,16 @@ def unary(name: str) -> Operator:
     return operator
 
 
-def binary(name: str, *, reflected: bool) -> Operator:
+NUMBERS = (int, float, complex)
+
+
+def binary(name: str, *, reflected: bool, numbers: tuple[type, ...] = NUMBERS) -> Operator:
     def operator(self: MaskedTensor, other: Any) -> Any:
         from maskserve.functions import public
         from maskserve.tensor import MaskedTensor, from_foreign
 
         other = from_foreign(other)
-        if not isinstance(other, MaskedTensor | Tensor | int | float | complex):
+        if not isinstance(other, (MaskedTensor, Tensor, *numbers)):
             return NotImplemented
         return public(name)(other, self) if reflected else public(name)(self, other)
 

@@ -119,6 +119,29 @@ def _check_range(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str
     return (ends if fits else ()), "two numbers, the lower first"
 
 
+def _check_meeting(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if _is_whole(value):
+        return ((value,) if value >= 0 else ()), "a number of dims from 0 on"
+    sides = [(side,) if _is_whole(side) else side for side in value] if isinstance(value, list | tuple) else []
+    fits = len(sides) == 2 and all(isinstance(side, list | tuple) and all(map(_is_whole, side)) for side in sides)
+    return ((tuple(map(tuple, sides)),) if fits else ()), "a number of dims, or the dims of the first and of the second tensor"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_equation(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    if isinstance(value, str):
+        return (value,), ""
+    raise ParameterError(  # the general message would show the cells of a tensor
+        f"{parameter.name} is a {type(value).__name__}; it must be words like 'ij,jk->ik' (tensors with lists of numbers, "
+        "torch's other form, are not taken)",
+        parameter=parameter.name,
+    )
+
+
 def _check_choice(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     return ((value,) if value in parameter.choices else ()), f"one of {', '.join(parameter.choices)}"
 
@@ -145,6 +168,8 @@ _CHECKS = {
     Type.CELL: _check_real,
     Type.NUMBERS: _check_numbers,
     Type.RANGE: _check_range,
+    Type.MEETING: _check_meeting,
+    Type.EQUATION: _check_equation,
     Type.TENSOR: _check_tensor,
     Type.CHOICE: _check_choice,
     Type.CHOICE_OR_NUMBER: _check_choice_or_number,

@@ -12,7 +12,7 @@ from maskserve import autograd
 from maskserve.errors import MaskError, MaskserveError, UncoveredFunctionError
 from maskserve.functions import in_torchs_words, method, public
 from maskserve.ops import OPS
-from maskserve.ops.rows import Cells, Elementwise, Move, Row
+from maskserve.ops.rows import Cells, Contraction, Elementwise, Move, Row
 from maskserve.tensor import plain_index
 
 NAMESPACES = (torch, torch.Tensor, torch.nn.functional, torch.special, torch.linalg)
@@ -78,8 +78,19 @@ def functions_of(row: Row) -> Iterator[tuple[Callable[..., Any], Callable[..., A
             theirs = getattr(namespace, name, None)
             if callable(theirs) and f"{namespace.__name__}.{name}".removeprefix("torch.") not in row.unlike:
                 yield theirs, spoken(row, ours) if row.torch_words or row.torch_values or row.torch_defaults else ours
+    if isinstance(row, Contraction) and row.operator:
+        yield getattr(torch.Tensor, f"__r{row.operator}__"), reflected(public(row.name))
     if isinstance(row, Move) and row.cells is Cells.ALL and hasattr(torch._C._VariableFunctions, row.name):
         yield getattr(torch._C._VariableFunctions, row.name), public(row.name)  # what torch calls for a list of tensors
+
+
+def reflected(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Our function of two tensors, called with the second one first."""
+
+    def called(second: Any, first: Any) -> Any:
+        return ours(first, second)
+
+    return called
 
 
 def spoken(row: Row, ours: Callable[..., Any]) -> Callable[..., Any]:

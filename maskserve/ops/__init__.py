@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from maskserve.errors import UnknownOpError, nearest
-from maskserve.ops import elementwise, fills, maskings, moves, normalizations, orderings, reductions, scans, wholes
+from maskserve.ops import (
+    contractions,
+    elementwise,
+    fills,
+    maskings,
+    moves,
+    normalizations,
+    orderings,
+    reductions,
+    scans,
+    wholes,
+)
 from maskserve.ops.rows import Row, Table
 
 OPS = Table()
 OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *fills.ROWS, *maskings.ROWS, *orderings.ROWS)
-OPS.add(*wholes.ROWS, *elementwise.ROWS, *moves.ROWS)
+OPS.add(*wholes.ROWS, *elementwise.ROWS, *contractions.ROWS, *moves.ROWS)
 
 
 def find(word: str, *, verb: str | None = None) -> Row:

@@ -23,6 +23,8 @@ class Type(StrEnum):
     CELL = "cell"  # a number that the data's dtype can hold
     NUMBERS = "numbers"  # one number or several
     RANGE = "range"  # two numbers, the lower first
+    MEETING = "meeting"  # how many dims of two tensors meet, or which ones of the first and of the second
+    EQUATION = "equation"  # einsum's words
     DTYPE = "dtype"
     CHOICE = "choice"
     CHOICE_OR_NUMBER = "choice_or_number"

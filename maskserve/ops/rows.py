@@ -277,6 +277,38 @@ class Elementwise(Row):
     """It chooses cells and computes none: it takes those of a storage type without widening them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Contraction(Row):
+    """Sums of products of cells: a pair of which a side is masked adds nothing, and a sum of no pair is masked.
+
+    Which dims meet is an equation in einsum's words; it is given here, by a function of the shapes, or by the caller.
+    """
+
+    kind = "contraction"
+
+    operands: tuple[str, ...] = ("input", "other")
+    n_optional: int = 0
+    """How many of the last operands may be None."""
+    equation: str = ""
+    function: str = ""
+    """What makes the equation, where it depends on shapes or parameters."""
+    added: str = ""
+    """The elementwise op by which an optional operand joins the sums: linear's bias."""
+    operator: str = ""
+    """The Python operator's method, e.g. "matmul" for __matmul__ and __rmatmul__."""
+    in_torchs_methods: bool = True
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it is a method of MaskedTensor too, as it is one of torch.Tensor."""
+        return self.in_torchs_methods
+
+    @property
+    def takes_any_number(self) -> bool:
+        """Whether any number of tensors may follow its parameters: einsum(equation, *operands)."""
+        return self.operands[0].startswith("*")
+
+
 class Cells(StrEnum):
     """Which arguments of a move hold cells; the others go to torch as they are."""
 
