@@ -36,6 +36,16 @@ def test_a_cuda_device_gives_what_the_cpu_gives(row: Row, dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(dtypes.NUMERIC, key=lambda d: d.name), ids=lambda d: d.name)
+def test_a_masked_product_on_a_cuda_device_is_that_of_the_cpu(dtype: DType) -> None:
+    samples = cells(dtype, (3, 40, 70), 1), cells(dtype, (3, 70, 50), 2)
+    on_cpu = [ms.masked_tensor(sample.data, sample.mask) for sample in samples]
+    expected, got = on_cpu[0] @ on_cpu[1], on_cpu[0].to("cuda") @ on_cpu[1].to("cuda")
+    assert torch.equal(got.get_mask().cpu(), expected.get_mask())
+    loose = 2e-2 if got.dtype is torch.bfloat16 else 2e-3 if got.dtype is torch.float16 else 1e-4
+    torch.testing.assert_close(got.get_data().cpu(), expected.get_data(), rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("dtype", sorted(dtypes.NUMERIC, key=lambda d: d.name), ids=lambda d: d.name)
 def test_masks_and_where_they_lie_are_those_of_the_cpu(dtype: DType) -> None:
     sample = cells(dtype, (70, 130), 2)
     on_cpu = ms.masked_tensor(sample.data, sample.mask)
