@@ -6,7 +6,7 @@ forward-mode one; the rule that carries reach back is linear, and its transpose 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ from maskserve.engine import run, run_with_indices
 from maskserve.masks import intersection
 from maskserve.ops.rows import Reach, Reduction, Whole
 from maskserve.plan import Plan, batched, reduced_shape
-from maskserve.reach import Memory, Operand, applied, as_cotangent, channel, hidden, in_forward_mode
+from maskserve.reach import Memory, Operand, applied, as_cotangent, channel, hidden, in_forward_mode, primal
 
 Masks = tuple[Tensor | None, ...]
 
@@ -30,6 +30,10 @@ class Result(NamedTuple):
     valid: Tensor
     indices: Tensor | None = None
     """Where the cells stood that a picking row took."""
+
+
+Given = tuple[tuple[Tensor, ...], Masks, Result]
+"""The operands of an operation, their masks, and what it made of them."""
 
 
 class Operation(Protocol):
@@ -80,7 +84,7 @@ class Compute(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.operation, n, *tensors = inputs
         ctx.n, ctx.memory = n, Memory()
-        ctx.wants_reach = any(reach is not None for reach in tensors[2 * n :])
+        ctx.has_reach = [reach is not None for reach in tensors[2 * n :]]
         values, valid, reach, *indices = output
         fixed = [valid, *indices]
         if not ctx.operation.is_differentiable or not (values.is_floating_point() or values.is_complex()):
@@ -99,25 +103,21 @@ class Compute(torch.autograd.Function):
         data: tuple[Tensor | None, ...] = (None,) * ctx.n
         reaches: tuple[Tensor | None, ...] = (None,) * ctx.n
         if g is not None:
-            reached = ctx.operation.back(*given, as_cotangent(gate))
-            pulled = ctx.operation.pull(*given, hidden(g, gate), gate)
             data = tuple(
-                hidden(grad.expand(r.shape), r > 0).to(operand.dtype)
-                for grad, r, operand in zip(pulled, reached, given[0], strict=True)
+                part.to(operand.dtype) for part, operand in zip(pulled(ctx.operation, given, g, gate), given[0], strict=True)
             )
-        if cotangent is not None and ctx.wants_reach:
-            reaches = ctx.operation.back(*given, as_cotangent(cotangent > 0))
+        if cotangent is not None and any(ctx.has_reach):
+            back = ctx.operation.back(*given, as_cotangent(cotangent > 0))
+            reaches = tuple(as_cotangent(r) if wanted else None for r, wanted in zip(back, ctx.has_reach, strict=True))
         return (None, None, *data, *[None] * ctx.n, *reaches)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = unpacked(ctx)
-        n, result = ctx.n, given[2]
-        operation, hide = ctx.operation, result.valid
-        data = transposed(lambda u: operation.pull(*given, hidden(u, hide), hide), result.values, given, tangents[2 : 2 + n])
-        reach = transposed(lambda u: operation.back(*given, u), channel(result.values), given, tangents[2 + 2 * n :])
-        picked = () if result.indices is None else (None,)
-        return (hidden(data, hide), None, reach, *picked)
+        n, operation, given = ctx.n, ctx.operation, unpacked(ctx, primal)
+        values, hide, indices = given[2]
+        data = transposed(lambda u: pulled(operation, given, u, hide), values, tangents[2 : 2 + n])
+        reach = transposed(lambda u: operation.back(*given, u), channel(values), tangents[2 + 2 * n :])
+        return (hidden(data, hide), None, reach, *[None for _ in (indices,) if indices is not None])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, n: int, *tensors: Tensor | None) -> Any:
@@ -133,21 +133,25 @@ class Compute(torch.autograd.Function):
         return made, tuple(wider.batch_dim for _ in made)
 
 
-def unpacked(ctx: Any) -> tuple[tuple[Tensor, ...], Masks, Result]:
+def unpacked(ctx: Any, seen: Callable[[Tensor], Tensor] = lambda saved: saved) -> Given:
     """(operands, masks, result) as they were saved."""
-    saved, n = ctx.saved_tensors, ctx.n
-    return saved[:n], saved[n : 2 * n], Result(*saved[2 * n :])
+    saved, n = [None if part is None else seen(part) for part in ctx.saved_tensors], ctx.n
+    return tuple(saved[:n]), tuple(saved[n : 2 * n]), Result(*saved[2 * n :])
 
 
-def transposed(pull: Any, result: Tensor, given: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+def pulled(operation: Operation, given: Given, g: Tensor, gate: Tensor) -> Iterator[Tensor]:
+    """The gradients by each operand, exactly 0 where nothing was reached."""
+    parts = zip(operation.pull(*given, hidden(g, gate), gate), operation.back(*given, as_cotangent(gate)), strict=True)
+    return (hidden(part.expand(reached.shape), reached > 0) for part, reached in parts)
+
+
+def transposed(pull: Any, result: Tensor, tangents: tuple[Tensor | None, ...]) -> Tensor:
     """What tangents of the operands make of the result, by the transpose of a map that is linear."""
     if all(tangent is None for tangent in tangents):
         return torch.zeros_like(result)
-    shapes = [operand.shape for operand in given[0]]
 
     def moved(u: Tensor) -> Tensor:
-        parts = zip(pull(u), tangents, shapes, strict=True)
-        products = [(part.expand(shape) * t.conj()).sum().real for part, t, shape in parts if t is not None]
+        products = [(part * t.conj()).sum().real for part, t in zip(pull(u), tangents, strict=True) if t is not None]
         total: Tensor = sum(products[1:], products[0])
         return total
 

@@ -47,6 +47,13 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def primal(data: Tensor) -> Tensor:
+    """The tensor without the tangent that a jvp is computing from: else it would be computed again inside, and again."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or not data.is_floating_point():
+        return data  # torch.func takes care of its levels
+    return forward_ad.unpack_dual(data).primal
+
+
 def channel(data: Tensor, *, leaf: bool = False) -> Tensor:
     """The reach of new cells."""
     if in_forward_mode():  # tangents have the layout of their tensor, and must be written
