@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from string import ascii_letters
 from typing import Any, NoReturn
 
@@ -32,21 +32,27 @@ class Equation:
 
 def checked(row: Contraction, equation: Equation, shapes: Sequence[Shape]) -> Equation:
     """The equation; ShapeError where the shapes do not fit it."""
-    met: dict[Label, tuple[int, int, int]] = {}  # label -> its size, and where it was found
+    met: dict[Label, tuple[int, int, int]] = {}  # label -> its size, the operand and the dim it was found in
     for i, (labels, shape) in enumerate(zip(equation.operands, shapes, strict=True)):
         if len(labels) != len(shape):
             said = f"{name_of(row, i)} has shape {shape}; it must have {len(labels)} dim{'s' * (len(labels) != 1)}"
             raise ShapeError(f"{row.name}: {said}")
+        own: dict[Label, int] = {}  # a diagonal broadcasts nothing
         for dim, (label, size) in enumerate(zip(labels, shape, strict=True)):
+            first = own.setdefault(label, dim)
             known, other, other_dim = met.setdefault(label, (size, i, dim))
-            if known == 1 and label not in equation.exact and i != other:
+            if shape[first] != size:
+                known, other, other_dim = shape[first], i, first
+            elif known == 1 and label not in equation.exact:
                 met[label] = size, i, dim
-            elif size != known and (size != 1 or label in equation.exact or i == other):
-                raise ShapeError(
-                    f"{row.name}: dim {dim} of {name_of(row, i)} has size {size}, dim {other_dim} of {name_of(row, other)} "
-                    f"{known}; they must be equal{'' if label in equation.exact else ' or 1'} "
-                    f"(shapes {' and '.join(map(str, shapes))})"
-                )
+                continue
+            elif size == known or (size == 1 and label not in equation.exact):
+                continue
+            raise ShapeError(
+                f"{row.name}: dim {dim} of {name_of(row, i)} has size {size}, dim {other_dim} of {name_of(row, other)} {known}; "
+                f"they must be equal{'' if label in equation.exact or other == i else ' or 1'} "
+                f"(shapes {' and '.join(map(str, shapes))})"
+            )
     return equation
 
 
@@ -132,7 +138,7 @@ def einsum(row: Contraction, shapes: Sequence[Shape], params: Mapping[str, Any])
 TERM = re.compile(r"[a-zA-Z]*(?:\.\.\.[a-zA-Z]*)?")
 
 
-@cache
+@lru_cache(1024)
 def parsed(row: Contraction, words: str, n_dims: tuple[int, ...]) -> Equation:
     """An equation in torch's words. "..." covers the dims that have no letter, counted from the last of them.
 

@@ -257,6 +257,8 @@ _ANNOTATIONS: dict[Type, Any] = {
     Type.CHOICE: str,
     Type.CHOICE_OR_NUMBER: str,
     Type.WORD: str,
+    Type.MEETING: Annotated[int, Field(ge=0)] | tuple[tuple[int, ...], tuple[int, ...]],
+    Type.EQUATION: str,
     Type.TENSOR: Annotated[str, Field(min_length=1)],
     Type.WORDS: Annotated[tuple[str, ...], BeforeValidator(parse_words, json_schema_input_type=str | list[str])],
 }

@@ -559,6 +559,7 @@ REFUSED: list[tuple[str, Callable[[], Any], type[MaskserveError], str]] = [
     ("einsum's dims beside dots", lambda: torch.einsum("...ijk", A), ShapeError, "must have 3 dims"),
     ("einsum's sizes", lambda: torch.einsum("ij,jk", A, A), ShapeError, "dim 0 of operand 1 has size 2, dim 1 of operand 0 3"),
     ("einsum's diagonal", lambda: torch.einsum("ii", A), ShapeError, "must be equal"),
+    ("einsum's diagonal of size 1", lambda: torch.einsum("i,ii", V, B[:, :1].T), ShapeError, "must be equal .shapes"),
     ("einsum's sublists", lambda: ms.einsum(A, [0, 1]), ParameterError, "equation is a MaskedTensor"),
     ("einsum of nothing", lambda: ms.einsum("ij"), ParameterError, "0 are given"),
     ("no equation", lambda: ms.einsum(), ParameterError, "needs equation"),
