@@ -135,7 +135,8 @@ class Compute(torch.autograd.Function):
 
 def unpacked(ctx: Any, seen: Callable[[Tensor], Tensor] = lambda saved: saved) -> Given:
     """(operands, masks, result) as they were saved."""
-    saved, n = [None if part is None else seen(part) for part in ctx.saved_tensors], ctx.n
+    saved: list[Any] = [None if part is None else seen(part) for part in ctx.saved_tensors]
+    n = ctx.n
     return tuple(saved[:n]), tuple(saved[n : 2 * n]), Result(*saved[2 * n :])
 
 
@@ -257,7 +258,9 @@ class OfProduct:
 
     def compute(self, operands: tuple[Tensor, ...], masks: Masks) -> Result:
         a, b = operands
-        flat = [None if part is None else part.reshape(-1, *part.shape[-2:]) for part in (a, masks[0], b, masks[1])]
+        flat: list[Any] = [
+            None if part is None else part.reshape(-1, *part.shape[-2:]) for part in (a, masks[0], b, masks[1])
+        ]
         values, valid = contractions.product(*flat)
         shape = (*a.shape[:-1], b.shape[-1])
         valid = torch.ones(shape, dtype=torch.bool, device=a.device) if valid is None else valid.reshape(shape)
@@ -275,9 +278,9 @@ class OfProduct:
         return apply(self, above, b)[0].value, apply(self, a, above)[0].value
 
     def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
-        counts = [torch.ones_like(cells, dtype=torch.float32) if m is None else m.float() for cells, m in zip(operands, masks, strict=True)]
-        by_a, by_b = reach.float() @ counts[1].mT, counts[0].mT @ reach.float()
-        return hidden(by_a, masks[0]), hidden(by_b, masks[1])
+        parts = zip(operands, masks, strict=True)
+        a, b = (torch.ones_like(cells, dtype=torch.float32) if mask is None else mask.float() for cells, mask in parts)
+        return hidden(reach.float() @ b.mT, masks[0]), hidden(a.mT @ reach.float(), masks[1])
 
 
 # -- whole tensors ------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def primal(data: Tensor) -> Tensor:
     """The tensor without the tangent that a jvp is computing from: else it would be computed again inside, and again."""
     if torch._C._functorch.peek_interpreter_stack() is not None or not data.is_floating_point():
         return data  # torch.func takes care of its levels
-    return forward_ad.unpack_dual(data).primal
+    bare: Tensor = forward_ad.unpack_dual(data).primal
+    return bare
 
 
 def channel(data: Tensor, *, leaf: bool = False) -> Tensor:
@@ -69,7 +70,7 @@ def hidden(data: Tensor, mask: Tensor | None) -> Tensor:
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """What the function gives, with its trace."""
-    return function.apply(*args)  # type: ignore[no-untyped-call]  # torch does not type it
+    return function.apply(*args)
 
 
 def as_cotangent(reached: Tensor) -> Tensor:

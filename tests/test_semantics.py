@@ -16,7 +16,6 @@ from maskserve.errors import (
     DimError,
     DtypeError,
     EmptySliceError,
-    GradientError,
     MaskedValueError,
     MaskError,
     MaskserveError,
