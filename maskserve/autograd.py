@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from maskserve.backends.reference.cells import select
 from maskserve.errors import GradientError
 from maskserve.making import tensor_of
-from maskserve.reach import DTYPE, Cross, applied, as_cotangent, channel, hidden, is_followed
+from maskserve.reach import DTYPE, Cross, applied, as_cotangent, channel
 from maskserve.tensor import MaskedTensor
+from maskserve.tracing import is_followed
 
 Function = Callable[..., Any]
 
@@ -109,9 +111,9 @@ def seeds_of(output: Any, above: Any) -> list[Tensor]:
     mask = mask_of(above)
     data = plain_of(above).to(output.dtype)
     if not isinstance(output, MaskedTensor):
-        return [hidden(data, mask)]
+        return [select(data, mask)]
     reached = output._full_mask() if mask is None else output._full_mask() & mask
-    return [hidden(data, reached), as_cotangent(reached)]
+    return [select(data, reached), as_cotangent(reached)]
 
 
 def followed_parts(source: Any) -> list[Tensor]:
@@ -134,7 +136,7 @@ def gradient_of(source: Any, found: Sequence[Tensor | None]) -> Any:
     again = None
     if is_followed(data) and source._reach is not None:
         again = applied(Cross, reached, source._reach)
-    return MaskedTensor._of(hidden(data, reached), reached, again)
+    return MaskedTensor._of(select(data, reached), reached, again)
 
 
 def checked_use(source: Any, gradient: Any, *, allow_unused: bool, materialize: bool) -> Any:
@@ -298,7 +300,7 @@ class Opened:
                 continue
             reach = next(parts)
             specified = (reach > 0) & mask
-            made.append(followed_tensor(hidden(data, specified), specified, reach))
+            made.append(followed_tensor(select(data, specified), specified, reach))
         return tree_unflatten(made, self.value_shape)
 
 

@@ -18,9 +18,10 @@ from maskserve.masks import Policy, check_equal, intersection, union
 from maskserve.ops.parameters import NAN, Type
 from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
 from maskserve.params import accept, check, names_of
-from maskserve.reach import Operand, Through, applied, is_followed
+from maskserve.reach import Operand, Through, applied
 from maskserve.tensor import same_memory
 from maskserve.torch_dtypes import DTYPES, dtype_of
+from maskserve.tracing import is_followed
 
 HOMES = (torch, torch.special, torch.nn.functional)
 
@@ -84,18 +85,23 @@ def followed(
     if not row.is_differentiable:
         return [o._replace(value=o.value.detach()) if isinstance(o.value, Tensor) else o for o in operands], None
     places = [i for i, operand in enumerate(operands) if has_derivative(operand.value)]
-    reaches = [None if (own := operands[i].reach) is None else own.expand(shape) for i in places]
+    reaches = [None if (own := operands[i].reach) is None else spread(own, shape) for i in places]
     if not places or (row.is_linear and not any(reach is not None for reach in reaches)):
         return operands, None
     live = live_cells(row, operands, masks, shape, policy)
     gate = [live[i] for i in places]
-    *values, reach = applied(
-        Through, not row.is_linear, len(places), *gate, *[operands[i].value.expand(shape) for i in places], *reaches
-    )
+    if len(places) == 2 and operands[places[0]].value is operands[places[1]].value and not any(part is not None for part in gate):
+        gate, reaches = gate[:1], reaches[:1]  # x * x
+    cells = [spread(operands[i].value, shape) for i in places[: len(gate)]]
+    *values, reach = applied(Through, not row.is_linear, len(gate), *gate, *cells, *reaches)
     made = list(operands)
-    for i, value in zip(places, values, strict=True):
-        made[i] = operands[i]._replace(value=value)
+    for place, i in enumerate(places):
+        made[i] = operands[i]._replace(value=values[min(place, len(values) - 1)])
     return made, reach
+
+
+def spread(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return tensor if tensor.shape == shape else tensor.expand(shape)
 
 
 def has_derivative(value: Any) -> bool:

@@ -21,8 +21,9 @@ from maskserve.equations import Equation, Label, Labels, checked, name_of, of_ro
 from maskserve.errors import DataError, DtypeError, ShapeError
 from maskserve.ops.rows import Contraction
 from maskserve.params import accept
-from maskserve.reach import Operand, is_followed
+from maskserve.reach import Operand
 from maskserve.torch_dtypes import dtype_of
+from maskserve.tracing import is_followed
 
 HALVES = (f16, bf16)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskserve import cellwise, contracting, gradients, masking, masks, wholes
+from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
 from maskserve.blocks import counting
 from maskserve.engine import run, run_with_indices
@@ -26,9 +27,10 @@ from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
 from maskserve.ops.rows import Cells, Contraction, Elementwise, Masking, Move, Reduction, Row, Whole
 from maskserve.params import accept, names_of, resolve
 from maskserve.plan import Plan, SlicedRow, plan, with_masked_slices
-from maskserve.reach import Operand, hidden, in_transform, is_followed, narrowed
+from maskserve.reach import Operand, narrowed
 from maskserve.tensor import MaskedTensor, from_foreign
 from maskserve.torch_dtypes import dtype_of
+from maskserve.tracing import in_transform, is_followed
 
 Function = Callable[..., Any]
 
@@ -139,7 +141,7 @@ def masked(row: Masking, tensor: Any, mask: Any, given: tuple[tuple[str, Any], .
     values, valid = masking.compute(row, data, own, params, others)
     if is_followed(cells.value):
         both = valid if own is None else valid & own
-        return MaskedTensor._of(hidden(cells.value, valid), valid, narrowed(cells.reach, both))
+        return MaskedTensor._of(select(cells.value, valid), valid, narrowed(cells.reach, both))
     return MaskedTensor._of(values, valid)
 
 

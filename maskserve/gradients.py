@@ -15,12 +15,14 @@ from torch import Tensor
 
 from maskserve import wholes
 from maskserve.backends.reference import contractions, kernel
+from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.gradients import Slices
 from maskserve.engine import run, run_with_indices
 from maskserve.masks import intersection
 from maskserve.ops.rows import Reach, Reduction, Whole
 from maskserve.plan import Plan, batched, reduced_shape
-from maskserve.reach import Memory, Operand, applied, as_cotangent, channel, hidden, in_forward_mode, primal
+from maskserve.reach import Memory, Operand, applied, as_cotangent, channel
+from maskserve.tracing import in_forward_mode, primal
 
 Masks = tuple[Tensor | None, ...]
 
@@ -98,16 +100,19 @@ class Compute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None, cotangent: Tensor | None, *__: None) -> tuple[Tensor | None, ...]:
         given = unpacked(ctx)
-        gate = ctx.memory.gate(cotangent)
+        now = None if cotangent is None else cotangent > 0
+        gate = ctx.memory.gate(now)
         gate = given[2].valid if gate is None else gate
         data: tuple[Tensor | None, ...] = (None,) * ctx.n
-        reaches: tuple[Tensor | None, ...] = (None,) * ctx.n
+        reached = ctx.operation.back(*given, as_cotangent(gate))
         if g is not None:
             data = tuple(
-                part.to(operand.dtype) for part, operand in zip(pulled(ctx.operation, given, g, gate), given[0], strict=True)
+                part.to(operand.dtype)
+                for part, operand in zip(pulled(ctx.operation, given, g, gate, reached), given[0], strict=True)
             )
-        if cotangent is not None and any(ctx.has_reach):
-            back = ctx.operation.back(*given, as_cotangent(cotangent > 0))
+        reaches: tuple[Tensor | None, ...] = (None,) * ctx.n
+        if now is not None and any(ctx.has_reach):
+            back = reached if gate is now else ctx.operation.back(*given, as_cotangent(now))
             reaches = tuple(as_cotangent(r) if wanted else None for r, wanted in zip(back, ctx.has_reach, strict=True))
         return (None, None, *data, *[None] * ctx.n, *reaches)
 
@@ -115,9 +120,10 @@ class Compute(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n, operation, given = ctx.n, ctx.operation, unpacked(ctx, primal)
         values, hide, indices = given[2]
-        data = transposed(lambda u: pulled(operation, given, u, hide), values, tangents[2 : 2 + n])
+        reached = operation.back(*given, as_cotangent(hide))
+        data = transposed(lambda u: pulled(operation, given, u, hide, reached), values, tangents[2 : 2 + n])
         reach = transposed(lambda u: operation.back(*given, u), channel(values), tangents[2 + 2 * n :])
-        return (hidden(data, hide), None, reach, *[None for _ in (indices,) if indices is not None])
+        return (select(data, hide), None, reach, *[None for _ in (indices,) if indices is not None])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, n: int, *tensors: Tensor | None) -> Any:
@@ -140,10 +146,12 @@ def unpacked(ctx: Any, seen: Callable[[Tensor], Tensor] = lambda saved: saved) -
     return tuple(saved[:n]), tuple(saved[n : 2 * n]), Result(*saved[2 * n :])
 
 
-def pulled(operation: Operation, given: Given, g: Tensor, gate: Tensor) -> Iterator[Tensor]:
-    """The gradients by each operand, exactly 0 where nothing was reached."""
-    parts = zip(operation.pull(*given, hidden(g, gate), gate), operation.back(*given, as_cotangent(gate)), strict=True)
-    return (hidden(part.expand(reached.shape), reached > 0) for part, reached in parts)
+def pulled(
+    operation: Operation, given: Given, g: Tensor, gate: Tensor, reached: tuple[Tensor, ...]
+) -> Iterator[Tensor]:
+    """The gradients by each operand, exactly 0 where not reached."""
+    parts = zip(operation.pull(*given, select(g, gate), gate), reached, strict=True)
+    return (select(part.expand(at.shape), at > 0) for part, at in parts)
 
 
 def transposed(pull: Any, result: Tensor, tangents: tuple[Tensor | None, ...]) -> Tensor:
@@ -190,7 +198,7 @@ class OfSlices:
         self, operands: tuple[Tensor, ...], masks: Masks, result: Result, g: Tensor, reached: Tensor
     ) -> tuple[Tensor, ...]:
         row, own = self.plan.row, self.counting(operands, masks)
-        data, *weights = [hidden(singles(operand.expand(self.plan.shape)), own) for operand in operands]
+        data, *weights = [select(singles(operand.expand(self.plan.shape)), own) for operand in operands]
         slices = Slices(
             data,
             own,
@@ -207,7 +215,7 @@ class OfSlices:
 
     def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
         at = self.reached(self.kept(reach), result)
-        at = hidden(at.expand(self.plan.shape), self.counting(operands, masks))
+        at = select(at.expand(self.plan.shape), self.counting(operands, masks))
         return tuple(reduced_to(at, operand.shape) for operand in operands)
 
     def reached(self, reach: Tensor, result: Result) -> Tensor:
@@ -280,7 +288,7 @@ class OfProduct:
     def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
         parts = zip(operands, masks, strict=True)
         a, b = (torch.ones_like(cells, dtype=torch.float32) if mask is None else mask.float() for cells, mask in parts)
-        return hidden(reach.float() @ b.mT, masks[0]), hidden(a.mT @ reach.float(), masks[1])
+        return select(reach.float() @ b.mT, masks[0]), select(a.mT @ reach.float(), masks[1])
 
 
 # -- whole tensors ------------------------------------------------------------------------------------------------
@@ -313,7 +321,7 @@ class OfWhole:
         self, operands: tuple[Tensor, ...], masks: Masks, result: Result, g: Tensor, reached: Tensor
     ) -> tuple[Tensor, ...]:
         def one(data: Tensor, mask: Tensor, out: Tensor, above: Tensor) -> Tensor:
-            made: Tensor = kernel(self.row.vjp)(self.params, hidden(data, mask), mask, out, above)
+            made: Tensor = kernel(self.row.vjp)(self.params, select(data, mask), mask, out, above)
             return made
 
         for _ in range(self.n_batches):
@@ -324,8 +332,8 @@ class OfWhole:
         """A pair of rows depends on the columns where both are valid."""
         own = self.counting(operands[0], masks[0])
         if own.ndim == self.n_batches + 1:
-            return (hidden(reach.unsqueeze(-1).expand(own.shape), own),)
-        return (hidden((reach + reach.mT).float() @ own.float(), own),)
+            return (select(reach.unsqueeze(-1).expand(own.shape), own),)
+        return (select((reach + reach.mT).float() @ own.float(), own),)
 
     def counting(self, data: Tensor, mask: Tensor | None) -> Tensor:
         own = torch.ones(data.shape, dtype=torch.bool, device=data.device) if mask is None else mask.expand(data.shape)

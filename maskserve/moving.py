@@ -16,8 +16,9 @@ from maskserve.cellwise import HOMES
 from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
-from maskserve.reach import channel, is_followed
+from maskserve.reach import channel
 from maskserve.tensor import MaskedTensor, same_memory
+from maskserve.tracing import is_followed
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]

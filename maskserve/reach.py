@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from maskserve.backends.reference.cells import select
+from maskserve.tracing import in_forward_mode, in_transform
 
 DTYPE = torch.bfloat16
 """Counts in it saturate, and neither cancel nor vanish."""
@@ -33,28 +35,6 @@ class Operand(NamedTuple):
     """Whether it is a MaskedTensor: plain tensors and numbers are valid everywhere."""
 
 
-def is_followed(data: Tensor) -> bool:
-    """Whether what is computed from `data` must leave a trace: for backward, or for a transform of torch.func."""
-    return (data.requires_grad and torch.is_grad_enabled()) or in_transform()
-
-
-def in_transform() -> bool:
-    """Whether torch.func (or forward-mode AD) looks on: tensors have no memory of their own there."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or in_forward_mode()
-
-
-def in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
-def primal(data: Tensor) -> Tensor:
-    """The tensor without the tangent that a jvp is computing from: else it would be computed again inside, and again."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or not data.is_floating_point():
-        return data  # torch.func takes care of its levels
-    bare: Tensor = forward_ad.unpack_dual(data).primal
-    return bare
-
-
 def channel(data: Tensor, *, leaf: bool = False) -> Tensor:
     """The reach of new cells."""
     if in_forward_mode():  # tangents have the layout of their tensor, and must be written
@@ -63,14 +43,12 @@ def channel(data: Tensor, *, leaf: bool = False) -> Tensor:
     return reach.detach().requires_grad_() if leaf else reach
 
 
-def hidden(data: Tensor, mask: Tensor | None) -> Tensor:
-    """`data` with 0 where `mask` is not, in a way that autograd can follow."""
-    return data if mask is None else torch.where(mask, data, torch.zeros((), dtype=data.dtype, device=data.device))
-
-
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """What the function gives, with its trace."""
-    return function.apply(*args)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # what torch's own apply does then, less 60 us of looking up the signature of forward
+    return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
 
 
 def as_cotangent(reached: Tensor) -> Tensor:
@@ -89,11 +67,10 @@ class Memory:
     def __init__(self) -> None:
         self.reached: Tensor | None = None
 
-    def gate(self, cotangent: Tensor | None) -> Tensor | None:
-        """Where a cotangent of data counts in this walk, given the reach's; None: nothing is known, and everywhere."""
-        if cotangent is None:
+    def gate(self, now: Tensor | None) -> Tensor | None:
+        """Where a cotangent of data counts in this walk, given what is reached now; None: nothing is known."""
+        if now is None:
             return self.reached
-        now = cotangent > 0
         if not torch.is_grad_enabled():  # no graph of this walk is kept, so no second one will ask
             return now if self.reached is None else now | self.reached
         self.reached = now if self.reached is None else now | self.reached
@@ -128,10 +105,10 @@ class Through(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         *data, reach = cotangents
         if ctx.gated:
-            gate = ctx.memory.gate(reach)
-            data = [None if g is None else hidden(g, gate) for g in data]
+            gate = ctx.memory.gate(None if reach is None else reach > 0)
+            data = [None if g is None else select(g, gate) for g in data]
         back = [
-            None if reach is None or not wanted else hidden(reach, live)
+            None if reach is None or not wanted else select(reach, live)
             for wanted, live in zip(ctx.has_reach, ctx.saved_tensors, strict=True)
         ]
         return (None, None, *[None] * ctx.n, *data, *back)
@@ -141,7 +118,7 @@ class Through(torch.autograd.Function):
         tangents = tangents[2 + ctx.n :]
         moved = [None if t is None else t.view_as(t) for t in tangents[: ctx.n]]
         reaches = zip(tangents[ctx.n :], ctx.saved_tensors, strict=True)
-        back = [hidden(t, live) for t, live in reaches if t is not None]
+        back = [select(t, live) for t, live in reaches if t is not None]
         reach = sum_of(back)
         return (*moved, torch.zeros(ctx.shape, dtype=DTYPE, device=ctx.device) if reach is None else reach)
 
@@ -180,11 +157,11 @@ class Exit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return hidden(g, mask), None, as_cotangent(mask) if ctx.has_reach else None
+        return select(g, mask), None, as_cotangent(mask) if ctx.has_reach else None
 
     @staticmethod
     def jvp(ctx: Any, data: Tensor, mask: None, reach: Tensor | None) -> Tensor:
-        return hidden(data, ctx.saved_tensors[0])
+        return select(data, ctx.saved_tensors[0])
 
 
 class Cross(torch.autograd.Function):

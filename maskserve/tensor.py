@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from maskserve import masks
+from maskserve.backends.reference.cells import select
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
 from maskserve.formatting import nested, text_of
 from maskserve.operators import attach
-from maskserve.reach import Exit, applied, as_cotangent, channel, hidden, in_transform, is_followed, narrowed
+from maskserve.reach import Exit, applied, as_cotangent, channel, narrowed
+from maskserve.tracing import in_transform, is_followed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -215,7 +217,7 @@ class MaskedTensor:
             return None
         reached = None if self._reach is None else self._reach.grad
         specified = self._full_mask() if reached is None else reached > 0
-        made = MaskedTensor._of(hidden(self._data.grad, specified), specified)
+        made = MaskedTensor._of(select(self._data.grad, specified), specified)
         made._is_view, made._owns_mask = True, False
         return made
 
@@ -229,7 +231,7 @@ class MaskedTensor:
         if not isinstance(gradient, MaskedTensor) or gradient.shape != self.shape:
             raise GradientError(f"a gradient is a MaskedTensor of shape {tuple(self.shape)}, or None")
         specified = gradient._full_mask() & self._full_mask()
-        self._data.grad = hidden(gradient._data.detach(), specified)
+        self._data.grad = select(gradient._data.detach(), specified)
         if self._reach is not None:
             self._reach.grad = as_cotangent(specified)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskserve.reach import is_followed
+from maskserve.tracing import is_followed
 
 Parts = dict[str, Tensor]
 
@@ -22,7 +22,7 @@ def select(data: Tensor, mask: Tensor | None, fill: float | int = 0) -> Tensor:
     """
     if mask is None:
         return data
-    if is_followed(data):  # bits have no history
+    if is_followed(data) or is_followed(mask):  # bits have no history
         return torch.where(mask, data, torch.full((), fill, dtype=data.dtype, device=data.device))
     if data.dtype is torch.bool:
         return data & mask if not fill else data | ~mask
