@@ -48,7 +48,8 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     # what torch's own apply does then, less 60 us of looking up the signature of forward
-    return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
+    args = torch._functorch.utils.unwrap_dead_wrappers(args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # its base is in C
 
 
 def as_cotangent(reached: Tensor) -> Tensor:
