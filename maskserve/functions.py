@@ -176,19 +176,24 @@ def contraction(row: Contraction, operands: Sequence[Any], given: dict[str, Any]
     params = resolve(row, given)
     if row.takes_any_number and len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = operands[0]
-    unwrapped = [unwrap(row, operand, None) for operand in operands if operand is not None]
+    n = len(operands) - row.n_optional
+    unwrapped = [unwrap(row, operand, None) for i, operand in enumerate(operands) if i < n or operand is not None]
     cells = [Masked(o.value, counting(row, o.value, o.mask, params["nan"]), o.reach) for o in unwrapped]
     cells, dtype = contracting.computable(row, cells)
-    n = len(cells) if row.takes_any_number else len(row.operands) - row.n_optional
     made = contracting.compute(row, cells[:n], params)
     for other in cells[n:]:
-        joins = OPS[row.added]
-        assert isinstance(joins, Elementwise)
-        contracting.check_joins(row, made, other)
-        sides = [c.data if c.mask is None and c.reach is None else MaskedTensor._of(*c) for c in (made, other)]
-        joined = elementwise(joins, tuple(sides), None, None, {})
-        made = Masked(joined._data, joined._mask, joined._reach)
+        made = with_added(row, made, other)
     return MaskedTensor._of(made.data.to(dtype), made.mask, made.reach)
+
+
+def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
+    """The sums and an optional operand, by the elementwise op that the row names."""
+    added = OPS[row.added]
+    assert isinstance(added, Elementwise)
+    contracting.check_joins(row, made, other)
+    sides = [c.data if c.mask is None and c.reach is None else MaskedTensor._of(*c) for c in (made, other)]
+    joined = elementwise(added, tuple(sides), None, None, {})
+    return Masked(joined._data, joined._mask, joined._reach)
 
 
 def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
