@@ -23,7 +23,6 @@ from maskserve.errors import (
     DataError,
     DimError,
     DtypeError,
-    GradientError,
     IntegerOverflowError,
     MaskMismatchError,
     MaskserveError,
@@ -567,7 +566,6 @@ REFUSED: list[tuple[str, Callable[[], Any], type[MaskserveError], str]] = [
     ("no equation", lambda: ms.einsum(), ParameterError, "needs equation"),
     ("out=", lambda: torch.matmul(A, B, out=torch.ones(2, 2)), UncoveredFunctionError, "out="),
     ("addmm", lambda: torch.addmm(A, A, B), UncoveredFunctionError, "addmm"),
-    ("gradients", lambda: A @ B.clone().requires_grad_(), GradientError, "requires grad"),
 ]  # fmt: skip
 
 
