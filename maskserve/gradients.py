@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,12 +18,13 @@ from maskserve import wholes
 from maskserve.backends.reference import contractions, kernel
 from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.gradients import Slices
+from maskserve.blocks import spans
 from maskserve.engine import run, run_with_indices
 from maskserve.masks import intersection
 from maskserve.ops.rows import Reach, Reduction, Whole
-from maskserve.plan import Plan, batched, reduced_shape
+from maskserve.plan import Plan, batched, narrowed, reduced_shape
 from maskserve.reach import Memory, Operand, applied, as_cotangent, channel
-from maskserve.tracing import in_forward_mode, primal
+from maskserve.tracing import in_forward_mode, is_followed, primal
 
 Masks = tuple[Tensor | None, ...]
 
@@ -104,23 +106,20 @@ class Compute(torch.autograd.Function):
         gate = ctx.memory.gate(now)
         gate = given[2].valid if gate is None else gate
         data: tuple[Tensor | None, ...] = (None,) * ctx.n
-        reached = ctx.operation.back(*given, as_cotangent(gate))
+        reached = reaches_of(ctx.operation, given, gate)
         if g is not None:
-            data = tuple(
-                part.to(operand.dtype)
-                for part, operand in zip(pulled(ctx.operation, given, g, gate, reached), given[0], strict=True)
-            )
+            data = gradients_of(ctx.operation, given, g, gate, reached)
         reaches: tuple[Tensor | None, ...] = (None,) * ctx.n
         if now is not None and any(ctx.has_reach):
-            back = reached if gate is now else ctx.operation.back(*given, as_cotangent(now))
-            reaches = tuple(as_cotangent(r) if wanted else None for r, wanted in zip(back, ctx.has_reach, strict=True))
+            back = reached if gate is now else reaches_of(ctx.operation, given, now)
+            reaches = tuple(as_cotangent(at) if wanted else None for at, wanted in zip(back, ctx.has_reach, strict=True))
         return (None, None, *data, *[None] * ctx.n, *reaches)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n, operation, given = ctx.n, ctx.operation, unpacked(ctx, primal)
         values, hide, indices = given[2]
-        reached = operation.back(*given, as_cotangent(hide))
+        reached = reaches_of(operation, given, hide)
         data = transposed(lambda u: pulled(operation, given, u, hide, reached), values, tangents[2 : 2 + n])
         reach = transposed(lambda u: operation.back(*given, u), channel(values), tangents[2 + 2 * n :])
         return (select(data, hide), None, reach, *[None for _ in (indices,) if indices is not None])
@@ -146,12 +145,47 @@ def unpacked(ctx: Any, seen: Callable[[Tensor], Tensor] = lambda saved: saved) -
     return tuple(saved[:n]), tuple(saved[n : 2 * n]), Result(*saved[2 * n :])
 
 
+def reaches_of(operation: Operation, given: Given, gate: Tensor) -> tuple[Tensor, ...]:
+    """Which cells of each operand are reached from the result's cells in `gate`; bool."""
+    if isinstance(operation, OfSlices) and operation.plan.labels is None and isinstance(operation.plan.row, Reduction):
+        operands, masks, _ = given  # the most frequent case, without a detour over numbers
+        at = operation.kept(gate).expand(operation.plan.shape)
+        own = operation.counting(operands, masks)
+        if len(operands) == 1:
+            return (at if own is None else at & own,)
+    return tuple(reach > 0 for reach in operation.back(*given, as_cotangent(gate)))
+
+
+def gradients_of(
+    operation: Operation, given: Given, g: Tensor, gate: Tensor, reached: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The gradients by each operand in its dtype; where nobody differentiates again, in blocks that stay in the cache."""
+    operands = given[0]
+    dim = operation.free_dim(operands) if isinstance(operation, OfSlices) else None
+    if not isinstance(operation, OfSlices) or dim is None or any(map(is_followed, (*operands, g))):
+        parts = pulled(operation, given, g, gate, reached)
+        return tuple(part.to(operand.dtype) for part, operand in zip(parts, operands, strict=True))
+    made = tuple(torch.empty(operand.shape, dtype=operand.dtype, device=operand.device) for operand in operands)
+    shape = operands[0].shape
+    least = CACHE_LINES if dim == len(shape) - 1 else 1
+    for span in spans(shape[dim], max(least, BLOCK_CELLS * shape[dim] // shape.numel())):
+        for whole, part in zip(made, pulled(*operation.block(dim, span, given, g, gate, reached)), strict=True):
+            whole.narrow(dim, span.start, span.stop - span.start).copy_(part)
+    return made
+
+
+BLOCK_CELLS = 1 << 17
+"""A few float64 copies of so many cells stay in L2; shorter blocks cost more in calls than they save."""
+CACHE_LINES = 128
+"""So many cells of the last dim at least: a part of a row is read in whole cache lines."""
+
+
 def pulled(
     operation: Operation, given: Given, g: Tensor, gate: Tensor, reached: tuple[Tensor, ...]
 ) -> Iterator[Tensor]:
     """The gradients by each operand, exactly 0 where not reached."""
     parts = zip(operation.pull(*given, select(g, gate), gate), reached, strict=True)
-    return (select(part.expand(at.shape), at > 0) for part, at in parts)
+    return (select(part.expand(at.shape), at) for part, at in parts)
 
 
 def transposed(pull: Any, result: Tensor, tangents: tuple[Tensor | None, ...]) -> Tensor:
@@ -187,6 +221,37 @@ class OfSlices:
 
     def batched(self, n: int) -> OfSlices:
         return OfSlices(batched(self.plan, n))
+
+    def free_dim(self, operands: tuple[Tensor, ...]) -> int | None:
+        """The longest dim that holds whole slices."""
+        plan = self.plan
+        if any(operand.shape != plan.shape for operand in operands) or prod(plan.shape) < 2 * BLOCK_CELLS:
+            return None
+        kept = [dim for dim in range(len(plan.shape)) if dim not in plan.dims]
+        return max(kept, key=lambda dim: plan.shape[dim], default=None)
+
+    def block(self, dim: int, span: slice, given: Given, g: Tensor, gate: Tensor, reached: tuple[Tensor, ...]) -> Any:
+        operands, masks, result = given
+        n = span.stop - span.start
+        part = OfSlices(narrowed(self.plan, dim, n))
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, span.start, n)
+
+        def made(tensor: Tensor) -> Tensor:
+            return self.kept(tensor).narrow(dim + self.batch_dim, span.start, n).reshape(part.plan.out_shape)
+
+        return (
+            part,
+            (
+                tuple(map(own, operands)),
+                tuple(None if mask is None else own(mask) for mask in masks),
+                Result(made(result.values), made(result.valid), None if result.indices is None else made(result.indices)),
+            ),
+            made(g),
+            made(gate),
+            tuple(map(own, reached)),
+        )
 
     def compute(self, operands: tuple[Tensor, ...], masks: Masks) -> Result:
         data, weights = operands[0], (operands[1], masks[1]) if len(operands) > 1 else None

@@ -95,6 +95,19 @@ def batched(plan: Plan, n: int) -> Plan:
 
 
 @lru_cache(maxsize=1024)
+def narrowed(plan: Plan, dim: int, n: int) -> Plan:
+    """The same on n cells of a dim that is kept."""
+    shape = tuple(n if d == dim else size for d, size in enumerate(plan.shape))
+    out_shape = shape
+    if isinstance(plan.row, Reduction):
+        labels = () if plan.labels is None else (len(plan.labels),)
+        out_shape = labels + reduced_shape(shape, plan.dims, keepdim=plan.params["keepdim"])
+    elif isinstance(plan.row, Ordering):
+        out_shape = tuple(n if d == dim else size for d, size in enumerate(plan.out_shape))
+    return replace(plan, shape=shape, out_shape=out_shape, fold=fold(shape, plan.dims))
+
+
+@lru_cache(maxsize=1024)
 def with_masked_slices(plan: Plan) -> Plan:
     """The same, where a slice with too few valid cells gives a masked one and no number."""
     return replace(plan, params=MappingProxyType({**plan.params, "empty": "mask"}))
