@@ -24,7 +24,7 @@ from maskserve.masks import intersection
 from maskserve.ops.rows import Reach, Reduction, Whole
 from maskserve.plan import Plan, batched, narrowed, reduced_shape
 from maskserve.reach import Memory, Operand, applied, as_cotangent, channel
-from maskserve.tracing import in_forward_mode, is_followed, primal
+from maskserve.tracing import differentiable_again, in_forward_mode, is_followed, primal
 
 Masks = tuple[Tensor | None, ...]
 
@@ -116,6 +116,7 @@ class Compute(torch.autograd.Function):
         return (None, None, *data, *[None] * ctx.n, *reaches)
 
     @staticmethod
+    @differentiable_again
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n, operation, given = ctx.n, ctx.operation, unpacked(ctx, primal)
         values, hide, indices = given[2]

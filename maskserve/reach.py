@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import select
-from maskserve.tracing import in_forward_mode, in_transform
+from maskserve.tracing import differentiable_again, in_forward_mode, in_transform
 
 DTYPE = torch.bfloat16
 """Counts in it saturate, and neither cancel nor vanish."""
@@ -90,7 +90,8 @@ class Through(torch.autograd.Function):
     @staticmethod
     def forward(gated: bool, n: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         operands = [operand for operand in tensors[n : 2 * n] if operand is not None]
-        return (*[operand.view_as(operand) for operand in operands], channel(operands[0]))
+        copied = in_forward_mode()  # the tangent of a broadcast operand is written cell by cell
+        return (*[x.clone() if copied else x.view_as(x) for x in operands], channel(operands[0]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -99,6 +100,7 @@ class Through(torch.autograd.Function):
         ctx.save_for_backward(*tensors[: ctx.n])
         ctx.save_for_forward(*tensors[: ctx.n])
         ctx.shape, ctx.device = output[-1].shape, output[-1].device
+        ctx.dtypes = [operand.dtype for operand in output[:-1]]
         ctx.memory = Memory()
         ctx.set_materialize_grads(False)
 
@@ -115,9 +117,13 @@ class Through(torch.autograd.Function):
         return (None, None, *[None] * ctx.n, *data, *back)
 
     @staticmethod
+    @differentiable_again
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tangents = tangents[2 + ctx.n :]
-        moved = [None if t is None else t.view_as(t) for t in tangents[: ctx.n]]
+        moved = [
+            torch.zeros(ctx.shape, dtype=dtype, device=ctx.device) if t is None else t.view_as(t)
+            for t, dtype in zip(tangents[: ctx.n], ctx.dtypes, strict=True)
+        ]
         reaches = zip(tangents[ctx.n :], ctx.saved_tensors, strict=True)
         back = [select(t, live) for t, live in reaches if t is not None]
         reach = sum_of(back)
@@ -161,6 +167,7 @@ class Exit(torch.autograd.Function):
         return select(g, mask), None, as_cotangent(mask) if ctx.has_reach else None
 
     @staticmethod
+    @differentiable_again
     def jvp(ctx: Any, data: Tensor, mask: None, reach: Tensor | None) -> Tensor:
         return select(data, ctx.saved_tensors[0])
 
@@ -184,6 +191,7 @@ class Cross(torch.autograd.Function):
         return None, Cross.crossed(ctx, cotangent)
 
     @staticmethod
+    @differentiable_again
     def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
         return Cross.crossed(ctx, tangent)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -27,7 +31,18 @@ def in_forward_mode() -> bool:
 
 def primal(data: Tensor) -> Tensor:
     """The tensor without the tangent that a jvp is computing from: else it would be computed again inside, and again."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or not data.is_floating_point():
-        return data  # torch.func takes care of its levels
+    if not (data.is_floating_point() or data.is_complex()):
+        return data
     bare: Tensor = forward_ad.unpack_dual(data).primal
     return bare
+
+
+def differentiable_again(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """A jvp that a forward mode around it sees too: torch runs it with all of them off, and its derivative would be 0."""
+
+    @wraps(jvp)
+    def seen(*args: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(*args)
+
+    return seen
