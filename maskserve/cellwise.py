@@ -63,6 +63,8 @@ def compute(
             operands, reach = followed(row, operands, masks, shape, policy)
         values, mask = flow(row, operands, masks, policy)
         data = called(row, values, params)
+        if policy is Policy.UNION:
+            data = alone(row, operands, data)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, MaskserveError):
             raise
@@ -83,8 +85,10 @@ def followed(
 ) -> tuple[Sequence[Operand], Tensor | None]:
     """The operands on their way through the gate, at the result's shape, and the result's reach."""
     if not row.is_differentiable:
-        return [o._replace(value=o.value.detach()) if isinstance(o.value, Tensor) else o for o in operands], None
-    places = [i for i, operand in enumerate(operands) if has_derivative(operand.value)]
+        return [without_history(operand) for operand in operands], None
+    fixed = [name in row.no_gradient_by for name in row.operands]
+    operands = [without_history(o) if is_fixed else o for is_fixed, o in zip(fixed, operands, strict=True)]
+    places = [i for i, operand in enumerate(operands) if not fixed[i] and has_derivative(operand.value)]
     reaches = [None if (own := operands[i].reach) is None else spread(own, shape) for i in places]
     if not places or (row.is_linear and not any(reach is not None for reach in reaches)):
         return operands, None
@@ -102,6 +106,10 @@ def followed(
 
 def spread(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor if tensor.shape == shape else tensor.expand(shape)
+
+
+def without_history(operand: Operand) -> Operand:
+    return operand._replace(value=operand.value.detach(), reach=None) if isinstance(operand.value, Tensor) else operand
 
 
 def has_derivative(value: Any) -> bool:
@@ -276,15 +284,21 @@ def filled_with_identity(row: Elementwise, operands: Sequence[Operand]) -> list[
                 f"{row.name} has no identity for {row.operands[i]}, so policy union cannot fill it; use intersect",
                 parameter="policy",
             )
-        elif identity == OTHER:
+        elif identity == OTHER or identity in INFINITIES:
             other = operands[1 if i == 0 else 0].value
             values.append(torch.where(mask.expand(value.shape), value, other))
         else:
             assert not isinstance(identity, str)
-            if identity in INFINITIES:  # among integers too
-                value = value.to(torch.result_type(value, identity))
             values.append(select(value, mask.expand(value.shape), identity))
     return values
+
+
+def alone(row: Elementwise, operands: Sequence[Operand], data: Tensor) -> Tensor:
+    """The other operand's cell where one is missing whose identity is infinite: torch's derivatives are NaN beside it."""
+    for i, (identity, operand) in enumerate(zip(row.identity, operands, strict=False)):
+        if operand.mask is not None and identity in INFINITIES:
+            data = torch.where(operand.mask, data, operands[1 - i].value)
+    return data
 
 
 def safe(value: Any, mask: Tensor) -> Any:

@@ -270,7 +270,9 @@ class Elementwise(Row):
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
     beyond: Beyond = Beyond.ERROR
     is_differentiable: bool = True
-    """Whether torch knows its derivative, where its results are floats."""
+    """Whether torch knows its derivative, where its results are floats; else they carry no history, as comparisons do."""
+    no_gradient_by: tuple[str, ...] = ()
+    """Operands by which torch has no derivative: they count as constants, and no gradient comes back to them."""
     is_linear: bool = False
     """Its derivative is finite whatever the cells are, and so needs no gate: + - and the choice of cells."""
     as_stored: bool = False
