@@ -32,6 +32,9 @@ _HOMES = {
 }
 """Where each name that is no op lives."""
 
+_MODULES = ("optim",)
+"""Modules that are public as a whole."""
+
 
 def __getattr__(name: str) -> Any:
     import importlib
@@ -40,6 +43,8 @@ def __getattr__(name: str) -> Any:
         from maskserve.version import version
 
         return version()
+    if name in _MODULES:
+        return importlib.import_module(f"maskserve.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(f"maskserve.{_HOMES[name]}"), name)
     elif name in OPS:
@@ -54,4 +59,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-__all__ = ["OPS", "MaskserveError", *(name for name in _HOMES if name != "__version__"), *OPS]
+__all__ = ["OPS", "MaskserveError", *(name for name in _HOMES if name != "__version__"), *_MODULES, *OPS]

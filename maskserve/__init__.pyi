@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskserve import optim as optim
 from maskserve.convert.files import convert_file as convert_file
 from maskserve.errors import MaskserveError as MaskserveError
 from maskserve.execution import using as using

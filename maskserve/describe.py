@@ -51,6 +51,7 @@ def stub() -> str:
         f"# {NOTE}\n"
         "import builtins\nfrom collections.abc import Sequence\nfrom typing import Any\n\n"
         "import torch\nfrom torch import Tensor\n\n"
+        "from maskserve import optim as optim\n"
         "from maskserve.convert.files import convert_file as convert_file\n"
         "from maskserve.errors import MaskserveError as MaskserveError\nfrom maskserve.execution import using as using\n"
         "from maskserve.functions import Pair as Pair\n"

@@ -6,6 +6,7 @@ subclass would fall through to one that does not know the mask (docs/decisions.m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partialmethod
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskserve import masks
+from maskserve import batches, masks
 from maskserve.backends.reference.cells import select
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
@@ -363,13 +364,43 @@ class MaskedTensor:
         return self._view_of(self._data, self._mask, self._reach)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedTensor:
-        return self._moved("clone")
+        """A leaf that collects a gradient is copied part by part, as torch's: what shares its data shares the copy's."""
+        if not self.is_leaf:
+            raise GradientError("a deep copy of a tensor that was computed from a leaf would lose its history: detach() it first")
+        if not self.requires_grad:
+            return self._moved("clone")
+        data, mask, reach = copy.deepcopy((self._data, self._mask, self._reach), memo)
+        made = MaskedTensor._of(data, mask, reach)
+        made._is_view, made._owns_mask = self._is_view, self._owns_mask
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """As with torch's, what is unpickled is a leaf, and requires grad where this one does."""
         from maskserve.engine import hidden_as_zero
 
         mask = None if self._mask is None else self._full_mask().clone()
-        return _unpickled, (hidden_as_zero(self._data, mask).clone(), mask)
+        return _unpickled, (hidden_as_zero(self._data.detach(), mask).clone(), mask, self.requires_grad)
+
+    def pin_memory(self) -> MaskedTensor:
+        """Data and mask in memory that a CUDA device reads directly; the tensor itself where they are there."""
+        data, mask = self._data.pin_memory(), None if self._mask is None else self._mask.pin_memory()
+        return self if data is self._data and mask is self._mask else self._view_of(data, mask, self._reach)
+
+    def is_pinned(self) -> bool:
+        """Whether data and mask are in pinned memory."""
+        return self._data.is_pinned() and (self._mask is None or self._mask.is_pinned())
+
+    def share_memory_(self) -> MaskedTensor:
+        """The tensor itself, its data and mask in memory that processes share from now on."""
+        self._data.share_memory_()
+        if self._mask is not None:
+            self._mask.share_memory_()
+        self._is_view = True
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether data and mask are in memory that processes share."""
+        return self._data.is_shared() and (self._mask is None or self._mask.is_shared())
 
     # -- cells as Python and numpy values --------------------------------------------------------------------------
 
@@ -503,11 +534,12 @@ def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _unpickled(data: Tensor, mask: Tensor | None) -> MaskedTensor:
-    return MaskedTensor._of(data, mask)
+def _unpickled(data: Tensor, mask: Tensor | None, requires_grad: bool = False) -> MaskedTensor:
+    made = MaskedTensor._of(data, mask)
+    return made.requires_grad_() if requires_grad else made
 
 
-torch.serialization.add_safe_globals([_unpickled])  # torch.load(weights_only=True): it takes two tensors, and no more
+torch.serialization.add_safe_globals([_unpickled])  # torch.load(weights_only=True): it takes two tensors and a bool
 
 
 def plain_index(index: Any) -> Any:
@@ -566,3 +598,4 @@ def plain_tensor(array: Any) -> Tensor:
 
 attach(MaskedTensor)
 _conversions()
+batches.register(MaskedTensor)
