@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cases, timing
+from benchmarks import cases, gradients, timing
 from benchmarks.report import Run, report, rewrite
 from maskserve.ops import find
 from maskserve.plan import SlicedRow
@@ -21,6 +21,12 @@ SAMPLE = ROOT / "examples" / "co2.safetensors"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, and with --write rewrites the page; 1 where a result of ours agrees with no peer."""
     given = parser().parse_args(arguments)
+    if given.gradients:
+        text = gradients.report("python -m benchmarks --gradients")
+        print(text)
+        if given.write:
+            PAGE.write_text(rewrite(PAGE.read_text(), text, "gradients"))
+        return 0
     wanted = {find(word).name for word in given.op}
     rows = tuple(row for row in cases.rows() if not wanted or row.name in wanted)
     groups = cases.FULL if given.full else cases.QUICK
@@ -36,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="tensors of 67 million cells; needs 16 GB and hours")
+    parser.add_argument("--gradients", action="store_true", help="forward and backward of some ops, in two minutes")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--op", action="append", default=[], help="this op alone (repeatable)")
     which.add_argument("--write", action="store_true", help="rewrite the figures in docs/performance.md")

@@ -193,4 +193,4 @@ def grid(timings: Sequence[Timing], peer: str) -> str:
     for t in timings:
         lead = t.seconds[peer] / t.seconds[OURS] if peer in t.seconds else None
         lines.setdefault(t.op, [t.op]).append(number(lead) + ("!" if peer in t.differing else ""))
-    return table(["op", *(cell.label for cell in CELLS)], list(lines.values()))
+    return table(["op", *dict.fromkeys(t.cell.label for t in timings)], list(lines.values()))

@@ -225,9 +225,10 @@ def isa() -> str:
 # -- docs/performance.md ------------------------------------------------------------------------------------------
 
 
-def rewrite(page: str, block: str) -> str:
-    """`page` with what stands between the markers replaced."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"the page must hold {BEGIN} and {END} once each")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+def rewrite(page: str, block: str, name: str = "benchmarks") -> str:
+    """`page` with what stands between the markers of that name replaced."""
+    begin, end = (text.replace("benchmarks", name) for text in (BEGIN, END))
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page must hold {begin} and {end} once each")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{block}\n\n{end}{rest.split(end)[1]}"

@@ -310,9 +310,9 @@ def product_case(name: str, said: str, *shapes: tuple[int, ...], biased: bool = 
         inputs, result = said.split("->")
         letters = inputs.split(",")
         found = [torch.zeros_like(mask) for mask in masks]
-        sizes = {
-            label: size for labels, mask in zip(letters, masks, strict=False) for label, size in zip(labels, mask.shape, strict=True)
-        }  # fmt: skip
+        sizes: dict[str, int] = {}
+        for labels, mask in zip(letters, masks, strict=False):
+            sizes |= zip(labels, mask.shape, strict=True)
         for place in itertools.product(*[range(size) for size in sizes.values()]):
             at = dict(zip(sizes, place, strict=True))
             cells = [tuple(at[label] for label in labels) for labels in letters]

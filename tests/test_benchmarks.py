@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import maskserve as ms
-from benchmarks import cases, peers, timing
+from benchmarks import cases, gradients, peers, timing
 from benchmarks.__main__ import PAGE, measured
 from benchmarks.forms import FORMS
 from benchmarks.report import BEGIN, END, Run, report, rewrite
@@ -96,3 +96,16 @@ def test_only_the_generated_block_of_the_page_is_rewritten() -> None:
     assert rewrite(rewritten, "new figures") == rewritten
     with pytest.raises(ValueError, match="once each"):
         rewrite("no markers", "new figures")
+
+
+@pytest.mark.parametrize("op", gradients.PLAIN_FORMS)
+def test_gradients_by_hand_are_ours_at_valid_cells(op: str) -> None:
+    found = gradients.measure(op, gradients.SMALL, timing.LEAST)
+    assert peers.PLAIN not in (*found.differing, *found.failed)
+    assert {peers.OURS, peers.PLAIN} <= found.seconds.keys()
+
+
+def test_the_report_of_gradients_has_a_line_for_each_op() -> None:
+    small = [gradients.measure(op, gradients.SMALL, timing.LEAST) for op in gradients.PLAIN_FORMS]
+    text = "\n".join(gradients.parts("tiny", small, small, 1.0))
+    assert all(f"\n| {op} " in text for op in gradients.PLAIN_FORMS)
