@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskserve.tracing import in_transform
+
 EDGE = 3
 SUMMARIZED = 1000
 
@@ -30,6 +32,8 @@ def text_of(data: Tensor, mask: Tensor | None) -> str:
     >>> print(text_of(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]])))
     masked_tensor([[1.0000,     --]])
     """
+    if in_transform():  # whose tensors have no cells to show
+        return f"masked_tensor({data}, mask={mask})"
     valid = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask.expand(data.shape)
     cells = data.detach()
     brief = cells.numel() > SUMMARIZED
@@ -40,6 +44,7 @@ def text_of(data: Tensor, mask: Tensor | None) -> str:
     extras = "" if default and cells.numel() else f", dtype={cells.dtype}"
     extras += "" if cells.device.type == "cpu" else f", device='{cells.device}'"
     extras += f", size={tuple(cells.shape)}" if not cells.numel() else ""
+    extras += ", requires_grad=True" if data.requires_grad else ""
     return f"masked_tensor({body}{extras})"
 
 
