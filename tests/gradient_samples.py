@@ -135,7 +135,7 @@ def arguments(row: Elementwise, cells: Sequence[Any], *, plain: bool = False) ->
         condition = bool_condition()
         return [condition.get_data() if plain else condition, *cells]
     if row.no_gradient_by:
-        return [torch.tensor(1.3, dtype=torch.float64), *cells]
+        return [torch.tensor(1.3, dtype=cells[0].dtype), *cells]
     return [1, *cells] if row.operands[0] == "n" else list(cells)
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import maskserve as ms
-from maskserve import MaskedTensor
-from maskserve.errors import GradientError
+from maskserve import MaskedTensor, dtypes
+from maskserve.errors import GradientError, MaskserveError
 from maskserve.ops import OPS
 from maskserve.ops.rows import Contraction, Elementwise, MaskRule, Whole
 from tests.gradient_samples import (
     CASES,
     EACH_CELL,
     FLOAT_ELEMENTWISE,
+    PAIRS,
+    PRODUCTS,
+    SLICES,
     Case,
     arguments,
     bool_condition,
@@ -28,7 +35,8 @@ from tests.gradient_samples import (
     seeded,
     torchs,
 )
-from tests.samples import SLICED, assert_same_bits, bits
+from tests.samples import MOVES, SLICED, assert_same_bits, bits, torch_dtype
+from tests.test_moves import MANY, ONE, ZEROS, Draws, flat, indices, shapes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # torch's own, in forward mode
@@ -268,3 +276,158 @@ def test_our_transforms_agree_with_backward(case: Case) -> None:
         assert leaf.grad is not None
         torch.testing.assert_close(gradient.get_data(), leaf.grad.get_data())
         assert torch.equal(gradient.get_mask(), leaf.grad.get_mask())
+
+
+# -- moves ----------------------------------------------------------------------------------------------------------
+
+
+def assert_moved_back(call: Callable[..., Any], index: list[Tensor], masks: list[Tensor]) -> None:
+    """Each gradient is what came to the places that its cell went to, by torch's own move of an index tensor."""
+    leaves = [ms.masked_tensor(at.double(), mask, requires_grad=True) for at, mask in zip(index, masks, strict=True)]
+    parts, places = flat(call(*leaves)), flat(call(*index))
+    if not sum(part.numel() for part in parts):
+        return  # torch has a wrong shape for pixel_shuffle there
+    validity = torch.cat([torch.tensor([True]), *[mask.reshape(-1) for mask in masks]])
+    reached, back = torch.zeros(len(validity), dtype=torch.bool), torch.zeros(len(validity), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, (part, at) in enumerate(zip(parts, places, strict=True)):
+        generator = seeded(i, at.shape)
+        weight = torch.randn(at.shape, generator=generator, dtype=torch.float64)
+        kept = torch.rand(at.shape, generator=generator) < 0.6
+        total = total + (ms.as_masked_tensor(part, kept) * weight).sum().to_tensor(0.0)
+        counts = kept & validity[at]
+        reached.index_put_((at[counts],), torch.tensor(True))
+        back.index_put_((at[counts],), weight[counts], accumulate=True)
+    total.backward()
+    start = 1
+    for leaf in leaves:
+        n = leaf.numel()
+        expected = reached[start : start + n].reshape(leaf.shape)
+        assert torch.equal(gradient_mask(leaf), expected)
+        if leaf.grad is not None:
+            values = torch.where(expected, back[start : start + n].reshape(leaf.shape), 0.0)
+            torch.testing.assert_close(leaf.grad.get_data(), values)
+        start += n
+
+
+NO_HISTORY = {"detach"}
+
+
+@pytest.mark.parametrize("name", [name for name in {**ONE, **ZEROS} if name not in NO_HISTORY])
+@given(cells=indices(), data=st.data())
+def test_a_gradient_takes_the_way_of_its_cell_back(name: str, cells: tuple[Tensor, Tensor], data: st.DataObject) -> None:
+    again = Draws(data)
+    assert_moved_back(lambda x: {**ONE, **ZEROS}[name](x, again.anew()), [cells[0]], [cells[1]])
+
+
+@pytest.mark.parametrize("name", MANY)
+@given(shape=shapes, data=st.data())
+def test_a_gradient_takes_the_way_of_its_cell_back_to_each_of_several(
+    name: str, shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    a, a_mask = data.draw(indices(shape))
+    b, b_mask = data.draw(indices(shape))
+    assert_moved_back(MANY[name], [a, b + a.numel()], [a_mask, b_mask])
+
+
+T, F = True, False
+X = torch.arange(1, 7, dtype=torch.float64).reshape(2, 3)
+X_MASK = torch.tensor([[T, F, T], [T, T, T]])
+PLACES = torch.tensor([[0, 2], [2, 0]])
+OWN_MOVES: dict[str, Callable[[Any], Any]] = {
+    "pad": lambda x: torch.nn.functional.pad(x, (1, 1)),
+    "pad value": lambda x: ms.pad(x, (1, 0), value=3.0),
+    "pad replicate": lambda x: ms.pad(x, (1, 2), mode="replicate"),
+    "masked_fill": lambda x: x.masked_fill(torch.tensor([T, F, F]), 9),
+    "masked_fill masked": lambda x: x.masked_fill(ms.masked_tensor([T, F, F], [F, T, T]), 9),
+    "index_fill": lambda x: x.index_fill(1, torch.tensor([0]), 9),
+    "gather masked": lambda x: torch.gather(x, 1, ms.masked_tensor(PLACES, torch.tensor([[T, F], [T, T]]))),
+    "index_select masked": lambda x: torch.index_select(x, 1, ms.masked_tensor([0, 2, 2], [F, T, T])),
+    "take masked": lambda x: torch.take(x, ms.masked_tensor([0, 5, 5], [F, T, T])),
+    "scatter value": lambda x: x.scatter(1, PLACES, 7.0),
+    "real": lambda x: torch.complex(x, x * 2).real,
+    "imag": lambda x: torch.complex(x, x * 2).imag,
+    "conj": lambda x: torch.complex(x, x * 2).conj().imag,
+    "view_as_real": lambda x: torch.view_as_real(torch.complex(x, x * 2)),
+    "view_as_complex": lambda x: torch.view_as_complex(ms.stack([x, x * 2], -1)),
+    "view_as_complex masked": lambda x: torch.view_as_complex(x[:, 1:].contiguous()),
+    "indexing": lambda x: x[:, [0, 0, 2]],
+    "boolean indexing": lambda x: x[X > 2],
+    "iteration": lambda x: ms.stack([row * 2 for row in x]),
+}  # fmt: skip
+
+
+def added_parts(cells: Tensor) -> Tensor:
+    return cells.real + cells.imag if cells.is_complex() else cells
+
+
+@pytest.mark.parametrize("name", OWN_MOVES)
+def test_moves_that_make_cells_or_have_masked_indices_carry_gradients(name: str) -> None:
+    """By finite differences, and the mask by the Jacobian: a cell is reached if it moves a valid result cell."""
+
+    def function(cells: Tensor) -> Tensor:
+        made: Tensor = OWN_MOVES[name](ms.as_masked_tensor(cells, X_MASK)).to_tensor(0.0)
+        return made
+
+    assert gradcheck(function, (X.clone().requires_grad_(),), check_forward_ad=True)
+    assert gradgradcheck(function, (X.clone().requires_grad_(),))
+    leaf = ms.masked_tensor(X, X_MASK, requires_grad=True)
+    result = OWN_MOVES[name](leaf)
+    moves = torch.func.jacfwd(lambda cells: added_parts(function(cells)))(X).reshape(-1, 6)
+    for salt in range(3):
+        leaf.grad = None
+        kept = torch.rand(result.shape, generator=seeded(name, salt)) < 0.6
+        reached = (result.get_mask() & kept).reshape(-1)
+        loss(ms.as_masked_tensor(result, kept)).backward(retain_graph=True)
+        assert torch.equal(gradient_mask(leaf), (moves[reached] != 0).any(0).reshape(2, 3))
+
+
+def test_detach_ends_the_history() -> None:
+    x = ms.masked_tensor(X, X_MASK, requires_grad=True)
+    assert not x.detach().requires_grad
+    assert not torch.detach(x).requires_grad
+    assert x.detach()._reach is None
+    (x.detach() * x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad.get_data(), torch.where(X_MASK, X, 0.0))
+
+
+def test_every_move_has_a_gradient_law() -> None:
+    assert {row.name for row in MOVES} <= {*ONE, *ZEROS, *MANY, *[name.split()[0] for name in OWN_MOVES]}
+
+
+# -- dtypes ---------------------------------------------------------------------------------------------------------
+
+NOT_IN_TORCH = {
+    **{(name, dtype): "backward" for name in ("i1", "i1e") for dtype in (dtypes.f16, dtypes.bf16)},
+    **{("zeta", dtype): "not defined" for dtype in (dtypes.f16, dtypes.bf16)},
+    **{(name, dtype): "automatic" for name in ("silu", "nan_to_num") for dtype in (dtypes.c64, dtypes.c128)},
+}
+"""Dtypes that torch has the values in, or those beside another dtype, and no derivative; with a word of its error."""
+OTHER_DTYPES = (dtypes.f32, dtypes.f16, dtypes.bf16, dtypes.c64, dtypes.c128)
+OF_DTYPES = [
+    (case, dtype)
+    for case in [*EACH_CELL, *SLICES, *PRODUCTS, *PAIRS]
+    for dtype in OTHER_DTYPES
+    if dtype in case.row.accepts
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "dtype"), OF_DTYPES, ids=lambda value: getattr(value, "name", str(value)))
+def test_a_gradient_has_the_dtype_of_its_tensor_and_no_nan(case: Case, dtype: dtypes.DType) -> None:
+    narrow = case.to(torch_dtype(dtype))
+    if (said := NOT_IN_TORCH.get((case.row.name, dtype))) is not None:
+        with pytest.raises((NotImplementedError, MaskserveError), match=said):
+            loss(narrow.op(*narrow.leaves())).backward()
+        return
+    leaves = narrow.leaves()
+    result = narrow.op(*leaves)
+    if not result.requires_grad:
+        assert result.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+        return
+    loss(result).backward()
+    for leaf, mask in zip(leaves, case.uses(case.masks, result.get_mask()), strict=True):
+        if leaf.grad is not None:
+            assert leaf.grad.dtype == leaf.dtype
+            assert not leaf.grad.get_data().isnan().any()
+        assert torch.equal(gradient_mask(leaf), mask)
