@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution, masking, sides
+from maskserve import engine, execution, masking, pullbacks, sides
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
 from maskserve.dtypes import DType
 from maskserve.errors import BackendError, DeviceError, DimError, DtypeError, TooLargeError, nearest
-from maskserve.ops.rows import Masking, Normalization, Reduction, Scan
+from maskserve.ops.rows import GRAD, Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load, output
-from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
+from maskserve.payload.variables import MASK, Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.plan import Plan, plan
+from maskserve.pullbacks import VALUE, Above, Gradient
 from maskserve.requests import Request
 from maskserve.sides import Payloads, Side
 from maskserve.torch_dtypes import dtype_of
@@ -46,6 +47,8 @@ class Result:
     """Whether it lacks the named dim and is as it came."""
     n_masked_before: int | None = None
     """How many cells of the question were masked, where the request is about masks."""
+    gradient: Gradient | None = None
+    """The gradient that it is, where it is one."""
 
     @property
     def dtype(self) -> DType:
@@ -76,6 +79,20 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A tensor of an answer, from the header alone."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    dims: Dims | None
+
+    @property
+    def n_bytes(self) -> int:
+        """Its bytes and its mask's."""
+        return prod(self.shape) * (self.dtype.n_bytes + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What a request does with one variable: the plan where it has one; a new mask has none."""
 
@@ -86,10 +103,14 @@ class Step:
     sides: tuple[Side, ...] = ()
     device: str = "cpu"
     passes_through: bool = False
+    is_gradient: bool = False
+    above: Above | None = None
+    """The gradient from above, where the payload has one and the request asks for a gradient."""
 
     @property
     def bytes_read(self) -> int:
-        return sum(bytes_of(variable) for variable in (self.variable, *(side.variable for side in self.sides)))
+        others = [side.variable for side in self.sides] + ([self.above.variable] if self.above else [])
+        return sum(bytes_of(variable) for variable in (self.variable, *others))
 
     @property
     def dims_alive(self) -> Dims:
@@ -102,9 +123,16 @@ class Step:
         return self.plan.out_shape if self.plan else self.variable.info.shape
 
     @property
+    def written(self) -> tuple[Written, ...]:
+        """The result; then, where it is asked for, the gradient."""
+        own = self.variable.info
+        result = Written(dtype=self.plan.result if self.plan else own.dtype, shape=self.out_shape, dims=self.dims)
+        gradient = Written(dtype=own.dtype, shape=own.shape, dims=self.variable.dims)
+        return (result, gradient) if self.is_gradient else (result,)
+
+    @property
     def bytes_written(self) -> int:
-        dtype = self.plan.result if self.plan else self.variable.info.dtype
-        return prod(self.out_shape) * (dtype.n_bytes + 1)
+        return sum(tensor.n_bytes for tensor in self.written)
 
 
 def bytes_of(variable: Variable) -> int:
@@ -119,12 +147,16 @@ def explain(request: Request, payload: Payload, others: Payloads = NOTHING) -> t
 def steps(request: Request, variables: Variables, payload: Payload, others: Payloads) -> tuple[Step, ...]:
     """A step for each variable; a named dim that none of them has is an error."""
     device = device_of(str(request.running.get("device", "auto")))
+    if request.is_gradient:
+        pullbacks.refuse_several(variables)
 
     def over(variable: Variable) -> tuple[Side, ...]:
         means = request.common.get("mask_means")
         return tuple(sides.of_variable(request.row, request.params, variable, variables, payload, others, means))
 
     planned = tuple(step(request, variable, device, over) for variable in variables)
+    if request.is_gradient:
+        planned = tuple(with_gradient(s, variables) for s in planned)
     dims = request.params.get("dim")
     if dims is not None and all(s.passes_through for s in planned):
         raise no_such_dim(request, variables)
@@ -139,10 +171,13 @@ def run(request: Request, payload: Payload, others: Payloads = NOTHING) -> Answe
     variables = resolved(request, payload, others)
     planned = steps(request, variables, payload, others)
     refuse_growth(planned, payload)
-    results = [result(request, payload, variables, step) for step in planned]
-    alive = {dim for step in planned for dim in step.dims_alive}
-    results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
-    results += labels(planned, {r.name for r in results})
+    if request.is_gradient:
+        results = [r for step in planned for r in gradient_results(request, payload, step)]
+    else:
+        results = [result(request, payload, variables, step) for step in planned]
+        alive = {dim for step in planned for dim in step.dims_alive}
+        results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
+        results += labels(planned, {r.name for r in results})
     named = {r.name: r.dims for r in results if r.dims is not None}
     elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
     line = {"maskserve": version(), **request.canonical(), **elsewhere}
@@ -271,6 +306,43 @@ def new_dim(name: str, taken: Dims) -> str:
     while name in taken:
         name += "_"
     return name
+
+
+def with_gradient(step: Step, variables: Variables) -> Step:
+    """The step, of which the gradient is asked for too."""
+    if step.plan is None:
+        return step
+    pullbacks.refuse_steps(step.variable, step.plan.stored)
+    return replace(step, is_gradient=True, above=pullbacks.above_of(variables, step.plan, step.dims))
+
+
+def gradient_results(request: Request, payload: Payload, step: Step) -> Iterator[Result]:
+    """The value, and the gradient by the variable: these alone."""
+    assert step.plan is not None
+    name = step.variable.name
+    data, mask = on_device(load(payload, step.variable), step.device)
+    mask = without_fill(data, mask, request.common.get("fill_value"))
+    function = pullbacks.of_plan(step.plan, name, *(loaded(side, step.device) for side in step.sides))
+    above = None if step.above is None else loaded_above(payload, step.above, step.device)
+    with execution.using(backend=request.running.get("backend")):
+        value, gradients = pullbacks.pulled_back(function, {name: (data, mask)}, above)
+    dims = None if step.dims == (VALUE,) else step.dims  # a tensor named like its only dim is a coordinate
+    yield Result(name=VALUE, data=value[0], mask=value[1], mask_name=f"{VALUE}.{MASK}", dims=dims)
+    for by, gradient in gradients.items():
+        yield Result(
+            name=f"{by}.{GRAD}",
+            data=gradient.data,
+            mask=gradient.reached,
+            mask_name=f"{by}.{GRAD}.{MASK}",
+            dims=step.variable.dims,
+            gradient=gradient,
+        )
+
+
+def loaded_above(payload: Payload, above: Above, device: str) -> tuple[Tensor, Tensor | None]:
+    """The gradient from above and its mask, of the result's shape."""
+    data, mask = on_device(load(payload, above.variable), device)
+    return data.permute(above.order), None if mask is None else mask.expand(data.shape).permute(above.order)
 
 
 def result(request: Request, payload: Payload, variables: Variables, step: Step) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -14,9 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from maskserve import dtypes
 from maskserve.dtypes import f64
 from maskserve.errors import ParameterError, UnknownOpError, nearest
-from maskserve.ops import OPS, default, find
+from maskserve.ops import default, find, served
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
-from maskserve.ops.rows import Row
+from maskserve.ops.rows import GRAD, Row
 
 Words = Mapping[str, Any]
 
@@ -40,19 +40,25 @@ RUNNING: tuple[Parameter, ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One checked request: its row, the op's parameters that were given, and the common and running ones."""
+    """One checked request: its verb and row, the op's parameters that were given, and the common and running ones."""
 
+    verb: str
     row: Row
     params: Mapping[str, Any]
     common: Mapping[str, Any]
     running: Mapping[str, Any]
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it asks for the gradient of the row, and not for what the row computes alone."""
+        return self.verb == GRAD
 
     def canonical(self) -> dict[str, Any]:
         """The request as data, the same for the same meaning: what history keeps. Defaults are left out."""
         defaults = {p.name: p.default for p in (*self.row.requestable, *COMMON)}
         words = {**self.params, **self.common}
         said = {name: spelled(value) for name, value in sorted(words.items()) if value != defaults[name]}
-        return {"verb": self.row.verb, "op": self.row.name, **said}
+        return {"verb": self.verb, "op": self.row.name, **said}
 
 
 def spelled(value: Any) -> Any:
@@ -83,18 +89,30 @@ def build(verb: str, words: Words) -> Request:
     def of(parameters: tuple[Parameter, ...]) -> Mapping[str, Any]:
         return MappingProxyType({p.name: said[p.name] for p in parameters if p.name in said})
 
-    return Request(row=row, params=of(row.requestable), common=of(COMMON), running=of(RUNNING))
+    return Request(verb=verb, row=row, params=of(row.requestable), common=of(COMMON), running=of(RUNNING))
 
 
 def rows(verb: str) -> tuple[Row, ...]:
     """The rows that a verb serves."""
-    return tuple(row for row in OPS.values() if row.verb == verb)
+    return served(verb)
 
 
 def parameters(verb: str) -> tuple[Parameter, ...]:
     """Every parameter that some op of the verb takes, then the common and running ones: each once, by name."""
-    every = (p for row in rows(verb) for p in row.requestable)
-    return tuple({p.name: p for p in (*every, *COMMON, *RUNNING)}.values())
+    every: dict[str, Parameter] = {}
+    for p in (*(p for row in rows(verb) for p in row.requestable), *COMMON, *RUNNING):
+        every[p.name] = either(every[p.name], p) if p.name in every else p
+    return tuple(every.values())
+
+
+def either(one: Parameter, other: Parameter) -> Parameter:
+    """A parameter that takes what either takes, where two ops of a verb have it: several dims, or one."""
+    if one.help == other.help:
+        return other
+    wider = one if one.type is Type.DIMS else other
+    default = other.default if one.default is REQUIRED else one.default
+    text = one.help if other.help in one.help else f"{one.help}; or {other.help}"
+    return replace(wider, default=default, help=text)
 
 
 @cache

@@ -11,19 +11,21 @@ import torch
 
 import maskserve as ms
 from maskserve.errors import MaskserveError
-from maskserve.ops import OPS
+from maskserve.ops import OPS, served
 from maskserve.ops.parameters import REQUIRED, Type
-from maskserve.ops.rows import Row
+from maskserve.ops.rows import GRAD, Row
 from maskserve.payload.format import to_bytes
 from maskserve.payload.tensors import output
 from maskserve_cli.app import main
 from tests.http_service import Running, running
 
 SERVED = [row for row in OPS.values() if row.verb]
+DIFFERENTIABLE = served(GRAD)
 WORDS = {Type.NUMBERS: "0.25,0.5", Type.CELL: "3", Type.DIM: "year", Type.DIMS: "year"}
 """What a request says for a parameter of this type, as text."""
 
 every_served_row = pytest.mark.parametrize("row", SERVED, ids=lambda row: f"{row.verb}-{row.name}")
+every_differentiable_row = pytest.mark.parametrize("row", DIFFERENTIABLE, ids=lambda row: row.name)
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,125 @@ def test_the_same_refusal_through_every_door(row: Row, question: Path, service: 
     assert (reply.status_code, reply.json()["code"]) == (422, refused.value.code)
     assert main([row.verb, "--op", row.name, "--nonsense", "1", str(question)]) == 2
     assert "no option --nonsense" in capsys.readouterr().err
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------
+
+PYTHON_WORDS = {Type.NUMBERS: (0.25, 0.5), Type.CELL: 3, Type.DIM: 1, Type.DIMS: 1}
+"""The same as WORDS, as values."""
+FROM_ABOVE = ("ones", "given", "masked")
+
+
+def asked_for(row: Row, above: str, question: Path) -> tuple[Path, Any]:
+    """The question with a gradient from above, of the shape of the row's result, with junk under its mask; and that gradient."""
+    if above == "ones":
+        return question, None
+    shape = ms.load(ms.compute(row.verb or "", question, **words_of(row)).to_bytes())["rain"].shape
+    generator = torch.Generator().manual_seed(11)
+    mask = torch.rand(shape, generator=generator) < (0.7 if above == "masked" else 2)
+    cells = torch.where(mask, torch.randn(shape, generator=generator), torch.inf)
+    asked = ms.load(question)
+    tensors = {
+        "rain": asked["rain"].get_data(),
+        "rain.mask": asked["rain"].get_mask(),
+        "depth": asked["depth"].get_data(),
+    }
+    tensors |= {"grad_output": cells} | ({"grad_output.mask": mask} if above == "masked" else {})
+    path = question.with_name("above.safetensors")
+    dims = '{"rain": ["site", "year"], "depth": ["site", "year"]}'
+    path.write_bytes(to_bytes([output(name, t) for name, t in tensors.items()], {"maskserve.dims": dims}))
+    return path, ms.masked_tensor(cells, mask)
+
+
+@pytest.mark.parametrize("above", FROM_ABOVE)
+@every_differentiable_row
+def test_the_same_gradient_through_every_door(row: Row, above: str, question: Path, service: Running) -> None:
+    path, given = asked_for(row, above, question)
+    words = {**words_of(row), "tensor": "rain"}
+    python, terminal, http = doors("grad", words, path, service)
+    assert python == terminal == http
+    answer = ms.load(python)
+    assert set(answer) == {"value", "rain.grad"}
+    assert not answer["rain.grad"].get_data()[~answer["rain.grad"].get_mask()].any()
+
+    asked = ms.load(path)["rain"]
+    rain = ms.masked_tensor(asked.get_data(), asked.get_mask(), requires_grad=True)
+    keywords = {p.name: PYTHON_WORDS[p.type] for p in row.requestable if p.default is REQUIRED or p.name == "dim"}
+    made = getattr(ms, row.name)(rain, **keywords)
+    made = getattr(made, "values", made)
+    (expected,) = torch.autograd.grad([made], [rain], [torch.ones(made.shape) if given is None else given])
+    for got, wanted in ((answer["value"], made.detach()), (answer["rain.grad"], expected)):
+        assert torch.equal(got.get_mask(), wanted.get_mask())
+        assert torch.equal(got.to_tensor(0), wanted.to_tensor(0))
+
+    assert row.verb
+    own = ms.load(ms.compute(row.verb, path, **words).to_bytes())["rain"]
+    assert torch.equal(own.get_mask(), answer["value"].get_mask()), "the value is what the row's own verb gives"
+    assert own.get_data().numpy().tobytes() == answer["value"].get_data().numpy().tobytes()
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "var", "std"])
+def test_a_gradient_with_weights_comes_through_every_door(op: str, question: Path, service: Running) -> None:
+    given = {"correction": "0"} if op in ("var", "std") else {}
+    words = {"op": op, "dim": "year", "weights": "area", "tensor": "rain", **given}
+    python, terminal, http = doors("grad", words, question, service)
+    assert python == terminal == http
+    answer, asked = ms.load(python), ms.load(question)
+    assert set(answer) == {"value", "rain.grad"}, "none by the weights"
+    rain = ms.masked_tensor(asked["rain"].get_data(), asked["rain"].get_mask(), requires_grad=True)
+    made = getattr(ms, op)(rain, 1, weights=asked["area"], **({"correction": 0} if given else {}))
+    made.backward(torch.ones(5))
+    assert torch.equal(answer["rain.grad"].get_mask(), rain.grad.get_mask())
+    assert torch.equal(answer["rain.grad"].get_data(), rain.grad.to_tensor(0))
+
+
+@pytest.mark.parametrize(
+    ("words", "above", "code", "said"),
+    [
+        ({"op": "count", "tensor": "rain"}, None, "gradient_not_available", "count has no gradient: no small change of a cell"),
+        ({"op": "mask", "tensor": "rain"}, None, "gradient_not_available", "mask has no gradient: it changes which cells"),
+        ({"op": "exp", "tensor": "rain"}, None, "unknown_op", "exp is for Python"),
+        ({"op": "mean"}, None, "bad_parameter", "the payload has 2 variables: depth, rain; tensor (--tensor) picks one"),
+        ({"op": "mean", "tensor": "depth"}, None, "dtype_not_accepted", "depth is i64, and a gradient is by floats"),
+        ({"op": "mean", "dim": "1", "tensor": "rain"}, torch.ones(4), "shape_mismatch",
+         "grad_output has shape (4,), the result of mean (5,); they must be equal"),
+        ({"op": "mean", "dim": "1", "tensor": "rain"}, torch.ones(5, 1), "shape_mismatch", "has shape (5, 1)"),
+        ({"op": "mean", "tensor": "rain"}, torch.ones(1), "shape_mismatch", "the result of mean ()"),
+        ({"op": "sum", "dim": "1", "tensor": "rain"}, torch.ones(5, dtype=torch.bool), "dtype_not_accepted",
+         "grad_output is bool"),
+        ({"op": "sum", "dim": "1", "tensor": "rain"}, torch.ones(5, dtype=torch.complex64), "dtype_not_accepted",
+         "grad_output is c64"),
+        ({"op": "sum", "dim": "week", "tensor": "rain"}, None, "dim_out_of_range", "no variable has the dim 'week'"),
+    ],
+)  # fmt: skip
+def test_a_gradient_that_is_not_there_is_the_same_refusal_through_every_door(
+    words: dict[str, str],
+    above: torch.Tensor | None,
+    code: str,
+    said: str,
+    question: Path,
+    service: Running,
+    capsys: Any,
+) -> None:
+    asked = ms.load(question)
+    tensors = {"rain": asked["rain"].get_data(), "depth": asked["depth"].get_data(), "year": asked["year"].get_data()}
+    tensors |= {} if above is None else {"grad_output": above}
+    path = question.with_name("refused.safetensors")
+    path.write_bytes(
+        to_bytes(
+            [output(name, t) for name, t in tensors.items()],
+            {"maskserve.dims": '{"rain": ["site", "year"], "depth": ["site", "year"], "year": ["year"]}'},
+        )
+    )
+    with pytest.raises(MaskserveError) as refused:
+        ms.compute("grad", path, **words)
+    assert refused.value.code == code
+    assert said in refused.value.message
+    reply = service.http.post("/v1/grad", params=words, content=path.read_bytes())
+    assert (reply.status_code, reply.json()["code"], reply.json()["detail"]) == (422, code, refused.value.message)
+    options = [word for name, value in words.items() for word in (f"--{name}", value)]
+    expected = 65 if code == "shape_mismatch" else 2
+    assert main(["grad", *options, str(path)]) == expected
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert refused.value.message in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi.openapi.models import OpenAPI
 
 from maskserve import requests
-from maskserve.ops import default, verbs
+from maskserve.ops import default, verb_summary, verbs
 from maskserve.ops.parameters import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
@@ -84,6 +84,7 @@ def operation(verb: str) -> Json:
     return {
         "operationId": verb,
         "summary": f"{verb}: {', '.join(row.name for row in rows)}",
+        "description": verb_summary(verb),
         "parameters": [op(verb), *(in_query(verb, p.name) for p in requests.parameters(verb)), *HEADERS],
         "requestBody": {"required": True, "content": payload},
         "responses": {"200": {"description": "the answer", "content": payload}, "default": FAILED},

@@ -8,7 +8,7 @@ from http import HTTPStatus
 
 from maskserve import requests
 from maskserve.errors import MaskserveError
-from maskserve.ops import verbs
+from maskserve.ops import verb_summary, verbs
 from maskserve.ops.parameters import Parameter
 from maskserve.ops.rows import Row
 from maskserve_api.problems import classes, status_of, title
@@ -43,6 +43,7 @@ def docs(base: str) -> str:
 
 def verb_section(verb: str) -> Iterable[str]:
     yield f'<h2 id="{escape(verb)}">POST /v1/{escape(verb)}</h2>'
+    yield f"<p>{escape(verb_summary(verb))}</p>"
     yield table(("op", "what it gives", "parameters"), (op_cells(row) for row in requests.rows(verb)))
     yield table(("parameter", "what it says"), (parameter_cells(p) for p in requests.parameters(verb)))
 

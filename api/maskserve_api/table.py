@@ -22,6 +22,7 @@ def described(row: Row) -> Json:
     return {
         "name": row.name,
         "verb": row.verb,
+        "verbs": list(row.verbs),
         "aliases": list(row.aliases),
         "summary": row.summary,
         "parameters": [parameter(p) for p in row.requestable],

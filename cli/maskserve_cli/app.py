@@ -22,7 +22,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from maskserve.errors import nearest
-from maskserve.ops import verbs
+from maskserve.ops import verb_summary, verbs
 from maskserve_cli import exits
 from maskserve_cli.command import Command, imported, write_examples
 from maskserve_cli.exits import Terminated, report, say
@@ -118,9 +118,7 @@ def of_verb(verb: str) -> Entry:
 
         return command(verb)
 
-    served = rows(verb)
-    summary = f"one of {', '.join(row.name for row in served)}" if len(served) > 1 else served[0].summary
-    return Entry(summary=summary, callback=callback, examples=lambda: examples(verb))
+    return Entry(summary=verb_summary(verb), callback=callback, examples=lambda: examples(verb))
 
 
 class Commands(TyperGroup):

@@ -6,6 +6,7 @@ The codes are those of sysexits, so that a scheduler can tell what to try again.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -128,8 +129,17 @@ def report(error: BaseException) -> int:
 def say(words: str) -> None:
     """One line on stderr; what does not print is escaped, and a closed stderr is no reason to fail."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(words.splitlines()))
+    write_line(f"maskserve: {line}")
+
+
+def say_data(record: Mapping[str, object]) -> None:
+    """One line of JSON on stderr, for programs."""
+    write_line(json.dumps(record))
+
+
+def write_line(line: str) -> None:
     try:
-        print(f"maskserve: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
 

@@ -38,6 +38,7 @@ def record(row: Row) -> dict[str, Any]:
         "name": row.name,
         "aliases": list(row.aliases),
         "verb": row.verb,
+        "verbs": list(row.verbs),
         "summary": row.summary,
         "parameters": schema(row),
     }
@@ -45,7 +46,7 @@ def record(row: Row) -> dict[str, Any]:
 
 def table(rows: list[Row]) -> Iterator[str]:
     """The rows by verb: name and summary."""
-    words = [[spelled(row), row.verb or PYTHON_ONLY, row.summary] for row in rows]
+    words = [[spelled(row), ", ".join(row.verbs) or PYTHON_ONLY, row.summary] for row in rows]
     yield from columns([["op", "verb", "what comes out"], *words])
 
 
@@ -60,7 +61,10 @@ def one(row: Row) -> Iterator[str]:
     yield f"{spelled(row)}: {row.summary}"
     taken = ", ".join(dtype.name for dtype in dtypes.ALL if dtype in row.accepts)
     op = "" if row.verb and default(row.verb) is row else f" --op {row.name}"
-    yield f"  maskserve {row.verb}{op} FILE" if row.verb else "  in Python and in expressions"
+    for verb in row.verbs:
+        yield f"  maskserve {verb}{op if verb == row.verb else f' --op {row.name}'} FILE"
+    if not row.verbs:
+        yield "  in Python and in expressions"
     yield f"  takes {taken}"
     yield ""
     words = [(usage(p), help_text(p)) for p in row.requestable]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from keyword import iskeyword
 
-from maskserve.ops import OPS, default
+from maskserve.ops import default, served
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
 from maskserve.ops.rows import Row
 
@@ -23,7 +23,7 @@ METAVARS: Mapping[Type, str] = {
 
 def rows(verb: str) -> tuple[Row, ...]:
     """The rows that a verb serves."""
-    return tuple(row for row in OPS.values() if row.verb == verb)
+    return served(verb)
 
 
 def examples(verb: str) -> str:

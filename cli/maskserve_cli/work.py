@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,18 +14,15 @@ from maskserve.payload.format import Payload
 from maskserve.requests import Request
 from maskserve.settings import Settings
 from maskserve.sides import Payloads
-from maskserve_cli import inputs, outputs, reports
+from maskserve_cli import explanations, inputs, outputs, reports
 from maskserve_cli.command import collect_again, one_file, settings_of
-from maskserve_cli.exits import about, say
+from maskserve_cli.exits import about, say, say_data
+from maskserve_cli.explanations import TORCH
 from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
 from maskserve_cli.reports import Listing
 
 if TYPE_CHECKING:
     from maskserve.answers import Answer, Step
-
-TORCH = "torch"
-"""Who computes what no back end has a kernel for."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
@@ -82,19 +79,41 @@ def act(
     if target.skip and not asked.dry_run:
         render.say_skipped(str(target.path))
         return
-    if asked.explain:
-        from maskserve import answers
-
-        for line in explained(answers.explain(request, payload, others)):
-            say(line)
+    explain = explainer(request, payload, others, target) if asked.explain else unexplained
     if asked.dry_run:
+        explain(None)
         outputs.write_text(dry_run(request, payload, others, target))
         return
     answer = computed(request, payload, others, settings)
+    explain(answer)
     if asked.listing is not None:
         reports.write(asked.listing, answer, target)
         return
     render.write(answer, target, inputs.form_of(payload), nan_hint(request))
+
+
+def explainer(request: Request, payload: Payload, others: Payloads, target: Target) -> Callable[[Answer | None], None]:
+    """Says at once what is known before it runs; to be called with the answer, or with None after a dry run.
+
+    Where the answer is JSON on stdout, all is one line of JSON on stderr.
+    """
+    from maskserve import answers
+
+    steps = answers.explain(request, payload, others)
+    if target.form is Form.JSON and target.path is None:
+        return lambda answer: say_data(explanations.record(steps, answer))
+    for line in explanations.of_plans(steps):
+        say(line)
+
+    def explain(answer: Answer | None) -> None:
+        for line in explanations.of_gradients(answer) if answer else ():
+            say(line)
+
+    return explain
+
+
+def unexplained(_: Answer | None) -> None:
+    """Nothing was asked for."""
 
 
 def computed(request: Request, payload: Payload, others: Payloads, settings: Settings) -> Answer:
@@ -133,12 +152,12 @@ class Outlook:
 def outlook(step: Step) -> Outlook:
     from maskserve_cli.table import dims_text
 
-    info, plan = step.variable.info, step.plan
+    info = step.variable.info
     return Outlook(
         name=step.variable.name,
         passes_through=step.passes_through,
         reads=f"{info.dtype.name} {dims_text(info.shape, step.variable.dims)}",
-        writes=f"{(plan.result if plan else info.dtype).name} {dims_text(step.out_shape, step.dims)}",
+        writes=", ".join(f"{new.dtype.name} {dims_text(new.shape, new.dims)}" for new in step.written),
         bytes_read=step.bytes_read,
         bytes_written=step.bytes_written,
         backend=step.choice.backend.name if step.choice else None if step.passes_through else TORCH,
@@ -188,16 +207,3 @@ def as_json(request: Request, looks: list[Outlook], target: Target) -> str:
 
     record = {"request": request.canonical(), "variables": [asdict(look) for look in looks], "out": target.path}
     return json.dumps(record, ensure_ascii=False)
-
-
-def explained(steps: tuple[Step, ...]) -> Iterator[str]:
-    """A line for each variable: who computes it, and why those before in the list do not."""
-    for step in steps:
-        if step.plan is None or step.choice is None:
-            by = "passes through, it has no such dim" if step.passes_through else f"a new mask on {step.device} by {TORCH}"
-            yield f"{step.variable.name}: {by}"
-            continue
-        plan, choice = step.plan, step.choice
-        refused = "; ".join(f"not {name}: {reason}" for name, reason in choice.refusals)
-        what = f"{plan.row.name} of {plan.dtype.name} on {plan.device}"
-        yield f"{step.variable.name}: {what} by {choice.backend.name}{' (' + refused + ')' if refused else ''}"

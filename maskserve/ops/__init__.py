@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskserve.errors import UnknownOpError, nearest
+from maskserve.errors import GradientError, UnknownOpError, nearest
 from maskserve.ops import (
     contractions,
     elementwise,
@@ -15,7 +15,7 @@ from maskserve.ops import (
     scans,
     wholes,
 )
-from maskserve.ops.rows import Row, Table
+from maskserve.ops.rows import GRAD, Row, Table
 
 OPS = Table()
 OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *fills.ROWS, *maskings.ROWS, *orderings.ROWS)
@@ -24,13 +24,16 @@ OPS.add(*wholes.ROWS, *elementwise.ROWS, *contractions.ROWS, *moves.ROWS)
 
 def find(word: str, *, verb: str | None = None) -> Row:
     """The row that `word` names or is an alias of, among the rows of `verb`."""
-    words = {w: row for row in OPS.values() if row.verb and verb in (None, row.verb) for w in (row.name, *row.aliases)}
+    known = [row for row in OPS.values() if row.verb and (verb is None or verb in row.verbs)]
+    words = {w: row for row in known for w in (row.name, *row.aliases)}
     if verb is None:
         words |= {row.name: row for row in OPS.values() if row.name not in words}  # a word that requests may say wins
     if word not in words:
         if word in OPS and OPS[word].verb is None:
             raise UnknownOpError(f"{word} is for Python: call maskserve.{word}", parameter="op", allowed=words)
         other = next((row for row in OPS.values() if row.verb and word in (row.name, *row.aliases)), None)
+        if other is not None and verb == GRAD:
+            raise no_gradient(other)
         if other is not None:
             raise UnknownOpError(f"{word} is an op of {other.verb}, not of {verb}", parameter="op", allowed=words)
         served = [w for w in words if verb or words[w].verb]  # the rest are hundreds, which `maskserve ops` lists
@@ -42,6 +45,14 @@ def find(word: str, *, verb: str | None = None) -> Row:
             allowed=served,
         )
     return words[word]
+
+
+def no_gradient(row: Row) -> GradientError:
+    """The error of a row that another verb serves and grad does not."""
+    have = [row.name for row in served(GRAD)]
+    return GradientError(
+        f"{row.name} has no gradient: {row.why_no_gradient}; these have one: {', '.join(have)}", parameter="op", allowed=have
+    )
 
 
 def default(verb: str) -> Row | None:
@@ -65,8 +76,25 @@ def method_of(name: str) -> Row | None:
 
 
 def verbs() -> tuple[str, ...]:
-    """The verbs that some row is served by, in the table's order."""
-    return tuple(dict.fromkeys(row.verb for row in OPS.values() if row.verb is not None))
+    """The verbs that some row is served by: the rows' own in the table's order, then those that serve several kinds."""
+    own = [row.verb for row in OPS.values() if row.verb is not None]
+    return tuple(dict.fromkeys([*own, *(verb for row in OPS.values() for verb in row.verbs)]))
 
 
-__all__ = ["OPS", "Row", "default", "find", "instead_of", "method_of", "verbs"]
+def served(verb: str) -> tuple[Row, ...]:
+    """The rows that a verb serves."""
+    return tuple(row for row in OPS.values() if verb in row.verbs)
+
+
+def verb_summary(verb: str) -> str:
+    """What a verb gives, in one line."""
+    rows = served(verb)
+    if verb == GRAD:
+        return (
+            f"the gradient by the data of one of {', '.join(row.name for row in rows)}; the payload's tensor grad_output, of "
+            "the result's shape, is the gradient from above: ones where there is none"
+        )
+    return f"one of {', '.join(row.name for row in rows)}" if len(rows) > 1 else rows[0].summary
+
+
+__all__ = ["OPS", "Row", "default", "find", "instead_of", "method_of", "served", "verb_summary", "verbs"]

@@ -110,6 +110,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=always(i64), passes=(passes.FIRST_LARGEST,), finalize=".reductions:finalize_at",
+        steps=True,
     ),
     Reduction(
         name="argmin",
@@ -117,6 +118,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=always(i64), passes=(passes.FIRST_SMALLEST,), finalize=".reductions:finalize_at",
+        steps=True,
     ),
     Reduction(
         name="count",
@@ -124,6 +126,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, NAN),
         accepts=SUMMED, on_complex=".complexes:magnitude",
         result=always(i64), passes=(passes.COUNT,), finalize=".reductions:finalize_count", identity=0, never_masked=True,
+        steps=True,
     ),
     Reduction(
         name="any",
@@ -131,6 +134,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=SUMMED, on_complex=".complexes:magnitude",
         result=always(boolean), passes=(passes.TRUTHS,), finalize=".reductions:finalize_any", identity=False,
+        steps=True,
     ),
     Reduction(
         name="all",
@@ -138,6 +142,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=SUMMED, on_complex=".complexes:magnitude",
         result=always(boolean), passes=(passes.TRUTHS,), finalize=".reductions:finalize_all", identity=True,
+        steps=True,
     ),
     Reduction(
         name="logsumexp",
@@ -237,5 +242,6 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, NAN),
         accepts=ORDERED,
         result=always(i64), select=".selections:count_distinct", never_masked=True,
+        steps=True,
     ),
 )  # fmt: skip

@@ -40,6 +40,12 @@ class Pass:
 
 # -- rows ---------------------------------------------------------------------------------------------------------
 
+GRAD: Final = "grad"
+"""The verb that gives the gradient of what another verb computes."""
+NO_VJP: Final = "nobody has said what its derivative is"
+NO_STEP_HAS_A_SLOPE: Final = "no small change of a cell changes its result"
+NO_CELL_CHANGES: Final = "it changes which cells are valid, and no cell"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Row:
@@ -68,6 +74,16 @@ class Row:
     """Functions of torch that share a name of this row and mean something else."""
     differs: str = ""
     """Why torch's function of this name means something else; it then raises and names this op."""
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """Every verb that serves it, its own first."""
+        return () if self.verb is None else (self.verb,)
+
+    @property
+    def why_no_gradient(self) -> str:
+        """Why the verb grad does not serve it."""
+        return NO_VJP
 
     @property
     def is_method(self) -> bool:
@@ -112,7 +128,18 @@ class Sliced(Row):
     """What is wrong with the parameters, where their types do not say it."""
     vjp: str = ""
     """The kernel of its gradient; none where the row is not differentiable."""
+    steps: bool = False
+    """Whether no small change of a cell changes its result, a count or a place: why it has no gradient."""
     reach: Reach = Reach.SLICE
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        own = () if self.verb is None else (self.verb,)
+        return (*own, GRAD) if own and self.vjp else own
+
+    @property
+    def why_no_gradient(self) -> str:
+        return NO_STEP_HAS_A_SLOPE if self.steps else NO_VJP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -211,6 +238,10 @@ class Masking(Row):
 
     function: str
     reports: tuple[Report, ...] = ()
+
+    @property
+    def why_no_gradient(self) -> str:
+        return NO_CELL_CHANGES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

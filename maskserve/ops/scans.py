@@ -58,5 +58,6 @@ ROWS = (
         parameters=(DIM, METHOD, NAN),
         accepts=(NUMERIC | {u64}) - {boolean},
         result=always(f64), scan=".orders:Rank",
+        steps=True,
     ),
 )  # fmt: skip
