@@ -14,6 +14,10 @@ from torch import Tensor
 from maskserve.plan import Plan
 
 
+RUN = 4096
+"""torch cuts the sum of one long slice by threads, and those of several slices between them."""
+
+
 class Slices(NamedTuple):
     """What a gradient is computed from."""
 
@@ -33,8 +37,15 @@ class Slices(NamedTuple):
 
 
 def along(plan: Plan, cells: Tensor) -> Tensor:
-    """The sums of slices, with the reduced dims kept at size 1."""
-    return cells.sum(plan.dims, keepdim=True)
+    """The sums of slices, with the reduced dims kept at size 1; the same bits from any number of threads."""
+    if cells.numel() <= RUN or any(size > 1 for dim, size in enumerate(cells.shape) if dim not in plan.dims):
+        return cells.sum(plan.dims, keepdim=True)
+    parts = cells.flatten()
+    while parts.numel() > RUN:
+        whole = parts.numel() // RUN * RUN
+        rest = parts[whole:].sum(0, keepdim=True)
+        parts = torch.cat([parts[:whole].unflatten(0, (-1, RUN)).sum(1), rest])
+    return parts.sum().reshape((1,) * len(plan.shape))
 
 
 def dim_of(plan: Plan) -> int:
