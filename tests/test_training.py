@@ -175,3 +175,21 @@ def test_gradients_of_batches_add_up() -> None:
     ((model(x[rows]) - y[rows]) ** 2).sum().backward()
     for a, p in zip(got, model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_changes_no_digit_of_a_masked_product(backward_inside: bool) -> None:
+    """torch would compute it in a half; a masked one keeps the dtype that it names."""
+    model, x = nn.Linear(3, 2), ms.masked_tensor([[1.1, None, 2.3], [None, None, 0.7]])
+    ((model(x) - 1.0) ** 2).mean().backward()
+    expected = copy.deepcopy([p.grad for p in model.parameters()])
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = model(x)
+        loss = ((made - 1.0) ** 2).mean()
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    assert made.tolist() == model(x).tolist()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))

@@ -34,9 +34,12 @@ def product(a: Tensor, a_mask: Tensor | None, b: Tensor, b_mask: Tensor | None) 
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
-    """torch's product."""
+    """torch's product, in the dtype of the cells."""
     if a.shape[2] == 1:
         return a * b  # matmul takes each matrix of a batch by itself
+    if torch.is_autocast_enabled(a.device.type):  # it would round cells to a half, and the way back would not know
+        with torch.autocast(a.device.type, enabled=False):
+            return times(a, b)
     return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
 
 
