@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -210,7 +210,7 @@ class Adagrad(PerCell, torch.optim.Adagrad):
         step = grad / (state["sum"].sqrt() + eps)
         if not options["lr_decay"]:
             return param - step * lr
-        return param - step * factor(lr / (1 + (state["step"].double() - 1) * options["lr_decay"]), param)
+        return param - step * by_count(lambda n: lr / (1 + (n - 1) * options["lr_decay"]), state["step"], param)
 
 
 class Adam(PerCell, torch.optim.Adam):
@@ -221,25 +221,30 @@ class Adam(PerCell, torch.optim.Adam):
         return dict.fromkeys(names if group["amsgrad"] else names[:2], 0.0)
 
     def moved(self, options: Options, param: Tensor, grad: Tensor, state: State) -> Tensor:
-        lr, eps, (beta1, beta2) = float(options["lr"]), float(options["eps"]), options["betas"]
-        steps = state["step"].double()
+        lr, eps, (beta1, beta2) = float(options["lr"]), float(options["eps"]), map(float, options["betas"])
         state["exp_avg"] = state["exp_avg"].lerp(grad, 1 - beta1)
         square = state["exp_avg_sq"] = state["exp_avg_sq"] * beta2 + grad * grad * (1 - beta2)
         if options["amsgrad"]:
             square = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
-        rate = factor(lr / (1 - beta1**steps), param)
-        spread = square.sqrt() / factor((1 - beta2**steps).sqrt(), param) + eps
-        change: Tensor = state["exp_avg"] / spread * rate
-        return param - change
+        rate = by_count(lambda n: lr / (1 - beta1**n), state["step"], param)
+        spread = square.sqrt() / by_count(lambda n: (1 - beta2**n).sqrt(), state["step"], param) + eps
+        return param - state["exp_avg"] / spread * rate
 
 
 class AdamW(Adam, torch.optim.AdamW):
     """torch.optim.AdamW, of MaskedTensors and plain parameters: a weight decays in the steps where its cell moves."""
 
 
-def factor(per_cell: Tensor, param: Tensor) -> Tensor:
-    """Numbers that differ from cell to cell, made in float64, no narrower than torch's own scalars."""
-    return per_cell.to(torch.promote_types(param.dtype, torch.float32))
+def by_count(formula: Callable[[Tensor], Tensor], steps: Tensor, param: Tensor) -> Tensor:
+    """A number for each cell that depends on its count of steps alone, no narrower than torch's own scalars.
+
+    Made in float64, and once for a count where cells are many: a power takes ten times as long as to look it up.
+    """
+    wide = torch.promote_types(param.dtype, torch.float32)
+    n = int(steps.max()) + 1 if steps.numel() else 0
+    if n > steps.numel():
+        return formula(steps.double()).to(wide)
+    return formula(torch.arange(n, dtype=torch.float64, device=steps.device)).to(wide)[steps]
 
 
 # -- mixed precision ----------------------------------------------------------------------------------------------

@@ -266,6 +266,10 @@ class MaskedTensor:
         return self._data.is_cuda
 
     @property
+    def is_meta(self) -> bool:
+        return self._data.is_meta
+
+    @property
     def itemsize(self) -> int:
         return self._data.itemsize
 

@@ -217,3 +217,19 @@ def test_files_of_two_parts_still_load() -> None:
     from maskserve.tensor import _unpickled
 
     assert _unpickled(torch.ones(2), torch.tensor([True, False])).tolist() == [1, None]
+
+
+def test_a_module_keeps_a_masked_buffer() -> None:
+    """In its state_dict, through dtypes, in copies and in files."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", ms.masked_tensor([1.0, None, 3.0]))
+
+    module, other = Scaled(), Scaled()
+    other.scale = ms.masked_tensor([None, 5.0, 6.0])
+    other.load_state_dict(saved(module.state_dict()))
+    for found in (module, other, copy.deepcopy(module), Scaled().double()):
+        assert found.scale.tolist() == [1, None, 3]
+    assert Scaled().double().scale.dtype is torch.float64
