@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,3 +195,16 @@ def test_autocast_changes_no_digit_of_a_masked_product(backward_inside: bool) ->
         loss.backward()
     assert made.tolist() == model(x).tolist()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_the_pages_code_runs() -> None:
+    """docs/gradients.md, the section on training."""
+    page = (Path(__file__).parent.parent / "docs" / "gradients.md").read_text()
+    section = page.partition("## Training")[2].partition("\n## ")[0]
+    names: dict[str, Any] = {"torch": torch, "ms": ms}
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(block, names)
+    assert names["loss"].tolist() > 0
+    assert names["model"].weight.grad is not None
+    assert names["table"].tolist()[1][1] is None
+    assert names["table"].tolist()[0][0] != pytest.approx(0.1)
