@@ -188,15 +188,18 @@ class MaskedTensor:
     def requires_grad_(self, requires_grad: bool = True) -> MaskedTensor:
         """The tensor itself, from now on a leaf that collects a gradient in `.grad`, or none any more."""
         self._data.requires_grad_(requires_grad)
-        if not requires_grad:
-            self._reach = None
-        elif self._reach is None:
+        if self._reach is not None and self._reach.is_leaf:
+            self._reach.requires_grad_(requires_grad)  # kept: what was collected stays, and says where it is specified
+        elif requires_grad and self._reach is None:
             self._reach = channel(self._data, leaf=True)
+        elif not requires_grad:
+            self._reach = None
         return self
 
     @property
     def is_leaf(self) -> bool:
-        return self._data.is_leaf
+        """Whether it was not computed from others; a leaf under a further mask was."""
+        return self._data.is_leaf and (self._reach is None or self._reach.is_leaf)
 
     @property
     def grad_fn(self) -> Any:
@@ -208,13 +211,16 @@ class MaskedTensor:
         if self._reach is not None:
             self._reach.retain_grad()
 
+    def _reach_is_collected(self) -> bool:
+        return self._reach is not None and (self._reach.is_leaf or self._reach.retains_grad)
+
     @property
     def grad(self) -> MaskedTensor | None:
         """The gradient that backward() collected: specified where a path of valid cells led back to a valid cell.
 
         None where nothing came back yet. It is read-only; assign None, or another gradient, to replace it.
         """
-        if self._data.grad is None:
+        if self._data.grad is None or (self._data.is_leaf and not self.is_leaf and not self._reach_is_collected()):
             return None
         reached = None if self._reach is None else self._reach.grad
         specified = self._full_mask() if reached is None else reached > 0

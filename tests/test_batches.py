@@ -233,3 +233,36 @@ def test_a_module_keeps_a_masked_buffer() -> None:
     for found in (module, other, copy.deepcopy(module), Scaled().double()):
         assert found.scale.tolist() == [1, None, 3]
     assert Scaled().double().scale.dtype is torch.float64
+
+
+# -- leaves -------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_leaf_keeps_the_gradient_that_it_has() -> None:
+    """And where it is specified: the cells that no path reached do not become a specified 0."""
+    m = ms.masked_tensor([1.0, 2.0, None], requires_grad=True)
+    m[0].backward()
+    m.requires_grad_(False)
+    assert m.grad is not None
+    assert m.grad.tolist() == [1, None, None]
+    assert not (m * 2).requires_grad
+    frozen_and_not = m * ms.masked_tensor([1.0, 1.0, 1.0], requires_grad=True)
+    frozen_and_not.sum().backward()
+    assert m.grad.tolist() == [1, None, None]
+    m.requires_grad_()
+    m[1].backward()
+    assert m.grad.tolist() == [1, 1, None]
+
+
+def test_a_leaf_under_a_further_mask_is_none() -> None:
+    m = ms.masked_tensor([1.0, 2.0, 3.0], requires_grad=True)
+    narrow = ms.as_masked_tensor(m, torch.tensor([True, False, True]))
+    narrow.sum().backward()
+    assert (m.is_leaf, narrow.is_leaf) == (True, False)
+    assert narrow.grad is None
+    assert m.grad is not None
+    assert m.grad.tolist() == [1, None, 1]
+    with pytest.raises(GradientError, match="the leaf itself"):
+        ms.optim.SGD([narrow])
+    with pytest.raises(GradientError, match="detach"):
+        copy.deepcopy(narrow)
