@@ -6,27 +6,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution, masking, pullbacks, sides
+from maskserve import engine, execution, masking, sides
+from maskserve.above import Above, above_of, refuse_several, refuse_steps
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
 from maskserve.dtypes import DType
-from maskserve.errors import BackendError, DeviceError, DimError, DtypeError, TooLargeError, nearest
+from maskserve.errors import BackendError, DimError, DtypeError, TooLargeError, nearest
+from maskserve.loading import device_of, loaded, loaded_above, on_device, without_fill
 from maskserve.ops.rows import GRAD, Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load, output
 from maskserve.payload.variables import MASK, Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.plan import Plan, plan
-from maskserve.pullbacks import VALUE, Above, Gradient
 from maskserve.requests import Request
 from maskserve.sides import Payloads, Side
 from maskserve.torch_dtypes import dtype_of
 from maskserve.version import version
 
+if TYPE_CHECKING:
+    from maskserve.pullbacks import Gradient
+
+VALUE = "value"
+"""What an answer calls the result that gradients are of."""
 NOTHING: Payloads = MappingProxyType({})
 SMALL_ANSWER = 1 << 20
 GROWTH = 9
@@ -148,7 +155,7 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
     """A step for each variable; a named dim that none of them has is an error."""
     device = device_of(str(request.running.get("device", "auto")))
     if request.is_gradient:
-        pullbacks.refuse_several(variables)
+        refuse_several(variables)
 
     def over(variable: Variable) -> tuple[Side, ...]:
         means = request.common.get("mask_means")
@@ -312,12 +319,14 @@ def with_gradient(step: Step, variables: Variables) -> Step:
     """The step, of which the gradient is asked for too."""
     if step.plan is None:
         return step
-    pullbacks.refuse_steps(step.variable, step.plan.stored)
-    return replace(step, is_gradient=True, above=pullbacks.above_of(variables, step.plan, step.dims))
+    refuse_steps(step.variable, step.plan.stored)
+    return replace(step, is_gradient=True, above=above_of(variables, step.plan, step.dims))
 
 
 def gradient_results(request: Request, payload: Payload, step: Step) -> Iterator[Result]:
     """The value, and the gradient by the variable: these alone."""
+    from maskserve import pullbacks  # 20 ms that no other verb needs
+
     assert step.plan is not None
     name = step.variable.name
     data, mask = on_device(load(payload, step.variable), step.device)
@@ -337,12 +346,6 @@ def gradient_results(request: Request, payload: Payload, step: Step) -> Iterator
             dims=step.variable.dims,
             gradient=gradient,
         )
-
-
-def loaded_above(payload: Payload, above: Above, device: str) -> tuple[Tensor, Tensor | None]:
-    """The gradient from above and its mask, of the result's shape."""
-    data, mask = on_device(load(payload, above.variable), device)
-    return data.permute(above.order), None if mask is None else mask.expand(data.shape).permute(above.order)
 
 
 def result(request: Request, payload: Payload, variables: Variables, step: Step) -> Result:
@@ -372,19 +375,6 @@ def result(request: Request, payload: Payload, variables: Variables, step: Step)
     )
 
 
-def on_device(parts: tuple[Tensor, Tensor | None], device: str) -> tuple[Tensor, Tensor | None]:
-    data, mask = parts
-    return data.to(device), None if mask is None else mask.to(device)
-
-
-def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:
-    """The cells of a side input and its mask, laid over its variable: of as many dims, size 1 where they broadcast."""
-    data, mask = on_device(load(side.payload, side.variable), device)
-    if mask is not None:
-        mask = mask.expand(data.shape).permute(side.order).reshape(side.shape)
-    return data.permute(side.order).reshape(side.shape), mask
-
-
 def new_mask(request: Request, step: Step, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The cells under the mask that a request makes; each side input is a mask, or stands for its own."""
     assert isinstance(request.row, Masking)
@@ -409,33 +399,3 @@ def coordinate(payload: Payload, variable: Variable, variables: Variables) -> Re
         dims=variable.dims,
         is_coordinate=True,
     )
-
-
-def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:
-    """The mask, less the cells that hold the fill value; a value that the dtype cannot hold is in no cell."""
-    if fill is None or not dtype_of(data).holds(fill):
-        return mask
-    valid = data != (fill if data.dtype.is_floating_point else int(fill))
-    return valid if mask is None else valid & mask
-
-
-def device_of(word: str) -> str:
-    """A device torch can compute on: "auto" is the first GPU, or the CPU where there is none.
-
-    >>> device_of("cpu")
-    'cpu'
-    """
-    if word == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(word)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {word[:64]!r} is not known: give auto, cpu, cuda or cuda:N", parameter="device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"device {word} is not there: torch sees {torch.cuda.device_count()} GPUs; give auto or cpu",
-            parameter="device",
-        )
-    return str(device)

@@ -310,7 +310,7 @@ def test_another_payload_gives_the_variable_of_the_same_name_or_its_only_one() -
 def test_a_side_input_reaches_the_engine_laid_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever row names a tensor: its dtype goes into the plan, its cells and its mask to the engine."""
     row = dataclasses.replace(OPS["mean"], parameters=(*OPS["sum"].parameters, SIDE))
-    request = requests.Request(row=row, params={"side": "w", "dim": ("lat",)}, common={}, running={})
+    request = requests.Request(verb="reduce", row=row, params={"side": "w", "dim": ("lat",)}, common={}, running={})
     seen: dict[str, Any] = {}
 
     def plan(row: Any, given: Any, shape: Any, dtype: Any, device: str) -> Plan:

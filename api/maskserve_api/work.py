@@ -25,7 +25,8 @@ from maskserve_api.forms import Form
 EXAMPLE = b'{"data": [1, 2, null]}'
 SMALL_BYTES = {Form.SAFETENSORS: 1 << 15, Form.JSON: 1 << 11}
 """Bodies computed where they are read: the slowest op takes 1 ms for them, the median one 0.4 ms, both of which the
-loop can bear; a hop to the lane and back takes 0.1 to 0.2 ms (2 cores, reference back end, one tensor)."""
+loop can bear, and gradients 1 to 2 ms; a hop to the lane and back takes 0.1 to 0.2 ms (2 cores, reference back end, one
+tensor)."""
 SMALL_TENSORS = 4
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from maskserve.plan import Plan
 
-
 RUN = 4096
 """torch cuts the sum of one long slice by threads, and those of several slices between them."""
 

@@ -1,0 +1,62 @@
+"""What a request computes on, as tensors on its device: variables, side inputs, the gradient from above."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maskserve.above import Above
+from maskserve.errors import DeviceError
+from maskserve.payload.format import Payload
+from maskserve.payload.tensors import load
+from maskserve.sides import Side
+from maskserve.torch_dtypes import dtype_of
+
+
+def on_device(parts: tuple[Tensor, Tensor | None], device: str) -> tuple[Tensor, Tensor | None]:
+    data, mask = parts
+    return data.to(device), None if mask is None else mask.to(device)
+
+
+def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:
+    """The cells of a side input and its mask, laid over its variable: of as many dims, size 1 where they broadcast."""
+    data, mask = on_device(load(side.payload, side.variable), device)
+    if mask is not None:
+        mask = mask.expand(data.shape).permute(side.order).reshape(side.shape)
+    return data.permute(side.order).reshape(side.shape), mask
+
+
+def loaded_above(payload: Payload, above: Above, device: str) -> tuple[Tensor, Tensor | None]:
+    """The gradient from above and its mask, of the result's shape."""
+    data, mask = on_device(load(payload, above.variable), device)
+    return data.permute(above.order), None if mask is None else mask.expand(data.shape).permute(above.order)
+
+
+def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:
+    """The mask, less the cells that hold the fill value; a value that the dtype cannot hold is in no cell."""
+    if fill is None or not dtype_of(data).holds(fill):
+        return mask
+    valid = data != (fill if data.dtype.is_floating_point else int(fill))
+    return valid if mask is None else valid & mask
+
+
+def device_of(word: str) -> str:
+    """A device torch can compute on: "auto" is the first GPU, or the CPU where there is none.
+
+    >>> device_of("cpu")
+    'cpu'
+    """
+    if word == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {word[:64]!r} is not known: give auto, cpu, cuda or cuda:N", parameter="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device {word} is not there: torch sees {torch.cuda.device_count()} GPUs; give auto or cpu",
+            parameter="device",
+        )
+    return str(device)
