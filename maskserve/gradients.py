@@ -61,6 +61,9 @@ class Operation(Protocol):
     def back(self, operands: tuple[Tensor, ...], masks: Masks, result: Result, reach: Tensor) -> tuple[Tensor, ...]:
         """The reach of each operand; linear too."""
 
+    def touched(self, result: Result, reached: Tensor) -> Tensor:
+        """Which results the gradients of the reached ones are computed from."""
+
     def batched(self, n: int) -> Operation:
         """The same on n tensors at once, along a new first dim."""
 
@@ -103,7 +106,7 @@ class Compute(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None, cotangent: Tensor | None, *__: None) -> tuple[Tensor | None, ...]:
         given = unpacked(ctx)
         now = None if cotangent is None else cotangent > 0
-        gate = ctx.memory.gate(now)
+        gate = ctx.memory.gate(now, lambda reached: ctx.operation.touched(given[2], reached))
         gate = given[2].valid if gate is None else gate
         data: tuple[Tensor | None, ...] = (None,) * ctx.n
         reached = reaches_of(ctx.operation, given, gate)
@@ -284,6 +287,13 @@ class OfSlices:
         at = select(at.expand(self.plan.shape), self.counting(operands, masks))
         return tuple(reduced_to(at, operand.shape) for operand in operands)
 
+    def touched(self, result: Result, reached: Tensor) -> Tensor:
+        """Of a normalization its whole slices, of a scan what comes before: softmax is a formula of its own result."""
+        row = self.plan.row
+        if isinstance(row, Reduction) or row.reach not in (Reach.SLICE, Reach.BEFORE):
+            return reached
+        return (self.reached(as_cotangent(reached), result) > 0).expand(reached.shape) & result.valid
+
     def reached(self, reach: Tensor, result: Result) -> Tensor:
         """Which cells of their slices the results depend on."""
         plan = self.plan
@@ -356,6 +366,9 @@ class OfProduct:
         a, b = (torch.ones_like(cells, dtype=torch.float32) if mask is None else mask.float() for cells, mask in parts)
         return select(reach.float() @ b.mT, masks[0]), select(a.mT @ reach.float(), masks[1])
 
+    def touched(self, result: Result, reached: Tensor) -> Tensor:
+        return reached
+
 
 # -- whole tensors ------------------------------------------------------------------------------------------------
 
@@ -400,6 +413,9 @@ class OfWhole:
         if own.ndim == self.n_batches + 1:
             return (select(reach.unsqueeze(-1).expand(own.shape), own),)
         return (select((reach + reach.mT).float() @ own.float(), own),)
+
+    def touched(self, result: Result, reached: Tensor) -> Tensor:
+        return reached
 
     def counting(self, data: Tensor, mask: Tensor | None) -> Tensor:
         own = torch.ones(data.shape, dtype=torch.bool, device=data.device) if mask is None else mask.expand(data.shape)

@@ -68,14 +68,17 @@ class Memory:
     def __init__(self) -> None:
         self.reached: Tensor | None = None
 
-    def gate(self, now: Tensor | None) -> Tensor | None:
-        """Where a cotangent of data counts in this walk, given what is reached now; None: nothing is known."""
+    def gate(self, now: Tensor | None, touched: Callable[[Tensor], Tensor] = lambda reached: reached) -> Tensor | None:
+        """Where a cotangent of data counts in this walk, given what is reached now; None: nothing is known.
+
+        `touched(reached)` are the results that the gradients of the reached ones are computed from.
+        """
         if now is None:
             return self.reached
-        if not torch.is_grad_enabled():  # no graph of this walk is kept, so no second one will ask
-            return now if self.reached is None else now | self.reached
-        self.reached = now if self.reached is None else now | self.reached
-        return self.reached
+        before = self.reached
+        if torch.is_grad_enabled():  # else no graph of this walk is kept, so no second one will ask
+            self.reached = touched(now) if before is None else touched(now) | before
+        return now if before is None else now | before
 
 
 class Through(torch.autograd.Function):

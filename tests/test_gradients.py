@@ -278,6 +278,30 @@ def test_our_transforms_agree_with_backward(case: Case) -> None:
         assert torch.equal(gradient.get_mask(), leaf.grad.get_mask())
 
 
+@every_case
+def test_a_second_derivative_of_a_part_is_that_of_the_same_cells_beside_zeros(case: Case) -> None:
+    """A loss that reaches some results only, differentiated twice: as the closure's, whose loss reaches all of them."""
+    if case.row.name in NO_SECOND_DERIVATIVE:
+        pytest.skip("torch lacks it")
+    leaves, plain = case.leaves(), case.followed()
+    result = case.op(*leaves)
+    mask = random_mask(case, result, 5)
+    direction = [torch.randn(cells.shape, generator=seeded(case.name, 6), dtype=torch.float64) for cells in plain]
+
+    def twice(total: Any, inputs: Any) -> Any:
+        first = torch.autograd.grad(total, inputs, create_graph=True, materialize_grads=True)
+        along = [(one * other).sum() for one, other in zip(first, direction, strict=True)]
+        along = [one if isinstance(one, Tensor) else one.to_tensor(0) for one in along]
+        return torch.autograd.grad(sum(along[1:], along[0]), inputs, materialize_grads=True)
+
+    zero = sum(leaf.to_tensor(0).sum() * 0 for leaf in leaves)  # so that there is always a second derivative
+    found = twice(loss(ms.as_masked_tensor(result, mask)) ** 2 + zero**2, leaves)
+    parts = real_parts(case.closure(*plain) * mask)
+    expected = twice(parts.sum() ** 2 + sum((cells**2).sum() * 0 for cells in plain), plain)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.to_tensor(0), other, rtol=1e-8, atol=1e-10)
+
+
 # -- moves ----------------------------------------------------------------------------------------------------------
 
 
