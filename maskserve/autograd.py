@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from maskserve.backends.reference.cells import select
 from maskserve.errors import GradientError
 from maskserve.making import tensor_of
-from maskserve.reach import DTYPE, Cross, applied, as_cotangent, channel
+from maskserve.reach import DTYPE, Cross, applied, as_cotangent, channel, narrowed
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed
 
@@ -223,10 +223,11 @@ def jvp(function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...],
     opened = Opened(function, primals, has_aux)
     given = [seeds_of(leaf, t) for leaf, t in zip(opened.leaves, tree_leaves(tangents), strict=True)]
     flat = opened.flat(lambda data: torch.zeros(data.shape, dtype=DTYPE, device=data.device))
+    flat = tuple(part.contiguous() for part in flat)  # torch writes tangents in the layout of their tensor
     made: tuple[Any, ...] = torch.func.jvp(opened, flat, tuple(t for seeds in given for t in seeds), has_aux=True)
     values, changes, extra = made
     value, aux = opened.closed(values, extra)
-    change = opened.changes(changes, extra)
+    change = opened.changes(changes, values, extra)
     return (value, change, aux) if has_aux else (value, change)
 
 
@@ -289,18 +290,18 @@ class Opened:
         gradients: tuple[Any, ...] = tree_unflatten(made, self.shape)
         return gradients
 
-    def changes(self, flat: tuple[Tensor, ...], extra: tuple[Tensor, ...]) -> Any:
-        """How what the function gave changes."""
-        parts = iter(flat)
+    def changes(self, flat: tuple[Tensor, ...], values: tuple[Tensor, ...], extra: tuple[Tensor, ...]) -> Any:
+        """How what the function gave changes: by paths from the cells that the values themselves come from."""
+        parts = iter(zip(flat, values, strict=True))
         made: list[Any] = []
         for mask in self.unpacked(extra)[0]:
-            data = next(parts)
+            data, _ = next(parts)
             if mask is None:
                 made.append(data)
                 continue
-            reach = next(parts)
+            reach, own = next(parts)
             specified = (reach > 0) & mask
-            made.append(followed_tensor(select(data, specified), specified, reach))
+            made.append(followed_tensor(select(data, specified), specified, narrowed(own, specified)))
         return tree_unflatten(made, self.value_shape)
 
 
@@ -310,7 +311,7 @@ def opened_parts(value: MaskedTensor | Tensor, reach_of: Callable[[Tensor], Tens
     return [value._data, reach_of(value._data) if value._reach is None else value._reach]
 
 
-def followed_tensor(data: Tensor, mask: Tensor, reach: Tensor) -> MaskedTensor:
+def followed_tensor(data: Tensor, mask: Tensor, reach: Tensor | None) -> MaskedTensor:
     """A tensor that an outer transform, or backward(), may follow."""
     return MaskedTensor._of(data, mask, reach if is_followed(data) else None)
 

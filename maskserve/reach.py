@@ -11,7 +11,7 @@ reached; the cotangent of a reach is at least 0, and only `> 0` is read of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch

@@ -187,6 +187,8 @@ class MaskedTensor:
 
     def requires_grad_(self, requires_grad: bool = True) -> MaskedTensor:
         """The tensor itself, from now on a leaf that collects a gradient in `.grad`, or none any more."""
+        if requires_grad and not (self._data.is_floating_point() or self._data.is_complex()):
+            raise GradientError(f"a gradient is by floats, and the tensor is {self._data.dtype}; convert it first: .double()")
         self._data.requires_grad_(requires_grad)
         if self._reach is not None and self._reach.is_leaf:
             self._reach.requires_grad_(requires_grad)  # kept: what was collected stays, and says where it is specified
@@ -519,6 +521,8 @@ class MaskedTensor:
 
     def _replace(self, result: MaskedTensor, *, same_mask: bool) -> None:
         """Every cell takes the result's value and validity; `same_mask`: which are the tensor's own."""
+        if torch.is_grad_enabled() and (self._data.requires_grad or result._data.requires_grad):
+            raise GradientError("an operation in place on or with a tensor that requires grad: write m = m + ..., not m += ...")
         if not same_mask or self._mask is None:
             self[...] = result
         elif _overlaps(self._data):
