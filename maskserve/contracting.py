@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskserve import gradients
+from maskserve import gradients, operations
 from maskserve.backends.reference import contractions, kernel
 from maskserve.backends.reference.moves import Masked
 from maskserve.dtypes import WIDENED, bf16, f16
@@ -32,7 +32,7 @@ def product(a: Masked, b: Masked) -> Masked:
     """(batch, i, k) and (batch, k, j) -> (batch, i, j): the only place that reads cells."""
     if not (is_followed(a.data) or is_followed(b.data)):
         return Masked(*contractions.product(a.data, a.mask, b.data, b.mask))
-    made = gradients.apply(gradients.OfProduct(), Operand(*a), Operand(*b))[0]
+    made = gradients.apply(operations.OfProduct(), Operand(*a), Operand(*b))[0]
     return Masked(made.value, made.mask, made.reach)
 
 

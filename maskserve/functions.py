@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from maskserve import cellwise, contracting, gradients, masking, masks, wholes
+from maskserve import cellwise, contracting, gradients, masking, masks, operations, wholes
 from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
 from maskserve.blocks import counting
 from maskserve.engine import run, run_with_indices
 from maskserve.errors import DtypeError, ParameterError, ShapeError
+from maskserve.foreign import from_foreign
 from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
@@ -28,7 +29,7 @@ from maskserve.ops.rows import Cells, Contraction, Elementwise, Masking, Move, R
 from maskserve.params import accept, names_of, resolve
 from maskserve.plan import Plan, SlicedRow, plan, with_masked_slices
 from maskserve.reach import Operand, narrowed
-from maskserve.tensor import MaskedTensor, from_foreign
+from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import dtype_of
 from maskserve.tracing import in_transform, is_followed
 
@@ -79,7 +80,7 @@ def traced(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
     fill = planned.params.get("empty", "mask")
     if isinstance(fill, int | float):  # a number that depends on no cell is no part of the derivative
         planned = with_masked_slices(planned)
-    result, indices = gradients.apply(gradients.OfSlices(planned), *operands)
+    result, indices = gradients.apply(operations.OfSlices(planned), *operands)
     made = MaskedTensor._of(*result[:3])
     if isinstance(fill, int | float):
         return cast(MaskedTensor, public("fill")(made, fill))
@@ -95,7 +96,7 @@ def whole(row: Whole, tensor: Any, mask: Any, given: dict[str, Any]) -> Any:
     accept(row, dtype)
     params = resolve(row, given)
     if row.vjp and is_followed(cells.value):
-        return MaskedTensor._of(*gradients.apply(gradients.OfWhole(row, params), cells)[0][:3])
+        return MaskedTensor._of(*gradients.apply(operations.OfWhole(row, params), cells)[0][:3])
     parts = wholes.compute(row, params, cells.value.detach(), cells.mask)
     made = {name: MaskedTensor._of(*part) for name, part in parts.items() if params.get(f"return_{name}", True)}
     return several_of(row.name, made) if len(made) > 1 else next(iter(made.values()))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from maskserve.errors import DtypeError, ParameterError
-from maskserve.tensor import MaskedTensor, from_foreign
+from maskserve.foreign import from_foreign
+from maskserve.tensor import MaskedTensor
 
 
 def tensor_of(value: Any) -> Any:

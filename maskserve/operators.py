@@ -52,8 +52,9 @@ NUMBERS = (int, float, complex)
 
 def binary(name: str, *, reflected: bool, numbers: tuple[type, ...] = NUMBERS) -> Operator:
     def operator(self: MaskedTensor, other: Any) -> Any:
+        from maskserve.foreign import from_foreign
         from maskserve.functions import public
-        from maskserve.tensor import MaskedTensor, from_foreign
+        from maskserve.tensor import MaskedTensor
 
         other = from_foreign(other)
         if not isinstance(other, (MaskedTensor, Tensor, *numbers)):

@@ -15,39 +15,38 @@ import torch
 from torch import Tensor
 
 from maskserve import batches, masks
-from maskserve.backends.reference.cells import select
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
 from maskserve.formatting import nested, text_of
+from maskserve.history import History
 from maskserve.operators import attach
-from maskserve.reach import Exit, applied, as_cotangent, channel, narrowed
+from maskserve.reach import Exit, applied, narrowed
 from maskserve.tracing import in_transform, is_followed
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class MaskedTensor:
+class MaskedTensor(History):
     """`data` and `mask` (bool, of as many dims, size 1 broadcasts; None = all valid, and costs nothing).
 
     Results of ops have 0 under the mask; a tensor made from data keeps what was there, unread. `get_data()` and
     `get_mask()` give the two; `to_tensor(fill)` gives a plain tensor.
     """
 
-    __slots__ = ("_data", "_is_view", "_mask", "_owns_mask", "_reach")
+    __slots__ = ("_is_view", "_mask", "_owns_mask")
     __array_ufunc__ = None  # numpy arrays on the left leave the operator to us
     __hash__ = object.__hash__  # == is elementwise; as with torch, a tensor hashes by identity
 
-    _data: Tensor
     _mask: Tensor | None
-    _reach: Tensor | None
-    """What a gradient's mask travels back by (reach.py); None where nobody asks for one."""
     _is_view: bool
     """Whether another MaskedTensor sees the same data."""
     _owns_mask: bool
     """Whether a cell of the mask can be written in place: it is full, and every tensor that sees it should see that."""
 
     def __init__(self, data: Tensor, mask: Tensor | bool | None = None) -> None:
+        from maskserve.foreign import from_foreign
+
         data = from_foreign(data)
         self._reach = None
         if isinstance(data, MaskedTensor):
@@ -156,189 +155,6 @@ class MaskedTensor:
                 parameter="fill",
             )
         return torch.full((), fill, dtype=dtype, device=self._data.device)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._data.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._data.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._data.device
-
-    @property
-    def layout(self) -> torch.layout:
-        return self._data.layout
-
-    @property
-    def ndim(self) -> int:
-        return self._data.ndim
-
-    @property
-    def requires_grad(self) -> bool:
-        return self._data.requires_grad
-
-    @requires_grad.setter
-    def requires_grad(self, wanted: bool) -> None:
-        self.requires_grad_(wanted)
-
-    def requires_grad_(self, requires_grad: bool = True) -> MaskedTensor:
-        """The tensor itself, from now on a leaf that collects a gradient in `.grad`, or none any more."""
-        if requires_grad and not (self._data.is_floating_point() or self._data.is_complex()):
-            raise GradientError(f"a gradient is by floats, and the tensor is {self._data.dtype}; convert it first: .double()")
-        self._data.requires_grad_(requires_grad)
-        if self._reach is not None and self._reach.is_leaf:
-            self._reach.requires_grad_(requires_grad)  # kept: what was collected stays, and says where it is specified
-        elif requires_grad and self._reach is None:
-            self._reach = channel(self._data, leaf=True)
-        elif not requires_grad:
-            self._reach = None
-        return self
-
-    @property
-    def is_leaf(self) -> bool:
-        """Whether it was not computed from others; a leaf under a further mask was."""
-        return self._data.is_leaf and (self._reach is None or self._reach.is_leaf)
-
-    @property
-    def grad_fn(self) -> Any:
-        return self._data.grad_fn
-
-    def retain_grad(self) -> None:
-        """Have `.grad` collected here too, though the tensor is no leaf."""
-        self._data.retain_grad()
-        if self._reach is not None:
-            self._reach.retain_grad()
-
-    def _reach_is_collected(self) -> bool:
-        return self._reach is not None and (self._reach.is_leaf or self._reach.retains_grad)
-
-    @property
-    def grad(self) -> MaskedTensor | None:
-        """The gradient that backward() collected: specified where a path of valid cells led back to a valid cell.
-
-        None where nothing came back yet. It is read-only; assign None, or another gradient, to replace it.
-        """
-        if self._data.grad is None or (self._data.is_leaf and not self.is_leaf and not self._reach_is_collected()):
-            return None
-        reached = None if self._reach is None else self._reach.grad
-        specified = self._full_mask() if reached is None else reached > 0
-        made = MaskedTensor._of(select(self._data.grad, specified), specified)
-        made._is_view, made._owns_mask = True, False
-        return made
-
-    @grad.setter
-    def grad(self, gradient: MaskedTensor | None) -> None:
-        if gradient is None:
-            self._data.grad = None
-            if self._reach is not None:
-                self._reach.grad = None
-            return
-        if not isinstance(gradient, MaskedTensor) or gradient.shape != self.shape:
-            raise GradientError(f"a gradient is a MaskedTensor of shape {tuple(self.shape)}, or None")
-        specified = gradient._full_mask() & self._full_mask()
-        self._data.grad = select(gradient._data.detach(), specified)
-        if self._reach is not None:
-            self._reach.grad = as_cotangent(specified)
-
-    def backward(
-        self,
-        gradient: Any = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Any = None,
-    ) -> None:
-        """Gradients of this tensor into `.grad` of the leaves it was computed from, as torch.Tensor.backward.
-
-        gradient: what comes from above, of this tensor's shape; masked cells of it add nothing. May be left out for a
-        tensor of one cell. A masked cell has no gradient: plain leaves get 0 from it, MaskedTensors `--`.
-        """
-        from maskserve.autograd import backward
-
-        backward(self, gradient, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
-
-    def dim(self) -> int:
-        return self._data.ndim
-
-    def numel(self) -> int:
-        return self._data.numel()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self._data.size() if dim is None else self._data.size(dim)
-
-    @property
-    def is_cuda(self) -> bool:
-        return self._data.is_cuda
-
-    @property
-    def is_meta(self) -> bool:
-        return self._data.is_meta
-
-    @property
-    def itemsize(self) -> int:
-        return self._data.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the data; the mask has one more a cell, or a broadcast dim of it."""
-        return self._data.nbytes
-
-    def is_floating_point(self) -> bool:
-        return self._data.is_floating_point()
-
-    def is_complex(self) -> bool:
-        return self._data.is_complex()
-
-    def element_size(self) -> int:
-        return self._data.element_size()
-
-    def stride(self, dim: int | None = None) -> Any:
-        return self._data.stride() if dim is None else self._data.stride(dim)
-
-    def is_contiguous(self) -> bool:
-        """Whether the data is."""
-        return self._data.is_contiguous()
-
-    @property
-    def T(self) -> MaskedTensor:  # noqa: N802 - torch's name
-        """All dims in reverse order."""
-        return self._moved("permute", tuple(range(self.ndim))[::-1])
-
-    @property
-    def mT(self) -> MaskedTensor:  # noqa: N802 - torch's name
-        """The last two dims exchanged."""
-        return self._moved("transpose", -2, -1)
-
-    @property
-    def H(self) -> MaskedTensor:  # noqa: N802 - torch's name
-        """A matrix with its dims exchanged and complex cells conjugated."""
-        if self.ndim not in (0, 2):
-            raise ShapeError(f"H is of a matrix, and the tensor has {self.ndim} dims; mH exchanges the last two")
-        return self.mH if self.ndim else self._moved("conj")
-
-    @property
-    def mH(self) -> MaskedTensor:  # noqa: N802 - torch's name
-        """The last two dims exchanged and complex cells conjugated."""
-        return self._moved("adjoint")
-
-    @property
-    def real(self) -> MaskedTensor:
-        """The real part, sharing memory."""
-        return self._moved("real")
-
-    @property
-    def imag(self) -> MaskedTensor:
-        """The imaginary part, sharing memory."""
-        return self._moved("imag")
-
-    def _moved(self, name: str, *args: Any) -> MaskedTensor:
-        from maskserve.functions import public
-
-        moved: MaskedTensor = public(name)(self, *args)
-        return moved
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
@@ -485,6 +301,8 @@ class MaskedTensor:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Cells take the value and its validity: a plain value makes them valid, a masked one or None masks them."""
+        from maskserve.foreign import from_foreign
+
         if self._data.requires_grad and torch.is_grad_enabled():
             raise GradientError("assignment into a tensor that requires grad: call it under torch.no_grad()")
         index = plain_index(index)
@@ -573,41 +391,6 @@ def _conversions() -> None:
     """half(), int() and the like. Named in the class, they would hide Python's own types there."""
     for name in ("double", "float", "half", "bfloat16", "long", "int", "short", "bool"):
         setattr(MaskedTensor, name, partialmethod(MaskedTensor.to, getattr(torch, name)))
-
-
-def from_foreign(value: Any) -> Any:
-    """numpy arrays (numpy.ma with its mask), xarray, pandas and torch.masked objects as ours; anything else as it is.
-
-    NaN is how xarray and pandas say missing, and there it is masked.
-    """
-    kind, home = type(value), type(value).__module__
-    if home.startswith("numpy"):
-        import numpy as np
-
-        if isinstance(value, np.ma.MaskedArray):
-            return MaskedTensor._of(plain_tensor(value.data), torch.as_tensor(~np.ma.getmaskarray(value)))
-        return value.item() if isinstance(value, np.generic) else plain_tensor(value)
-    if home.startswith("torch.masked"):
-        return MaskedTensor._of(value.get_data(), value.get_mask().clone())
-    if home.startswith("xarray") and hasattr(kind, "to_masked_array"):
-        return from_foreign(value.to_masked_array(copy=False))
-    if home.startswith("pandas") and hasattr(kind, "isna") and hasattr(kind, "to_numpy"):
-        missing = value.isna()
-        cells = plain_tensor(value.where(~missing, 0).to_numpy())
-        return MaskedTensor._of(cells, plain_tensor(~missing))
-    return value
-
-
-def plain_tensor(array: Any) -> Tensor:
-    """A tensor on an array's memory, or of a copy where torch cannot see it: other byte orders, strides below 0."""
-    import numpy as np
-
-    array = np.asarray(array)
-    if array.dtype.kind not in "biufc":
-        raise DtypeError(f"a numpy array of {array.dtype} is no tensor: convert it to numbers first")
-    if not array.dtype.isnative or any(stride < 0 for stride in array.strides) or not array.flags.writeable:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return torch.as_tensor(array)
 
 
 attach(MaskedTensor)

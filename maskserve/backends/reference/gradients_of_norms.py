@@ -61,7 +61,7 @@ def direction(plan: Plan, slices: Slices, length: Tensor) -> Tensor:
     cells = torch.where(good, cells, 1.0)
     if math.isinf(ord):
         furthest = good & (cells.abs() == length)
-        share = furthest / along(plan, furthest).clamp(min=1)
+        share = furthest.double() / along(plan, furthest).clamp(min=1)
     else:
         share = (cells.abs() / torch.where(good, length, 1.0)).pow(ord - 1) * (ord != 0)
     return torch.where(good, cells.sgn() * share, 0.0)

@@ -1,0 +1,121 @@
+"""What a MaskedTensor says of itself as torch's tensors do: shape, dtype, memory, and its dims in other orders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from maskserve.errors import ShapeError
+
+if TYPE_CHECKING:
+    from maskserve.tensor import MaskedTensor
+
+
+class Attributes:
+    """Attributes of the data, and moves that torch spells as attributes."""
+
+    __slots__ = ("_data",)
+
+    _data: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._data.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._data.device
+
+    @property
+    def layout(self) -> torch.layout:
+        return self._data.layout
+
+    @property
+    def ndim(self) -> int:
+        return self._data.ndim
+
+    def dim(self) -> int:
+        return self._data.ndim
+
+    def numel(self) -> int:
+        return self._data.numel()
+
+    def size(self, dim: int | None = None) -> Any:
+        return self._data.size() if dim is None else self._data.size(dim)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self._data.is_cuda
+
+    @property
+    def is_meta(self) -> bool:
+        return self._data.is_meta
+
+    @property
+    def itemsize(self) -> int:
+        return self._data.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the data; the mask has one more a cell, or a broadcast dim of it."""
+        return self._data.nbytes
+
+    def is_floating_point(self) -> bool:
+        return self._data.is_floating_point()
+
+    def is_complex(self) -> bool:
+        return self._data.is_complex()
+
+    def element_size(self) -> int:
+        return self._data.element_size()
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self._data.stride() if dim is None else self._data.stride(dim)
+
+    def is_contiguous(self) -> bool:
+        """Whether the data is."""
+        return self._data.is_contiguous()
+
+    @property
+    def T(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """All dims in reverse order."""
+        return self._moved("permute", tuple(range(self.ndim))[::-1])
+
+    @property
+    def mT(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """The last two dims exchanged."""
+        return self._moved("transpose", -2, -1)
+
+    @property
+    def H(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """A matrix with its dims exchanged and complex cells conjugated."""
+        if self.ndim not in (0, 2):
+            raise ShapeError(f"H is of a matrix, and the tensor has {self.ndim} dims; mH exchanges the last two")
+        return self.mH if self.ndim else self._moved("conj")
+
+    @property
+    def mH(self) -> MaskedTensor:  # noqa: N802 - torch's name
+        """The last two dims exchanged and complex cells conjugated."""
+        return self._moved("adjoint")
+
+    @property
+    def real(self) -> MaskedTensor:
+        """The real part, sharing memory."""
+        return self._moved("real")
+
+    @property
+    def imag(self) -> MaskedTensor:
+        """The imaginary part, sharing memory."""
+        return self._moved("imag")
+
+    def _moved(self, name: str, *args: Any) -> MaskedTensor:
+        from maskserve.functions import public
+
+        moved: MaskedTensor = public(name)(self, *args)
+        return moved

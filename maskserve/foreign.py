@@ -1,0 +1,46 @@
+"""Tensors of other libraries as ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskserve.errors import DtypeError
+from maskserve.tensor import MaskedTensor
+
+
+def from_foreign(value: Any) -> Any:
+    """numpy arrays (numpy.ma with its mask), xarray, pandas and torch.masked objects as ours; anything else as it is.
+
+    NaN is how xarray and pandas say missing, and there it is masked.
+    """
+    kind, home = type(value), type(value).__module__
+    if home.startswith("numpy"):
+        import numpy as np
+
+        if isinstance(value, np.ma.MaskedArray):
+            return MaskedTensor._of(plain_tensor(value.data), torch.as_tensor(~np.ma.getmaskarray(value)))
+        return value.item() if isinstance(value, np.generic) else plain_tensor(value)
+    if home.startswith("torch.masked"):
+        return MaskedTensor._of(value.get_data(), value.get_mask().clone())
+    if home.startswith("xarray") and hasattr(kind, "to_masked_array"):
+        return from_foreign(value.to_masked_array(copy=False))
+    if home.startswith("pandas") and hasattr(kind, "isna") and hasattr(kind, "to_numpy"):
+        missing = value.isna()
+        cells = plain_tensor(value.where(~missing, 0).to_numpy())
+        return MaskedTensor._of(cells, plain_tensor(~missing))
+    return value
+
+
+def plain_tensor(array: Any) -> Tensor:
+    """A tensor on an array's memory, or of a copy where torch cannot see it: other byte orders, strides below 0."""
+    import numpy as np
+
+    array = np.asarray(array)
+    if array.dtype.kind not in "biufc":
+        raise DtypeError(f"a numpy array of {array.dtype} is no tensor: convert it to numbers first")
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides) or not array.flags.writeable:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.as_tensor(array)
