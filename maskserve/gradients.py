@@ -7,6 +7,7 @@ and its transpose carries reach forward.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,26 +46,26 @@ class Above(NamedTuple):
     gate: Tensor
 
 
-class Operation:
+class Operation(ABC):
     """Something computed from operands, with one result."""
 
     is_differentiable: bool = True
 
+    @abstractmethod
     def compute(self, operands: Cells, masks: Masks) -> Result:
         """The result, from plain tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull(self, given: Given, above: Above) -> Cells:
         """The gradients by each operand, of its shape; what they say of cells that are not reached is not looked at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def back(self, given: Given, reach: Tensor) -> Cells:
         """The reach of each operand, 0 where it is masked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batched(self, n: int) -> Operation:
         """The same on n tensors at once, along a new first dim."""
-        raise NotImplementedError
 
     @property
     def batch_dim(self) -> int:

@@ -23,9 +23,9 @@ class History(Attributes):
     _reach: Tensor | None
     """What a gradient's mask travels back by (reach.py); None where nobody asks for one."""
 
-    def _full_mask(self) -> Tensor:
-        """The mask, of the data's shape."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def _full_mask(self) -> Tensor: ...
 
     @property
     def requires_grad(self) -> bool:
