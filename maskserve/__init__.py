@@ -5,6 +5,7 @@ The public names are loaded when they are first used, so that `import maskserve`
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from maskserve.errors import MaskserveError
@@ -60,3 +61,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = ["OPS", "MaskserveError", *(name for name in _HOMES if name != "__version__"), *_MODULES, *OPS]
+
+if "torch" in sys.modules:  # which then knows what a MaskedTensor in a file, or in a batch, is
+    import maskserve.tensor  # noqa: F401

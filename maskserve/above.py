@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskserve.dtypes import COMPLEX, DType, boolean
+from maskserve.dtypes import COMPLEX, DType, boolean, f64
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.payload.header import Shape, shown, shown_shape
 from maskserve.payload.variables import GRAD_OUTPUT, Dims, Variable, Variables
@@ -31,14 +31,15 @@ def refuse_several(variables: Variables) -> None:
         )
 
 
-def refuse_steps(variable: Variable, dtype: DType) -> None:
-    """Raise where cells cannot change a little."""
-    if not (dtype.is_float or dtype in COMPLEX):
+def differentiable(variable: Variable) -> DType:
+    """The dtype in which the variable's cells can change a little: whole numbers count as float64."""
+    dtype = variable.info.dtype
+    if dtype is boolean:
         raise DtypeError(
-            f"{shown(variable.name)} is {dtype.name}, and a gradient is by floats: write its cells as floats first (in JSON "
-            'as 1.0 or with "dtype": "F64", in torch with .double())',
+            f"{shown(variable.name)} is bool, and a gradient is by numbers: tensor (--tensor) picks another variable",
             parameter=shown(variable.name),
         )
+    return f64 if dtype.is_integral else dtype
 
 
 def above_of(variables: Variables, planned: Plan, dims: Dims | None) -> Above | None:

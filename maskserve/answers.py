@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskserve import engine, execution, masking, sides
-from maskserve.above import Above, above_of, refuse_several, refuse_steps
+from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
 from maskserve.dtypes import DType
@@ -134,7 +134,7 @@ class Step:
         """The result; then, where it is asked for, the gradient."""
         own = self.variable.info
         result = Written(dtype=self.plan.result if self.plan else own.dtype, shape=self.out_shape, dims=self.dims)
-        gradient = Written(dtype=own.dtype, shape=own.shape, dims=self.variable.dims)
+        gradient = Written(dtype=self.plan.stored if self.plan else own.dtype, shape=own.shape, dims=self.variable.dims)
         return (result, gradient) if self.is_gradient else (result,)
 
     @property
@@ -246,8 +246,9 @@ def step(request: Request, variable: Variable, device: str, over: Callable[[Vari
         return Step(variable=variable, dims=variable.dims, sides=laid, device=device)
     assert isinstance(row, Reduction | Normalization | Scan)
     params |= {side.parameter.name: side.variable.info.dtype for side in laid}  # a plan knows its side inputs' dtypes
+    dtype = differentiable(variable) if request.is_gradient else variable.info.dtype
     try:
-        planned = plan(row, tuple(params.items()), variable.info.shape, variable.info.dtype, device)
+        planned = plan(row, tuple(params.items()), variable.info.shape, dtype, device)
     except DimError as error:
         hint = f"{variable.name}: {error.message}; tensor (--tensor) picks the variables to compute on"
         raise DimError(hint, parameter="dim", allowed=error.allowed) from None
@@ -319,7 +320,6 @@ def with_gradient(step: Step, variables: Variables) -> Step:
     """The step, of which the gradient is asked for too."""
     if step.plan is None:
         return step
-    refuse_steps(step.variable, step.plan.stored)
     return replace(step, is_gradient=True, above=above_of(variables, step.plan, step.dims))
 
 
@@ -331,6 +331,7 @@ def gradient_results(request: Request, payload: Payload, step: Step) -> Iterator
     name = step.variable.name
     data, mask = on_device(load(payload, step.variable), step.device)
     mask = without_fill(data, mask, request.common.get("fill_value"))
+    data = data.to(getattr(torch, step.plan.stored.torch))
     function = pullbacks.of_plan(step.plan, name, *(loaded(side, step.device) for side in step.sides))
     above = None if step.above is None else loaded_above(payload, step.above, step.device)
     with execution.using(backend=request.running.get("backend")):

@@ -87,8 +87,8 @@ def pairs(output: Any, cotangent: Any) -> list[tuple[Tensor, Tensor]]:
     data = output._data if isinstance(output, MaskedTensor) else output
     if not data.requires_grad:
         raise GradientError(
-            "the tensor has no history: make a leaf with masked_tensor(..., requires_grad=True) and compute from it, "
-            "outside torch.no_grad()"
+            "the tensor has no history: make a leaf with masked_tensor(..., requires_grad=True), or take a plain tensor that has "
+            "one into as_masked_tensor(data, mask), and compute from it, outside torch.no_grad()"
         )
     if cotangent is None:
         if data.numel() != 1:
@@ -188,7 +188,10 @@ def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_a
         value, pull, *aux = vjp(of_some, *[args[place] for place in places], has_aux=has_aux)
         if not isinstance(value, MaskedTensor | Tensor) or value.numel() != 1:
             what = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
-            raise GradientError(f"grad is of a function that gives one cell, and this one gives {what}; vjp takes any")
+            raise GradientError(
+                f"grad is of a function that gives one cell, and this one gives {what}; vjp takes any, and has_aux=True a pair "
+                "of the cell and something else"
+            )
         found = pull(torch.ones(value.shape, dtype=value.dtype, device=value.device))
         gradient = found[0] if isinstance(argnums, int) else found
         return ((value, *aux), gradient) if has_aux else (value, gradient)
@@ -208,7 +211,7 @@ def vjp(function: Function, *primals: Any, has_aux: bool = False) -> tuple[Any, 
     value, aux = opened.closed(flat, extra)
 
     def pulled(cotangents: Any) -> tuple[Any, ...]:
-        leaves = zip(tree_leaves(value), tree_leaves(cotangents), strict=True)
+        leaves = paired("what the function gives", tree_leaves(value), "the gradient from above", tree_leaves(cotangents))
         return opened.gradients(pull(tuple(seed for out, above in leaves for seed in seeds_of(out, above))))
 
     return (value, pulled, aux) if has_aux else (value, pulled)
@@ -220,8 +223,11 @@ def jvp(function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...],
     A masked cell of a tangent adds nothing. A cell of the change is specified where it is valid and a path of valid
     cells leads to it from a specified cell of a tangent.
     """
-    opened = Opened(function, primals, has_aux)
-    given = [seeds_of(leaf, t) for leaf, t in zip(opened.leaves, tree_leaves(tangents), strict=True)]
+    if not isinstance(primals, tuple | list) or not isinstance(tangents, tuple | list):
+        raise GradientError("jvp takes a tuple of primals and a tuple of tangents, one each: jvp(f, (x,), (t,))")
+    opened = Opened(function, tuple(primals), has_aux)
+    pairs = paired("a primal", opened.leaves, "its tangent", tree_leaves(tangents))
+    given = [seeds_of(leaf, t) for leaf, t in pairs]
     flat = opened.flat(lambda data: torch.zeros(data.shape, dtype=DTYPE, device=data.device))
     flat = tuple(part.contiguous() for part in flat)  # torch writes tangents in the layout of their tensor
     made: tuple[Any, ...] = torch.func.jvp(opened, flat, tuple(t for seeds in given for t in seeds), has_aux=True)
@@ -229,6 +235,18 @@ def jvp(function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...],
     value, aux = opened.closed(values, extra)
     change = opened.changes(changes, values, extra)
     return (value, change, aux) if has_aux else (value, change)
+
+
+def paired(one: str, ones: Sequence[Any], other: str, others: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """The two by two, of equal shapes."""
+    if len(ones) != len(others):
+        raise GradientError(f"{one}: {len(ones)} tensors, {other}: {len(others)}; they go in pairs")
+    for a, b in zip(ones, others, strict=True):
+        if tuple(a.shape) != tuple(tensor_of(b).shape):
+            raise GradientError(
+                f"{one} has shape {tuple(a.shape)}, {other} {tuple(tensor_of(b).shape)}; they must be equal"
+            )
+    return list(zip(ones, others, strict=True))
 
 
 class Opened:

@@ -89,8 +89,13 @@ class History(Attributes):
             if self._reach is not None:
                 self._reach.grad = None
             return
-        if not isinstance(gradient, History) or gradient.shape != self.shape:
-            raise GradientError(f"a gradient is a MaskedTensor of shape {tuple(self.shape)}, or None")
+        from maskserve.tensor import MaskedTensor
+
+        if isinstance(gradient, Tensor):
+            gradient = MaskedTensor._of(gradient, None)
+        if not isinstance(gradient, MaskedTensor) or gradient.shape != self.shape:
+            given = f"one of shape {tuple(gradient.shape)}" if hasattr(gradient, "shape") else f"a {type(gradient).__name__}"
+            raise GradientError(f"a gradient is a tensor of shape {tuple(self.shape)}, or None, and not {given}")
         specified = gradient._full_mask() & self._full_mask()
         self._data.grad = select(gradient._data.detach(), specified)
         if self._reach is not None:
@@ -110,4 +115,5 @@ class History(Attributes):
         """
         from maskserve.autograd import backward
 
-        backward(self, gradient, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
+        above = None if gradient is None else [gradient]
+        backward(self, above, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ def tensor_of(value: Any) -> Any:
         return value
     if isinstance(value, list) and has_none(value):
         valid = torch.as_tensor(mapped(value, lambda cell: cell is not None))
-        return MaskedTensor(torch.as_tensor(mapped(value, lambda cell: 0 if cell is None else cell)), valid)
+        nothing: Any = 0 if not has_any(value, bool) else False  # bools beside None are bools
+        return MaskedTensor(torch.as_tensor(mapped(value, lambda cell: nothing if cell is None else cell)), valid)
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -29,6 +31,10 @@ def tensor_of(value: Any) -> Any:
 
 def has_none(cells: list[Any]) -> bool:
     return any(has_none(cell) if isinstance(cell, list) else cell is None for cell in cells)
+
+
+def has_any(cells: list[Any], kind: type) -> bool:
+    return any(has_any(cell, kind) if isinstance(cell, list) else isinstance(cell, kind) for cell in cells)
 
 
 def mapped(cells: list[Any], change: Callable[[Any], Any]) -> list[Any]:
@@ -43,6 +49,12 @@ def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -
     collects a gradient in `.grad`; the history of `data` ends here either way (as_masked_tensor keeps it).
     """
     source = as_masked_tensor(data, mask)
+    if source.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "masked_tensor copies without history, so nothing computed from it trains what it was computed from: "
+            "as_masked_tensor(data, mask) keeps the history; masked_tensor(data.detach(), mask) says that none is wanted",
+            stacklevel=2,
+        )
     made = MaskedTensor._of(source._data.detach().clone(), source._mask)
     return made.requires_grad_() if requires_grad else made
 

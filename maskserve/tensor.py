@@ -277,6 +277,12 @@ class MaskedTensor(History):
         array = self._array()
         return array if dtype is None else array.astype(dtype)
 
+    def __format__(self, spec: str) -> str:
+        """A single cell in Python's format, "--" where it is masked; of several cells the whole text."""
+        if not spec or self._data.ndim:
+            return format(repr(self), spec)
+        return format(self._data.item(), spec) if bool(self._full_mask()) else "--"
+
     def __repr__(self) -> str:
         return text_of(self._data, self._mask)
 

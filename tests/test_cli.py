@@ -79,6 +79,14 @@ def test_a_wrong_command_is_one_line_and_its_exit_code(maskserve: Maskserve, arg
     assert sorted(os.listdir()) == before, "something was written"
 
 
+def test_nulls_are_missing_and_nothing_else(maskserve: Maskserve) -> None:
+    """Read the other way round, the 0 that stands for a null would be data."""
+    Path("null.json").write_text('{"rain": [1.5, null, 4.0]}')
+    ran = maskserve("reduce", "--op", "mean", "--mask-means", "missing", "null.json")
+    assert ran.code == 2
+    assert "null says itself what is missing" in one_line(ran)
+
+
 def test_every_error_class_has_an_exit_code() -> None:
     def below(kind: type[errors.MaskserveError]) -> Iterator[type[errors.MaskserveError]]:
         for child in kind.__subclasses__():

@@ -261,10 +261,13 @@ def test_an_explicit_question_gets_an_explicit_answer(service: Running) -> None:
     }
 
 
-def test_whole_numbers_are_told_what_to_do(service: Running) -> None:
-    problem = service.post("/v1/grad?op=sum", '{"data": [1, 2, null]}', content_type=JSON)
+def test_whole_numbers_count_as_float64(service: Running) -> None:
+    """JSON.stringify([1.0, 2.0]) is [1,2]: what a request can do must not hang on its cells."""
+    answer = service.post("/v1/grad?op=mean", '{"data": [1, 2, null]}', content_type=JSON)
+    assert answer.json() == {"data.grad": [0.5, 0.5, None], "value": 1.5}
+    problem = service.post("/v1/grad?op=sum", '{"data": [true, null]}', content_type=JSON)
     assert problem.status_code == 422
-    assert 'in JSON as 1.0 or with "dtype": "F64"' in problem.json()["detail"]
+    assert "data is bool, and a gradient is by numbers" in problem.json()["detail"]
 
 
 def test_text_and_table_show_both_by_name(maskserve: Maskserve) -> None:
@@ -292,8 +295,8 @@ def test_a_dry_run_says_what_would_be_written(maskserve: Maskserve) -> None:
     ran = maskserve("grad", "--op", "mean", "--dim", "time", "rain.safetensors", "--dry-run")
     assert ran.lines[0] == "grad --op mean --dim time"
     assert "f32 (lat 3), f32 (time 2, lat 3)  45 bytes" in ran.lines[2]
-    save_file({"data": np.arange(3)}, "whole.safetensors")
-    assert maskserve("grad", "--op", "mean", "whole.safetensors", "--dry-run").code == 2
+    save_file({"data": np.arange(3) > 0}, "truths.safetensors")
+    assert maskserve("grad", "--op", "mean", "truths.safetensors", "--dry-run").code == 2
     record = json.loads(maskserve("grad", "--op", "sum", "rain.safetensors", "--dry-run", "--json").out)
     assert record["request"] == {"verb": "grad", "op": "sum"}
     assert (record["variables"][0]["bytes_read"], record["variables"][0]["bytes_written"]) == (30, 35)

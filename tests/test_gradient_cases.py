@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import maskserve as ms
 from maskserve import MaskedTensor
-from maskserve.errors import GradientError, MaskedValueError, MaskMismatchError
+from maskserve.errors import GradientError, MaskedValueError, MaskMismatchError, UncoveredFunctionError
 from tests.samples import assert_same_bits
 
 T, F = True, False
@@ -355,8 +358,8 @@ def test_a_gradient_can_be_taken_away_and_replaced() -> None:
     assert_is(x.grad, [10, None])
     with pytest.raises(GradientError, match="shape"):
         x.grad = ms.masked_tensor(cells([7, 8, 9]))
-    with pytest.raises(GradientError, match="MaskedTensor"):
-        x.grad = cells([7, 8])  # type: ignore[assignment]  # what a caller must not do
+    with pytest.raises(GradientError, match="not a list"):
+        x.grad = [7, 8]  # type: ignore[assignment]  # what a caller must not do
 
 
 def test_a_tensor_becomes_a_leaf_and_stops_being_one() -> None:
@@ -733,3 +736,63 @@ def test_integers_and_comparisons_carry_no_history() -> None:
         assert made._reach is None
     with pytest.raises(GradientError):
         ms.masked_tensor([1, 2], requires_grad=True)
+
+
+# -- what people type first ---------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_what_has_a_history_warns_that_it_trains_nothing() -> None:
+    output = torch.ones(2, requires_grad=True) * 2
+    with pytest.warns(UserWarning, match="as_masked_tensor"):
+        ms.masked_tensor(output, torch.tensor([True, False]))
+    with torch.no_grad():
+        ms.masked_tensor(output)
+
+
+def test_a_loss_is_formatted_like_a_number() -> None:
+    loss = ms.masked_tensor([1.0, 2.0, None], requires_grad=True).sum()
+    assert (f"{loss:.2f}", f"{ms.masked_tensor(1.0, False):.2f}") == ("3.00", "--")
+    assert f"{ms.masked_tensor([1.0, None])}" == "masked_tensor([1.0000,     --])"
+
+
+def test_shapes_that_do_not_fit_are_said_in_a_line() -> None:
+    x = ms.masked_tensor([1.0, 2.0, None])
+    _, pull = ms.vjp(lambda a: a * a, x)
+    for call in (
+        lambda: pull(torch.ones(1)), lambda: ms.jvp(lambda a: a * a, (x,), (1.0,)),
+        lambda: ms.jvp(lambda a: a * a, x, torch.ones(3)), lambda: ms.jvp(lambda a: a * a, (x,), ()),
+    ):  # fmt: skip
+        with pytest.raises(GradientError, match=r"shape|tuple|pairs"):
+            call()
+
+
+def test_a_gradient_is_replaced_by_a_plain_one() -> None:
+    x = ms.masked_tensor([1.0, None], requires_grad=True)
+    x.grad = torch.ones(2)  # type: ignore[assignment]  # a plain tensor is valid everywhere
+    assert x.grad.tolist() == [1, None]
+    with pytest.raises(GradientError, match=r"shape \(2,\), or None, and not one of shape \(3,\)"):
+        x.grad = torch.ones(3)
+
+
+def test_bools_beside_none_are_bools() -> None:
+    assert ms.masked_tensor([True, None, False]).dtype is torch.bool
+
+
+def test_a_file_is_read_by_a_process_that_has_made_no_tensor_yet(tmp_path: Path) -> None:
+    path = tmp_path / "t.pt"
+    torch.save(ms.masked_tensor([1.0, None]), path)
+    code = f"import torch, maskserve; print(torch.load({str(path)!r}).tolist())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[1.0, None]\n"
+
+
+def test_an_infinite_cell_has_the_gradient_of_logsumexp_to_itself() -> None:
+    x = ms.masked_tensor([1.0, torch.inf, 3.0], requires_grad=True)
+    ms.logsumexp(x, 0).backward()
+    assert x.grad is not None
+    assert (x.grad.tolist()[0], x.grad.tolist()[2]) == (0, 0)
+
+
+def test_losses_say_what_they_are_in_ops() -> None:
+    x = ms.masked_tensor([1.0, None])
+    with pytest.raises(UncoveredFunctionError, match=r"torch.nn.functional.mse_loss .* it is \(\(a - b\) \*\* 2\)"):
+        torch.nn.functional.mse_loss(x, x)

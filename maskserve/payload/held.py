@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from maskserve.errors import ParameterError
 from maskserve.payload.files import Payload, _Ranges
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, check_shape, parse_header
+from maskserve.payload.json import JsonPayload
 from maskserve.payload.writing import Output, encode_header
 
 
@@ -49,9 +50,11 @@ class HeldPayload(_Ranges):
 
 def refuse_other_masks(payload: Payload, mask: object, mask_means: object) -> None:
     """Raise where a request says how to read masks that a format's own rules made."""
+    word = "mask" if mask is not None else "mask_means"
     if isinstance(payload, HeldPayload) and payload.has_own_masks and (mask is not None or mask_means is not None):
-        word = "mask" if mask is not None else "mask_means"
         raise ParameterError(
             f"{word}: {payload.format} says itself what is missing; {word} is for safetensors, npz and torch files",
             parameter=word,
         )
+    if isinstance(payload, JsonPayload) and payload.has_nulls and mask_means == "missing":
+        raise ParameterError("mask_means: null says itself what is missing; leave mask_means=missing out", parameter=word)

@@ -38,11 +38,12 @@ CELLS_PER_CHUNK = 4096
 
 
 class JsonPayload(BytesPayload):
-    """A payload that came as JSON; `form` is how it was written, and how its answer is."""
+    """A payload that came as JSON; `form` is how it was written, and how its answer is; `has_nulls`: nulls made a mask."""
 
-    def __init__(self, buffer: bytes, form: Form, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, buffer: bytes, form: Form, limits: Limits = DEFAULT_LIMITS, *, has_nulls: bool = False) -> None:
         super().__init__(buffer, limits)
         self.form: Form = form
+        self.has_nulls = has_nulls
 
 
 def decode(text: bytes | str, limits: Limits = DEFAULT_LIMITS) -> JsonPayload:
@@ -62,7 +63,8 @@ def decode(text: bytes | str, limits: Limits = DEFAULT_LIMITS) -> JsonPayload:
             dims[name] = entry["dims"]
     if dims:
         metadata[KEY_DIMS] = json.dumps(dims, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    payload = JsonPayload(to_bytes(outputs, metadata), "explicit" if explicit else "plain", limits)
+    form: Form = "explicit" if explicit else "plain"
+    payload = JsonPayload(to_bytes(outputs, metadata), form, limits, has_nulls=len(outputs) > len(root))
     dim_names(payload.header)
     return payload
 
