@@ -36,3 +36,14 @@ def test_ties_of_a_norm_share_in_its_own_precision(ord: float) -> None:
     cells = torch.tensor([2.0, -2.0, 2.0], dtype=torch.float64, requires_grad=True)
     ms.norm(ms.as_masked_tensor(cells), ord, 0).backward()
     assert cells.grad is not None and cells.grad.tolist() == [1 / 3, -1 / 3, 1 / 3]
+
+
+@pytest.mark.parametrize("cells", [[1.0, inf, 2.0], [inf, inf, -inf], [1.0, -inf, 2.0]])
+def test_an_infinite_cell_spoils_no_other_in_the_gradient_of_logsumexp(cells: list[float]) -> None:
+    plain = torch.tensor(cells, dtype=torch.float64, requires_grad=True)
+    torch.logsumexp(plain, 0).backward()
+    x = ms.masked_tensor([*cells, None]).double()
+    leaf = x.detach().requires_grad_()
+    ms.logsumexp(leaf, 0).backward()
+    assert plain.grad is not None
+    torch.testing.assert_close(leaf.grad.get_data()[:3], plain.grad, equal_nan=True)

@@ -236,7 +236,7 @@ def extent(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
 
 
 def logsumexp(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
-    """The softmax of the slice; 0 where every cell is -inf.
+    """The softmax of the slice; 0 where every cell is -inf. Beside a cell that is inf finite ones have 0, as in torch.
 
     The result is but a shift that keeps exponentials in range: it cancels, with what its rounding cost.
     """
@@ -246,7 +246,8 @@ def logsumexp(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
     nothing = (shift.real if shift.is_complex() else shift) == -torch.inf
     counts = counting(slices) & ~nothing
     raised = torch.where(counts, torch.where(counts, slices.data - shift, 0.0).exp(), 0.0)
-    return g * ratio(raised, along(plan, raised)).conj()
+    total = torch.where(shift.isinf(), 1.0, along(plan, raised))
+    return g * ratio(raised, total).conj()
 
 
 def softmax(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
