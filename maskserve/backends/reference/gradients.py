@@ -241,8 +241,6 @@ def logsumexp(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
     The result is but a shift that keeps exponentials in range: it cancels, with what its rounding cost.
     """
     shift = slices.out.detach()
-    if not shift.is_complex():
-        shift = torch.where(shift == torch.inf, 0.0, shift)  # beside inf nothing counts, and inf - inf is NaN
     nothing = (shift.real if shift.is_complex() else shift) == -torch.inf
     counts = counting(slices) & ~nothing
     raised = torch.where(counts, torch.where(counts, slices.data - shift, 0.0).exp(), 0.0)
