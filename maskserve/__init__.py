@@ -62,5 +62,5 @@ def __dir__() -> list[str]:
 
 __all__ = ["OPS", "MaskserveError", *(name for name in _HOMES if name != "__version__"), *_MODULES, *OPS]
 
-if "torch" in sys.modules:  # which then knows what a MaskedTensor in a file, or in a batch, is
+if sys.modules.get("torch"):  # which then knows what a MaskedTensor in a file, or in a batch, is
     import maskserve.tensor  # noqa: F401

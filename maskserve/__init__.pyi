@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from maskserve import optim as optim
+from maskserve.autograd import grad as grad
+from maskserve.autograd import jvp as jvp
+from maskserve.autograd import value_and_grad as value_and_grad
+from maskserve.autograd import vjp as vjp
 from maskserve.convert.files import convert_file as convert_file
 from maskserve.errors import MaskserveError as MaskserveError
 from maskserve.execution import using as using

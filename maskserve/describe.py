@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from maskserve import errors
+from maskserve import _HOMES, _MODULES, errors  # type: ignore[attr-defined]  # the stub shows what is public
 from maskserve.coverage import svg
 from maskserve.dtypes import (
     DType,
@@ -52,21 +52,19 @@ def stub() -> str:
         f"# {NOTE}\n"
         "import builtins\nfrom collections.abc import Sequence\nfrom typing import Any\n\n"
         "import torch\nfrom torch import Tensor\n\n"
-        "from maskserve import optim as optim\n"
-        "from maskserve.convert.files import convert_file as convert_file\n"
-        "from maskserve.errors import MaskserveError as MaskserveError\nfrom maskserve.execution import using as using\n"
-        "from maskserve.functions import Pair as Pair\n"
-        "from maskserve.inout import compute as compute\nfrom maskserve.inout import load as load\n"
-        "from maskserve.inout import save as save\n"
-        "from maskserve.making import as_masked_tensor as as_masked_tensor\n"
-        "from maskserve.making import from_lengths as from_lengths\n"
-        "from maskserve.making import masked_tensor as masked_tensor\nfrom maskserve.masks import policy as policy\n"
-        "from maskserve.ops import OPS as OPS\nfrom maskserve.runs import clumps as clumps\n"
-        "from maskserve.runs import edges as edges\nfrom maskserve.tensor import MaskedTensor as MaskedTensor\n\n"
+        f"{homes()}\n"
         "__version__: str\n\nOperand = MaskedTensor | Tensor | float | builtins.complex\n\n"
     )
     lines = [f"def {row.name}({signature(row, annotate=True)}) -> {gives(row)}: ...\n" for row in OPS.values()]
     return head + "".join(lines)
+
+
+def homes() -> str:
+    """An import of each public name that is no op, so that type checkers find it."""
+    kept = {name: home for name, home in _HOMES.items() if name != "__version__"}
+    found = [("errors", "MaskserveError"), ("ops", "OPS"), *((home, name) for name, home in kept.items())]
+    modules = [f"from maskserve import {name} as {name}\n" for name in _MODULES]
+    return "".join(modules + [f"from maskserve.{home} import {name} as {name}\n" for home, name in sorted(found)])
 
 
 def gives(row: Row) -> str:

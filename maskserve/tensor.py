@@ -310,7 +310,12 @@ class MaskedTensor(History):
         from maskserve.foreign import from_foreign
 
         if self._data.requires_grad and torch.is_grad_enabled():
-            raise GradientError("assignment into a tensor that requires grad: call it under torch.no_grad()")
+            raise GradientError(
+                "assignment into a tensor that requires grad: call it under torch.no_grad()"
+                if self.is_leaf
+                else "assignment into a tensor that was computed from a leaf would leave its history behind: make a new one, "
+                "torch.where(condition, value, m) or m.masked_fill(condition, value)"
+            )
         index = plain_index(index)
         value = MaskedTensor(torch.zeros((), dtype=self.dtype), False) if value is None else from_foreign(value)
         new_data = value._data if isinstance(value, MaskedTensor) else value

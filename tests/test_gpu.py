@@ -55,3 +55,20 @@ def test_masks_and_where_they_lie_are_those_of_the_cpu(dtype: DType) -> None:
     assert torch.equal(got.get_data().cpu(), expected.get_data())
     assert ms.clumps(got, dim=1).rows(99) == ms.clumps(expected, dim=1).rows(99)
     assert ms.edges(got, 0).rows(99) == ms.edges(expected, 0).rows(99)
+
+
+@pytest.mark.parametrize("name", ["sum", "var", "amax", "logsumexp", "softmax", "cumsum", "norm"])
+def test_gradients_on_a_cuda_device_are_those_of_the_cpu(name: str) -> None:
+    sample = cells(dtypes.f32, (33, 70), seed=3)
+    given = (2, 1) if name == "norm" else (1,)
+
+    def gradient(device: str) -> ms.MaskedTensor:
+        x = ms.masked_tensor(sample.data.to(device), sample.mask.to(device), requires_grad=True)
+        made = getattr(ms, name)(x * x, *given)
+        made.backward(torch.ones_like(made.get_data()))
+        assert x.grad is not None
+        return x.grad.to("cpu")
+
+    ours, theirs = gradient("cuda"), gradient("cpu")
+    assert torch.equal(ours.get_mask(), theirs.get_mask())
+    torch.testing.assert_close(ours.to_tensor(0.0), theirs.to_tensor(0.0))
