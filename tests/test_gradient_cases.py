@@ -548,7 +548,7 @@ def test_a_followed_tensor_is_not_written_to() -> None:
     y = x * 2
     for tensor in (x, y, y[:1]):
         before = tensor.detach().clone().tolist()
-        with pytest.raises(GradientError, match="no_grad"):
+        with pytest.raises(GradientError, match=r"no_grad|torch\.where"):
             tensor[0] = 5.0
         with pytest.raises(GradientError):
             tensor += 1
