@@ -94,8 +94,10 @@ def followed(
         return operands, None
     live = live_cells(row, operands, masks, shape, policy)
     gate = [live[i] for i in places]
-    if len(places) == 2 and operands[places[0]].value is operands[places[1]].value and not any(part is not None for part in gate):
-        gate, reaches = gate[:1], reaches[:1]  # x * x
+    if len(places) == 2 and all(part is None for part in gate):
+        a, b = (operands[place] for place in places)
+        if a.value is b.value and a.reach is b.reach:  # x * x
+            gate, reaches = gate[:1], reaches[:1]
     cells = [spread(operands[i].value, shape) for i in places[: len(gate)]]
     *values, reach = applied(Through, not row.is_linear, len(gate), *gate, *cells, *reaches)
     made = list(operands)

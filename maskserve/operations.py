@@ -56,6 +56,8 @@ class OfSlices(Operation):
 
     def pull(self, given: Given, above: Above) -> Cells:
         plan, row, own = self.plan, self.plan.row, self.counting(given)
+        if any(map(is_followed, given.operands)) or any(operand.shape != plan.shape for operand in given.operands):
+            own = self.within_reach(own, given, above.gate)
         data, *weights = [select(singles(operand.expand(plan.shape)), own) for operand in given.operands]
         indices = given.result.indices
         slices = Slices(
@@ -69,9 +71,18 @@ class OfSlices(Operation):
         if not weights:
             return (kernel(row.vjp)(plan, slices, g).expand(plan.shape),)
         assert isinstance(row, Reduction)
-        at = self.kept(above.gate).expand(plan.shape)  # else NaN of a slice that was not reached meets others in weights
         parts = zip(kernel(row.vjp_weighted)(plan, slices, g), given.operands, strict=True)
-        return tuple(reduced_to(select(part.expand(plan.shape), at), operand.shape) for part, operand in parts)
+        return tuple(reduced_to(part.expand(plan.shape), operand.shape) for part, operand in parts)
+
+    def within_reach(self, own: Tensor | None, given: Given, gate: Tensor) -> Tensor | None:
+        """The cells that count, without those that no reached result depends on.
+
+        The derivative there may be NaN: 0 times it would spoil shared weights, and the second derivative of what cells share.
+        """
+        if not isinstance(self.plan.row, Reduction) and self.plan.row.reach not in (Reach.SLICE, Reach.BEFORE):
+            return own
+        at = self.spread(self.kept(as_cotangent(gate)), given.result) > 0
+        return intersection([own, at.expand(self.plan.shape)])
 
     def back(self, given: Given, reach: Tensor) -> Cells:
         at = self.spread(self.kept(reach), given.result).expand(self.plan.shape)
