@@ -333,7 +333,7 @@ def gradient_results(request: Request, payload: Payload, step: Step) -> Iterator
     mask = without_fill(data, mask, request.common.get("fill_value"))
     data = data.to(getattr(torch, step.plan.stored.torch))
     function = pullbacks.of_plan(step.plan, name, *(loaded(side, step.device) for side in step.sides))
-    above = None if step.above is None else loaded_above(payload, step.above, step.device)
+    above = None if step.above is None else loaded_above(payload, step.above, step.device, step.plan.result)
     with execution.using(backend=request.running.get("backend")):
         value, gradients = pullbacks.pulled_back(function, {name: (data, mask)}, above)
     dims = None if step.dims == (VALUE,) else step.dims  # a tensor named like its only dim is a coordinate

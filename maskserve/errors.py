@@ -89,7 +89,7 @@ class UncoveredFunctionError(RequestError, TypeError):
     code = "function_not_covered"
 
 
-class GradientError(RequestError):
+class GradientError(RequestError, RuntimeError):
     code = "gradient_not_available"
 
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from maskserve.above import Above
-from maskserve.errors import DeviceError
+from maskserve.dtypes import DType
+from maskserve.errors import DataError, DeviceError
 from maskserve.payload.format import Payload
 from maskserve.payload.tensors import load
+from maskserve.payload.variables import GRAD_OUTPUT
 from maskserve.sides import Side
 from maskserve.torch_dtypes import dtype_of
 
@@ -26,10 +28,18 @@ def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:
     return data.permute(side.order).reshape(side.shape), mask
 
 
-def loaded_above(payload: Payload, above: Above, device: str) -> tuple[Tensor, Tensor | None]:
-    """The gradient from above and its mask, of the result's shape."""
+def loaded_above(payload: Payload, above: Above, device: str, dtype: DType) -> tuple[Tensor, Tensor | None]:
+    """The gradient from above and its mask, of the result's shape and in its dtype."""
     data, mask = on_device(load(payload, above.variable), device)
-    return data.permute(above.order), None if mask is None else mask.expand(data.shape).permute(above.order)
+    own = None if mask is None else mask.expand(data.shape)
+    narrow = data.to(getattr(torch, dtype.torch))
+    beyond = data.double().isfinite() & ~narrow.double().isfinite() if dtype.is_float else torch.zeros((), dtype=torch.bool)
+    if (beyond if own is None else beyond & own).any():
+        raise DataError(
+            f"{GRAD_OUTPUT} has finite cells that {dtype.name}, the result's dtype, cannot hold; dtype=f64 gives a wider result",
+            parameter=GRAD_OUTPUT,
+        )
+    return narrow.permute(above.order), None if own is None else own.permute(above.order)
 
 
 def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:

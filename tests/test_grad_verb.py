@@ -380,3 +380,11 @@ def test_without_a_mask_a_gradient_is_torch_s() -> None:
     for op, function in (("logsumexp", torch.logsumexp), ("var", torch.var), ("prod", torch.prod)):
         got = ms.load(ms.compute("grad", to_bytes([output("x", x)], {}), op=op, dim=1).to_bytes())["x.grad"]
         torch.testing.assert_close(got.to_tensor(), gradient_of(lambda leaf, f=function: f(leaf, 1).sum(), x))
+
+
+def test_a_gradient_from_above_that_the_result_cannot_hold_is_refused(maskserve: Maskserve) -> None:
+    save_file({"x": np.ones(2, np.float16), "grad_output": np.array(1e5, np.float32)}, "half.safetensors")
+    ran = maskserve("grad", "--op", "mean", "half.safetensors")
+    assert ran.code == 65
+    assert "grad_output has finite cells that f16, the result's dtype, cannot hold; dtype=f64" in one_line(ran)
+    assert maskserve("grad", "--op", "mean", "--dtype", "f64", "half.safetensors").code == 0

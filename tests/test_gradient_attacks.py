@@ -129,3 +129,11 @@ def test_every_public_name_is_in_the_type_stub() -> None:
     stub = Path(ms.__file__).with_suffix(".pyi").read_text()
     missing = [name for name in vars(ms)["__all__"] if f"as {name}\n" not in stub and f"def {name}(" not in stub]
     assert not missing
+
+
+@pytest.mark.parametrize("function", [torch.max, torch.min])
+def test_tied_extremes_of_all_cells_share_as_in_torch(function: Any) -> None:
+    x = ms.masked_tensor([4.0, 4.0, None], requires_grad=True)
+    function(x).backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.5, 0.5, None]

@@ -194,7 +194,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, MIN_COUNT, NAN),
         verb=None, accepts=ORDERED, picks=True, indices=True, binary="maximum",
         result=same, passes=(passes.FIRST_LARGEST,), finalize=".reductions:finalize_at",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:extreme_or_picked",
     ),
     Reduction(
         name="min",
@@ -202,7 +202,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, MIN_COUNT, NAN),
         verb=None, accepts=ORDERED, picks=True, indices=True, binary="minimum",
         result=same, passes=(passes.FIRST_SMALLEST,), finalize=".reductions:finalize_at",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:extreme_or_picked",
     ),
     Reduction(
         name="mode",

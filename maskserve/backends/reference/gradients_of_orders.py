@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.gradients import Slices, counting, flattened, restored
+from maskserve.backends.reference.gradients import Slices, counting, extreme, flattened, restored
 from maskserve.plan import Plan
 
 
@@ -13,6 +13,11 @@ def picked(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
     """The picked cell takes g; one that was picked several times, their sum."""
     assert slices.indices is not None
     return restored(plan, placed(plan, slices, flattened(plan, slices.indices), flattened(plan, g)))
+
+
+def extreme_or_picked(plan: Plan, slices: Slices, g: Tensor) -> Tensor:
+    """Of max and min, as in torch: the picked cell takes g where a dim is given; of all cells tied ones share it."""
+    return extreme(plan, slices, g) if plan.params["dim"] is None else picked(plan, slices, g)
 
 
 def placed(plan: Plan, slices: Slices, places: Tensor, g: Tensor) -> Tensor:
