@@ -19,9 +19,8 @@ from maskserve.ops.parameters import NAN, Type
 from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
 from maskserve.params import accept, check, names_of
 from maskserve.reach import Operand, Through, applied
-from maskserve.tensor import same_memory
 from maskserve.torch_dtypes import DTYPES, dtype_of
-from maskserve.tracing import is_followed
+from maskserve.tracing import is_followed, same_memory
 
 HOMES = (torch, torch.special, torch.nn.functional)
 

@@ -17,8 +17,8 @@ from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterErro
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
-from maskserve.tensor import MaskedTensor, same_memory
-from maskserve.tracing import is_followed
+from maskserve.tensor import MaskedTensor
+from maskserve.tracing import is_followed, same_memory
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]

@@ -21,7 +21,7 @@ from maskserve.formatting import nested, text_of
 from maskserve.history import History
 from maskserve.operators import attach
 from maskserve.reach import Exit, applied, narrowed
-from maskserve.tracing import in_transform, is_followed
+from maskserve.tracing import is_followed, same_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -367,14 +367,6 @@ class MaskedTensor(History):
 
 def _overlaps(cells: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(cells.stride(), cells.shape, strict=True))
-
-
-def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return False
-    if in_transform():  # where tensors have none
-        return a is b
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _unpickled(data: Tensor, mask: Tensor | None, requires_grad: bool = False) -> MaskedTensor:

@@ -1,4 +1,4 @@
-"""Whether anyone follows a computation: autograd, a transform of torch.func, forward-mode differentiation."""
+"""Whether anyone follows a computation: autograd, a transform of torch.func, forward-mode differentiation; and what is shared."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def in_transform() -> bool:
 
 def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
+
+
+def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return False
+    if in_transform():  # where tensors have none
+        return a is b
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def primal(data: Tensor) -> Tensor:
