@@ -427,3 +427,15 @@ def test_what_needs_no_torch_imports_none(maskserve: Maskserve, folder: Path, ar
     code = "import sys\nfrom maskserve_cli.app import main\nsys.exit(main(sys.argv[1:]) or ('torch' in sys.modules) * 99)"
     done = subprocess.run([sys.executable, "-c", code, *argv.split()], cwd=folder, env=environment(), timeout=60, check=False)
     assert done.returncode == 0
+
+
+def test_a_torch_file_of_masked_tensors_is_read(tmp_path: Path) -> None:
+    table = ms.masked_tensor([[1.0, None]], requires_grad=True)
+    torch.save({"table": table, "bias": torch.ones(2)}, tmp_path / "t.pt")
+    record = ms.load(tmp_path / "t.pt")
+    assert (record["table"].tolist(), record["bias"].tolist()) == ([[1.0, None]], [1.0, 1.0])
+    torch.save(table, tmp_path / "one.pt")
+    assert ms.load(tmp_path / "one.pt")["data"].tolist() == [[1.0, None]]
+    torch.save({"a": table, "a.mask": torch.ones(1, 2).bool()}, tmp_path / "two.pt")
+    with pytest.raises(PayloadError, match="give one of them"):
+        ms.load(tmp_path / "two.pt")

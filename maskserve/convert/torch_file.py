@@ -16,8 +16,9 @@ from maskserve.errors import PayloadError
 from maskserve.payload.header import shown
 from maskserve.payload.slices import stored
 from maskserve.payload.tensors import output, tensor_of
+from maskserve.tensor import MaskedTensor
 
-WHAT = "a .pt file is read if it holds a tensor or a flat dict of tensors by name: torch.save({'x': tensor}, path)"
+WHAT = "a .pt file is read if it holds a tensor or a flat dict of tensors by name, masked or not: torch.save({'x': tensor}, path)"
 
 
 def read(path: str, reading: Reading) -> Dataset:
@@ -33,9 +34,24 @@ def read(path: str, reading: Reading) -> Dataset:
             loaded = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as cause:
         raise PayloadError(f"it holds Python objects, which are never loaded, or is damaged; {WHAT}") from cause
-    tensors = checked({"data": loaded} if isinstance(loaded, torch.Tensor) else loaded)
+    tensors = checked(parts({"data": loaded} if isinstance(loaded, torch.Tensor | MaskedTensor) else loaded))
     refuse_beyond(sum(t.numel() * t.element_size() for t in tensors.values()), reading.memory, "its tensors")
     return Dataset(variables=tuple(variable(name, tensor) for name, tensor in tensors.items()))
+
+
+def parts(loaded: Any) -> Any:
+    """A dict with each MaskedTensor in it as its data and, under NAME.mask, its mask."""
+    if not isinstance(loaded, dict):
+        return loaded
+    found: dict[Any, Any] = {}
+    for name, value in loaded.items():
+        own = {name: value}
+        if isinstance(value, MaskedTensor):
+            own = {name: value.get_data().detach()} | ({} if value._mask is None else {f"{name}.mask": value.get_mask()})
+        if taken := found.keys() & own.keys():
+            raise PayloadError(f"{shown(min(taken))} is there, and the mask of a MaskedTensor too: give one of them")
+        found |= own
+    return found
 
 
 def checked(loaded: Any) -> dict[str, torch.Tensor]:
