@@ -58,7 +58,9 @@ class OfSlices(Operation):
         plan, row, own = self.plan, self.plan.row, self.counting(given)
         if any(map(is_followed, given.operands)) or any(operand.shape != plan.shape for operand in given.operands):
             own = self.within_reach(own, given, above.gate)
-        data, *weights = [select(singles(operand.expand(plan.shape)), own) for operand in given.operands]
+        reads = row.vjp_reads_cells or len(given.operands) > 1
+        operands = [singles(operand.expand(plan.shape)) for operand in given.operands]
+        data, *weights = [select(operand, own) if reads else operand for operand in operands]
         indices = given.result.indices
         slices = Slices(
             data,

@@ -20,7 +20,7 @@ ROWS = (
         accepts=NUMERIC | {u64},
         result=same, scan=".places:Filled", reach=Reach.OWN,
         differs="torch.fill overwrites every cell, maskserve.fill the masked ones",
-        vjp=".gradients:total",
+        vjp=".gradients:total", vjp_reads_cells=False,
     ),
     Fill(
         name="ffill",
@@ -28,7 +28,7 @@ ROWS = (
         parameters=(DIM, LIMIT),
         accepts=NUMERIC | {u64}, picks=True,
         result=same, scan=".places:FilledForward",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Fill(
         name="bfill",
@@ -36,6 +36,6 @@ ROWS = (
         parameters=(DIM, LIMIT),
         accepts=NUMERIC | {u64}, picks=True,
         result=same, scan=".places:FilledBackward",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
 )  # fmt: skip

@@ -30,7 +30,7 @@ ROWS = (
         parameters=(LAST, DESCENDING, STABLE, NAN),
         accepts=ORDERED, picks=True, indices=True,
         result=same, scan=".orders:Sorted",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Ordering(
         name="argsort",
@@ -45,6 +45,6 @@ ROWS = (
         parameters=(K, LAST, LARGEST, SORTED, NAN),
         accepts=ORDERED, picks=True, indices=True, size=first_k,
         result=same, scan=".orders:Top",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
 )  # fmt: skip

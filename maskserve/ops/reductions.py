@@ -57,7 +57,7 @@ ROWS = (
         accepts=SUMMED, on_complex=".complexes:by_parts",
         result=summed_or_weighted, passes=(passes.TOTAL,), finalize=".reductions:finalize_sum", identity=0,
         weighted=(passes.WEIGHTED_TOTAL,), finalize_weighted=".weighted:finalize_sum",
-        vjp=".gradients:total", vjp_weighted=".gradients:weighted_total",
+        vjp=".gradients:total", vjp_reads_cells=False, vjp_weighted=".gradients:weighted_total",
     ),
     Reduction(
         name="mean",
@@ -66,7 +66,7 @@ ROWS = (
         accepts=SUMMED, on_complex=".complexes:by_parts",
         result=floated, passes=(passes.TOTAL,), finalize=".reductions:finalize_mean",
         weighted=(passes.WEIGHTED_TOTAL,), finalize_weighted=".weighted:finalize_mean",
-        vjp=".gradients:mean", vjp_weighted=".gradients:weighted_mean",
+        vjp=".gradients:mean", vjp_reads_cells=False, vjp_weighted=".gradients:weighted_mean",
     ),
     Reduction(
         name="var",
@@ -210,7 +210,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, MIN_COUNT, NAN),
         accepts=ORDERED, picks=True, indices=True,
         result=same, select=".selections:mode", torch_defaults={"dim": -1},
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Reduction(
         name="first",
@@ -218,7 +218,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=same, passes=(passes.FIRST,), finalize=".reductions:finalize_best",
-        vjp=".gradients_of_orders:first",
+        vjp=".gradients_of_orders:first", vjp_reads_cells=False,
     ),
     Reduction(
         name="last",
@@ -226,7 +226,7 @@ ROWS = (
         parameters=(DIMS, KEEPDIM, *OURS),
         accepts=ORDERED,
         result=same, passes=(passes.LAST,), finalize=".reductions:finalize_best",
-        vjp=".gradients_of_orders:last",
+        vjp=".gradients_of_orders:last", vjp_reads_cells=False,
     ),
     Reduction(
         name="ptp",

@@ -130,6 +130,8 @@ class Sliced(Row):
     """The kernel of its gradient; none where the row is not differentiable."""
     steps: bool = False
     """Whether no small change of a cell changes its result, a count or a place: why it has no gradient."""
+    vjp_reads_cells: bool = True
+    """Whether that kernel looks at the data; the gradient of a sum does not."""
     reach: Reach = Reach.SLICE
 
     @property

@@ -19,7 +19,7 @@ ROWS = (
         parameters=(DIM, KEYWORD_DTYPE, NAN),
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:by_parts",
         result=summed, scan=".scans:CumulativeSum",
-        vjp=".gradients:cumsum",
+        vjp=".gradients:cumsum", vjp_reads_cells=False,
     ),
     Scan(
         name="cumprod",
@@ -35,7 +35,7 @@ ROWS = (
         parameters=(DIM, NAN),
         accepts=NUMERIC | {u64}, picks=True, indices=True,
         result=same, scan=".places:CumulativeLargest",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Scan(
         name="cummin",
@@ -43,7 +43,7 @@ ROWS = (
         parameters=(DIM, NAN),
         accepts=NUMERIC | {u64}, picks=True, indices=True,
         result=same, scan=".places:CumulativeSmallest",
-        vjp=".gradients_of_orders:picked",
+        vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Scan(
         name="logcumsumexp",
