@@ -70,7 +70,8 @@ class History(Attributes):
     def grad(self) -> MaskedTensor | None:
         """The gradient that backward() collected: specified where a path of valid cells led back to a valid cell.
 
-        None where nothing came back yet. It is read-only; assign None, or another gradient, to replace it.
+        None where nothing came back yet. `m.grad *= 0.5` scales it where it is; its mask cannot be written: assign None,
+        or another gradient.
         """
         from maskserve.tensor import MaskedTensor
 
@@ -78,7 +79,7 @@ class History(Attributes):
             return None
         reached = None if self._reach is None else self._reach.grad
         specified = self._full_mask() if reached is None else reached > 0
-        made = MaskedTensor._of(select(self._data.grad, specified), specified)
+        made = MaskedTensor._of(self._data.grad, specified)  # 0 where nothing was reached, as all cotangents are
         made._is_view, made._owns_mask = True, False
         return made
 

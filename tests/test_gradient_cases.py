@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import maskserve as ms
 from maskserve import MaskedTensor
-from maskserve.errors import GradientError, MaskedValueError, MaskMismatchError, UncoveredFunctionError
+from maskserve.errors import GradientError, MaskedValueError, MaskError, MaskMismatchError, UncoveredFunctionError
 from tests.samples import assert_same_bits
 
 T, F = True, False
@@ -796,3 +796,14 @@ def test_losses_say_what_they_are_in_ops() -> None:
     x = ms.masked_tensor([1.0, None])
     with pytest.raises(UncoveredFunctionError, match=r"torch.nn.functional.mse_loss .* it is \(\(a - b\) \*\* 2\)"):
         torch.nn.functional.mse_loss(x, x)
+
+
+def test_a_gradient_is_scaled_where_it_is() -> None:
+    x = ms.masked_tensor([1.0, 2.0, None], requires_grad=True)
+    (x * 4)[:1].sum().backward()
+    assert x.grad is not None
+    x.grad *= 0.5
+    assert x.grad.tolist() == [2, None, None]
+    assert x.grad.get_data().tolist() == [2, 0, 0]
+    with pytest.raises(MaskError):
+        x.grad[1] = 1.0
