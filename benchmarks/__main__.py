@@ -21,6 +21,8 @@ SAMPLE = ROOT / "examples" / "co2.safetensors"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, and with --write rewrites the page; 1 where a result of ours agrees with no peer."""
     given = parser().parse_args(arguments)
+    if given.gradients and (given.op or given.full):
+        parser().error("--gradients times a set of its own: leave --op and --full out")
     if given.gradients:
         text = gradients.report("python -m benchmarks --gradients")
         print(text)

@@ -97,17 +97,12 @@ def pairs(output: Any, cotangent: Any) -> list[tuple[Tensor, Tensor]]:
                 "the gradient from above, of its shape"
             )
         cotangent = torch.ones_like(data)
-    above = tensor_of(cotangent)
-    if above.shape != data.shape:
-        raise GradientError(
-            f"the gradient from above has shape {tuple(above.shape)}, the tensor {tuple(data.shape)}; they must be equal"
-        )
-    return list(zip(followed_parts(output), seeds_of(output, above), strict=False))
+    ((_, above),) = paired("the tensor", [output], "the gradient from above", [cotangent])
+    return list(zip(followed_parts(output), seeds_of(output, above), strict=False))  # an output may have no reach
 
 
 def seeds_of(output: Any, above: Any) -> list[Tensor]:
     """The cotangents of an output's data and reach, where `above` is what comes from above."""
-    above = tensor_of(above)
     mask = mask_of(above)
     data = plain_of(above).to(output.dtype)
     if not isinstance(output, MaskedTensor):
@@ -238,15 +233,14 @@ def jvp(function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...],
 
 
 def paired(one: str, ones: Sequence[Any], other: str, others: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """The two by two, of equal shapes."""
+    """The two by two, as tensors of equal shapes."""
     if len(ones) != len(others):
         raise GradientError(f"{one}: {len(ones)} tensors, {other}: {len(others)}; they go in pairs")
-    for a, b in zip(ones, others, strict=True):
-        if tuple(a.shape) != tuple(tensor_of(b).shape):
-            raise GradientError(
-                f"{one} has shape {tuple(a.shape)}, {other} {tuple(tensor_of(b).shape)}; they must be equal"
-            )
-    return list(zip(ones, others, strict=True))
+    pairs = [(a, tensor_of(b)) for a, b in zip(ones, others, strict=True)]
+    for a, b in pairs:
+        if a.shape != b.shape:
+            raise GradientError(f"{other} has shape {tuple(b.shape)}, {one} {tuple(a.shape)}; they must be equal")
+    return pairs
 
 
 class Opened:

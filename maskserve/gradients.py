@@ -49,7 +49,9 @@ class Above(NamedTuple):
 class Operation(ABC):
     """Something computed from operands, with one result."""
 
-    is_differentiable: bool = True
+    @property
+    def is_differentiable(self) -> bool:
+        return True
 
     @abstractmethod
     def compute(self, operands: Cells, masks: Masks) -> Result:

@@ -32,14 +32,16 @@ def loaded_above(payload: Payload, above: Above, device: str, dtype: DType) -> t
     """The gradient from above and its mask, of the result's shape and in its dtype."""
     data, mask = on_device(load(payload, above.variable), device)
     own = None if mask is None else mask.expand(data.shape)
-    narrow = data.to(getattr(torch, dtype.torch))
-    beyond = data.double().isfinite() & ~narrow.double().isfinite() if dtype.is_float else torch.zeros((), dtype=torch.bool)
-    if (beyond if own is None else beyond & own).any():
-        raise DataError(
-            f"{GRAD_OUTPUT} has finite cells that {dtype.name}, the result's dtype, cannot hold; dtype=f64 gives a wider result",
-            parameter=GRAD_OUTPUT,
-        )
-    return narrow.permute(above.order), None if own is None else own.permute(above.order)
+    cells = data.to(getattr(torch, dtype.torch))
+    if cells.dtype is not data.dtype and dtype.is_float:
+        beyond = data.double().isfinite() & ~cells.double().isfinite()
+        if (beyond if own is None else beyond & own).any():
+            raise DataError(
+                f"{GRAD_OUTPUT} has finite cells that {dtype.name}, the result's dtype, cannot hold; dtype=f64 gives a wider "
+                "result",
+                parameter=GRAD_OUTPUT,
+            )
+    return cells.permute(above.order), None if own is None else own.permute(above.order)
 
 
 def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:

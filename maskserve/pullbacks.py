@@ -12,7 +12,7 @@ from maskserve.autograd import grad_by
 from maskserve.backends.reference.cells import canonical
 from maskserve.functions import Pair, traced
 from maskserve.plan import Plan
-from maskserve.reach import Operand, channel
+from maskserve.reach import Operand
 from maskserve.tensor import MaskedTensor
 
 Masked = tuple[Tensor, Tensor | None]
@@ -68,7 +68,7 @@ def pulled_back(
 ) -> tuple[Masked, dict[str, Gradient]]:
     """(what the function gives, the gradient by each input)."""
     with torch.enable_grad():
-        leaves = {name: leaf(*parts) for name, parts in inputs.items()}
+        leaves = {name: MaskedTensor._of(data.detach(), mask).requires_grad_() for name, (data, mask) in inputs.items()}
         value = function(leaves)
         seed = torch.ones_like(value._data) if above is None else MaskedTensor._of(*above)
         found = grad_by([value], [*leaves.values()], [seed], allow_unused=True, materialize_grads=True)
@@ -82,9 +82,3 @@ def gradients_of(leaves: Leaves, found: tuple[MaskedTensor, ...]) -> Iterator[tu
             gradient._data if gradient._data.itemsize == 1 else canonical(gradient._data)
         )  # torch knows no NaN of fp8
         yield name, Gradient(data=data, reached=gradient._full_mask(), valid=source._mask)
-
-
-def leaf(data: Tensor, mask: Tensor | None) -> MaskedTensor:
-    """Cells that a gradient is asked for, where they lie."""
-    followed = data.detach().requires_grad_()
-    return MaskedTensor._of(followed, mask, channel(followed, leaf=True))

@@ -137,6 +137,7 @@ def narrowed(reach: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """The reach of cells of which only those in `mask` stay valid."""
     if reach is None or mask is None or not (torch.is_grad_enabled() or in_transform()):
         return reach
+    # an op of one operand that is live in the mask; no cells are wanted of it, so the reach stands for them
     narrow: Tensor = applied(Through, False, 1, mask.expand(reach.shape), reach, reach)[1]
     return narrow
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import maskserve as ms
 from maskserve import MaskedTensor
 from maskserve.errors import GradientError, MaskedValueError, MaskError, MaskMismatchError, UncoveredFunctionError
+from maskserve.torch_functions import WRITTEN
 from tests.samples import assert_same_bits
 
 T, F = True, False
@@ -807,3 +808,22 @@ def test_a_gradient_is_scaled_where_it_is() -> None:
     assert x.grad.get_data().tolist() == [2, 0, 0]
     with pytest.raises(MaskError):
         x.grad[1] = 1.0
+
+
+LOSSES = sorted(set(WRITTEN) - {"scaled_dot_product_attention"})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_is_said_to_be_is_what_torch_computes(name: str) -> None:
+    a, b = torch.randn(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
+    target = torch.randint(4, (5,)) if name == "cross_entropy" else b
+    said = eval(WRITTEN[name], {"torch": torch, "a": ms.masked_tensor(a), "b": b, "target": target})
+    torch.testing.assert_close(said.to_tensor(), getattr(torch.nn.functional, name)(a, target), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_is_what_it_is_said_to_be() -> None:
+    q, k, v = torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    said = eval(WRITTEN["scaled_dot_product_attention"].removesuffix(", of masked keys"),
+                {"torch": torch, "q": ms.masked_tensor(q), "k": k, "v": v})  # fmt: skip
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(said.to_tensor(), expected, rtol=1e-12, atol=1e-12)

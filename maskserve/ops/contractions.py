@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from maskserve.ops.families import ANY
 from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
-from maskserve.ops.results import summed
 from maskserve.ops.rows import Contraction
 
 MEETING = Parameter(
@@ -17,26 +15,18 @@ EQUATION = Parameter(
 
 ROWS = (
     Contraction(name="matmul", summary="matrix product; dims before the last two broadcast",
-                function="maskserve.equations:matmul", operator="matmul", accepts=ANY, result=summed, parameters=(NAN,)),
-    Contraction(name="mm", summary="product of two matrices", operands=("input", "mat2"), equation="ik,kj->ij",
-                accepts=ANY, result=summed, parameters=(NAN,)),
-    Contraction(name="bmm", summary="products of matrices, pair by pair", operands=("input", "mat2"), equation="bik,bkj->bij",
-                accepts=ANY, result=summed, parameters=(NAN,)),
-    Contraction(name="mv", summary="product of a matrix and a vector", operands=("input", "vec"), equation="ik,k->i",
-                accepts=ANY, result=summed, parameters=(NAN,)),
-    Contraction(name="dot", summary="sum of the products of two vectors", operands=("input", "tensor"), equation="k,k->",
-                accepts=ANY, result=summed, parameters=(NAN,)),
-    Contraction(name="inner", summary="sums of products along the last dims of both", function="maskserve.equations:inner",
-                accepts=ANY, result=summed, parameters=(NAN,)),
+                function="maskserve.equations:matmul", operator="matmul"),
+    Contraction(name="mm", summary="product of two matrices", operands=("input", "mat2"), equation="ik,kj->ij"),
+    Contraction(name="bmm", summary="products of matrices, pair by pair", operands=("input", "mat2"), equation="bik,bkj->bij"),
+    Contraction(name="mv", summary="product of a matrix and a vector", operands=("input", "vec"), equation="ik,k->i"),
+    Contraction(name="dot", summary="sum of the products of two vectors", operands=("input", "tensor"), equation="k,k->"),
+    Contraction(name="inner", summary="sums of products along the last dims of both", function="maskserve.equations:inner"),
     Contraction(name="outer", summary="each cell of one vector times each of another", operands=("input", "vec2"),
-                equation="i,j->ij", torch=("ger",), accepts=ANY, result=summed, parameters=(NAN,)),
+                equation="i,j->ij", torch=("ger",)),
     Contraction(name="tensordot", summary="sums of products over some dims of both", operands=("a", "b"),
-                function="maskserve.equations:tensordot", accepts=ANY, result=summed, parameters=(MEETING, NAN),
-                in_torchs_methods=False),
+                function="maskserve.equations:tensordot", parameters=(MEETING, NAN), in_torchs_methods=False),
     Contraction(name="einsum", summary="sums of products over the dims whose letters the result lacks", operands=("*operands",),
-                function="maskserve.equations:einsum", accepts=ANY, result=summed, parameters=(EQUATION, NAN),
-                in_torchs_methods=False),
+                function="maskserve.equations:einsum", parameters=(EQUATION, NAN), in_torchs_methods=False),
     Contraction(name="linear", summary="input times the transposed weight, plus the bias", operands=("input", "weight", "bias"),
-                n_optional=1, function="maskserve.equations:linear", added="add", accepts=ANY, result=summed, parameters=(NAN,),
-                in_torchs_methods=False),
+                n_optional=1, function="maskserve.equations:linear", added="add", in_torchs_methods=False),
 )  # fmt: skip

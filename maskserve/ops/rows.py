@@ -13,8 +13,9 @@ from typing import ClassVar, Final
 
 from maskserve import dtypes
 from maskserve.dtypes import DType
-from maskserve.ops.parameters import Number, Parameter, Params
-from maskserve.ops.results import ResultRule, same
+from maskserve.ops.families import ANY
+from maskserve.ops.parameters import NAN, Number, Parameter, Params
+from maskserve.ops.results import ResultRule, same, summed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,6 +322,9 @@ class Contraction(Row):
 
     kind = "contraction"
 
+    parameters: tuple[Parameter, ...] = (NAN,)
+    accepts: frozenset[DType] = ANY
+    result: ResultRule = summed
     operands: tuple[str, ...] = ("input", "other")
     n_optional: int = 0
     """How many of the last operands may be None."""
