@@ -73,6 +73,11 @@ def assert_close(got: list[Tensor], expected: list[Tensor], seed: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda said: f"seed {seed}: {said}")
 
 
+def assert_the_same_bits_each_time(runs: list[list[Tensor]], seed: int) -> None:
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True)), f"seed {seed}"
+
+
 @every_optimizer
 @few
 @given(seed=seeds)
@@ -85,8 +90,7 @@ def test_masked_rows_train_as_if_they_were_not_there(optimizer: Any, seed: int) 
         for junk, target in zip(JUNK, (y, *[spoiled(y, rows[:, None].expand(N, OUT), junk) for junk in JUNK[1:]]), strict=True)
     ]
     assert_close(runs[0], expected, seed)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True)), f"seed {seed}"
+    assert_the_same_bits_each_time(runs, seed)
 
 
 @every_optimizer
@@ -97,8 +101,7 @@ def test_masked_cells_of_the_target_train_as_if_they_were_not_there(optimizer: A
     expected = trained(perceptron(seed), optimizer, lambda model: ((model(x)[cells] - y[cells]) ** 2).mean())
     runs = [trained(perceptron(seed), optimizer, masked_loss(x, spoiled(y, cells, junk))) for junk in JUNK]
     assert_close(runs[0], expected, seed)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True)), f"seed {seed}"
+    assert_the_same_bits_each_time(runs, seed)
 
 
 @every_optimizer
@@ -113,8 +116,7 @@ def test_masked_cells_of_the_input_weigh_as_zeros_do(optimizer: Any, seed: int) 
     expected = trained(perceptron(seed), optimizer, masked_loss(torch.where(valid, x, 0)[some], y[some]))
     runs = [trained(perceptron(seed), optimizer, masked_loss(spoiled(x, valid, junk), y)) for junk in JUNK]
     assert_close(runs[0], expected, seed)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True)), f"seed {seed}"
+    assert_the_same_bits_each_time(runs, seed)
 
 
 @few
@@ -139,8 +141,7 @@ def test_masked_and_plain_parameters_train_together(seed: int) -> None:
         assert losses[-1] < losses[0], f"seed {seed}"
         assert table.get_mask().equal(mask)
         runs.append([table.to_tensor(0.0).detach(), *[p.detach() for p in model.parameters()]])
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True)), f"seed {seed}"
+    assert_the_same_bits_each_time(runs, seed)
 
 
 def test_a_weights_gradient_is_dense_and_0_where_nothing_reached_it() -> None:
