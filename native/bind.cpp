@@ -20,6 +20,7 @@ using maskserve::Block;
 using maskserve::Dtype;
 using maskserve::Filled;
 using maskserve::Operand;
+using maskserve::Options;
 using maskserve::Parts;
 
 template <class T>
@@ -53,7 +54,7 @@ Block block_of(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, i
   return block;
 }
 
-bool lift(int kernel, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
           int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
           int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
           uint64_t third_ptr) {
@@ -64,7 +65,7 @@ bool lift(int kernel, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t o
                     {address<void>(first_ptr), address<void>(second_ptr), address<void>(third_ptr)}};
   const maskserve::Lift run = maskserve::variant().lifts[kernel];
   nb::gil_scoped_release released;
-  return run(block, parts);
+  return run(block, options, parts);
 }
 
 constexpr uintptr_t huge_page = uintptr_t{1} << 21;
@@ -79,7 +80,7 @@ void advise([[maybe_unused]] unsigned char* first_ptr, [[maybe_unused]] int64_t 
 #endif
 }
 
-int fill(int kernel, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
          int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
          int64_t mask_inner, int64_t leaf, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
          int64_t values_n, int64_t values_inner) {
@@ -95,29 +96,29 @@ int fill(int kernel, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t ou
     advise(filled.values_ptr, span * maskserve::cell_bytes(filled.dtype));
     if (mask_ptr) advise(filled.mask_ptr, span);
   }
-  return run(block, filled);
+  return run(block, options, filled);
 }
 
-void median(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
-            int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-            int64_t mask_inner, uint64_t values_ptr, uint64_t count_ptr) {
+void pick(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
+          int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
+          int64_t mask_inner, uint64_t values_ptr, uint64_t count_ptr) {
+  check(kernel >= 0 && kernel < maskserve::n_selections, "kernel is an index into SELECTIONS");
   const Block block = block_of(data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
                                mask_n, mask_inner, 64);
   nb::gil_scoped_release released;
-  maskserve::median(block, address<double>(values_ptr), address<int64_t>(count_ptr));
+  maskserve::selections[kernel](block, options, address<double>(values_ptr), address<int64_t>(count_ptr));
 }
 
-int finish(int kernel, int64_t n, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr, uint64_t third_ptr,
-           double correction, int64_t min_count, double needs, int result, uint64_t values_ptr, uint64_t valid_ptr) {
+int finish(int kernel, const Options& options, int64_t n, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
+           uint64_t third_ptr, int64_t min_count, double needs, int result, uint64_t values_ptr, uint64_t valid_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_finishes, "kernel is an index into FINISHES");
-  const maskserve::States states{n,
-                                 address<const int64_t>(count_ptr),
-                                 {address<const void>(first_ptr), address<const void>(second_ptr),
-                                  address<const void>(third_ptr)},
-                                 correction};
+  const maskserve::States states{
+      n,
+      address<const int64_t>(count_ptr),
+      {address<const void>(first_ptr), address<const void>(second_ptr), address<const void>(third_ptr)}};
   const maskserve::Limits limits{min_count, needs};
   nb::gil_scoped_release released;
-  return maskserve::finish(kernel, states, limits, dtype_of(result), address<unsigned char>(values_ptr),
+  return maskserve::finish(kernel, states, options, limits, dtype_of(result), address<unsigned char>(values_ptr),
                            address<unsigned char>(valid_ptr));
 }
 
@@ -128,13 +129,13 @@ void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
 
 constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as have these, so that states stay in L2
 
-// lift (or, below 0, median) and finish in one call: states are memory traffic, and in a small tensor the calls are
-// what takes time. A status; where it is not fill_done, what was written means nothing.
-int reduce(int lift, int finish, int n_parts, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
+// lift (or, of kernel n_lifts + k, selection k) and finish in one call: states are memory traffic, and in a small tensor
+// the calls are what takes time. A status; where it is not fill_done, what was written means nothing.
+int reduce(int kernel, int finish, const Options& options, int n_parts, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
            int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-           int64_t mask_inner, int64_t leaf, double correction, int64_t min_count, double needs, int result,
-           uint64_t values_ptr, uint64_t valid_ptr) {
-  check(lift < maskserve::n_lifts, "lift is an index into LIFTS, or below 0");
+           int64_t mask_inner, int64_t leaf, int64_t min_count, double needs, int result, uint64_t values_ptr,
+           uint64_t valid_ptr) {
+  check(kernel >= 0 && kernel < maskserve::n_lifts + maskserve::n_selections, "kernel is an index into LIFTS + SELECTIONS");
   check(finish >= 0 && finish < maskserve::n_finishes, "finish is an index into FINISHES");
   check(n_parts >= 1 && n_parts <= 4, "a state has a count and up to three parts");
   Block block = block_of(data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
@@ -151,14 +152,15 @@ int reduce(int lift, int finish, int n_parts, uint64_t data_ptr, uint64_t mask_p
     const int64_t n_results = block.outer * inner;
     void* part_ptr[3] = {};
     for (int k = 0; k + 1 < n_parts; ++k) part_ptr[k] = room.get() + (k + 1) * n_results;
-    if (lift < 0) {
-      maskserve::median(block, static_cast<double*>(part_ptr[0]), room.get());
-    } else if (!maskserve::variant().lifts[lift](block, Parts{room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}})) {
+    const Parts parts{room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}};
+    if (kernel >= maskserve::n_lifts) {
+      maskserve::selections[kernel - maskserve::n_lifts](block, options, static_cast<double*>(part_ptr[0]), room.get());
+    } else if (!maskserve::variant().lifts[kernel](block, options, parts)) {
       return maskserve::fill_refused;
     }
-    const maskserve::States states{n_results, room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}, correction};
+    const maskserve::States states{n_results, room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}};
     const int status =
-        maskserve::finish(finish, states, {min_count, needs}, result_dtype,
+        maskserve::finish(finish, states, options, {min_count, needs}, result_dtype,
                           address<unsigned char>(values_ptr) + o * inner * maskserve::cell_bytes(result_dtype),
                           address<unsigned char>(valid_ptr) + o * inner);
     if (status != maskserve::fill_done) return status;
@@ -181,11 +183,17 @@ NB_MODULE(_native, m) {
   m.attr("DTYPES") = nb::make_tuple("f64", "f32", "f16", "bf16", "i8", "i16", "i32", "i64", "u8", "bool");
   m.attr("LIFTS") = tuple_of(maskserve::lift_names);
   m.attr("FILLS") = tuple_of(maskserve::fill_names);
+  m.attr("SELECTIONS") = tuple_of(maskserve::selection_names);
   m.attr("FINISHES") = tuple_of(maskserve::finish_names);
+  nb::class_<Options>(m, "Options")
+      .def(nb::init<>())
+      .def_rw("ord", &Options::ord)
+      .def_rw("eps", &Options::eps)
+      .def_rw("correction", &Options::correction);
   m.def("isa", [] { return maskserve::variant().name; });
   m.def("lift", &lift);
   m.def("fill", &fill);
-  m.def("median", &median);
+  m.def("select", &pick);
   m.def("raise_", raise);
   m.def("finish", &finish);
   m.def("reduce", &reduce);

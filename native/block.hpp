@@ -45,17 +45,37 @@ struct Filled {
   Dtype dtype = Dtype::f32;
 };
 
+// What a row's parameters say; each kernel reads its own.
+struct Options {
+  double ord = 2.0;         // of a norm
+  double eps = 0.0;         // the least norm that cells are divided by
+  double correction = 0.0;  // of a variance
+};
+
 // False, with nothing written, where the strides allow no walk at full speed: give a contiguous copy.
-using Lift = bool (*)(const Block&, const Parts&);
+using Lift = bool (*)(const Block&, const Options&, const Parts&);
 
 // fill_overflowed: a finite value became inf. fill_refused: the block needs the reference's way.
 enum FillStatus : int { fill_done, fill_overflowed, fill_refused };
-using Fill = int (*)(const Block&, const Filled&);
+using Fill = int (*)(const Block&, const Options&, const Filled&);
 
-constexpr const char* lift_names[] = {"total", "count", "largest", "smallest", "truths", "moments", "exponentials"};
-constexpr const char* fill_names[] = {"softmax", "log_softmax", "cumulative_sum"};
+// (outer, inner) results of whole slices, as doubles, and how many cells each slice has.
+using Select = void (*)(const Block&, const Options&, double* values, int64_t* count);
+
+// Every kernel, once: a new one is a line here and a function of its name.
+#define MASKSERVE_LIFTS(each) \
+  each(total) each(count) each(largest) each(smallest) each(truths) each(moments) each(exponentials)
+#define MASKSERVE_FILLS(each) each(softmax) each(log_softmax) each(cumulative_sum)
+#define MASKSERVE_SELECTIONS(each) each(median)  // compiled once, for any processor
+
+#define MASKSERVE_NAME(kernel) #kernel,
+constexpr const char* lift_names[] = {MASKSERVE_LIFTS(MASKSERVE_NAME)};
+constexpr const char* fill_names[] = {MASKSERVE_FILLS(MASKSERVE_NAME)};
+constexpr const char* selection_names[] = {MASKSERVE_SELECTIONS(MASKSERVE_NAME)};
+#undef MASKSERVE_NAME
 constexpr int n_lifts = sizeof lift_names / sizeof *lift_names;
 constexpr int n_fills = sizeof fill_names / sizeof *fill_names;
+constexpr int n_selections = sizeof selection_names / sizeof *selection_names;
 
 struct Variant {
   const char* name;
@@ -63,15 +83,18 @@ struct Variant {
   Fill fills[n_fills];
 };
 
-// The middle valid cell of each slice, as (outer, inner) doubles, and its count.
-void median(const Block& block, double* values, int64_t* count);
+#define MASKSERVE_DECLARE(kernel) void kernel(const Block&, const Options&, double* values, int64_t* count);
+MASKSERVE_SELECTIONS(MASKSERVE_DECLARE)
+#undef MASKSERVE_DECLARE
+#define MASKSERVE_ADDRESS(kernel) kernel,
+constexpr Select selections[] = {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)};
+#undef MASKSERVE_ADDRESS
 
-// The states of n result cells: their parts as in Parts, and the correction of a variance.
+// The states of n result cells: their parts as in Parts.
 struct States {
   int64_t n;
   const int64_t* count_ptr;
   const void* part_ptr[3];
-  double correction;
 };
 
 // A result is valid where its count reaches `min_count` and exceeds `needs`.
@@ -94,8 +117,8 @@ constexpr int n_finishes = sizeof finish_names / sizeof *finish_names;
 void raise(const double* cells_ptr, double* raised_ptr, int64_t n);
 
 // States to values of `dtype` and their validity; a FillStatus.
-int finish(int kernel, const States& states, const Limits& limits, Dtype dtype, unsigned char* values_ptr,
-           unsigned char* mask_ptr);
+int finish(int kernel, const States& states, const Options& options, const Limits& limits, Dtype dtype,
+           unsigned char* values_ptr, unsigned char* mask_ptr);
 
 // The variant for this processor, or the one MASKSERVE_ISA names. Decided once.
 const Variant& variant();

@@ -246,7 +246,7 @@ int normalize(const Block& block, const Filled& filled) {
 
 }  // namespace
 
-bool exponentials(const Block& block, const Parts& parts) {
+bool exponentials(const Block& block, const Options&, const Parts& parts) {
   const std::unique_ptr<ExponentialsRoom> room = room_for(block);
   each_window(block, block.leaf, [&](Window& w) {
     const ExponentialsState& state = slice_exponentials(*room, block, w, raising_of(block.dtype), true);
@@ -258,8 +258,8 @@ bool exponentials(const Block& block, const Parts& parts) {
   return true;
 }
 
-int softmax(const Block& block, const Filled& filled) { return normalize<false>(block, filled); }
-int log_softmax(const Block& block, const Filled& filled) { return normalize<true>(block, filled); }
+int softmax(const Block& block, const Options&, const Filled& filled) { return normalize<false>(block, filled); }
+int log_softmax(const Block& block, const Options&, const Filled& filled) { return normalize<true>(block, filled); }
 
 }  // namespace MASKSERVE_ISA
 }  // namespace maskserve

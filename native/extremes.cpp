@@ -179,10 +179,10 @@ NEVER_INLINE bool true_cells(const Block& block, const Parts& parts, Raw magnitu
 
 }  // namespace
 
-bool largest(const Block& block, const Parts& parts) { return extremes(block, parts, true); }
-bool smallest(const Block& block, const Parts& parts) { return extremes(block, parts, false); }
+bool largest(const Block& block, const Options&, const Parts& parts) { return extremes(block, parts, true); }
+bool smallest(const Block& block, const Options&, const Parts& parts) { return extremes(block, parts, false); }
 
-bool truths(const Block& block, const Parts& parts) {
+bool truths(const Block& block, const Options&, const Parts& parts) {
   switch (block.dtype) {
     case Dtype::f64: return true_cells<uint64_t>(block, parts, ~uint64_t{0} >> 1);
     case Dtype::f32: return true_cells<uint32_t>(block, parts, 0x7fffffffu);

@@ -20,6 +20,7 @@ double at_least_one(int64_t count) { return static_cast<double>(count > 1 ? coun
 // The parts of states, under the names that the passes give them.
 struct Reader {
   const States& states;
+  const Options& options;
   template <class T>
   T part(int k, int64_t j) const {
     return static_cast<const T*>(states.part_ptr[k])[j];
@@ -30,7 +31,7 @@ struct Reader {
   double scale(int64_t j) const { return integer(2, j) ? 0x1p128 : 1.0; }
   double limbs(int64_t j) const { return static_cast<double>(integer(0, j)) * 0x1p32 + static_cast<double>(integer(1, j)); }
   double variance(int64_t j) const {
-    const double divisor = static_cast<double>(states.count_ptr[j]) - states.correction;
+    const double divisor = static_cast<double>(states.count_ptr[j]) - options.correction;
     return number(2, j) / (divisor > 0.0 ? divisor : 1.0);
   }
   double log_sum(int64_t j) const {
@@ -124,10 +125,10 @@ struct Writer {
 }  // namespace
 }  // namespace MASKSERVE_ISA
 
-int finish(int kernel, const States& states, const Limits& limits, Dtype dtype, unsigned char* values_ptr,
-           unsigned char* mask_ptr) {
+int finish(int kernel, const States& states, const Options& options, const Limits& limits, Dtype dtype,
+           unsigned char* values_ptr, unsigned char* mask_ptr) {
   using namespace MASKSERVE_ISA;
-  const Reader of{states};
+  const Reader of{states, options};
   const Writer to{states, limits, values_ptr, mask_ptr};
   switch (static_cast<Finish>(kernel)) {
     case Finish::sum: return to.doubles(dtype, [=](int64_t j) { return of.number(0, j); });

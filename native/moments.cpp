@@ -170,7 +170,7 @@ NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Wind
 
 }  // namespace
 
-bool moments(const Block& block, const Parts& parts) {
+bool moments(const Block& block, const Options&, const Parts& parts) {
   const std::unique_ptr<MomentsRoom> room(new MomentsRoom);
   LeafTree<MomentsState>& tree = room->tree;
   tree.begin((block.n + block.leaf - 1) / block.leaf);

@@ -171,7 +171,7 @@ bool is_integer(Dtype dtype) { return dtype > Dtype::bf16; }
 
 }  // namespace
 
-int cumulative_sum(const Block& block, const Filled& filled) {
+int cumulative_sum(const Block& block, const Options&, const Filled& filled) {
   const std::unique_ptr<ScanRoom> room(new ScanRoom);
   const bool is_plain = !is_integer(block.dtype) && block.dtype != Dtype::f64;
   if (is_plain && has_long_rows(block) && block.data.stride_n == 1) return scan_rows(*room, block, filled);

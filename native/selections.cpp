@@ -140,7 +140,7 @@ void medians(const Block& block, const Key& key, double* values, int64_t* count)
 }  // namespace
 }  // namespace MASKSERVE_ISA
 
-void median(const Block& block, double* values, int64_t* count) {
+void median(const Block& block, const Options&, double* values, int64_t* count) {
   using namespace MASKSERVE_ISA;
   with_key(block.dtype, true, [&](const auto& key) { medians(block, key, values, count); });
 }

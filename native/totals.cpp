@@ -197,7 +197,7 @@ bool sum_route(const Block& given, const Parts& given_parts) {
 
 }  // namespace
 
-bool total(const Block& block, const Parts& parts) {
+bool total(const Block& block, const Options&, const Parts& parts) {
   switch (block.dtype) {
     case Dtype::f64: return sum_route<F64Sum>(block, parts);
     case Dtype::f32: return sum_route<F32Sum>(block, parts);
@@ -214,7 +214,7 @@ bool total(const Block& block, const Parts& parts) {
 }
 
 // The count is the sum of the mask's own bytes; without a mask it is n.
-bool count(const Block& block, const Parts& parts) {
+bool count(const Block& block, const Options&, const Parts& parts) {
   if (!block.mask.cells_ptr) {
     for (int64_t j = 0; j < block.outer * block.inner; ++j) parts.count_ptr[j] = block.n;
     return true;

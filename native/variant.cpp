@@ -8,21 +8,14 @@
 
 namespace maskserve {
 
-#define MASKSERVE_VARIANT(isa)                                                                              \
-  namespace isa {                                                                                           \
-  bool total(const Block&, const Parts&);                                                                   \
-  bool count(const Block&, const Parts&);                                                                   \
-  bool largest(const Block&, const Parts&);                                                                 \
-  bool smallest(const Block&, const Parts&);                                                                \
-  bool truths(const Block&, const Parts&);                                                                  \
-  bool moments(const Block&, const Parts&);                                                                 \
-  bool exponentials(const Block&, const Parts&);                                                            \
-  int softmax(const Block&, const Filled&);                                                                 \
-  int log_softmax(const Block&, const Filled&);                                                             \
-  int cumulative_sum(const Block&, const Filled&);                                                          \
-  const Variant table{#isa,                                                                                 \
-                      {total, count, largest, smallest, truths, moments, exponentials},                     \
-                      {softmax, log_softmax, cumulative_sum}};                                              \
+#define MASKSERVE_LIFT(kernel) bool kernel(const Block&, const Options&, const Parts&);
+#define MASKSERVE_FILL(kernel) int kernel(const Block&, const Options&, const Filled&);
+#define MASKSERVE_ADDRESS(kernel) kernel,
+#define MASKSERVE_VARIANT(isa)                                                                        \
+  namespace isa {                                                                                     \
+  MASKSERVE_LIFTS(MASKSERVE_LIFT)                                                                     \
+  MASKSERVE_FILLS(MASKSERVE_FILL)                                                                     \
+  const Variant table{#isa, {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)}, {MASKSERVE_FILLS(MASKSERVE_ADDRESS)}}; \
   }
 
 MASKSERVE_VARIANT(baseline)

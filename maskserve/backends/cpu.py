@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,10 @@ FILLS = {
     ".normalizations:apply_log_softmax": "log_softmax",
     ".scans:CumulativeSum": "cumulative_sum",
 }
-WHOLE = {*FILLS, ".selections:median"}
+SELECTIONS = {".selections:median": "median"}
+WHOLE = {*FILLS, *SELECTIONS}
+OPTIONS = ("ord", "eps", "correction")
+"""The parameters that kernels read, by their names in the row."""
 FINISHES = {
     ".reductions:finalize_sum": "sum",
     ".reductions:finalize_mean": "mean",
@@ -86,6 +89,16 @@ def number_of(dtype_name: str) -> int:
     return list(native().DTYPES).index(dtype_name)
 
 
+@lru_cache(maxsize=1024)
+def options(plan: Plan) -> Any:
+    """What the plan's parameters say to a kernel."""
+    said = native().Options()
+    for name in OPTIONS:
+        if name in plan.params:
+            setattr(said, name, plan.params[name])
+    return said
+
+
 @cache
 def lift_kernel(pass_name: str, dtype_name: str) -> tuple[int, int, tuple[tuple[str, torch.dtype], ...]]:
     """The number of the kernel, that of the dtype, and the parts it writes, in the order of its pointers.
@@ -116,7 +129,6 @@ class Finishing:
 
     kernel: int
     parts: tuple[str, ...]
-    correction: float
     min_count: int
     needs: float
     dtype: torch.dtype
@@ -141,7 +153,6 @@ def finishing(plan: Plan) -> Finishing | None:
     return Finishing(
         kernel=list(native().FINISHES).index(name),
         parts=parts,
-        correction=float(params.get("correction", 0)),
         min_count=-1 if row.never_masked else int(params["min_count"]),
         needs=float(row.needs(params)) if row.needs else -math.inf,
         dtype=getattr(torch, plan.result.torch),
@@ -193,14 +204,11 @@ class CpuBackend:
         how = finishing(plan)
         if how is None:
             return False
-        row = plan.row
-        assert isinstance(row, Reduction)
-        lift = lift_kernel(row.passes[0].name, plan.dtype.name)[0] if row.passes else -1
         mask_ptr, *mask_strides = strided(mask)
         status: int = native().reduce(
-            lift, how.kernel, len(how.parts), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
-            *data.stride(), *mask_strides, plan.leaf, how.correction, how.min_count, how.needs, how.number,
-            values.data_ptr(), valid.data_ptr(),
+            reduce_kernel(plan), how.kernel, options(plan), len(how.parts), data.data_ptr(), mask_ptr,
+            number_of(plan.dtype.name), *data.shape, *data.stride(), *mask_strides, plan.leaf,
+            how.min_count, how.needs, how.number, values.data_ptr(), valid.data_ptr(),
         )  # fmt: skip
         return STATUS[status] == "done"
 
@@ -216,7 +224,7 @@ class CpuBackend:
 
         def walked(cells: Tensor) -> bool:
             walked: bool = lift(
-                kernel, cells.data_ptr(), mask_ptr, dtype, outer, n, inner,
+                kernel, options(plan), cells.data_ptr(), mask_ptr, dtype, outer, n, inner,
                 *cells.stride(), *mask_strides, plan.leaf, *parts_ptr,
             )  # fmt: skip
             return walked
@@ -245,7 +253,7 @@ class CpuBackend:
         kernel, result = fill_kernel(plan)
         mask_ptr, *mask_strides = strided(mask)
         status: int = native().fill(
-            kernel, data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
+            kernel, options(plan), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
             *data.stride(), *mask_strides, plan.leaf,
             values.data_ptr(), valid.data_ptr(), result, *values.stride(),
         )  # fmt: skip
@@ -257,8 +265,8 @@ class CpuBackend:
         values = torch.empty((outer, inner), dtype=torch.float64)
         count = torch.empty((outer, inner), dtype=torch.int64)
         mask_ptr, *mask_strides = strided(mask)
-        native().median(
-            data.data_ptr(), mask_ptr, number_of(plan.dtype.name), outer, n, inner,
+        native().select(
+            select_kernel(plan), options(plan), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), outer, n, inner,
             *data.stride(), *mask_strides, values.data_ptr(), count.data_ptr(),
         )  # fmt: skip
         return values, count
@@ -277,7 +285,7 @@ class CpuBackend:
         values = torch.empty(plan.out_shape, dtype=how.dtype)
         valid = torch.empty(plan.out_shape, dtype=torch.bool)
         status: int = native().finish(
-            how.kernel, held[0].numel(), *parts_ptr, how.correction, how.min_count, how.needs, how.number,
+            how.kernel, options(plan), held[0].numel(), *parts_ptr, how.min_count, how.needs, how.number,
             values.data_ptr(), valid.data_ptr(),
         )  # fmt: skip
         return (values, valid) if STATUS[status] == "done" else None
@@ -288,7 +296,7 @@ class Direct:
     """What one native call needs to run a plan on dense cells, decided once."""
 
     call: Callable[..., int]
-    before: tuple[int, ...]
+    before: tuple[Any, ...]
     after: tuple[float, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
@@ -306,7 +314,7 @@ def direct(plan: Plan) -> Direct | None:
         kernel, _ = fill_kernel(plan)
         return Direct(
             call=native().fill,
-            before=(kernel,),
+            before=(kernel, options(plan)),
             after=(number, *plan.fold, *dense, *dense, plan.leaf),
             strides=(result, *dense),
             dtype=getattr(torch, plan.result.torch),
@@ -314,14 +322,28 @@ def direct(plan: Plan) -> Direct | None:
     how = finishing(plan)
     if how is None:
         return None
-    lift = lift_kernel(row.passes[0].name, plan.dtype.name)[0] if row.passes else -1
     return Direct(
         call=native().reduce,
-        before=(lift, how.kernel, len(how.parts)),
-        after=(number, *plan.fold, *dense, *dense, plan.leaf, how.correction, how.min_count, how.needs, how.number),
+        before=(reduce_kernel(plan), how.kernel, options(plan), len(how.parts)),
+        after=(number, *plan.fold, *dense, *dense, plan.leaf, how.min_count, how.needs, how.number),
         strides=(),
         dtype=how.dtype,
     )
+
+
+@lru_cache(maxsize=1024)
+def select_kernel(plan: Plan) -> int:
+    """The number of the kernel."""
+    row = plan.row
+    assert isinstance(row, Reduction)
+    return list(native().SELECTIONS).index(SELECTIONS[row.select])
+
+
+def reduce_kernel(plan: Plan) -> int:
+    """The number of the lift or, after all lifts, of the selection."""
+    if not plan.passes:
+        return len(native().LIFTS) + select_kernel(plan)
+    return lift_kernel(plan.passes[0].name, plan.dtype.name)[0]
 
 
 @lru_cache(maxsize=1024)
