@@ -149,8 +149,15 @@ def leaf_of(inner: int) -> int:
     return 4096 if inner == 1 else 64
 
 
+class Asked(SimpleNamespace):
+    """As much of a plan as a lift reads."""
+
+    __hash__ = object.__hash__
+
+
 def lift(name: str, data: torch.Tensor, mask: torch.Tensor | None, leaf: int) -> Parts:
-    plan = SimpleNamespace(passes=[SimpleNamespace(name=name)], dtype=dtype_of(data), device="cpu", leaf=leaf)
+    passes = [SimpleNamespace(name=name)]
+    plan = Asked(passes=passes, dtype=dtype_of(data), device="cpu", leaf=leaf, params={})
     return {part: tensor.numpy() for part, tensor in CpuBackend().lift(plan, data, mask).items()}
 
 
