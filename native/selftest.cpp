@@ -1,0 +1,338 @@
+// Runs every kernel on every dtype, layout and kind of mask, and prints a hash of what each wrote: the same lines from
+// every instruction set, processor and compiler. Buffers end where the cells do, and begin at odd addresses, so that a
+// sanitizer sees every step beside them (tests/kernel_selftest.py).
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "block.hpp"
+
+namespace {
+
+using namespace maskserve;
+
+constexpr const char* dtype_names[n_dtypes] = {"f64", "f32", "f16", "bf16", "i8", "i16", "i32", "i64", "u8", "bool"};
+constexpr size_t n_parts = sizeof(Parts::part_ptr) / sizeof(void*);
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {  // splitmix64
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  bool one_in(uint64_t n) { return next() % n == 0; }
+};
+
+struct Hash {
+  uint64_t value = 0xcbf29ce484222325u;  // FNV-1a
+  void add(const void* bytes, size_t n) {
+    for (size_t j = 0; j < n; ++j) value = (value ^ static_cast<const unsigned char*>(bytes)[j]) * 0x100000001b3u;
+  }
+};
+
+struct FloatFormat {
+  int mantissa_bits, exponent_bits;
+};
+
+bool is_float(Dtype dtype) { return dtype <= Dtype::bf16; }
+
+FloatFormat format_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64: return {52, 11};
+    case Dtype::f32: return {23, 8};
+    case Dtype::f16: return {10, 5};
+    default: return {7, 8};
+  }
+}
+
+// The bits of a cell: tame ones are near 1 or small integers; junk is NaN, inf, or the largest of its dtype.
+enum class Kind { tame, wild, junk };
+
+uint64_t bits_of(Dtype dtype, Kind kind, Random& random) {
+  const uint64_t r = random.next();
+  if (dtype == Dtype::boolean) return r & 1;
+  const int n_bits = 8 * static_cast<int>(cell_bytes(dtype));
+  const uint64_t all = ~uint64_t{0} >> (64 - n_bits), sign = uint64_t{1} << (n_bits - 1);
+  if (!is_float(dtype)) {
+    if (kind == Kind::tame) return (r % 7) & all;
+    if (kind == Kind::junk) return random.one_in(2) ? sign : sign - 1;
+    return r & all;
+  }
+  const FloatFormat format = format_of(dtype);
+  const uint64_t fraction = r & ((uint64_t{1} << format.mantissa_bits) - 1);
+  const uint64_t bias = (uint64_t{1} << (format.exponent_bits - 1)) - 1, infinity = (2 * bias + 1) << format.mantissa_bits;
+  const uint64_t signed_bit = r >> 63 ? sign : 0;
+  if (kind == Kind::junk) {
+    const uint64_t of[] = {infinity, infinity | 1, infinity | fraction, infinity - 1, 0};
+    return of[r >> 60 & 3] | signed_bit;
+  }
+  if (kind == Kind::wild) {
+    const uint64_t of[] = {signed_bit, signed_bit | 1, signed_bit | infinity, infinity | 1, signed_bit | (infinity - 1)};
+    return of[random.next() % 5];
+  }
+  return signed_bit | (bias - 3 + random.next() % 6) << format.mantissa_bits | fraction;
+}
+
+struct Layout {
+  const char* name;
+  int order[3];  // which of (outer, n, inner) is outermost in memory, ...
+  int64_t step;  // between neighbours in memory, in cells
+};
+
+constexpr Layout layouts[] = {
+    {"dense", {0, 1, 2}, 1}, {"turned", {2, 1, 0}, 1}, {"columns", {0, 2, 1}, 1}, {"strided", {0, 1, 2}, 3},
+};
+
+enum class Masks { none, some, dense, sparse, all, nothing, broadcast };
+constexpr Masks every_mask[] = {Masks::none, Masks::some, Masks::dense, Masks::sparse, Masks::all, Masks::nothing,
+                                Masks::broadcast};
+
+struct Tensor {
+  std::vector<unsigned char> room;  // one byte longer than its cells, which end where it ends
+  Operand operand;
+};
+
+struct Shape {
+  int64_t outer, n, inner;
+  int64_t cells() const { return outer * n * inner; }
+};
+
+void lay(Tensor& tensor, const Shape& shape, const Layout& layout, int64_t bytes) {
+  const int64_t sizes[3] = {shape.outer, shape.n, shape.inner};
+  int64_t strides[3], step = layout.step, last = 0;
+  for (int k = 2; k >= 0; --k) strides[layout.order[k]] = step, step *= sizes[layout.order[k]];
+  for (int k = 0; k < 3; ++k) last += strides[k] * (sizes[k] > 0 ? sizes[k] - 1 : 0);
+  tensor.room.assign(static_cast<size_t>(shape.cells() ? (last + 1) * bytes + 1 : 1), 0);
+  tensor.operand = {tensor.room.data() + 1, strides[0], strides[1], strides[2]};
+}
+
+unsigned char* cell_ptr(const Tensor& tensor, int64_t o, int64_t i, int64_t c, int64_t bytes) {
+  const Operand& at = tensor.operand;
+  return const_cast<unsigned char*>(at.cells_ptr) +
+         (o * at.stride_outer + i * at.stride_n + c * at.stride_inner) * bytes;
+}
+
+template <class Visit>
+void each_cell(const Shape& shape, const Visit& visit) {
+  for (int64_t o = 0; o < shape.outer; ++o) {
+    for (int64_t i = 0; i < shape.n; ++i) {
+      for (int64_t c = 0; c < shape.inner; ++c) visit(o, i, c);
+    }
+  }
+}
+
+struct Case {
+  Tensor data, mask;
+  Block block;
+
+  Case(const Shape& shape, Dtype dtype, const Layout& layout, Masks masks, bool wild, Random& random) {
+    const int64_t bytes = cell_bytes(dtype);
+    lay(data, shape, layout, bytes);
+    if (masks != Masks::none) lay(mask, shape, layout, 1);
+    each_cell(shape, [&](int64_t o, int64_t i, int64_t c) {
+      bool valid = true;
+      switch (masks) {
+        case Masks::none:
+        case Masks::all: break;
+        case Masks::some: valid = random.next() % 10 < 7; break;
+        case Masks::dense: valid = !random.one_in(100); break;
+        case Masks::sparse: valid = random.one_in(100); break;
+        case Masks::nothing: valid = false; break;
+        case Masks::broadcast: valid = (i * 7 + 3) % 5 < 3; break;  // of n alone
+      }
+      if (masks != Masks::none) *cell_ptr(mask, o, i, c, 1) = valid;
+      const Kind kind = !valid ? Kind::junk : wild && random.one_in(50) ? Kind::wild : Kind::tame;
+      const uint64_t bits = bits_of(dtype, kind, random);
+      std::memcpy(cell_ptr(data, o, i, c, bytes), &bits, static_cast<size_t>(bytes));
+    });
+    block.data = data.operand;
+    if (masks != Masks::none) block.mask = mask.operand;
+    if (masks == Masks::broadcast) {
+      std::vector<unsigned char> line(static_cast<size_t>(shape.n + 1));
+      for (int64_t i = 0; i < shape.n; ++i) line[static_cast<size_t>(i + 1)] = (i * 7 + 3) % 5 < 3;
+      mask.room.swap(line);
+      block.mask = {mask.room.data() + 1, 0, 1, 0};
+    }
+    block.dtype = dtype, block.outer = shape.outer, block.n = shape.n, block.inner = shape.inner;
+    block.leaf = shape.inner == 1 ? 4096 : 64;
+  }
+};
+
+template <class Visit>
+void each_case(Dtype dtype, const std::vector<Shape>& shapes, const Visit& visit) {
+  uint64_t seed = 1;
+  for (const Shape& shape : shapes) {
+    for (const Layout& layout : layouts) {
+      for (const Masks masks : every_mask) {
+        for (const bool wild : {false, true}) {
+          Random random{seed++ * 1000 + static_cast<uint64_t>(dtype)};
+          visit(Case(shape, dtype, layout, masks, wild, random));
+        }
+      }
+    }
+  }
+}
+
+Options some_options() {
+  Options options;
+  options.correction = 1.0;
+  options.eps = 1e-12;
+  return options;
+}
+
+void add_all(Hash& hash, const std::vector<std::vector<uint64_t>>& words) {
+  for (const auto& some : words) hash.add(some.data(), some.size() * sizeof(uint64_t));
+}
+
+void run_lift(int kernel, const Case& given, Hash& hash) {
+  const size_t n = static_cast<size_t>(given.block.outer * given.block.inner);
+  std::vector<std::vector<uint64_t>> words(n_parts + 1, std::vector<uint64_t>(n));
+  Parts parts;
+  parts.count_ptr = reinterpret_cast<int64_t*>(words[n_parts].data());
+  for (size_t k = 0; k < n_parts; ++k) parts.part_ptr[k] = words[k].data();
+  const bool walked = variant().lifts[kernel](given.block, some_options(), parts);
+  hash.add(&walked, 1);
+  if (walked) add_all(hash, words);
+}
+
+void run_fill(int kernel, const Case& given, Dtype result, Hash& hash) {
+  const Block& block = given.block;
+  const size_t n = static_cast<size_t>(block.outer * block.n * block.inner);
+  std::vector<uint64_t> values((n * static_cast<size_t>(cell_bytes(result)) + 7) / 8);
+  std::vector<unsigned char> valid(n);
+  Filled filled;
+  filled.values_ptr = reinterpret_cast<unsigned char*>(values.data());
+  filled.mask_ptr = block.mask.cells_ptr ? valid.data() : nullptr;
+  filled.values = {nullptr, block.n * block.inner, block.inner, 1};
+  filled.dtype = result;
+  const int status = variant().fills[kernel](block, some_options(), filled);
+  hash.add(&status, sizeof status);
+  if (status == fill_refused) return;
+  hash.add(values.data(), n * static_cast<size_t>(cell_bytes(result)));
+  if (filled.mask_ptr) hash.add(valid.data(), n);
+}
+
+void run_selection(int kernel, const Case& given, Hash& hash) {
+  const size_t n = static_cast<size_t>(given.block.outer * given.block.inner);
+  std::vector<double> values(n);
+  std::vector<int64_t> count(n);
+  selections[kernel](given.block, some_options(), values.data(), count.data());
+  for (double& value : values) value = value == value ? value : 0x1.8p1000;  // which NaN it is, finish() decides
+  hash.add(values.data(), n * sizeof(double));
+  hash.add(count.data(), n * sizeof(int64_t));
+}
+
+void run_finish(int kernel, Dtype result, Hash& hash) {
+  constexpr int64_t n = 300;
+  Random random{7};
+  std::vector<int64_t> count(n);
+  std::vector<std::vector<uint64_t>> words(n_parts, std::vector<uint64_t>(n));
+  for (int64_t& some : count) some = static_cast<int64_t>(random.next() % 5);
+  for (auto& some : words) {
+    for (uint64_t& word : some) word = bits_of(Dtype::f64, random.one_in(20) ? Kind::wild : Kind::tame, random);
+  }
+  States states{n, count.data(), {}};
+  for (size_t k = 0; k < n_parts; ++k) states.part_ptr[k] = words[k].data();
+  std::vector<uint64_t> values(n);
+  std::vector<unsigned char> valid(n);
+  const int status = finish(kernel, states, some_options(), {1, 0.0}, result,
+                            reinterpret_cast<unsigned char*>(values.data()), valid.data());
+  hash.add(&status, sizeof status);
+  if (status == fill_refused) return;
+  hash.add(values.data(), n * static_cast<size_t>(cell_bytes(result)));
+  hash.add(valid.data(), n);
+}
+
+void say(const char* kind, const char* kernel, const char* dtype, const Hash& hash) {
+  std::printf("%s %s %s %016llx\n", kind, kernel, dtype, static_cast<unsigned long long>(hash.value));
+  std::fflush(stdout);
+}
+
+// Lanes are 64, 256 and 512 wide, leaves 64 and 4096 cells, tiles 16384.
+std::vector<Shape> some_shapes(bool quick) {
+  std::vector<Shape> shapes;
+  const auto add = [&](int64_t outer, int64_t n, int64_t inner) { shapes.push_back({outer, n, inner}); };
+  for (const int64_t n : {0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 511, 512, 513}) add(2, n, 1), add(1, n, 5);
+  for (const int64_t columns : {0, 1, 63, 64, 65, 255, 256, 257}) add(1, 3, columns), add(columns, 3, 1);
+  add(0, 5, 2), add(3, 70, 17);
+  if (quick) return shapes;
+  for (const int64_t n : {4095, 4096, 4097, 12289}) add(2, n, 1), add(1, n, 3);
+  add(1, 130, 600), add(300, 3, 3), add(1, 20000, 1), add(700, 12, 1);
+  return shapes;
+}
+
+#ifdef __linux__
+// Beyond 2^31 cells: pages of zeros that were never touched, and one cell, the last.
+void run_large() {
+  constexpr int64_t n = (int64_t{1} << 31) + 5000;
+  void* const room_ptr = mmap(nullptr, static_cast<size_t>(n), PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room_ptr == MAP_FAILED) {
+    std::printf("large: no address space\n");
+    std::exit(1);
+  }
+  auto* const cells_ptr = static_cast<unsigned char*>(room_ptr);
+  cells_ptr[n - 1] = 1;
+  Case given({0, 0, 1}, Dtype::i8, layouts[0], Masks::none, false, *new Random{1});
+  given.block.data = {cells_ptr, n, 1, 1};
+  given.block.outer = given.block.inner = 1, given.block.n = n;
+  for (int kernel = 0; kernel < n_lifts; ++kernel) {
+    Hash hash;
+    run_lift(kernel, given, hash);
+    say("large lift", lift_names[kernel], "i8", hash);
+  }
+}
+#endif
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool quick = false, large = false;
+  for (int k = 1; k < argc; ++k) {
+    quick |= !std::strcmp(argv[k], "--quick");
+    large |= !std::strcmp(argv[k], "--large");
+  }
+  std::fprintf(stderr, "kernels: %s\n", variant().name);
+#ifdef __linux__
+  if (large) {
+    run_large();
+    return 0;
+  }
+#endif
+  const std::vector<Shape> shapes = some_shapes(quick);
+  for (int d = 0; d < n_dtypes; ++d) {
+    const Dtype dtype = static_cast<Dtype>(d);
+    for (int kernel = 0; kernel < n_lifts; ++kernel) {
+      Hash hash;
+      each_case(dtype, shapes, [&](const Case& given) { run_lift(kernel, given, hash); });
+      say("lift", lift_names[kernel], dtype_names[d], hash);
+    }
+    for (int kernel = 0; kernel < n_fills; ++kernel) {
+      Hash hash;
+      each_case(dtype, shapes, [&](const Case& given) {
+        run_fill(kernel, given, is_float(dtype) ? dtype : Dtype::f64, hash);
+      });
+      say("fill", fill_names[kernel], dtype_names[d], hash);
+    }
+    for (int kernel = 0; kernel < n_selections; ++kernel) {
+      Hash hash;
+      each_case(dtype, shapes, [&](const Case& given) { run_selection(kernel, given, hash); });
+      say("select", selection_names[kernel], dtype_names[d], hash);
+    }
+    for (int kernel = 0; kernel < n_finishes; ++kernel) {
+      Hash hash;
+      run_finish(kernel, dtype, hash);
+      say("finish", finish_names[kernel], dtype_names[d], hash);
+    }
+  }
+  return 0;
+}
