@@ -55,8 +55,12 @@ def built(name: str, *options: str) -> Path:
     need("cmake")
     folder = BUILDS / name
     began = time.monotonic()
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-DMASKSERVE_SELFTEST=ON", *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", folder, "--parallel", str(os.cpu_count())], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["cmake", "-S", ROOT, "-B", folder, "-DMASKSERVE_SELFTEST=ON", *options], check=True, capture_output=True
+    )
+    subprocess.run(
+        ["cmake", "--build", folder, "--parallel", str(os.cpu_count())], check=True, stdout=subprocess.DEVNULL
+    )
     print(f"{name}: built in {time.monotonic() - began:.0f} s")
     return folder / "selftest"
 
@@ -69,7 +73,9 @@ def lines(program: Path, *arguments: str, under: tuple[str, ...] = (), isa: str 
     if ran.returncode:
         sys.exit(f"{isa or program.parent.name}: exit {ran.returncode}\n{ran.stderr[-4000:]}")
     found = ran.stdout.splitlines()
-    print(f"{' '.join(under) or program.parent.name} {ran.stderr.strip()}: {len(found)} lines, {time.monotonic() - began:.0f} s")
+    print(
+        f"{' '.join(under) or program.parent.name} {ran.stderr.strip()}: {len(found)} lines, {time.monotonic() - began:.0f} s"
+    )
     return found
 
 
