@@ -17,10 +17,13 @@ from maskserve.plan import Plan
 class Cells:
     """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
 
-    def __init__(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
+    def __init__(
+        self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None, *, policy: str
+    ) -> None:
         *outer, n, inner = plan.fold
         self.shape = (prod(outer), n, inner)
         self.plan = plan
+        self.policy = policy
         self.data = Folded(data, self.shape)
         self.mask = None if mask is None else Folded(mask.expand(plan.shape), self.shape)
         self.weights = None if weights is None else Folded(weights.expand(plan.shape), self.shape)
@@ -33,7 +36,7 @@ class Cells:
         """Data and mask of a block, as kernels see them; the mask tells what counts, NaN policy included."""
         data = seen(self.plan, self.data[outer, run, inner])
         mask = None if self.mask is None else self.mask[outer, run, inner]
-        return data, counting(self.plan.row, data, mask, self.plan.params.get("nan", "propagate"))
+        return data, counting(self.plan.row, data, mask, self.policy)
 
 
 def counting(row: Row, data: Tensor, mask: Tensor | None, policy: str) -> Tensor | None:

@@ -21,7 +21,7 @@ from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, counting, cut, spans
 from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError
-from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel
+from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reduction, Scan
 from maskserve.plan import Plan
@@ -51,14 +51,15 @@ def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Ten
 
 def compute(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None) -> Masked:
     """(values, mask) of the plan by whoever is fastest at its size."""
-    walked = data.numel() if mask is not None or not plan.passes or plan.passes[0].reads_cells else 0
+    reads_cells = mask is not None or not plan.passes or plan.passes[0].reads_cells
+    walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
     finisher = finisher_of(plan) if walked <= SMALL and plan.as_stored else None
     small = finisher.run(plan, data, mask) if finisher else None
     if small is not None:
         return small
     if weights is not None:
         mask = intersection([mask, counting(plan.row, *weights, plan.params["nan"])])
-    cells = Cells(plan, data, mask, weights[0] if weights is not None else None)
+    cells = Cells(plan, data, mask, weights[0] if weights is not None else None, policy=nan_policy(plan))
     row = plan.row
     if isinstance(row, Reduction):
         return select_whole(plan, cells) if row.select else reduce(plan, cells)
@@ -139,7 +140,7 @@ def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
 
 def state(plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
     """The one state of each result cell, before finalize: parts of shape (kept dims before, kept dims after)."""
-    return joined(plan, Cells(plan, data, mask))
+    return joined(plan, Cells(plan, data, mask, policy=nan_policy(plan)))
 
 
 def joined(plan: Plan, cells: Cells) -> Parts:
@@ -306,7 +307,7 @@ def gathered(plan: Plan, cells: Cells) -> Cells:
     shape = tuple(plan.shape[dim] for dim in order)
     moved = replace(plan, shape=shape, fold=(prod(plan.fold[::2]), plan.n_reduced, 1))
     data, mask = cells.data.tensor, None if cells.mask is None else cells.mask.tensor
-    return Cells(moved, data.permute(order), None if mask is None else mask.permute(order))
+    return Cells(moved, data.permute(order), None if mask is None else mask.permute(order), policy=cells.policy)
 
 
 def kept_first(plan: Plan) -> list[int]:
@@ -369,6 +370,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher) -> Masked:
             status = finisher.fill(plan, data, mask, result[where], valid[where])
             if status == "refused":
                 assert isinstance(plan.row, Scan)
+                mask = counting(plan.row, data, mask, plan.params["nan"])
                 write(plan, result, valid, where, *kernel(plan.row.scan).scan(plan, data, mask))
             elif status == "overflowed":
                 warn_of_overflow(plan)

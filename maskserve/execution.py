@@ -96,6 +96,12 @@ def backend_of(plan: Plan) -> Backend:
     return choose(plan, execution().backend).backend
 
 
+def nan_policy(plan: Plan) -> str:
+    """What the engine does about a valid NaN; nothing where the back end passes over it by itself."""
+    policy: str = plan.params.get("nan", "propagate")
+    return "propagate" if policy == "omit" and backend_of(plan).omits_nan else policy
+
+
 def finisher_of(plan: Plan) -> Finisher | None:
     """The plan's back end where it writes results itself."""
     return choose(plan, execution().backend).finisher

@@ -42,7 +42,7 @@ Dtype dtype_of(int dtype) {
 }
 
 // Plain integers: 20 of them are read in a tenth of a microsecond, so that a small block costs no more than its sum.
-Block block_of(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+Block block_of(const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
                int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
                int64_t mask_inner, int64_t leaf) {
   check(leaf == 64 || leaf == 4096, "leaf is 64 or 4096 cells");
@@ -51,6 +51,7 @@ Block block_of(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, i
   block.mask = operand(mask_ptr, mask_outer, mask_n, mask_inner);
   block.dtype = dtype_of(dtype);
   block.outer = outer, block.n = n, block.inner = inner, block.leaf = leaf;
+  block.omits_nan = options.omits_nan && block.dtype <= Dtype::bf16;
   return block;
 }
 
@@ -59,7 +60,7 @@ bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
           int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
           uint64_t third_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_lifts, "kernel is an index into LIFTS");
-  const Block block = block_of(data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
+  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
                                mask_n, mask_inner, leaf);
   const Parts parts{address<int64_t>(count_ptr),
                     {address<void>(first_ptr), address<void>(second_ptr), address<void>(third_ptr)}};
@@ -85,7 +86,7 @@ int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_pt
          int64_t mask_inner, int64_t leaf, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
          int64_t values_n, int64_t values_inner) {
   check(kernel >= 0 && kernel < maskserve::n_fills, "kernel is an index into FILLS");
-  const Block block = block_of(data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
+  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
                                mask_n, mask_inner, leaf);
   const Filled filled{address<unsigned char>(values_ptr), address<unsigned char>(valid_ptr),
                       operand(0, values_outer, values_n, values_inner), dtype_of(result)};
@@ -94,7 +95,7 @@ int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_pt
   if (outer > 0 && n > 0 && inner > 0) {
     const int64_t span = (outer - 1) * values_outer + (n - 1) * values_n + (inner - 1) * values_inner + 1;
     advise(filled.values_ptr, span * maskserve::cell_bytes(filled.dtype));
-    if (mask_ptr) advise(filled.mask_ptr, span);
+    if (block.is_masked()) advise(filled.mask_ptr, span);
   }
   return run(block, options, filled);
 }
@@ -103,7 +104,7 @@ void pick(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
           int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
           int64_t mask_inner, uint64_t values_ptr, uint64_t count_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_selections, "kernel is an index into SELECTIONS");
-  const Block block = block_of(data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
+  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
                                mask_n, mask_inner, 64);
   nb::gil_scoped_release released;
   maskserve::selections[kernel](block, options, address<double>(values_ptr), address<int64_t>(count_ptr));
@@ -138,7 +139,7 @@ int reduce(int kernel, int finish, const Options& options, int n_parts, uint64_t
   check(kernel >= 0 && kernel < maskserve::n_lifts + maskserve::n_selections, "kernel is an index into LIFTS + SELECTIONS");
   check(finish >= 0 && finish < maskserve::n_finishes, "finish is an index into FINISHES");
   check(n_parts >= 1 && n_parts <= 4, "a state has a count and up to three parts");
-  Block block = block_of(data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
+  Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
                          mask_inner, leaf);
   const Dtype result_dtype = dtype_of(result);
   const int64_t cell_bytes = maskserve::cell_bytes(block.dtype);
@@ -189,7 +190,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<>())
       .def_rw("ord", &Options::ord)
       .def_rw("eps", &Options::eps)
-      .def_rw("correction", &Options::correction);
+      .def_rw("correction", &Options::correction)
+      .def_rw("omits_nan", &Options::omits_nan);
   m.def("isa", [] { return maskserve::variant().name; });
   m.def("lift", &lift);
   m.def("fill", &fill);

@@ -28,6 +28,8 @@ struct Block {
   int64_t n = 0;
   int64_t inner = 0;
   int64_t leaf = 0;  // 4096 or 64 cells of n
+  bool omits_nan = false;  // a NaN counts as masked; of floats alone
+  bool is_masked() const { return mask.cells_ptr || omits_nan; }
 };
 
 // Where the (outer, inner) results go, all contiguous: count (int64), then the parts of the pass (ops/passes.py) in
@@ -50,6 +52,7 @@ struct Options {
   double ord = 2.0;         // of a norm
   double eps = 0.0;         // the least norm that cells are divided by
   double correction = 0.0;  // of a variance
+  bool omits_nan = false;
 };
 
 // False, with nothing written, where the strides allow no walk at full speed: give a contiguous copy.

@@ -208,6 +208,19 @@ ALWAYS_INLINE typename Cell::Wide load_cell(const unsigned char* cells_ptr, cons
   return Cell::widen(static_cast<Raw>(raw & static_cast<Raw>(-static_cast<Raw>(mask_ptr[j]))));
 }
 
+// 1 for a number, 0 for a NaN.
+template <class RawBits>
+struct ToNumber {
+  using Raw = RawBits;
+  using Out = uint8_t;
+  using Bits = uint8_t;
+  Raw infinity;
+  uint8_t hidden = 0;
+  ALWAYS_INLINE uint8_t operator()(Raw raw) const {
+    return (raw & static_cast<Raw>(static_cast<Raw>(~Raw{0}) >> 1)) <= infinity;
+  }
+};
+
 // ---- what each dtype sums ------------------------------------------------------------------------------------------
 // Near holds any sum of up to 64 cells, Far of a leaf: small integers are widened in steps.
 

@@ -18,6 +18,10 @@
 
 namespace maskserve {
 namespace MASKSERVE_ISA {
+
+// The valid cells that are no NaN.
+bool count_numbers(const Block& block, const Parts& parts);
+
 namespace {
 
 ALWAYS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

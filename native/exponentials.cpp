@@ -55,7 +55,7 @@ struct ExponentialsRoom {
   const unsigned char* keep_ptr;
 
   void load(const Block& block, const Window& w) {
-    keep_ptr = gather_mask(block.mask, w, keep);
+    keep_ptr = gather_keep(block, w, keep);
     gather_doubles(block.dtype, block.data, w, keep_ptr, -infinity, cells);
   }
 };
@@ -226,7 +226,7 @@ int normalize(const Block& block, const Filled& filled) {
     }
     each_leaf(block, w, [&] {
       if (is_stored) {
-        room->keep_ptr = gather_mask(block.mask, w, room->keep);
+        room->keep_ptr = gather_keep(block, w, room->keep);
         copy_lanes(room->stored.get() + w.i * lanes, w.cells(), room->raised);
       } else if (!is_one_leaf) {
         room->load(block, w);

@@ -101,7 +101,7 @@ NEVER_INLINE bool best_cells(const Block& block, const Parts& parts, const Key& 
     for (int64_t l = 0; l < lanes; ++l) lane.best[l] = key.hidden, lane.at[l] = lane.count[l] = 0, lane.found[l] = false;
     for (w.i = 0; w.i < block.n; w.i += most_rows) {
       w.rows = least(most_rows, block.n - w.i);
-      const unsigned char* const keep_ptr = gather_mask(block.mask, w, room->keep);
+      const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
       gather(block.data, w, keep_ptr, key, room->keys);
       tile.search(room->keys, w.cells(), lanes, key.hidden);
       int64_t better = 0, worst = 0;
@@ -166,7 +166,7 @@ NEVER_INLINE bool true_cells(const Block& block, const Parts& parts, Raw magnitu
     for (int64_t l = 0; l < w.lanes(); ++l) room->trues[l] = room->count[l] = 0;
     for (w.i = 0; w.i < block.n; w.i += most_rows) {
       w.rows = least(most_rows, block.n - w.i);
-      const unsigned char* const keep_ptr = gather_mask(block.mask, w, room->keep);
+      const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
       gather(block.data, w, keep_ptr, ToTruth<Raw>{magnitude}, room->truths);
       count_lanes(room->truths, w.cells(), w.lanes(), room->trues);
       count_window(keep_ptr, w, room->count);
@@ -178,6 +178,21 @@ NEVER_INLINE bool true_cells(const Block& block, const Parts& parts, Raw magnitu
 }
 
 }  // namespace
+
+bool count_numbers(const Block& block, const Parts& parts) {
+  alignas(64) unsigned char keep[n_tile];
+  alignas(64) int64_t count[n_tile_lanes];
+  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  each_window(block, most_rows, [&](Window& w) {
+    for (int64_t l = 0; l < w.lanes(); ++l) count[l] = 0;
+    for (w.i = 0; w.i < block.n; w.i += most_rows) {
+      w.rows = least(most_rows, block.n - w.i);
+      count_window(gather_keep(block, w, keep), w, count);
+    }
+    write_lanes(block, w, count, parts.count_ptr);
+  });
+  return true;
+}
 
 bool largest(const Block& block, const Options&, const Parts& parts) { return extremes(block, parts, true); }
 bool smallest(const Block& block, const Options&, const Parts& parts) { return extremes(block, parts, false); }

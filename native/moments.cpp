@@ -141,7 +141,7 @@ NEVER_INLINE void pair_means(MomentsRoom& room, const Window& w, MomentsState& s
 
 NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Window& w, MomentsState& state) {
   const int64_t lanes = w.lanes(), n_cells = w.cells();
-  const unsigned char* const keep_ptr = gather_mask(block.mask, w, room.keep);
+  const unsigned char* const keep_ptr = gather_keep(block, w, room.keep);
   for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0;
   count_window(keep_ptr, w, state.count);
   if (block.dtype == Dtype::i64) {

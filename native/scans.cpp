@@ -97,7 +97,7 @@ int scan_rows(ScanRoom& room, const Block& block, const Filled& filled) {
       const int64_t n = w.rows = least(block.leaf, block.n - w.i);
       for (int64_t k = 0; k < n_rows; ++k) {
         w.o = o + k;
-        keep_ptr[k] = gather_mask(block.mask, w, room.keep + k * n);
+        keep_ptr[k] = gather_keep(block, w, room.keep + k * n);
         gather_doubles(block.dtype, block.data, w, keep_ptr[k], 0.0, room.cells + k * n);
       }
       int64_t k = 0;
@@ -184,7 +184,7 @@ int cumulative_sum(const Block& block, const Options&, const Filled& filled) {
     }
     for (w.i = 0; w.i < block.n && status != fill_refused; w.i += block.leaf) {
       w.rows = least(block.leaf, block.n - w.i);
-      const unsigned char* const keep_ptr = gather_mask(block.mask, w, room->keep);
+      const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
       if (is_integer(block.dtype)) {
         if (!scan_integers(*room, block, filled, w, keep_ptr)) status = fill_refused;
         continue;

@@ -116,7 +116,7 @@ void medians(const Block& block, const Key& key, double* values, int64_t* count)
       int64_t n_valid[n_tile_lanes] = {};
       for (w.i = 0; w.i < block.n; w.i += most_rows) {
         w.rows = std::min(most_rows, block.n - w.i);
-        const unsigned char* const keep_ptr = gather_mask(block.mask, w, room->keep);
+        const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
         gather(block.data, w, nullptr, key, room->keys);
         for (int64_t l = 0; l < lanes; ++l) {
           K* const to = valid.data() + l * lane_step;

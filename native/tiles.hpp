@@ -207,6 +207,32 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
   });
 }
 
+// ---- which cells count ------------------------------------------------------------------------------------------------
+
+// Bytes 0 for NaN, 1 for all else.
+inline NEVER_INLINE void gather_numbers(Dtype dtype, const Operand& data, const Window& w, unsigned char* out) {
+  switch (dtype) {
+    case Dtype::f64: return gather(data, w, nullptr, ToNumber<uint64_t>{0x7ff0000000000000u}, out);
+    case Dtype::f32: return gather(data, w, nullptr, ToNumber<uint32_t>{0x7f800000u}, out);
+    case Dtype::f16: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7c00u}, out);
+    default: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7f80u}, out);
+  }
+}
+
+// Which cells of a window count, as dense bytes: its mask, and no NaN where those are omitted; null where all do.
+inline const unsigned char* gather_keep(const Block& block, const Window& w, unsigned char* copy_ptr) {
+  const unsigned char* const mask_ptr = gather_mask(block.mask, w, copy_ptr);
+  if (!block.omits_nan) return mask_ptr;
+  alignas(64) unsigned char numbers[n_tile];
+  gather_numbers(block.dtype, block.data, w, numbers);
+  if (!mask_ptr) {
+    std::memcpy(copy_ptr, numbers, static_cast<size_t>(w.cells()));
+  } else {
+    for (int64_t j = 0; j < w.cells(); ++j) copy_ptr[j] = mask_ptr[j] & numbers[j];
+  }
+  return copy_ptr;
+}
+
 // ---- cells as doubles ------------------------------------------------------------------------------------------------
 
 template <class T>

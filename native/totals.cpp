@@ -142,7 +142,7 @@ struct BlockSum {
     Operand data = block.data, mask;
     data.cells_ptr = tile_ptr(data, tile, cell_bytes);
     if constexpr (is_masked) {
-      mask = tile_mask(block, walk, tile, mask_copy.get());
+      mask = tile_keep(block, walk, tile, mask_copy.get());
       const bool is_first = tile.i == 0;
       leaf_count(walk, block.leaf, tile, mask, Operand(), is_first ? tree.count : leaf_counts);
       if (!is_first) tree.count.join(leaf_counts, tile.lanes());
@@ -180,9 +180,9 @@ bool sum_route(const Block& given, const Parts& given_parts) {
   const int64_t cell_bytes = sizeof(typename SumType::Cell::Raw);
   const int64_t n_results = route.block.outer * route.block.inner;
   for (int64_t r = 0; r < route.repeats; ++r) {
-    if (route.block.mask.cells_ptr) {
+    if (route.block.is_masked()) {
       sum_block<SumType, true>(route.block, route.walk, parts);
-      route.block.mask.cells_ptr += route.mask_repeat;
+      if (route.block.mask.cells_ptr) route.block.mask.cells_ptr += route.mask_repeat;
     } else {
       sum_block<SumType, false>(route.block, route.walk, parts);
     }
@@ -215,6 +215,7 @@ bool total(const Block& block, const Options&, const Parts& parts) {
 
 // The count is the sum of the mask's own bytes; without a mask it is n.
 bool count(const Block& block, const Options&, const Parts& parts) {
+  if (block.omits_nan) return count_numbers(block, parts);
   if (!block.mask.cells_ptr) {
     for (int64_t j = 0; j < block.outer * block.inner; ++j) parts.count_ptr[j] = block.n;
     return true;

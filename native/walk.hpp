@@ -89,6 +89,46 @@ inline Operand tile_mask(const Block& block, Walk walk, const Tile& tile, unsign
   return {copy_ptr, tile.rows * tile.columns, tile.columns, 1};
 }
 
+template <class Raw>
+NEVER_INLINE void keep_numbers(const unsigned char* cells_ptr, int64_t n, Raw infinity, unsigned char* keep_ptr) {
+  const ToNumber<Raw> is_number{infinity};
+  for (int64_t j = 0; j < n; ++j) {
+    Raw raw;
+    std::memcpy(&raw, cells_ptr + j * static_cast<int64_t>(sizeof raw), sizeof raw);
+    keep_ptr[j] &= is_number(raw);
+  }
+}
+
+inline void keep_numbers_of(Dtype dtype, const unsigned char* cells_ptr, int64_t n, unsigned char* keep_ptr) {
+  switch (dtype) {
+    case Dtype::f64: return keep_numbers<uint64_t>(cells_ptr, n, 0x7ff0000000000000u, keep_ptr);
+    case Dtype::f32: return keep_numbers<uint32_t>(cells_ptr, n, 0x7f800000u, keep_ptr);
+    case Dtype::f16: return keep_numbers<uint16_t>(cells_ptr, n, 0x7c00u, keep_ptr);
+    default: return keep_numbers<uint16_t>(cells_ptr, n, 0x7f80u, keep_ptr);
+  }
+}
+
+// Which cells of a tile count: its mask, and no NaN where those are omitted.
+inline Operand tile_keep(const Block& block, Walk walk, const Tile& tile, unsigned char* copy_ptr) {
+  const Operand mask = block.mask.cells_ptr ? tile_mask(block, walk, tile, copy_ptr) : Operand();
+  if (!block.omits_nan) return mask;
+  const int64_t bytes = cell_bytes(block.dtype), run_rows = walk == Walk::columns ? 1 : tile.rows;
+  const int64_t run = run_rows * tile.columns;  // cells that lie side by side
+  const unsigned char* const cells_ptr = tile_ptr(block.data, tile, bytes);
+  unsigned char* to_ptr = copy_ptr;
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    for (int64_t i = 0; i < tile.rows; i += run_rows, to_ptr += run) {
+      if (!mask.cells_ptr) {
+        std::memset(to_ptr, 1, static_cast<size_t>(run));
+      } else if (mask.cells_ptr != copy_ptr) {
+        std::memcpy(to_ptr, mask.cells_ptr + g * mask.stride_outer + i * mask.stride_n, static_cast<size_t>(run));
+      }
+      keep_numbers_of(block.dtype, cells_ptr + (g * block.data.stride_outer + i * block.data.stride_n) * bytes, run, to_ptr);
+    }
+  }
+  return {copy_ptr, tile.rows * tile.columns, tile.columns, 1};
+}
+
 // Folds a tile's cells to one value a lane; both operands start at the tile.
 template <class SumType, bool is_masked>
 struct TileFold {

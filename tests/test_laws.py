@@ -352,9 +352,14 @@ def test_the_result_dtype_is_the_rows(row: Row) -> None:
 
 @named([row for row in SLICED if "nan" in names_of(row)])
 def test_nan_omit_equals_masking_the_nan_cells(row: Row) -> None:
-    sample = cells(dtypes.f32, (20, 300), 18, row=row)
-    data = sample.data.clone()
-    data[::3, ::5] = torch.nan
-    for dim in dims_of(row, 2):
-        expected = run(row, data, sample.mask & ~data.isnan(), **along(dim))
-        assert_same_bits(run(row, data, sample.mask, nan="omit", **along(dim)), expected, (row.name, dim))
+    floats = [dtype for dtype in (dtypes.f64, dtypes.f32, dtypes.f16, dtypes.bf16) if dtype in row.accepts]
+    for dtype, shape in itertools.product(floats, ((20, 300), (3, 4200), (150, 30))):
+        sample = cells(dtype, shape, 18, row=row)
+        data = sample.data.clone()
+        data[::3, ::5] = torch.nan
+        turned = data.t().contiguous().t()
+        for dim, mask in itertools.product(dims_of(row, 2), (sample.mask, sample.mask[:1], None)):
+            expected = run(row, data, ~data.isnan() if mask is None else mask & ~data.isnan(), **along(dim))
+            for given in (data, turned):
+                found = run(row, given, mask, nan="omit", **along(dim))
+                assert_same_bits(found, expected, (row.name, dim, dtype.name, shape))

@@ -23,6 +23,8 @@ class Backend(Protocol):
     name: str
     block_cells: int
     threads_inside: bool
+    omits_nan: bool
+    """Whether it passes over a NaN by itself where nan="omit"; else the engine masks it."""
 
     def why_not(self, plan: Plan) -> str | None: ...
 

@@ -96,6 +96,7 @@ def options(plan: Plan) -> Any:
     for name in OPTIONS:
         if name in plan.params:
             setattr(said, name, plan.params[name])
+    said.omits_nan = plan.params.get("nan") == "omit"
     return said
 
 
@@ -164,6 +165,7 @@ class CpuBackend:
     """The native kernels on tensors in CPU memory."""
 
     name = "cpu"
+    omits_nan = True
     block_cells = 1 << 20  # a call costs some 10 us in Python; the kernel tiles for the caches by itself
     threads_inside = False
 
@@ -193,7 +195,7 @@ class CpuBackend:
                 return None
             mask_ptr = mask.data_ptr()
         values = torch.empty(plan.out_shape, dtype=how.dtype)
-        new_mask = torch.ones if how.strides and mask is None else torch.empty
+        new_mask = torch.ones if how.strides and mask is None and not how.omits_nan else torch.empty
         valid = new_mask(plan.out_shape, dtype=torch.bool)
         results_ptr = (values.data_ptr(), valid.data_ptr())
         status = how.call(*how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *how.strides)
@@ -300,13 +302,14 @@ class Direct:
     after: tuple[float, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    omits_nan: bool
 
 
 @lru_cache(maxsize=1024)
 def direct(plan: Plan) -> Direct | None:
     """How the plan runs in one call; None where it takes several, or the reference's way."""
     row, number, result = plan.row, number_of(plan.dtype.name), number_of(plan.result.name)
-    if len(plan.fold) != 3 or plan.params["nan"] != "propagate" or not math.prod(plan.shape):
+    if len(plan.fold) != 3 or plan.params.get("nan") == "raise" or not math.prod(plan.shape):
         return None
     _, n, inner = plan.fold
     dense = (n * inner, inner, 1)
@@ -318,6 +321,7 @@ def direct(plan: Plan) -> Direct | None:
             after=(number, *plan.fold, *dense, *dense, plan.leaf),
             strides=(result, *dense),
             dtype=getattr(torch, plan.result.torch),
+            omits_nan=options(plan).omits_nan,
         )
     how = finishing(plan)
     if how is None:
@@ -328,6 +332,7 @@ def direct(plan: Plan) -> Direct | None:
         after=(number, *plan.fold, *dense, *dense, plan.leaf, how.min_count, how.needs, how.number),
         strides=(),
         dtype=how.dtype,
+        omits_nan=options(plan).omits_nan,
     )
 
 
