@@ -360,6 +360,6 @@ def test_nan_omit_equals_masking_the_nan_cells(row: Row) -> None:
         turned = data.t().contiguous().t()
         for dim, mask in itertools.product(dims_of(row, 2), (sample.mask, sample.mask[:1], None)):
             expected = run(row, data, ~data.isnan() if mask is None else mask & ~data.isnan(), **along(dim))
-            for given in (data, turned):
-                found = run(row, given, mask, nan="omit", **along(dim))
+            for held in (data, turned):
+                found = run(row, held, mask, nan="omit", **along(dim))
                 assert_same_bits(found, expected, (row.name, dim, dtype.name, shape))
