@@ -32,9 +32,16 @@ class Cells:
         """The weights of a block, where there are any."""
         return () if self.weights is None else (self.weights[where],)
 
-    def block(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
-        """Data and mask of a block, as kernels see them; the mask tells what counts, NaN policy included."""
+    def block(
+        self, outer: slice, run: slice, inner: slice, *, negated: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Data and mask of a block, as kernels see them; the mask tells what counts, NaN policy included.
+
+        The cells of a row that negates are `negated`, where the kernel does not do that itself.
+        """
         data = seen(self.plan, self.data[outer, run, inner])
+        if negated and isinstance(self.plan.row, Normalization) and self.plan.row.negates:
+            data = data.neg()
         mask = None if self.mask is None else self.mask[outer, run, inner]
         return data, counting(self.plan.row, data, mask, self.policy)
 
@@ -55,8 +62,7 @@ def seen(plan: Plan, data: Tensor) -> Tensor:
         return data
     if plan.flipped:
         return data.view(torch.int64) ^ torch.iinfo(torch.int64).min
-    wide = data.to(getattr(torch, plan.dtype.torch))
-    return wide.neg() if isinstance(plan.row, Normalization) and plan.row.negates else wide
+    return data.to(getattr(torch, plan.dtype.torch))
 
 
 class Folded:

@@ -366,7 +366,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher) -> Masked:
     def task(rows: slice, columns: slice) -> Callable[[], None]:
         def fill_block() -> None:
             where = (rows, slice(0, cells.shape[1]), columns)
-            data, mask = cells.block(*where)
+            data, mask = cells.block(*where, negated=False)
             status = finisher.fill(plan, data, mask, result[where], valid[where])
             if status == "refused":
                 assert isinstance(plan.row, Scan)

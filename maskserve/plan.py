@@ -76,8 +76,8 @@ class Plan:
 
     @property
     def as_stored(self) -> bool:
-        """Whether kernels see the cells as they lie in memory."""
-        return self.stored is self.dtype and not (isinstance(self.row, Normalization) and self.row.negates)
+        """Whether kernels see the cells in the dtype that they have in memory."""
+        return self.stored is self.dtype
 
     @property
     def n_reduced(self) -> int:

@@ -58,12 +58,16 @@ Block block_of(const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int
 bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
           int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
           int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
-          uint64_t third_ptr) {
+          uint64_t third_ptr, uint64_t fourth_ptr, uint64_t fifth_ptr, uint64_t weights_ptr, int weights_dtype,
+          int64_t weights_outer, int64_t weights_n, int64_t weights_inner) {
   check(kernel >= 0 && kernel < maskserve::n_lifts, "kernel is an index into LIFTS");
-  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
-                               mask_n, mask_inner, leaf);
+  Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
+                         mask_inner, leaf);
+  block.weights = operand(weights_ptr, weights_outer, weights_n, weights_inner);
+  block.weights_dtype = dtype_of(weights_dtype);
   const Parts parts{address<int64_t>(count_ptr),
-                    {address<void>(first_ptr), address<void>(second_ptr), address<void>(third_ptr)}};
+                    {address<void>(first_ptr), address<void>(second_ptr), address<void>(third_ptr),
+                     address<void>(fourth_ptr), address<void>(fifth_ptr)}};
   const maskserve::Lift run = maskserve::variant().lifts[kernel];
   nb::gil_scoped_release released;
   return run(block, options, parts);
@@ -111,12 +115,13 @@ void pick(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
 }
 
 int finish(int kernel, const Options& options, int64_t n, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
-           uint64_t third_ptr, int64_t min_count, double needs, int result, uint64_t values_ptr, uint64_t valid_ptr) {
+           uint64_t third_ptr, uint64_t fourth_ptr, uint64_t fifth_ptr, int64_t min_count, double needs, int result, uint64_t values_ptr, uint64_t valid_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_finishes, "kernel is an index into FINISHES");
   const maskserve::States states{
       n,
       address<const int64_t>(count_ptr),
-      {address<const void>(first_ptr), address<const void>(second_ptr), address<const void>(third_ptr)}};
+      {address<const void>(first_ptr), address<const void>(second_ptr), address<const void>(third_ptr),
+       address<const void>(fourth_ptr), address<const void>(fifth_ptr)}};
   const maskserve::Limits limits{min_count, needs};
   nb::gil_scoped_release released;
   return maskserve::finish(kernel, states, options, limits, dtype_of(result), address<unsigned char>(values_ptr),
@@ -132,13 +137,13 @@ constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as 
 
 // lift (or, of kernel n_lifts + k, selection k) and finish in one call: states are memory traffic, and in a small tensor
 // the calls are what takes time. A status; where it is not fill_done, what was written means nothing.
-int reduce(int kernel, int finish, const Options& options, int n_parts, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
+int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
            int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
            int64_t mask_inner, int64_t leaf, int64_t min_count, double needs, int result, uint64_t values_ptr,
            uint64_t valid_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_lifts + maskserve::n_selections, "kernel is an index into LIFTS + SELECTIONS");
   check(finish >= 0 && finish < maskserve::n_finishes, "finish is an index into FINISHES");
-  check(n_parts >= 1 && n_parts <= 4, "a state has a count and up to three parts");
+  check(n_held >= 1 && n_held <= maskserve::n_parts + 1, "a state has a count and up to five parts");
   Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
                          mask_inner, leaf);
   const Dtype result_dtype = dtype_of(result);
@@ -147,19 +152,18 @@ int reduce(int kernel, int finish, const Options& options, int n_parts, uint64_t
   const int64_t group_cells = n * inner > 0 ? n * inner : 1;
   const int64_t most = group_cells < n_reduced_cells ? n_reduced_cells / group_cells : 1;
   const size_t n_states = static_cast<size_t>((most < outer ? most : outer) * inner);
-  const std::unique_ptr<int64_t[]> room(new int64_t[n_states * static_cast<size_t>(n_parts) + 1]);
+  const std::unique_ptr<int64_t[]> room(new int64_t[n_states * static_cast<size_t>(n_held) + 1]);
   for (int64_t o = 0; o < outer; o += most) {
     block.outer = outer - o < most ? outer - o : most;
     const int64_t n_results = block.outer * inner;
-    void* part_ptr[3] = {};
-    for (int k = 0; k + 1 < n_parts; ++k) part_ptr[k] = room.get() + (k + 1) * n_results;
-    const Parts parts{room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}};
+    Parts parts;
+    maskserve::States states{n_results, parts.count_ptr = room.get(), {}};
+    for (int k = 0; k + 1 < n_held; ++k) states.part_ptr[k] = parts.part_ptr[k] = room.get() + (k + 1) * n_results;
     if (kernel >= maskserve::n_lifts) {
-      maskserve::selections[kernel - maskserve::n_lifts](block, options, static_cast<double*>(part_ptr[0]), room.get());
+      maskserve::selections[kernel - maskserve::n_lifts](block, options, static_cast<double*>(parts.part_ptr[0]), room.get());
     } else if (!maskserve::variant().lifts[kernel](block, options, parts)) {
       return maskserve::fill_refused;
     }
-    const maskserve::States states{n_results, room.get(), {part_ptr[0], part_ptr[1], part_ptr[2]}};
     const int status =
         maskserve::finish(finish, states, options, {min_count, needs}, result_dtype,
                           address<unsigned char>(values_ptr) + o * inner * maskserve::cell_bytes(result_dtype),
@@ -191,7 +195,9 @@ NB_MODULE(_native, m) {
       .def_rw("ord", &Options::ord)
       .def_rw("eps", &Options::eps)
       .def_rw("correction", &Options::correction)
-      .def_rw("omits_nan", &Options::omits_nan);
+      .def_rw("omits_nan", &Options::omits_nan)
+      .def_rw("negates", &Options::negates)
+      .def_rw("wide", &Options::wide);
   m.def("isa", [] { return maskserve::variant().name; });
   m.def("lift", &lift);
   m.def("fill", &fill);

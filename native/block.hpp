@@ -23,7 +23,9 @@ struct Operand {
 struct Block {
   Operand data;
   Operand mask;  // bytes 0 or 1
+  Operand weights;  // null: each cell counts once
   Dtype dtype = Dtype::f32;
+  Dtype weights_dtype = Dtype::f32;
   int64_t outer = 0;
   int64_t n = 0;
   int64_t inner = 0;
@@ -34,9 +36,11 @@ struct Block {
 
 // Where the (outer, inner) results go, all contiguous: count (int64), then the parts of the pass (ops/passes.py) in
 // their order, as double, int64 or, for the best cell, the data's own dtype. A null part is not asked for.
+constexpr int n_parts = 5;  // beside the count, at most
+
 struct Parts {
   int64_t* count_ptr = nullptr;
-  void* part_ptr[3] = {nullptr, nullptr, nullptr};
+  void* part_ptr[n_parts] = {};
 };
 
 // Where a block of the data's shape goes: values of `dtype` and validity, at the strides of `values`.
@@ -53,6 +57,8 @@ struct Options {
   double eps = 0.0;         // the least norm that cells are divided by
   double correction = 0.0;  // of a variance
   bool omits_nan = false;
+  bool negates = false;     // the op of the negated cells: softmin
+  bool wide = false;        // the result is f64
 };
 
 // False, with nothing written, where the strides allow no walk at full speed: give a contiguous copy.
@@ -67,8 +73,9 @@ using Select = void (*)(const Block&, const Options&, double* values, int64_t* c
 
 // Every kernel, once: a new one is a line here and a function of its name.
 #define MASKSERVE_LIFTS(each) \
-  each(total) each(count) each(largest) each(smallest) each(truths) each(moments) each(exponentials)
-#define MASKSERVE_FILLS(each) each(softmax) each(log_softmax) each(cumulative_sum)
+  each(total) each(count) each(largest) each(smallest) each(truths) each(moments) each(exponentials) each(powers)
+#define MASKSERVE_FILLS(each) \
+  each(softmax) each(log_softmax) each(cumulative_sum) each(normalize) each(standardize)
 #define MASKSERVE_SELECTIONS(each) each(median)  // compiled once, for any processor
 
 #define MASKSERVE_NAME(kernel) #kernel,
@@ -97,7 +104,7 @@ constexpr Select selections[] = {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)};
 struct States {
   int64_t n;
   const int64_t* count_ptr;
-  const void* part_ptr[3];
+  const void* part_ptr[n_parts];
 };
 
 // A result is valid where its count reaches `min_count` and exceeds `needs`.
@@ -108,11 +115,11 @@ struct Limits {
 
 // `pair` and `limbs` are a sum's parts of f64 and of integers.
 enum class Finish : int {
-  sum, sum_pair, sum_limbs, mean, mean_pair, mean_limbs, var, std, same, count, at, any, all, logsumexp
+  sum, sum_pair, sum_limbs, mean, mean_pair, mean_limbs, var, std, same, count, at, any, all, logsumexp, norm
 };
 constexpr const char* finish_names[] = {
     "sum", "sum_pair", "sum_limbs", "mean", "mean_pair", "mean_limbs", "var", "std",
-    "same", "count", "at", "any", "all", "logsumexp",
+    "same", "count", "at", "any", "all", "logsumexp", "norm",
 };
 constexpr int n_finishes = sizeof finish_names / sizeof *finish_names;
 

@@ -44,6 +44,7 @@ struct ExponentialsState {
 };
 
 struct ExponentialsRoom {
+  bool negates = false;
   alignas(64) double cells[n_tile];   // as they are, -inf under the mask
   alignas(64) double raised[n_tile];  // exp(cell - top)
   alignas(64) double sums[n_tile];
@@ -56,7 +57,9 @@ struct ExponentialsRoom {
 
   void load(const Block& block, const Window& w) {
     keep_ptr = gather_keep(block, w, keep);
-    gather_doubles(block.dtype, block.data, w, keep_ptr, -infinity, cells);
+    gather_doubles(block.dtype, block.data, w, keep_ptr, negates ? infinity : -infinity, cells);
+    if (!negates) return;
+    for (int64_t j = 0; j < w.cells(); ++j) cells[j] = -cells[j];
   }
 };
 
@@ -200,8 +203,9 @@ bool is_quick(Dtype dtype, Dtype result) {
 // A slice that is one leaf is read and raised once. A longer one is read twice and raised twice where that is quick;
 // else its largest cell is found first, and exponentials are kept where the slice is not too long.
 template <bool is_log>
-int normalize(const Block& block, const Filled& filled) {
+int normalize(const Block& block, const Options& options, const Filled& filled) {
   const std::unique_ptr<ExponentialsRoom> room = room_for(block);
+  room->negates = options.negates;
   const bool quick = is_quick(block.dtype, filled.dtype), is_one_leaf = block.n <= block.leaf;
   const Raising raising = quick ? Raising::quick : raising_of(block.dtype);
   const bool may_store = !is_one_leaf && !quick && block.n <= n_stored / 16;
@@ -258,8 +262,12 @@ bool exponentials(const Block& block, const Options&, const Parts& parts) {
   return true;
 }
 
-int softmax(const Block& block, const Options&, const Filled& filled) { return normalize<false>(block, filled); }
-int log_softmax(const Block& block, const Options&, const Filled& filled) { return normalize<true>(block, filled); }
+int softmax(const Block& block, const Options& options, const Filled& filled) {
+  return normalize<false>(block, options, filled);
+}
+int log_softmax(const Block& block, const Options& options, const Filled& filled) {
+  return normalize<true>(block, options, filled);
+}
 
 }  // namespace MASKSERVE_ISA
 }  // namespace maskserve

@@ -15,6 +15,8 @@ namespace {
 
 #include "narrow.hpp"
 
+#include "powers.hpp"
+
 double at_least_one(int64_t count) { return static_cast<double>(count > 1 ? count : 1); }
 
 // The parts of states, under the names that the passes give them.
@@ -159,6 +161,10 @@ int finish(int kernel, const States& states, const Options& options, const Limit
       }
       return fill_done;
     case Finish::logsumexp: return to.doubles(dtype, [=](int64_t j) { return of.log_sum(j); });
+    case Finish::norm: {
+      const Order order = order_of(options.ord);
+      return to.doubles(dtype, [=](int64_t j) { return norm_of(order, of.number(0, j), of.number(1, j), of.number(2, j)); });
+    }
   }
   return fill_refused;
 }

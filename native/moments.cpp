@@ -12,6 +12,8 @@ namespace {
 
 #include "halving.hpp"
 
+#include "narrow.hpp"
+
 struct MomentsState {
   alignas(64) int64_t count[n_lanes];
   alignas(64) double mean[n_lanes], low[n_lanes], m2[n_lanes];
@@ -168,19 +170,46 @@ NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Wind
   }
 }
 
+template <class Visit>
+void each_leaf(const Block& block, Window& w, const Visit& visit) {
+  for (w.i = 0; w.i < block.n; w.i += block.leaf) {
+    w.rows = least(block.leaf, block.n - w.i);
+    visit();
+  }
+}
+
+const MomentsState& slice_moments(MomentsRoom& room, const Block& block, Window& w) {
+  each_leaf(block, w, [&] {
+    leaf_moments(room, block, w, room.tree.next());
+    room.tree.push(w.lanes());
+  });
+  return room.tree.finish(w.lanes());
+}
+
+std::unique_ptr<MomentsRoom> room_for(const Block& block) {
+  std::unique_ptr<MomentsRoom> room(new MomentsRoom);
+  room->tree.begin((block.n + block.leaf - 1) / block.leaf);
+  return room;
+}
+
+// The cells that count: none of a slice whose deviation is undefined.
+const unsigned char* keep_defined(MomentsRoom& room, const Window& w, const unsigned char* keep_ptr,
+                                  const unsigned char* defined) {
+  const int64_t lanes = w.lanes();
+  for (int64_t start = 0; start < w.cells(); start += lanes) {
+    for (int64_t l = 0; l < lanes; ++l) {
+      room.keep[start + l] = keep_ptr ? static_cast<unsigned char>(keep_ptr[start + l] & defined[l]) : defined[l];
+    }
+  }
+  return room.keep;
+}
+
 }  // namespace
 
 bool moments(const Block& block, const Options&, const Parts& parts) {
-  const std::unique_ptr<MomentsRoom> room(new MomentsRoom);
-  LeafTree<MomentsState>& tree = room->tree;
-  tree.begin((block.n + block.leaf - 1) / block.leaf);
+  const std::unique_ptr<MomentsRoom> room = room_for(block);
   each_window(block, block.leaf, [&](Window& w) {
-    for (w.i = 0; w.i < block.n; w.i += block.leaf) {
-      w.rows = least(block.leaf, block.n - w.i);
-      leaf_moments(*room, block, w, tree.next());
-      tree.push(w.lanes());
-    }
-    const MomentsState& state = tree.finish(w.lanes());
+    const MomentsState& state = slice_moments(*room, block, w);
     const int64_t at = w.o * block.inner + w.c;
     copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
     copy_canonical(state.mean, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);
@@ -188,6 +217,41 @@ bool moments(const Block& block, const Options&, const Parts& parts) {
     copy_canonical(state.m2, w.lanes(), static_cast<double*>(parts.part_ptr[2]) + at);
   });
   return true;
+}
+
+// (cell - mean) / standard deviation; a slice of one leaf is read once.
+int standardize(const Block& block, const Options& options, const Filled& filled) {
+  const std::unique_ptr<MomentsRoom> room = room_for(block);
+  const bool is_kept = block.n <= block.leaf && block.dtype != Dtype::i64;
+  bool overflowed = false;
+  each_window(block, block.leaf, [&](Window& w) {
+    const int64_t lanes = w.lanes(), period = period_of(lanes);
+    const MomentsState& state = slice_moments(*room, block, w);
+    alignas(64) double deviation[n_lanes], low_pattern[n_lanes], deviation_pattern[n_lanes];
+    unsigned char defined[n_lanes];
+    bool all_defined = true;
+    for (int64_t l = 0; l < lanes; ++l) {
+      const double divisor = static_cast<double>(state.count[l]) - options.correction;
+      deviation[l] = __builtin_sqrt(state.m2[l] / (divisor > 0.0 ? divisor : 1.0));
+      defined[l] = static_cast<double>(state.count[l]) > options.correction;
+      all_defined &= defined[l];
+    }
+    spread(state.mean, lanes, period, room->pattern);
+    spread(state.low, lanes, period, low_pattern);
+    spread(deviation, lanes, period, deviation_pattern);
+    const double *const mean = room->pattern, *const low = low_pattern, *const deviation_of = deviation_pattern;
+    each_leaf(block, w, [&] {
+      const unsigned char* keep_ptr = gather_keep(block, w, room->keep);
+      if (!is_kept) gather_doubles(block.dtype, block.data, w, keep_ptr, 0.0, room->cells);
+      if (!all_defined) keep_ptr = keep_defined(*room, w, keep_ptr, defined);
+      double* const cells = room->cells;
+      each_cell(w.cells(), period, [=](int64_t p, int64_t j) {
+        cells[j] = ((cells[j] - mean[p]) - low[p]) / deviation_of[p];
+      });
+      overflowed |= write_doubles(filled, w, cells, keep_ptr);
+    });
+  });
+  return overflowed ? fill_overflowed : fill_done;
 }
 
 }  // namespace MASKSERVE_ISA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ SHAPES = (
 INEXACT = {row.name for row in NATIVE if any(word in row.name for word in ("softm", "logsumexp", "std"))}
 """exp and log are each back end's own; torch's square root is not always the nearest."""
 
+NORMS = [{"ord": ord} for ord in (1, 3, 0.5, 0, -1, -2, math.inf, -math.inf)]
+VARIED = [
+    *((OPS[name], params) for name in ("norm", "normalize") for params in NORMS),
+    *((OPS["standardize"], {"correction": correction}) for correction in (0, 3)),
+]
+"""Rows whose parameters choose another kernel, or another end."""
 FINISHED = [row for row in NATIVE if isinstance(row, Reduction) and row.passes and not row.picks]
 every_dtype = pytest.mark.parametrize("dtype", SERVED, ids=repr)
 every_row = pytest.mark.parametrize("row", NATIVE, ids=lambda row: row.name)
@@ -78,6 +85,49 @@ def test_every_row_is_the_references(row: Row, dtype: DType, shape: tuple[int, i
     assert_agree(row, *both(row, data, mask, dim=1), "masked")
     plain = torch.where(mask, data, torch.ones((), dtype=data.dtype))
     assert_agree(row, *both(row, plain, None, dim=1), "no mask")
+
+
+@every_shape
+@every_dtype
+@pytest.mark.parametrize(("row", "params"), VARIED, ids=[f"{row.name}-{params}" for row, params in VARIED])
+def test_every_parameter_is_the_references(
+    row: Row, params: dict[str, Any], dtype: DType, shape: tuple[int, int, int]
+) -> None:
+    data, mask = sample(dtype, shape, seed=shape[1] + 1)
+    data = tame(data, mask)
+    if dtype is dtypes.f16 and "ord" in params:
+        params = params | {"dtype": dtypes.f32}
+    for cells, valid in ((data, mask), (torch.where(mask, data, torch.ones((), dtype=data.dtype)), None)):
+        got, expected = both(row, cells, valid, dim=1, **params)
+        assert_same_bits((got[1],), (expected[1],))
+        if params.get("ord") == 3:  # a cube root is each back end's own
+            assert ulps(got[0], expected[0], got[0].dtype) <= (2 if got[0].dtype is torch.float64 else 1)
+        else:
+            assert_same_bits(got, expected)
+
+
+NORM_CASES: list[list[float]] = [
+    [1e200, 1e200], [1e-200, 1e-200], [5e-324] * 3, [2.0**-1040, 3 * 2.0**-1042], [1.7e308, -1.7e308], [1e300, 1e-300],
+    [math.inf, 1.0], [-math.inf, math.nan], [0.0, -0.0], [0.0, 5.0], [math.nan, 0.0],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cells", NORM_CASES, ids=str)
+@pytest.mark.parametrize("ord", [2, *(params["ord"] for params in NORMS)])
+def test_norms_of_special_cells_are_the_references(ord: float, cells: list[float]) -> None:
+    """Also across leaves whose scales differ."""
+    few = torch.tensor([cells], dtype=torch.float64)
+    far = torch.cat([few.repeat(1, 2000), torch.ones(1, 5000, dtype=torch.float64), few.flip(1).repeat(1, 3000)], 1)
+    for data, mask in itertools.product((few, far, far * 2.0**-100), (None, True)):
+        valid = None if mask is None else (torch.arange(data.shape[1]) % 3 != 1).expand(data.shape)
+        for row in (OPS["norm"], OPS["normalize"]):
+            got, expected = both(row, data, valid, dim=1, ord=ord)
+            assert_same_bits((got[1],), (expected[1],))
+            assert ulps(got[0], expected[0], torch.float64) <= (2 if ord == 3 else 0), row.name
+
+
+def test_an_unusual_norm_is_the_references() -> None:
+    assert choose(plan_of(OPS["norm"], torch.ones(3), ord=2.5)).backend.name == "reference"
 
 
 @every_dtype

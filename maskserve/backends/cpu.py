@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference import kernel as reference
-from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, i64
+from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, f64, i64
 from maskserve.ops import passes
 from maskserve.ops.rows import Normalization, Reduction, Scan
 
@@ -40,17 +40,24 @@ LIFTS = {
     passes.FIRST_SMALLEST: "smallest",
     passes.TRUTHS: "truths",
     passes.EXPONENTIALS: "exponentials",
+    passes.POWERS: "powers",
 }
 PASSES = {step.name: step for step in LIFTS}
 FILLS = {
     ".normalizations:apply_softmax": "softmax",
     ".normalizations:apply_log_softmax": "log_softmax",
+    ".norms:apply_normalize": "normalize",
+    ".normalizations:apply_standardize": "standardize",
     ".scans:CumulativeSum": "cumulative_sum",
 }
 SELECTIONS = {".selections:median": "median"}
 WHOLE = {*FILLS, *SELECTIONS}
 OPTIONS = ("ord", "eps", "correction")
 """The parameters that kernels read, by their names in the row."""
+VALUES: dict[str, tuple[float, ...]] = {"ord": (2, 1, 3, 0.5, 0, -1, -2, math.inf, -math.inf)}
+"""The values that kernels know of a parameter, where they do not know all."""
+N_PARTS = 6
+"""The parts of a state at most, its count among them."""
 FINISHES = {
     ".reductions:finalize_sum": "sum",
     ".reductions:finalize_mean": "mean",
@@ -62,6 +69,7 @@ FINISHES = {
     ".reductions:finalize_any": "any",
     ".reductions:finalize_all": "all",
     ".reductions:finalize_logsumexp": "logsumexp",
+    ".norms:finalize_norm": "norm",
 }
 
 
@@ -97,6 +105,8 @@ def options(plan: Plan) -> Any:
         if name in plan.params:
             setattr(said, name, plan.params[name])
     said.omits_nan = plan.params.get("nan") == "omit"
+    said.negates = isinstance(plan.row, Normalization) and plan.row.negates
+    said.wide = plan.result is f64
     return said
 
 
@@ -178,6 +188,9 @@ class CpuBackend:
         known = all(PASSES.get(step.name) is step for step in plan.passes) and all(name in WHOLE for name in whole)
         if not known or not (plan.passes or whole):
             return f"it has no kernel for {row.name}" + (" with weights" if plan.weighted else "")
+        for parameter, values in VALUES.items():
+            if plan.params.get(parameter, values[0]) not in values:
+                return f"it has no kernel for {row.name} with {parameter}={plan.params[parameter]}"
         if plan.dtype not in SERVED or plan.flipped:
             return f"it has no kernel for {plan.stored}"
         if isinstance(row, Normalization | Scan) and plan.result not in FLOATING | {i64}:
@@ -220,14 +233,14 @@ class CpuBackend:
         kernel, dtype, part_dtypes = lift_kernel(plan.passes[0].name, plan.dtype.name)
         parts = {name: torch.empty((outer, inner), dtype=dtype) for name, dtype in part_dtypes}
         parts_ptr = [part.data_ptr() for part in parts.values()]
-        parts_ptr += [0] * (4 - len(parts_ptr))
+        parts_ptr += [0] * (N_PARTS - len(parts_ptr))
         mask_ptr, *mask_strides = strided(mask)
         lift = native().lift
 
         def walked(cells: Tensor) -> bool:
             walked: bool = lift(
                 kernel, options(plan), cells.data_ptr(), mask_ptr, dtype, outer, n, inner,
-                *cells.stride(), *mask_strides, plan.leaf, *parts_ptr,
+                *cells.stride(), *mask_strides, plan.leaf, *parts_ptr, 0, 0, *NO_MASK,
             )  # fmt: skip
             return walked
 
@@ -283,7 +296,7 @@ class CpuBackend:
             return None
         held = [part if part.is_contiguous() else part.contiguous() for part in (parts[name] for name in how.parts)]
         parts_ptr = [part.data_ptr() for part in held]
-        parts_ptr += [0] * (4 - len(parts_ptr))
+        parts_ptr += [0] * (N_PARTS - len(parts_ptr))
         values = torch.empty(plan.out_shape, dtype=how.dtype)
         valid = torch.empty(plan.out_shape, dtype=torch.bool)
         status: int = native().finish(

@@ -61,7 +61,6 @@ POWERS = Pass(
         Part(name="scale", dtype=f64), Part(name="ord", dtype=f64),
     ),
     reference=".norms:Powers",
-    exact_bits=False,
 )  # fmt: skip
 FIRST = Pass(name="first", parts=lambda d: (COUNT_PART, Part(name="best", dtype=d)), reference=".places:First")
 LAST = Pass(name="last", parts=lambda d: (COUNT_PART, Part(name="best", dtype=d)), reference=".places:Last")

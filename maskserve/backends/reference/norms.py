@@ -94,7 +94,7 @@ def power(size: Tensor, ord: float) -> Tensor:
         case 3:
             return size.square().mul_(size)
         case 0.5:
-            return size.sqrt()
+            return root(size)
         case -1:
             return size.reciprocal()
         case -2:
