@@ -120,7 +120,7 @@ def reduce(plan: Plan, cells: Cells) -> Masked:
 def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
     """Short slices, whole: their states never leave the back end. None where slices are long, or it cannot."""
     outer, n, inner = cells.shape
-    if len(plan.fold) > 3 or not 0 < n * inner <= SMALL or not outer:
+    if len(plan.fold) > 3 or plan.weighted or not 0 < n * inner <= SMALL or not outer:
         return None
     values = torch.empty((outer, inner), dtype=getattr(torch, plan.result.torch))
     valid = torch.empty((outer, inner), dtype=torch.bool)

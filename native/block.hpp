@@ -73,7 +73,8 @@ using Select = void (*)(const Block&, const Options&, double* values, int64_t* c
 
 // Every kernel, once: a new one is a line here and a function of its name.
 #define MASKSERVE_LIFTS(each) \
-  each(total) each(count) each(largest) each(smallest) each(truths) each(moments) each(exponentials) each(powers)
+  each(total) each(count) each(largest) each(smallest) each(truths) each(moments) each(exponentials) each(powers) \
+  each(product) each(first) each(last) each(extent) each(weighted_total) each(weighted_moments)
 #define MASKSERVE_FILLS(each) \
   each(softmax) each(log_softmax) each(cumulative_sum) each(normalize) each(standardize)
 #define MASKSERVE_SELECTIONS(each) each(median)  // compiled once, for any processor
@@ -115,11 +116,13 @@ struct Limits {
 
 // `pair` and `limbs` are a sum's parts of f64 and of integers.
 enum class Finish : int {
-  sum, sum_pair, sum_limbs, mean, mean_pair, mean_limbs, var, std, same, count, at, any, all, logsumexp, norm
+  sum, sum_pair, sum_limbs, mean, mean_pair, mean_limbs, var, std, same, count, at, any, all, logsumexp, norm,
+  prod, ptp, weighted_sum, weighted_mean, weighted_var, weighted_std
 };
 constexpr const char* finish_names[] = {
     "sum", "sum_pair", "sum_limbs", "mean", "mean_pair", "mean_limbs", "var", "std",
-    "same", "count", "at", "any", "all", "logsumexp", "norm",
+    "same", "count", "at", "any", "all", "logsumexp", "norm", "prod", "ptp", "weighted_sum", "weighted_mean",
+    "weighted_var", "weighted_std",
 };
 constexpr int n_finishes = sizeof finish_names / sizeof *finish_names;
 

@@ -120,14 +120,6 @@ NEVER_INLINE void leaf_exponentials(ExponentialsRoom& room, const Block& block, 
   for (int64_t l = 0; l < lanes; ++l) state.total[l] = room.sums[l] + 0.0, state.count[l] = 0;
 }
 
-template <class Visit>
-void each_leaf(const Block& block, Window& w, const Visit& visit) {
-  for (w.i = 0; w.i < block.n; w.i += block.leaf) {
-    w.rows = least(block.leaf, block.n - w.i);
-    visit();
-  }
-}
-
 const ExponentialsState& slice_exponentials(ExponentialsRoom& room, const Block& block, Window& w, Raising raising,
                                             bool counts) {
   each_leaf(block, w, [&] {

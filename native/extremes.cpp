@@ -136,6 +136,46 @@ NEVER_INLINE bool best_cells(const Block& block, const Parts& parts, const Key& 
   return true;
 }
 
+// The smallest and the largest cells of one walk.
+template <class Key>
+NEVER_INLINE bool range_cells(const Block& block, const Parts& parts, const Key& high_key) {
+  using K = typename Key::Out;
+  struct Room {
+    alignas(64) K keys[n_tile];
+    alignas(64) unsigned char keep[n_tile];
+    alignas(64) K best[2][n_tile_lanes];
+    alignas(64) int64_t count[n_tile_lanes];
+    TileBest<Key> tile;
+  };
+  const std::unique_ptr<Room> room(new Room);
+  Key low_key = high_key;  // what stands for a masked cell is the same in both orders
+  low_key.flip = static_cast<typename Key::Raw>(~high_key.flip);
+  const Key keys[2] = {low_key, high_key};
+  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  each_window(block, most_rows, [&](Window& w) {
+    const int64_t lanes = w.lanes();
+    for (int64_t l = 0; l < lanes; ++l) room->best[0][l] = room->best[1][l] = high_key.hidden, room->count[l] = 0;
+    for (w.i = 0; w.i < block.n; w.i += most_rows) {
+      w.rows = least(most_rows, block.n - w.i);
+      const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
+      for (int k = 0; k < 2; ++k) {
+        gather(block.data, w, keep_ptr, keys[k], room->keys);
+        room->tile.search(room->keys, w.cells(), lanes, high_key.hidden);
+        const K* const found = room->tile.best;
+        K* const best = room->best[k];
+        for (int64_t l = 0; l < lanes; ++l) best[l] = found[l] > best[l] ? found[l] : best[l];
+      }
+      count_window(keep_ptr, w, room->count);
+    }
+    for (int k = 0; k < 2; ++k) {
+      auto* const best = static_cast<typename Key::Raw*>(parts.part_ptr[k]) + w.o * block.inner + w.c;
+      for (int64_t l = 0; l < lanes; ++l) best[l] = keys[k].cell(room->best[k][l]);
+    }
+    write_lanes(block, w, room->count, parts.count_ptr);
+  });
+  return true;
+}
+
 bool extremes(const Block& block, const Parts& parts, bool largest) {
   return with_key(block.dtype, largest, [&](const auto& key) { return best_cells(block, parts, key); });
 }
@@ -196,6 +236,10 @@ bool count_numbers(const Block& block, const Parts& parts) {
 
 bool largest(const Block& block, const Options&, const Parts& parts) { return extremes(block, parts, true); }
 bool smallest(const Block& block, const Options&, const Parts& parts) { return extremes(block, parts, false); }
+
+bool extent(const Block& block, const Options&, const Parts& parts) {
+  return with_key(block.dtype, true, [&](const auto& key) { return range_cells(block, parts, key); });
+}
 
 bool truths(const Block& block, const Options&, const Parts& parts) {
   switch (block.dtype) {

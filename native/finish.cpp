@@ -17,6 +17,8 @@ namespace {
 
 #include "powers.hpp"
 
+#include "mantissas.hpp"
+
 double at_least_one(int64_t count) { return static_cast<double>(count > 1 ? count : 1); }
 
 // The parts of states, under the names that the passes give them.
@@ -47,9 +49,11 @@ struct Writer {
   const Limits& limits;
   unsigned char* values_ptr;
   unsigned char* mask_ptr;
+  const double* weight_ptr = nullptr;
 
   bool valid(int64_t j) const {
     const int64_t count = states.count_ptr[j];
+    if (weight_ptr && weight_ptr[j] == 0.0) return false;
     return count >= limits.min_count && static_cast<double>(count) > limits.needs;
   }
 
@@ -112,6 +116,56 @@ struct Writer {
     }
   }
 
+  // Products, exact; refused where one leaves int64. Beside 2^63 its estimate cannot tell, and the sign can: what wraps
+  // there changes it.
+  template <class Estimate>
+  int whole_products(const Reader& of, const Estimate& estimate) const {
+    bool fits = true;
+    for (int64_t j = 0; j < states.n; ++j) {
+      const int64_t wrapped = of.integer(3, j);
+      const double about = estimate(j);
+      const bool same_sign = (wrapped > 0) == (about > 0.0) && (wrapped < 0) == (about < 0.0);
+      fits &= !valid(j) || (size_of(about) < 0x1p63 * (1 + 1e-9) && same_sign);
+      store(j, static_cast<uint64_t>(wrapped));
+    }
+    return fits ? fill_done : fill_refused;
+  }
+
+  // The largest less the smallest integer; refused where that leaves the dtype.
+  template <class Whole>
+  int whole_ranges(const Reader& of) const {
+    bool fits = true;
+    for (int64_t j = 0; j < states.n; ++j) {
+      Whole range;
+      const bool overflows = __builtin_sub_overflow(of.part<Whole>(1, j), of.part<Whole>(0, j), &range);
+      fits &= !valid(j) || (!overflows && range >= 0);
+      store(j, static_cast<std::make_unsigned_t<Whole>>(range));
+    }
+    return fits ? fill_done : fill_refused;
+  }
+
+  template <class Cell>
+  int ranges(const Reader& of, Dtype dtype) const {
+    using Raw = typename Cell::Raw;
+    return doubles(dtype, [=](int64_t j) {
+      return as_double(Cell::widen(of.part<Raw>(1, j))) - as_double(Cell::widen(of.part<Raw>(0, j)));
+    });
+  }
+
+  int ranges_of(const Reader& of, Dtype dtype) const {
+    switch (dtype) {
+      case Dtype::f64: return ranges<F64Cell>(of, dtype);
+      case Dtype::f32: return ranges<F32Cell>(of, dtype);
+      case Dtype::f16: return ranges<F16Cell>(of, dtype);
+      case Dtype::bf16: return ranges<BF16Cell>(of, dtype);
+      case Dtype::i64: return whole_ranges<int64_t>(of);
+      case Dtype::i32: return whole_ranges<int32_t>(of);
+      case Dtype::i16: return whole_ranges<int16_t>(of);
+      case Dtype::i8: return whole_ranges<int8_t>(of);
+      default: return whole_ranges<uint8_t>(of);
+    }
+  }
+
   // Exact sums; refused where one leaves int64.
   int integers(const Reader& of) const {
     bool fits = true;
@@ -131,7 +185,10 @@ int finish(int kernel, const States& states, const Options& options, const Limit
            unsigned char* values_ptr, unsigned char* mask_ptr) {
   using namespace MASKSERVE_ISA;
   const Reader of{states, options};
-  const Writer to{states, limits, values_ptr, mask_ptr};
+  Writer to{states, limits, values_ptr, mask_ptr};
+  const auto nonzero = [](double weight) { return weight == 0.0 ? 1.0 : weight; };
+  const auto weighted_variance = [=](int64_t j) { return of.number(3, j) / nonzero(of.number(0, j)); };
+  const auto product = [=](int64_t j) { return scaled(of.number(0, j) + of.number(1, j), of.integer(2, j)); };
   switch (static_cast<Finish>(kernel)) {
     case Finish::sum: return to.doubles(dtype, [=](int64_t j) { return of.number(0, j); });
     case Finish::sum_pair:
@@ -161,6 +218,26 @@ int finish(int kernel, const States& states, const Options& options, const Limit
       }
       return fill_done;
     case Finish::logsumexp: return to.doubles(dtype, [=](int64_t j) { return of.log_sum(j); });
+    case Finish::prod:
+      return dtype == Dtype::i64 ? to.whole_products(of, product) : to.doubles(dtype, product);
+    case Finish::ptp: return to.ranges_of(of, dtype);
+    case Finish::weighted_sum:
+      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
+      return to.doubles(dtype, [=](int64_t j) {
+        return (of.number(2, j) + of.number(3, j)) * (of.integer(4, j) ? 0x1p128 : 1.0);
+      });
+    case Finish::weighted_mean:
+      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
+      return to.doubles(dtype, [=](int64_t j) {
+        return (of.number(2, j) + of.number(3, j)) / nonzero(of.number(0, j) + of.number(1, j)) *
+               (of.integer(4, j) ? 0x1p128 : 1.0);
+      });
+    case Finish::weighted_var:
+      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
+      return to.doubles(dtype, weighted_variance);
+    case Finish::weighted_std:
+      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
+      return to.doubles(dtype, [=](int64_t j) { return std::sqrt(weighted_variance(j)); });
     case Finish::norm: {
       const Order order = order_of(options.ord);
       return to.doubles(dtype, [=](int64_t j) { return norm_of(order, of.number(0, j), of.number(1, j), of.number(2, j)); });

@@ -170,14 +170,6 @@ NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Wind
   }
 }
 
-template <class Visit>
-void each_leaf(const Block& block, Window& w, const Visit& visit) {
-  for (w.i = 0; w.i < block.n; w.i += block.leaf) {
-    w.rows = least(block.leaf, block.n - w.i);
-    visit();
-  }
-}
-
 const MomentsState& slice_moments(MomentsRoom& room, const Block& block, Window& w) {
   each_leaf(block, w, [&] {
     leaf_moments(room, block, w, room.tree.next());

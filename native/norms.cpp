@@ -16,6 +16,8 @@ namespace {
 
 #include "powers.hpp"
 
+#include "mantissas.hpp"
+
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
 // The larger or the smaller one; NaN wins.
@@ -116,9 +118,6 @@ ALWAYS_INLINE int64_t scale_exponent(double reach) {
   return is_finite(reach) && reach != 0.0 ? (within + 1024) / 64 * 64 - 1024 : 0;
 }
 
-ALWAYS_INLINE double two_to(int64_t exponent) {
-  return bits_as<double>(static_cast<uint64_t>(exponent + 1023) << 52);
-}
 
 // cells = |cells| / scale. By two factors, for 2^-1024 has no inverse; what the first one makes subnormal is 0 after both.
 NEVER_INLINE void scale_sizes(PowersRoom& room, const Window& w, PowersState& state) {
@@ -187,14 +186,6 @@ NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& blo
     state.low[l] = is_finite(state.total[l]) ? room.lows[l] + 0.0 : 0.0;
   }
   return keep_ptr;
-}
-
-template <class Visit>
-void each_leaf(const Block& block, Window& w, const Visit& visit) {
-  for (w.i = 0; w.i < block.n; w.i += block.leaf) {
-    w.rows = least(block.leaf, block.n - w.i);
-    visit();
-  }
 }
 
 const PowersState& slice_powers(PowersRoom& room, const Block& block, Window& w, Order order,

@@ -35,6 +35,15 @@ void each_window(const Block& block, int64_t most_rows, const Visit& visit, int6
   }
 }
 
+// The rows of a window, leaf by leaf.
+template <class Visit>
+void each_leaf(const Block& block, Window& w, const Visit& visit) {
+  for (w.i = 0; w.i < block.n; w.i += block.leaf) {
+    w.rows = least(block.leaf, block.n - w.i);
+    visit();
+  }
+}
+
 // Calls run(first cell, its place in the tile, cells, stride, stride in the tile) for runs that are as long as can be.
 template <class Run>
 ALWAYS_INLINE void each_run(const Operand& operand, const Window& w, const Run& run) {

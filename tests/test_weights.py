@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import maskserve as ms
+from maskserve import execution
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError
-from tests.samples import ulps
+from tests.instruction_sets import assert_same_bits_as_baseline
+from tests.samples import assert_same_bits, bits, ulps
 
 inf, nan = math.inf, math.nan
 f32, f64 = torch.float32, torch.float64
@@ -123,6 +126,39 @@ def test_random_moments_are_within_their_ulps_of_exact(pairs: list[tuple[float, 
             continue
         got = getattr(ms, op)(data, weights=weights, **words)
         assert abs(Fraction(got.item()) - expected[op]) <= allowed * Fraction(math.ulp(reach)), op
+
+
+@pytest.mark.parametrize("kind", [f64, f32, torch.bfloat16, torch.int8, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("weights_kind", [f64, f32, torch.int16], ids=str)
+def test_native_weights_have_the_references_bits(kind: torch.dtype, weights_kind: torch.dtype) -> None:
+    """Whatever the strides of data, mask and weights are."""
+    for shape in ((300, 3, 1), (40, 65, 3), (2, 4097, 1), (2, 131, 256), (1, 4200, 3)):
+        data, mask, weights = drawn(shape[1], shape)
+        data = junk(data, mask).get_data().nan_to_num(7).to(kind)
+        for shared in (weights, weights[:1, :, :1], weights[:1], weights.transpose(0, 2).contiguous().transpose(0, 2)):
+            for (op, words), x in itertools.product(OPS, (data, ms.masked_tensor(data, mask))):
+                arguments = {"weights": (shared * 9).to(weights_kind), **words}
+                with execution.using(backend="reference"):
+                    expected = getattr(ms, op)(x, 1, **arguments)
+                with execution.using(backend="cpu"):
+                    got = getattr(ms, op)(x, 1, **arguments)
+                assert_same_bits(*((y.get_data(), y.get_mask()) for y in (got, expected)), (op, shape))
+
+
+def print_bits() -> None:
+    """The bits of weighted rows, for a process to compare with another's."""
+    from maskserve.backends import _native
+
+    print(_native.isa())
+    for shape, kind, (op, words) in itertools.product(((99, 3, 1), (2, 4100, 1), (2, 131, 70)), (f64, f32), OPS):
+        data, mask, weights = drawn(5, shape, kind)
+        result = getattr(ms, op)(ms.masked_tensor(data, mask), 1, weights=weights, **words)
+        print(op, kind, shape, [part.hex() for part in bits(result.get_data(), result.get_mask())])
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+    assert_same_bits_as_baseline("tests.test_weights", isa)
 
 
 def test_products_neither_round_nor_overflow_on_the_way() -> None:

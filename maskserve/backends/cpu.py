@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference import kernel as reference
+from maskserve.backends.reference import lift as lift_as_reference
 from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, f64, i64
 from maskserve.ops import passes
 from maskserve.ops.rows import Normalization, Reduction, Scan
@@ -41,6 +42,12 @@ LIFTS = {
     passes.TRUTHS: "truths",
     passes.EXPONENTIALS: "exponentials",
     passes.POWERS: "powers",
+    passes.PRODUCT: "product",
+    passes.FIRST: "first",
+    passes.LAST: "last",
+    passes.EXTENT: "extent",
+    passes.WEIGHTED_TOTAL: "weighted_total",
+    passes.WEIGHTED_MOMENTS: "weighted_moments",
 }
 PASSES = {step.name: step for step in LIFTS}
 FILLS = {
@@ -70,6 +77,12 @@ FINISHES = {
     ".reductions:finalize_all": "all",
     ".reductions:finalize_logsumexp": "logsumexp",
     ".norms:finalize_norm": "norm",
+    ".products:finalize_prod": "prod",
+    ".places:finalize_ptp": "ptp",
+    ".weighted:finalize_sum": "weighted_sum",
+    ".weighted:finalize_mean": "weighted_mean",
+    ".weighted:finalize_var": "weighted_var",
+    ".weighted:finalize_std": "weighted_std",
 }
 
 
@@ -157,9 +170,10 @@ def finishing(plan: Plan) -> Finishing | None:
     if row.passes:
         if plan.finalize not in FINISHES:
             return None
-        name, parts = FINISHES[plan.finalize], tuple(part.name for part in row.passes[0].parts(plan.dtype))
-        name += "_pair" if "exponent" in parts else "_limbs" if "high" in parts else ""
-        if name == "sum_limbs" and plan.result.is_integral and plan.result is not i64:
+        name, parts = FINISHES[plan.finalize], tuple(part.name for part in plan.passes[0].parts(plan.dtype))
+        of_dtype = name + ("_pair" if "exponent" in parts else "_limbs" if "high" in parts else "")
+        name = of_dtype if of_dtype in native().FINISHES else name
+        if name in ("sum_limbs", "prod") and plan.result.is_integral and plan.result is not i64:
             return None  # narrower than the kernel checks
     return Finishing(
         kernel=list(native().FINISHES).index(name),
@@ -191,6 +205,8 @@ class CpuBackend:
         for parameter, values in VALUES.items():
             if plan.params.get(parameter, values[0]) not in values:
                 return f"it has no kernel for {row.name} with {parameter}={plan.params[parameter]}"
+        if plan.weighted and plan.params["weights"] not in SERVED:
+            return f"it has no kernel for weights of {plan.params['weights']}"
         if plan.dtype not in SERVED or plan.flipped:
             return f"it has no kernel for {plan.stored}"
         if isinstance(row, Normalization | Scan) and plan.result not in FLOATING | {i64}:
@@ -235,17 +251,22 @@ class CpuBackend:
         parts_ptr = [part.data_ptr() for part in parts.values()]
         parts_ptr += [0] * (N_PARTS - len(parts_ptr))
         mask_ptr, *mask_strides = strided(mask)
+        weights_ptr, *weights_strides = strided(weights)
+        weights_dtype = dtype if weights is None else number_of(plan.params["weights"].name)
         lift = native().lift
 
         def walked(cells: Tensor) -> bool:
             walked: bool = lift(
                 kernel, options(plan), cells.data_ptr(), mask_ptr, dtype, outer, n, inner,
-                *cells.stride(), *mask_strides, plan.leaf, *parts_ptr, 0, 0, *NO_MASK,
+                *cells.stride(), *mask_strides, plan.leaf, *parts_ptr,
+                weights_ptr, weights_dtype, *weights_strides,
             )  # fmt: skip
             return walked
 
         if walked(data):
             return parts
+        if weights is not None:  # one of them is negative
+            return lift_as_reference(plan, plan.passes[0], data, mask, weights)
         if len(part_dtypes) == 1:  # a count reads the mask alone
             assert mask is not None
             mask = mask.contiguous()
@@ -322,7 +343,7 @@ class Direct:
 def direct(plan: Plan) -> Direct | None:
     """How the plan runs in one call; None where it takes several, or the reference's way."""
     row, number, result = plan.row, number_of(plan.dtype.name), number_of(plan.result.name)
-    if len(plan.fold) != 3 or plan.params.get("nan") == "raise" or not math.prod(plan.shape):
+    if len(plan.fold) != 3 or plan.weighted or plan.params.get("nan") == "raise" or not math.prod(plan.shape):
         return None
     _, n, inner = plan.fold
     dense = (n * inner, inner, 1)
