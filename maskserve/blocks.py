@@ -65,6 +65,11 @@ def seen(plan: Plan, data: Tensor) -> Tensor:
     return data.to(getattr(torch, plan.dtype.torch))
 
 
+def as_stored(plan: Plan, cells: Tensor) -> Tensor:
+    """Cells that kernels saw, in the dtype that they came in."""
+    return (cells ^ torch.iinfo(torch.int64).min).view(torch.uint64) if plan.flipped else cells
+
+
 class Folded:
     """A tensor seen in a folded shape; where strides allow no view, only the block asked for is copied."""
 

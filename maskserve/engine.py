@@ -18,12 +18,12 @@ from maskserve.backends import Backend, Finisher, Parts
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
-from maskserve.blocks import Cells, counting, cut, spans
+from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError
 from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel, nan_policy
 from maskserve.masks import intersection
-from maskserve.ops.rows import Normalization, Ordering, Reduction, Scan
+from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
 
 Masked = tuple[Tensor, Tensor]
@@ -35,7 +35,7 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None =
 
     `weights` are a tensor and its mask, both of data's ndim.
     """
-    if plan.row.picks:
+    if plan.row.picks and not gives_cells(plan):
         values, valid, _ = run_with_indices(plan, data, mask)
         return values, valid
     if plan.stored.kind is Kind.COMPLEX:
@@ -45,16 +45,26 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None =
 
 def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(values, mask, indices) of a row that picks cells: an index counts within its slice, flat where dims are several."""
+    if gives_cells(plan):
+        indices = torch.empty(plan.out_shape, dtype=torch.int64, device=plan.device)
+        return *compute(plan, data, mask, places=indices), indices
     indices, valid = compute(indexing(plan), data, mask)
     return picked(plan, data, indices, valid), valid, indices
 
 
-def compute(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None) -> Masked:
-    """(values, mask) of the plan by whoever is fastest at its size."""
+def gives_cells(plan: Plan) -> bool:
+    """Whether the back end of a picking row takes the cells itself."""
+    return isinstance(plan.row, Scan) and finisher_of(plan) is not None
+
+
+def compute(
+    plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None, *, places: Tensor | None = None
+) -> Masked:
+    """(values, mask) of the plan by whoever is fastest at its size; `places` are written where a scan picks."""
     reads_cells = mask is not None or not plan.passes or plan.passes[0].reads_cells
     walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
     finisher = finisher_of(plan) if walked <= SMALL and plan.as_stored else None
-    small = finisher.run(plan, data, mask) if finisher else None
+    small = finisher.run(plan, data, mask, places) if finisher else None
     if small is not None:
         return small
     if weights is not None:
@@ -65,7 +75,7 @@ def compute(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | No
         return select_whole(plan, cells) if row.select else reduce(plan, cells)
     if isinstance(row, Normalization):
         return normalize(plan, cells)
-    return scan(plan, row, cells)
+    return scan(plan, row, cells, places)
 
 
 # -- cells that are picked, complex cells ---------------------------------------------------------------------------
@@ -341,11 +351,11 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
-def scan(plan: Plan, row: Scan, cells: Cells) -> Masked:
+def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> Masked:
     """Each slice whole, a tile of slices at a time."""
     finisher = finisher_of(plan)
     if finisher:
-        return fill(plan, cells, finisher)
+        return fill(plan, cells, finisher, places)
     n = cells.shape[1]
     size = row.size(plan.params, n) if isinstance(row, Ordering) else n
     result, valid = empty_like(plan, cells, size)
@@ -357,29 +367,37 @@ def scan(plan: Plan, row: Scan, cells: Cells) -> Masked:
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
-def fill(plan: Plan, cells: Cells, finisher: Finisher) -> Masked:
+def fill(plan: Plan, cells: Cells, finisher: Finisher, places: Tensor | None = None) -> Masked:
     """Each slice whole, written by the back end itself; what it refuses is a scan that the reference does."""
     result, valid = empty_like(plan, cells)
+    at = None if places is None else places.view(cells.shape)
+    whole = plan.row.reach is not Reach.OWN
     if cells.mask is None:  # no mask, nothing that the back end would write of it
         valid.fill_(True)
 
-    def task(rows: slice, columns: slice) -> Callable[[], None]:
+    def task(rows: slice, run: slice, columns: slice) -> Callable[[], None]:
         def fill_block() -> None:
-            where = (rows, slice(0, cells.shape[1]), columns)
+            where = (rows, run, columns)
             data, mask = cells.block(*where, negated=False)
-            status = finisher.fill(plan, data, mask, result[where], valid[where])
+            status = finisher.fill(plan, data, mask, result[where], valid[where], None if at is None else at[where])
             if status == "refused":
                 assert isinstance(plan.row, Scan)
-                mask = counting(plan.row, data, mask, plan.params["nan"])
-                write(plan, result, valid, where, *kernel(plan.row.scan).scan(plan, data, mask))
+                mask = counting(plan.row, data, mask, plan.params.get("nan", "propagate"))
+                values, own = kernel(plan.row.scan).scan(plan, data, mask)
+                if plan.row.picks:
+                    if at is not None:
+                        at[where] = select(values, own)
+                    values = as_stored(plan, data.gather(1, values))
+                write(plan, result, valid, where, values, own)
             elif status == "overflowed":
                 warn_of_overflow(plan)
 
         return fill_block
 
     if result.numel():
-        tiles = cut(plan, cells.shape, block_cells(finisher), whole=True).tiles
-        in_parallel(finisher, result.numel(), [task(*tile) for tile in tiles])
+        blocks = cut(plan, cells.shape, block_cells(finisher), whole=whole)
+        tasks = [task(rows, run, columns) for rows, columns in blocks.tiles for run in blocks.runs]
+        in_parallel(finisher, result.numel(), tasks)
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 

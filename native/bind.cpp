@@ -88,18 +88,20 @@ void advise([[maybe_unused]] unsigned char* first_ptr, [[maybe_unused]] int64_t 
 int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
          int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
          int64_t mask_inner, int64_t leaf, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
-         int64_t values_n, int64_t values_inner) {
+         int64_t values_n, int64_t values_inner, uint64_t places_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_fills, "kernel is an index into FILLS");
   const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
                                mask_n, mask_inner, leaf);
   const Filled filled{address<unsigned char>(values_ptr), address<unsigned char>(valid_ptr),
-                      operand(0, values_outer, values_n, values_inner), dtype_of(result)};
+                      operand(0, values_outer, values_n, values_inner), dtype_of(result),
+                      address<unsigned char>(places_ptr)};
   const maskserve::Fill run = maskserve::variant().fills[kernel];
   nb::gil_scoped_release released;
   if (outer > 0 && n > 0 && inner > 0) {
     const int64_t span = (outer - 1) * values_outer + (n - 1) * values_n + (inner - 1) * values_inner + 1;
     advise(filled.values_ptr, span * maskserve::cell_bytes(filled.dtype));
     if (block.is_masked()) advise(filled.mask_ptr, span);
+    if (places_ptr) advise(filled.places_ptr, span * maskserve::cell_bytes(Dtype::i64));
   }
   return run(block, options, filled);
 }
@@ -197,7 +199,10 @@ NB_MODULE(_native, m) {
       .def_rw("correction", &Options::correction)
       .def_rw("omits_nan", &Options::omits_nan)
       .def_rw("negates", &Options::negates)
-      .def_rw("wide", &Options::wide);
+      .def_rw("wide", &Options::wide)
+      .def_rw("value", &Options::value)
+      .def_rw("limit", &Options::limit)
+      .def_rw("flip", &Options::flip);
   m.def("isa", [] { return maskserve::variant().name; });
   m.def("lift", &lift);
   m.def("fill", &fill);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace maskserve {
 
@@ -49,6 +50,7 @@ struct Filled {
   unsigned char* mask_ptr = nullptr;  // null without a mask
   Operand values;
   Dtype dtype = Dtype::f32;
+  unsigned char* places_ptr = nullptr;  // int64, at the strides of `values`: where each cell was taken; null: not asked for
 };
 
 // What a row's parameters say; each kernel reads its own.
@@ -59,6 +61,9 @@ struct Options {
   bool omits_nan = false;
   bool negates = false;     // the op of the negated cells: softmin
   bool wide = false;        // the result is f64
+  uint64_t value = 0;       // the bits that masked cells become
+  int64_t limit = std::numeric_limits<int64_t>::max();  // how many masked cells in a row are filled
+  uint64_t flip = 0;        // what cells that are taken were changed by, bit by bit, and their results are not
 };
 
 // False, with nothing written, where the strides allow no walk at full speed: give a contiguous copy.
@@ -76,7 +81,8 @@ using Select = void (*)(const Block&, const Options&, double* values, int64_t* c
   each(total) each(count) each(largest) each(smallest) each(truths) each(moments) each(exponentials) each(powers) \
   each(product) each(first) each(last) each(extent) each(weighted_total) each(weighted_moments)
 #define MASKSERVE_FILLS(each) \
-  each(softmax) each(log_softmax) each(cumulative_sum) each(normalize) each(standardize)
+  each(softmax) each(log_softmax) each(normalize) each(standardize) each(cumulative_sum) each(cumulative_largest) \
+  each(cumulative_smallest) each(fill_forward) each(fill_backward) each(fill_value)
 #define MASKSERVE_SELECTIONS(each) each(median)  // compiled once, for any processor
 
 #define MASKSERVE_NAME(kernel) #kernel,

@@ -56,12 +56,13 @@ struct ToI64 {
 
 template <class To, class Wide, bool is_masked, bool is_dense>
 NEVER_INLINE void narrow_run(const Wide* from, const unsigned char* keep_ptr, int64_t n, int64_t tile_stride,
-                             unsigned char* to_ptr, int64_t stride) {
+                             unsigned char* to_ptr, int64_t stride, const To& given) {
   using Raw = typename To::Raw;
+  const To to = given;
   const int64_t step = is_dense ? 1 : stride, tile_step = is_dense ? 1 : tile_stride;
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
-    Raw raw = To::narrow(from[j * tile_step]);
+    Raw raw = to.narrow(from[j * tile_step]);
     if constexpr (is_masked) raw = static_cast<Raw>(raw & static_cast<Raw>(-static_cast<Raw>(keep_ptr[j * tile_step])));
     std::memcpy(to_ptr + j * step * static_cast<int64_t>(sizeof raw), &raw, sizeof raw);
   }
@@ -75,16 +76,17 @@ inline Window turned_back(const Window& w) {
 }
 
 template <class To, class Wide>
-void narrow_cells(const Filled& filled, const Window& w, const Wide* cells, const unsigned char* keep_ptr) {
+void narrow_cells(const Filled& filled, const Window& w, const Wide* cells, const unsigned char* keep_ptr,
+                  const To& to = To()) {
   constexpr int64_t cell_bytes = sizeof(typename To::Raw);
   if (is_run(filled.values, w)) {
     using Raw = typename To::Raw;
     alignas(64) Raw narrowed[n_tile];
     unsigned char* const all_ptr = reinterpret_cast<unsigned char*>(narrowed);
     if (keep_ptr) {
-      narrow_run<To, Wide, true, true>(cells, keep_ptr, w.cells(), 1, all_ptr, 1);
+      narrow_run<To, Wide, true, true>(cells, keep_ptr, w.cells(), 1, all_ptr, 1, to);
     } else {
-      narrow_run<To, Wide, false, true>(cells, nullptr, w.cells(), 1, all_ptr, 1);
+      narrow_run<To, Wide, false, true>(cells, nullptr, w.cells(), 1, all_ptr, 1, to);
     }
     unsigned char* const to_ptr = filled.values_ptr + w.o * filled.values.stride_outer * cell_bytes;
     return turn(narrowed, turned_back(w), reinterpret_cast<Raw*>(to_ptr));
@@ -93,11 +95,11 @@ void narrow_cells(const Filled& filled, const Window& w, const Wide* cells, cons
     unsigned char* const to_ptr = filled.values_ptr + first * cell_bytes;
     const bool dense = stride == 1 && tile_stride == 1;
     if (keep_ptr) {
-      (dense ? narrow_run<To, Wide, true, true> : narrow_run<To, Wide, true, false>)(cells + at, keep_ptr + at, n,
-                                                                                     tile_stride, to_ptr, stride);
+      (dense ? narrow_run<To, Wide, true, true> : narrow_run<To, Wide, true, false>)(
+          cells + at, keep_ptr + at, n, tile_stride, to_ptr, stride, to);
     } else {
-      (dense ? narrow_run<To, Wide, false, true> : narrow_run<To, Wide, false, false>)(cells + at, nullptr, n,
-                                                                                       tile_stride, to_ptr, stride);
+      (dense ? narrow_run<To, Wide, false, true> : narrow_run<To, Wide, false, false>)(
+          cells + at, nullptr, n, tile_stride, to_ptr, stride, to);
     }
   });
 }

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from maskserve import OPS, dtypes, engine, execution
 from maskserve.backends import choose
+from maskserve.backends.cpu import CpuBackend
 from maskserve.dtypes import DType
 from maskserve.errors import IntegerOverflowError
-from maskserve.ops.rows import Reduction, Row
+from maskserve.ops.rows import Reach, Reduction, Row, Scan
 from tests.instruction_sets import assert_same_bits_as_baseline
-from tests.samples import NATIVE, PRODUCTS, assert_same_bits, bits, plan_of, ulps
+from tests.samples import NATIVE, PRODUCTS, SLICED, assert_same_bits, bits, plan_of, ulps
 from tests.test_native_sum import layouts, sample
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,7 @@ SHAPES = (
     (3, 1, 1), (300, 3, 1), (290, 7, 3), (99, 64, 1), (40, 65, 3), (5, 513, 1), (2, 4095, 1), (3, 4097, 1),
     (2, 12289, 1), (2, 130, 2), (3, 70, 17), (2, 131, 256), (1, 65, 300), (1, 4200, 3),
 )  # fmt: skip
-INEXACT = {row.name for row in NATIVE if any(word in row.name for word in ("softm", "logsumexp", "std"))}
+INEXACT = {row.name for row in NATIVE if any(word in row.name for word in ("softm", "logsumexp", "logcumsumexp", "std"))}
 """exp and log are each back end's own; torch's square root is not always the nearest."""
 
 NORMS = [{"ord": ord} for ord in (1, 3, 0.5, 0, -1, -2, math.inf, -math.inf)]
@@ -79,7 +80,10 @@ def assert_agree(row: Row, got: tuple[Tensor, Tensor], expected: tuple[Tensor, T
         return
     assert got[0].dtype == expected[0].dtype
     most = 1 if got[0].dtype is not torch.float64 else 4
-    if row.name == "log_softmax":  # the subtraction loses what it loses in both
+    if row.name == "logcumsumexp" and got[0].dtype is torch.float64:  # the reference adds up its rounding
+        torch.testing.assert_close(*(values[0] for values in (got, expected)), rtol=1e-12, atol=1e-12, equal_nan=True)
+        return
+    if row.name in ("log_softmax", "logcumsumexp"):  # a result close to 0 loses what it loses in both
         spread = float(expected[0].double().abs().nan_to_num(0, 0, 0).max()) if got[0].numel() else 0.0
         differ = (got[0].double() - expected[0].double()).abs().nan_to_num(0, 0, 0)
         assert not differ.numel() or float(differ.max()) <= torch.finfo(got[0].dtype).eps * max(spread, 1.0), said
@@ -283,6 +287,69 @@ def test_f64_means_survive_sums_that_overflow(cells: list[float]) -> None:
     for row in (OPS["mean"], OPS["sum"], OPS["var"]):
         got, expected = both(row, data, None, dim=1, **({"correction": 0} if row.name == "var" else {}))
         assert_same_bits(got, expected, row.name)
+
+
+# -- cells that are taken from elsewhere -----------------------------------------------------------------------------
+
+
+def is_native(row: Row) -> bool:
+    """Whether the cpu back end serves it on float32."""
+    data = torch.zeros(2, 3)
+    params = {"dim": 1} if "dim" in {p.name for p in row.parameters} else {}
+    return CpuBackend().why_not(plan_of(row, data, **params)) is None
+
+
+TAKEN = [row for row in SLICED if isinstance(row, Scan) and (row.picks or row.reach is Reach.OWN) and is_native(row)]
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [*SERVED, dtypes.u64], ids=repr)
+@pytest.mark.parametrize("row", TAKEN, ids=lambda row: row.name)
+def test_taken_cells_and_their_places_are_the_references(row: Scan, dtype: DType, shape: tuple[int, int, int]) -> None:
+    data, mask = sample(dtypes.i64 if dtype is dtypes.u64 else dtype, shape, seed=shape[1])
+    plain = torch.where(mask, data, torch.ones((), dtype=data.dtype))
+    data, plain = (cells.view(getattr(torch, dtype.torch)) for cells in (data, plain))
+    names = {p.name for p in row.parameters}
+    for params in ({"limit": None}, {"limit": 0}, {"limit": 2}, {"value": 0}, {"value": 1}):
+        if not params.keys() <= names and params != {"limit": None}:
+            continue
+        planned = plan_of(
+            row, data, **({"dim": 1} if "dim" in names else {}), **{k: v for k, v in params.items() if k in names}
+        )
+        assert choose(planned).backend.name == "cpu"
+        for cells, own in ((data, mask), (plain, None), (plain, mask[:1].expand(shape)), (plain, mask[:, :1])):
+            of = engine.run_with_indices if row.picks else engine.run
+            with execution.using(backend="reference"):
+                expected = of(planned, cells, own)
+            assert_same_bits(of(planned, cells, own), expected, params)
+            assert_same_bits(engine.run(planned, cells, own), expected[:2], params)
+
+
+@pytest.mark.parametrize("name", ["cummax", "cummin"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in SERVED if dtype.is_float], ids=repr)
+def test_running_extremes_of_special_cells(name: str, dtype: DType) -> None:
+    """NaN stays, -0 and +0 are equal and the last one counts; a valid -inf is found among masked cells."""
+    row = OPS[name]
+    cells = torch.tensor([-math.inf, -0.0, 0.0, -0.0, math.inf, -1.0, -math.inf, math.nan, 5.0, math.nan])
+    generator = torch.Generator().manual_seed(21)
+    for n in (7, 40, 3000):
+        data = cells[torch.randint(9 if n > 7 else 7, (5, n, 3), generator=generator)].to(getattr(torch, dtype.torch))
+        mask = torch.rand(data.shape, generator=generator) < 0.6
+        for given in (data, data.transpose(1, 2).contiguous().transpose(1, 2), data[:, :, :1]):
+            planned, own = plan_of(row, given, dim=1), mask[:, :, : given.shape[2]]
+            with execution.using(backend="reference"):
+                expected = engine.run_with_indices(planned, given, own)
+            assert_same_bits(engine.run_with_indices(planned, given, own), expected, n)
+
+
+@pytest.mark.parametrize("row", [row for row in SLICED if row.picks], ids=lambda row: row.name)
+def test_a_slice_that_a_kernel_refuses_is_the_references(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, mask = sample(dtypes.f32, (3, 40, 2), seed=22)
+    planned = plan_of(row, data, dim=1)
+    expected = engine.run_with_indices(planned, data, mask)
+    monkeypatch.setattr("maskserve.backends.cpu.CpuBackend.fill", lambda *_: "refused")
+    monkeypatch.setattr("maskserve.backends.cpu.CpuBackend.run", lambda *_: None)
+    assert_same_bits(engine.run_with_indices(planned, data, mask), expected, row.name)
 
 
 # -- exp and log ---------------------------------------------------------------------------------------------------

@@ -37,14 +37,25 @@ class Backend(Protocol):
 class Finisher(Backend, Protocol):
     """A back end that also writes results: whole slices of normalizations, scans and selections, and finished states.
 
-    Its `finish` means what the engine's own does, and gives the same bits.
+    Its `finish` means what the engine's own does, and gives the same bits. A scan that picks gives the cells, and their
+    places too where `places` is there for them.
     """
 
-    def run(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None: ...
+    def run(
+        self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None: ...
 
     def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool: ...
 
-    def fill(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> str: ...
+    def fill(
+        self,
+        plan: Plan,
+        data: Tensor,
+        mask: Tensor | None,
+        values: Tensor,
+        valid: Tensor,
+        places: Tensor | None = None,
+    ) -> str: ...
 
     def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -22,11 +23,13 @@ from maskserve.backends.reference import lift as lift_as_reference
 from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, f64, i64
 from maskserve.ops import passes
 from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.plan import as_floats
 
 if TYPE_CHECKING:
     from maskserve.plan import Plan
 
 NO_MASK = (0, 0, 0)
+SIGN = 1 << 63
 SERVED = FLOATING | INTEGRAL
 STATUS = ("done", "overflowed", "refused")
 
@@ -50,7 +53,16 @@ LIFTS = {
     passes.WEIGHTED_MOMENTS: "weighted_moments",
 }
 PASSES = {step.name: step for step in LIFTS}
+TAKES = {
+    ".places:CumulativeLargest": "cumulative_largest",
+    ".places:CumulativeSmallest": "cumulative_smallest",
+    ".places:Filled": "fill_value",
+    ".places:FilledForward": "fill_forward",
+    ".places:FilledBackward": "fill_backward",
+}
+"""Fills whose results are cells as they came, in any dtype."""
 FILLS = {
+    **TAKES,
     ".normalizations:apply_softmax": "softmax",
     ".normalizations:apply_log_softmax": "log_softmax",
     ".norms:apply_normalize": "normalize",
@@ -59,8 +71,11 @@ FILLS = {
 }
 SELECTIONS = {".selections:median": "median"}
 WHOLE = {*FILLS, *SELECTIONS}
-OPTIONS = ("ord", "eps", "correction")
-"""The parameters that kernels read, by their names in the row."""
+OPTIONS: dict[str, Callable[[Plan, Any], Any]] = {
+    **dict.fromkeys(("ord", "eps", "correction", "limit"), lambda plan, given: given),
+    "value": lambda plan, given: bits_of(plan, given),
+}
+"""The parameters that kernels read, by their names in the row, as kernels read them."""
 VALUES: dict[str, tuple[float, ...]] = {"ord": (2, 1, 3, 0.5, 0, -1, -2, math.inf, -math.inf)}
 """The values that kernels know of a parameter, where they do not know all."""
 N_PARTS = 6
@@ -114,13 +129,21 @@ def number_of(dtype_name: str) -> int:
 def options(plan: Plan) -> Any:
     """What the plan's parameters say to a kernel."""
     said = native().Options()
-    for name in OPTIONS:
-        if name in plan.params:
-            setattr(said, name, plan.params[name])
+    for name, read in OPTIONS.items():
+        if plan.params.get(name) is not None:
+            setattr(said, name, read(plan, plan.params[name]))
     said.omits_nan = plan.params.get("nan") == "omit"
     said.negates = isinstance(plan.row, Normalization) and plan.row.negates
     said.wide = plan.result is f64
+    if plan.flipped:
+        said.flip = SIGN
     return said
+
+
+def bits_of(plan: Plan, given: float) -> int:
+    """The bits of a number as a cell of the plan's result; -0 is 0."""
+    cell = torch.full((), given or 0, dtype=getattr(torch, plan.result.torch))
+    return int.from_bytes(cell.view(1).view(torch.uint8).numpy().tobytes(), sys.byteorder)
 
 
 @cache
@@ -207,13 +230,19 @@ class CpuBackend:
                 return f"it has no kernel for {row.name} with {parameter}={plan.params[parameter]}"
         if plan.weighted and plan.params["weights"] not in SERVED:
             return f"it has no kernel for weights of {plan.params['weights']}"
-        if plan.dtype not in SERVED or plan.flipped:
+        takes = isinstance(row, Scan) and row.scan in TAKES
+        if plan.dtype not in SERVED or (plan.flipped and not takes):
             return f"it has no kernel for {plan.stored}"
-        if isinstance(row, Normalization | Scan) and plan.result not in FLOATING | {i64}:
+        fits = plan.result in FLOATING | {i64}
+        if takes:  # cells as they came, and not the places that a plan of the same row may ask for
+            fits = plan.result is as_floats(plan.stored) and (plan.result is plan.dtype or plan.flipped)
+        if isinstance(row, Normalization | Scan) and not fits:
             return f"it has no kernel for {row.name} in {plan.result}"
         return missing()
 
-    def run(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def run(
+        self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """(values, mask) of the plan on dense cells in one native call; None where it takes more than that."""
         how = direct(plan)
         if how is None or not data.is_contiguous():
@@ -227,7 +256,8 @@ class CpuBackend:
         new_mask = torch.ones if how.strides and mask is None and not how.omits_nan else torch.empty
         valid = new_mask(plan.out_shape, dtype=torch.bool)
         results_ptr = (values.data_ptr(), valid.data_ptr())
-        status = how.call(*how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *how.strides)
+        rest = (*how.strides, 0 if places is None else places.data_ptr()) if how.strides else ()
+        status = how.call(*how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *rest)
         return (values, valid) if STATUS[status] == "done" else None
 
     def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool:
@@ -281,9 +311,18 @@ class CpuBackend:
         of = reference(plan.passes[0].reference)
         return of.merge if plan.passes[0].exact_bits else partial(of.merge, exp=raised)
 
-    def fill(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> str:
+    def fill(
+        self,
+        plan: Plan,
+        data: Tensor,
+        mask: Tensor | None,
+        values: Tensor,
+        valid: Tensor,
+        places: Tensor | None = None,
+    ) -> str:
         """A normalization or scan of whole slices, written to `values` and, with a mask, `valid`, hidden cells 0.
 
+        A picking row writes the cells, and to `places`, at the strides of `values`, where they stood.
         "done", "overflowed" where a finite value became inf, or "refused": the reference has to do this block.
         """
         kernel, result = fill_kernel(plan)
@@ -292,6 +331,7 @@ class CpuBackend:
             kernel, options(plan), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
             *data.stride(), *mask_strides, plan.leaf,
             values.data_ptr(), valid.data_ptr(), result, *values.stride(),
+            0 if places is None else places.data_ptr(),
         )  # fmt: skip
         return STATUS[status]
 
@@ -342,9 +382,9 @@ class Direct:
 @lru_cache(maxsize=1024)
 def direct(plan: Plan) -> Direct | None:
     """How the plan runs in one call; None where it takes several, or the reference's way."""
-    row, number, result = plan.row, number_of(plan.dtype.name), number_of(plan.result.name)
     if len(plan.fold) != 3 or plan.weighted or plan.params.get("nan") == "raise" or not math.prod(plan.shape):
         return None
+    row, number, result = plan.row, number_of(plan.dtype.name), number_of(plan.result.name)
     _, n, inner = plan.fold
     dense = (n * inner, inner, 1)
     if not isinstance(row, Reduction):
@@ -391,4 +431,4 @@ def fill_kernel(plan: Plan) -> tuple[int, int]:
     row = plan.row
     assert not isinstance(row, Reduction)
     name = FILLS[row.apply if isinstance(row, Normalization) else row.scan]
-    return list(native().FILLS).index(name), number_of(plan.result.name)
+    return list(native().FILLS).index(name), number_of((plan.dtype if plan.flipped else plan.result).name)
