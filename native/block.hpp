@@ -82,7 +82,8 @@ using Select = void (*)(const Block&, const Options&, double* values, int64_t* c
   each(product) each(first) each(last) each(extent) each(weighted_total) each(weighted_moments)
 #define MASKSERVE_FILLS(each) \
   each(softmax) each(log_softmax) each(normalize) each(standardize) each(cumulative_sum) each(cumulative_largest) \
-  each(cumulative_smallest) each(fill_forward) each(fill_backward) each(fill_value)
+  each(cumulative_smallest) each(cumulative_product) each(cumulative_logsumexp) each(fill_forward) each(fill_backward) \
+  each(fill_value)
 #define MASKSERVE_SELECTIONS(each) each(median)  // compiled once, for any processor
 
 #define MASKSERVE_NAME(kernel) #kernel,

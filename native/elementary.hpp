@@ -54,8 +54,9 @@ ALWAYS_INLINE double quick_exponential(double x) {
   return y * bits_as<double>((bits_as<uint64_t>(shifted) << 52) + (static_cast<uint64_t>(1023) << 52));
 }
 
-// log(x) for x >= 0: fdlibm's e_log.c, with s^2 the square of f / (2 + f).
-ALWAYS_INLINE double logarithm(double x) {
+// log(x) - large for finite x > 0, where large is the log of a power of two to 32 bits: fdlibm's e_log.c, with s^2 the
+// square of f / (2 + f).
+ALWAYS_INLINE double logarithm_rest(double x, double& large) {
   const double scaled = x < 0x1p-1022 ? x * 0x1p54 : x;
   const uint64_t bits = bits_as<uint64_t>(scaled);
   const uint64_t shifted = bits - 0x3fe6a09e667f3bcdu;  // sqrt(1/2): the fraction is in [sqrt(1/2), sqrt(2))
@@ -67,7 +68,14 @@ ALWAYS_INLINE double logarithm(double x) {
   const double even = z * (6.666666666666735130e-01 +
                            w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
   const double half_square = 0.5 * f * f;
-  const double value = k * ln2_high - ((half_square - (s * (half_square + (odd + even)) + k * ln2_low)) - f);
+  large = k * ln2_high;
+  return f - (half_square - (s * (half_square + (odd + even)) + k * ln2_low));
+}
+
+// log(x) for x >= 0.
+ALWAYS_INLINE double logarithm(double x) {
+  double large;
+  const double rest = logarithm_rest(x, large), value = large + rest;
   if (x == 0.0) return -std::numeric_limits<double>::infinity();
   return x <= std::numeric_limits<double>::max() ? value : x;  // inf and NaN
 }

@@ -10,25 +10,6 @@ namespace {
 
 #include "narrow.hpp"
 
-template <class Cell, class Signed>
-struct ToInteger {
-  using Raw = typename Cell::Raw;
-  using Out = int64_t;
-  using Bits = uint64_t;
-  int64_t hidden = 0;
-  ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(static_cast<Signed>(raw)); }
-};
-
-inline void gather_integers(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t* out) {
-  switch (block.dtype) {
-    case Dtype::i8: return gather(block.data, w, keep_ptr, ToInteger<I8Cell, int8_t>(), out);
-    case Dtype::i16: return gather(block.data, w, keep_ptr, ToInteger<I16Cell, int16_t>(), out);
-    case Dtype::i32: return gather(block.data, w, keep_ptr, ToInteger<I32Cell, int32_t>(), out);
-    case Dtype::i64: return gather(block.data, w, keep_ptr, ToInteger<I64Cell, int64_t>(), out);
-    default: return gather(block.data, w, keep_ptr, ToInteger<U8Cell, uint8_t>(), out);
-  }
-}
-
 struct ScanRoom {
   alignas(64) double cells[n_tile];
   alignas(64) int64_t integers[n_tile];
@@ -156,7 +137,7 @@ bool run_integers(ScanRoom& room, int64_t rows, int64_t lanes) {
 
 bool scan_integers(ScanRoom& room, const Block& block, const Filled& filled, const Window& w,
                    const unsigned char* keep_ptr) {
-  gather_integers(block, w, keep_ptr, room.integers);
+  gather_integers(block, w, keep_ptr, 0, room.integers);
   if (!run_integers(room, w.rows, w.lanes())) return false;
   if (filled.dtype == Dtype::i64) {
     write_mask(filled, w, keep_ptr);

@@ -291,6 +291,29 @@ inline void gather_doubles(Dtype dtype, const Operand& data, const Window& w, co
   }
 }
 
+// ---- integer cells ----------------------------------------------------------------------------------------------------
+
+template <class Cell, class Signed>
+struct ToInteger {
+  using Raw = typename Cell::Raw;
+  using Out = int64_t;
+  using Bits = uint64_t;
+  int64_t hidden;
+  ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(static_cast<Signed>(raw)); }
+};
+
+// The integer cells of a window; what lies under the mask is `hidden`.
+inline void gather_integers(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t hidden,
+                            int64_t* out) {
+  switch (block.dtype) {
+    case Dtype::i8: return gather(block.data, w, keep_ptr, ToInteger<I8Cell, int8_t>{hidden}, out);
+    case Dtype::i16: return gather(block.data, w, keep_ptr, ToInteger<I16Cell, int16_t>{hidden}, out);
+    case Dtype::i32: return gather(block.data, w, keep_ptr, ToInteger<I32Cell, int32_t>{hidden}, out);
+    case Dtype::i64: return gather(block.data, w, keep_ptr, ToInteger<I64Cell, int64_t>{hidden}, out);
+    default: return gather(block.data, w, keep_ptr, ToInteger<U8Cell, uint8_t>{hidden}, out);
+  }
+}
+
 // ---- lanes: loops over (rows, lanes) as a run of `period` values again and again --------------------------------------
 
 // A multiple of `lanes`, long enough for vector loops: lane values repeated to it are a pattern.

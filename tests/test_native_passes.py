@@ -352,6 +352,45 @@ def test_a_slice_that_a_kernel_refuses_is_the_references(row: Row, monkeypatch: 
     assert_same_bits(engine.run_with_indices(planned, data, mask), expected, row.name)
 
 
+# -- running products --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 3000, 1), (5, 600, 3), (2, 1100, 40), (300, 7, 1), (1, 9000, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [dtypes.f64, dtypes.f32], ids=repr)
+def test_running_products_leave_no_range_on_the_way(dtype: DType, shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(23)
+    wide = torch.randn(shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) < 0.7
+    rising = torch.where(torch.arange(shape[1]).view(1, -1, 1) < shape[1] // 2, 2.5, 0.4)
+    special = torch.where(torch.rand(shape, generator=generator) < 0.001, 0.0, wide)
+    special = torch.where(torch.rand(shape, generator=generator) < 0.001, math.inf, special)
+    for cells in (wide, wide * rising * 1.8, wide * rising.flip(1) * 1.8, 2.0 ** (wide * 300), special):
+        data = cells.to(getattr(torch, dtype.torch))
+        for own in (mask, None):
+            got, expected = both(OPS["cumprod"], data, own, dim=1, dtype=dtypes.f64)
+            assert_same_bits(got, expected, shape)
+    factors = (wide * rising * 1.8)[0, :, 0].tolist()
+    values, _ = engine.run(plan_of(OPS["cumprod"], wide, dim=1), wide * rising * 1.8, None)
+    product = mpmath.mpf(1)
+    with mpmath.workprec(200):
+        for factor, value in zip(factors, values[0, :, 0].tolist(), strict=True):
+            product *= factor
+            if mpmath.mpf("1e-290") < abs(product) < mpmath.mpf("1e308"):
+                assert ulps_of(value, product) <= 2
+
+
+@pytest.mark.parametrize("n", [3, 20, 700])
+def test_running_products_of_integers_are_exact_or_an_error(n: int) -> None:
+    data = torch.ones((4, n, 3), dtype=torch.int64)
+    data[:, :2] = torch.tensor([2**62, -2]).view(1, 2, 1)
+    assert_same_bits(*both(OPS["cumprod"], data, None, dim=1), n)
+    data[2, -1, 1] = -1
+    with pytest.raises(IntegerOverflowError):
+        engine.run(plan_of(OPS["cumprod"], data, dim=1), data, None)
+    mask = data > -1
+    assert_same_bits(*both(OPS["cumprod"], data, mask, dim=1), n)
+
+
 # -- exp and log ---------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +422,47 @@ def test_logsumexp_of_f64_is_within_two_ulps() -> None:
     with mpmath.workprec(200):
         for cells, value in zip(data.tolist(), values.tolist(), strict=True):
             assert ulps_of(value, mpmath.log(sum(mpmath.exp(mpmath.mpf(c)) for c in cells))) <= 2, cells
+
+
+@pytest.mark.parametrize("inner", [1, 3, 9])
+@pytest.mark.parametrize("kind", ["random", "rising", "falling", "far", "huge", "i64"])
+def test_running_logsumexp_is_within_two_ulps(kind: str, inner: int) -> None:
+    n = 5000
+    generator = torch.Generator().manual_seed(24)
+    data = torch.randn((1, n, inner), generator=generator, dtype=torch.float64)
+    at = torch.arange(n, dtype=torch.float64).view(1, -1, 1)
+    data = {
+        "random": data * 8 + 30,
+        "rising": data + at * 0.3,
+        "falling": 5000 - at * 0.3 + data,
+        "far": data * 400 + 9,
+        "huge": 1e15 + (data * 8).round() / 8,
+        "i64": (data * 8).long() + 90,
+    }[kind]
+    mask = torch.rand(data.shape, generator=generator) < 0.7
+    values, _ = engine.run(plan_of(OPS["logcumsumexp"], data, dim=1), data, mask)
+    near, _ = engine.run(plan_of(OPS["logcumsumexp"], data, dim=1, dtype=dtypes.f32), data, mask)
+    with mpmath.workprec(160):
+        total = mpmath.mpf(0)
+        for at_row in range(n):
+            if not mask[0, at_row, 0]:
+                continue
+            total += mpmath.exp(mpmath.mpf(data[0, at_row, 0].item()))
+            if at_row % 50 < 3 and abs(exact := mpmath.log(total)) > 0.5:
+                assert ulps_of(values[0, at_row, 0].item(), exact) <= 2, (kind, at_row)
+                assert near[0, at_row, 0] == pytest.approx(float(exact), rel=2.0**-23)
+
+
+def test_special_cells_of_a_running_logsumexp_are_torchs() -> None:
+    inf, nan = math.inf, math.nan
+    for cells in ([-inf, -inf, 1, 2], [-inf, inf, 1, -inf], [1, inf, 2000, -5], [3, nan, inf], [inf, nan, 1],
+                  [-1e308, 1e308, 1.7e308, -1.7e308], [1e308, -1e308], [-0.0], [0.0, -inf], [2000, 3000, inf, 4000]):  # fmt: skip
+        for dtype in (torch.float64, torch.float32):
+            wide = torch.tensor(cells, dtype=torch.float64).view(1, -1, 1)
+            data = torch.where(wide.isinf() | (dtype is torch.float64), wide, wide.clamp(-3e38, 3e38)).to(dtype)
+            for given in (data, data.expand(1, -1, 9).contiguous(), torch.cat([data] * 40, 1)):
+                values, _ = engine.run(plan_of(OPS["logcumsumexp"], given, dim=1), given, None)
+                torch.testing.assert_close(values, torch.logcumsumexp(given, 1), rtol=1e-6, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("row", [OPS["softmax"], OPS["log_softmax"]], ids=lambda row: row.name)

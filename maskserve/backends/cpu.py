@@ -68,6 +68,8 @@ FILLS = {
     ".norms:apply_normalize": "normalize",
     ".normalizations:apply_standardize": "standardize",
     ".scans:CumulativeSum": "cumulative_sum",
+    ".scans:LogCumulativeSumOfExponentials": "cumulative_logsumexp",
+    ".products:CumulativeProduct": "cumulative_product",
 }
 SELECTIONS = {".selections:median": "median"}
 WHOLE = {*FILLS, *SELECTIONS}

@@ -18,6 +18,7 @@ from maskserve.plan import Plan
 CELLS = 2
 SPLITTER = 134217729.0  # 2**27 + 1: halves a float64's digits (Dekker, Numerische Mathematik 18, 1971)
 PLAIN_LEVELS = 9
+PLAIN_CELLS = 512
 """Mantissas of at least 1/2 multiply this many levels deep, 512 of them, before one is near float64's end."""
 
 
@@ -159,35 +160,34 @@ class CumulativeProduct:
 
 
 def running(cells: Tensor, *, pairs: bool) -> Tensor:
-    """The running product; slices that leave float64's range on the way are done again with an exponent of their own."""
-    plain = torch.cumprod(cells, 1)
-    vanishes = (plain.abs() < 2.0**-900) & ((cells == 0).cumsum(1) == 0)  # what a 0 does is no loss
-    lost = (~plain.isfinite() | (plain.abs() > 2.0**900) | vanishes).any(1)
-    if pairs:
-        plain = compensated(cells, plain)
-    if lost.any():
-        outer, inner = lost.nonzero(as_tuple=True)
-        plain[outer, :, inner] = by_doubling(cells[outer, :, inner].unsqueeze(2)).squeeze(2)
-    return plain
+    """The running product: one multiplication after the other in float64, the exponents apart, so that none leaves its range.
+
+    Taking powers of two out of a product in between changes no digit of it. In `pairs` the relative errors of the steps
+    are summed beside it (Ogita & Oishi's product as a scan).
+    """
+    mantissa, exponent = normal_cells(cells)
+    high, before = torch.ones_like(cells[:, :1]), torch.zeros_like(cells[:, :1])
+    total = before.long()
+    pieces = []
+    for start in range(0, cells.shape[1], PLAIN_CELLS):
+        factors = mantissa[:, start : start + PLAIN_CELLS]
+        products = torch.cat([high, factors], 1).cumprod(1)
+        exponents = total + exponent[:, start : start + PLAIN_CELLS].cumsum(1)
+        made = products[:, 1:]
+        if pairs:
+            _, error = two_product(products[:, :-1], factors)
+            steps = torch.where(made == 0, 0.0, error / made)
+            relative = torch.cat([before, steps], 1).cumsum(1)[:, 1:]
+            before = relative[:, -1:]
+            made = torch.where(relative.isfinite(), made + made * relative, made)
+        pieces.append(scaled(made, exponents))
+        high, shift = normal_cells(products[:, -1:])
+        total = exponents[:, -1:] + shift
+    return torch.cat(pieces, 1) if pieces else cells
 
 
-def compensated(cells: Tensor, plain: Tensor) -> Tensor:
-    """The running product with the relative errors of its steps added up beside it (Ogita & Oishi's product as a scan)."""
-    before = torch.cat([torch.ones_like(plain[:, :1]), plain[:, :-1]], 1)
-    none = torch.zeros_like(plain)
-    _, error = times_pair(before, none, cells, none)
-    relative = torch.where(plain == 0, 0.0, error / plain).cumsum(1)
-    return torch.where(relative.isfinite(), plain + plain * relative, plain)
-
-
-def by_doubling(cells: Tensor) -> Tensor:
-    """The running product by prefixes of 1, 2, 4, ... cells (Hillis & Steele, CACM 29, 1986)."""
-    high, exponent = torch.frexp(cells)
-    parts = {"high": high, "low": torch.zeros_like(high), "exponent": exponent.long()}
-    n, step = cells.shape[1], 1
-    while step < n:
-        before = {name: part[:, : n - step] for name, part in parts.items()}
-        joined = times(before, {name: part[:, step:] for name, part in parts.items()})
-        parts = {name: torch.cat([part[:, :step], joined[name]], 1) for name, part in parts.items()}
-        step *= 2
-    return value(parts)
+def normal_cells(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Mantissas in [1/2, 1) and exponents; 0, inf and NaN are their own mantissas."""
+    mantissa, exponent = torch.frexp(cells)
+    plain = (cells == 0) | ~cells.isfinite()
+    return torch.where(plain, cells, mantissa), torch.where(plain, 0, exponent).long()
