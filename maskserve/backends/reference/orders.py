@@ -82,7 +82,7 @@ def keyed(data: Tensor, mask: Tensor | None, *, largest: bool) -> Tensor:
     else:
         bits = data
     places = torch.arange(data.shape[1], device=data.device).view(1, -1, 1)
-    keys = (bits.long() << 32) | (places.flip(1) if largest else places)
+    keys = (bits.long() << 31) | (places.flip(1) if largest else places)  # 31: no key is what stands for a masked cell
     info = torch.iinfo(torch.int64)
     return select(keys, mask, info.min if largest else info.max)
 
