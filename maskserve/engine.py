@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import count, product
 from math import prod
 
 import torch
 from torch import Tensor
 
-from maskserve.backends import Backend, Finisher, Parts
+from maskserve.backends import Backend, Finisher, Parts, Search
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
@@ -28,6 +29,11 @@ from maskserve.plan import Plan
 
 Masked = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor | None]
+
+SEARCHED_TOGETHER = 8
+"""Long slices beside each other that share cache lines."""
+SAMPLED = 1 << 15
+"""Cells of a long slice that say where in it to look: results between two of them are a 50th of all."""
 
 
 def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None) -> Masked:
@@ -54,7 +60,8 @@ def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Ten
 
 def gives_cells(plan: Plan) -> bool:
     """Whether the back end of a picking row takes the cells itself."""
-    return isinstance(plan.row, Scan) and finisher_of(plan) is not None
+    finisher = finisher_of(plan)
+    return finisher is not None and finisher.takes_cells(plan)
 
 
 def compute(
@@ -123,23 +130,24 @@ def run_complex(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights 
 def reduce(plan: Plan, cells: Cells) -> Masked:
     """The slices' states, finalized; a result cell is masked where too few cells were valid."""
     finisher = finisher_of(plan)
-    reduced = reduce_whole(plan, cells, finisher) if finisher else None
+    reduced = reduce_whole(plan, cells, finisher) if finisher and len(plan.fold) == 3 else None
     return finish(plan, joined(plan, cells)) if reduced is None else reduced
 
 
 def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
     """Short slices, whole: their states never leave the back end. None where slices are long, or it cannot."""
     outer, n, inner = cells.shape
-    if len(plan.fold) > 3 or plan.weighted or not 0 < n * inner <= SMALL or not outer:
+    if plan.weighted or not 0 < n * inner <= SMALL or not outer:
         return None
-    values = torch.empty((outer, inner), dtype=getattr(torch, plan.result.torch))
-    valid = torch.empty((outer, inner), dtype=torch.bool)
+    shape = (len(plan.labels or (0,)), outer, inner)
+    values = torch.empty(shape, dtype=getattr(torch, plan.result.torch))
+    valid = torch.empty(shape, dtype=torch.bool)
     served: list[bool] = []
 
     def task(rows: slice) -> Callable[[], None]:
         def reduce_block() -> None:
             data, mask = cells.block(rows, slice(0, n), slice(0, inner))
-            served.append(finisher.reduce(plan, data, mask, values[rows], valid[rows]))
+            served.append(finisher.reduce(plan, data, mask, values[:, rows], valid[:, rows]))
 
         return reduce_block
 
@@ -292,10 +300,13 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
         cells = gathered(plan, cells)
     outer, n, inner = cells.shape
     labels = plan.labels
+    backend, finisher = backend_of(plan), finisher_of(plan)
+    reduced = reduce_whole(plan, cells, finisher) if finisher else None
+    if reduced is not None:
+        return reduced
     wide = torch.int64 if plan.result.is_integral else torch.float64
     values = torch.empty((1 if labels is None else len(labels), outer, inner), dtype=wide, device=plan.device)
     counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)
-    backend, finisher = backend_of(plan), finisher_of(plan)
     of = finisher.select if finisher else kernel(row.select)
 
     def task(rows: slice, columns: slice) -> Callable[[], None]:
@@ -304,11 +315,48 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
 
         return select_block
 
-    tiles = cut(plan, cells.shape, block_cells(backend), whole=True).tiles
-    in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
-    finished = finisher.finish(plan, {"count": counts, "total": values[0]}) if finisher else None
+    if not (finisher and search_all(plan, cells, finisher, values, counts)):
+        tiles = cut(plan, cells.shape, block_cells(backend), whole=True).tiles
+        in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
+    finished = None
+    if finisher:
+        finished = finisher.finish(plan, {"count": counts.expand(values.shape), "total": values})
     enough = reached(plan, counts) if labels is None else reached(plan, counts).expand(values.shape)
     return masked_where_too_few(plan, values, enough) if finished is None else finished
+
+
+def search_all(plan: Plan, cells: Cells, finisher: Finisher, values: Tensor, counts: Tensor) -> bool:
+    """Slices of more cells than a block, a few side by side at a time; False where they are shorter, or it cannot."""
+    outer, n, inner = cells.shape
+    most = block_cells(finisher)
+    if n * min(inner, SEARCHED_TOGETHER) <= max(most // 4, SEARCHED_TOGETHER):
+        return False
+    for row, columns in product(range(outer), spans(inner, SEARCHED_TOGETHER)):
+        search = finisher.search(plan, columns.stop - columns.start)
+        if search is None:
+            return False
+        runs = spans(n, max(1, most // 4 // (columns.stop - columns.start)))
+        run_search(search, finisher, cells, [(slice(row, row + 1), run, columns) for run in runs])
+        values[:, row, columns], counts[row, columns] = search.results()
+    return True
+
+
+def run_search(search: Search, finisher: Finisher, cells: Cells, blocks: list[tuple[slice, slice, slice]]) -> None:
+    """Rounds over the blocks until all is found."""
+    n_sampled = -(-min(SAMPLED, cells.shape[1] // 4) // len(blocks))
+
+    def sample(seed: int, where: tuple[slice, slice, slice]) -> Callable[[], None]:
+        return lambda: search.sample(*cells.block(*where), n_sampled, seed)
+
+    def sift(where: tuple[slice, slice, slice]) -> Callable[[], None]:
+        return lambda: search.sift(*cells.block(*where))
+
+    seeds, settled = count(), False
+    while not settled:
+        in_parallel(finisher, cells.shape[1], [sample(next(seeds), where) for where in blocks])
+        search.bracket()
+        in_parallel(finisher, cells.shape[1], [sift(where) for where in blocks])
+        settled = search.settle()
 
 
 def gathered(plan: Plan, cells: Cells) -> Cells:
@@ -334,7 +382,7 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     assert isinstance(row, Normalization)
     finisher = finisher_of(plan)
     if finisher:
-        return fill(plan, cells, finisher)
+        return fill(plan, cells, finisher, cells.shape[1])
     result, valid = empty_like(plan, cells)
     backend = backend_of(plan)
     merge = backend.merge(plan)
@@ -354,10 +402,10 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
 def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> Masked:
     """Each slice whole, a tile of slices at a time."""
     finisher = finisher_of(plan)
-    if finisher:
-        return fill(plan, cells, finisher, places)
     n = cells.shape[1]
     size = row.size(plan.params, n) if isinstance(row, Ordering) else n
+    if finisher:
+        return fill(plan, cells, finisher, size, places)
     result, valid = empty_like(plan, cells, size)
     if not n:
         return result.view(plan.out_shape), valid.view(plan.out_shape)
@@ -367,10 +415,10 @@ def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> M
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
-def fill(plan: Plan, cells: Cells, finisher: Finisher, places: Tensor | None = None) -> Masked:
+def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor | None = None) -> Masked:
     """Each slice whole, written by the back end itself; what it refuses is a scan that the reference does."""
-    result, valid = empty_like(plan, cells)
-    at = None if places is None else places.view(cells.shape)
+    result, valid = empty_like(plan, cells, size)
+    at = None if places is None else places.view(result.shape)
     whole = plan.row.reach is not Reach.OWN
     if cells.mask is None:  # no mask, nothing that the back end would write of it
         valid.fill_(True)

@@ -1,10 +1,14 @@
 // The Python module: addresses and sizes in, a kernel run with the GIL released.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "block.hpp"
 
@@ -98,7 +102,8 @@ int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_pt
   const maskserve::Fill run = maskserve::variant().fills[kernel];
   nb::gil_scoped_release released;
   if (outer > 0 && n > 0 && inner > 0) {
-    const int64_t span = (outer - 1) * values_outer + (n - 1) * values_n + (inner - 1) * values_inner + 1;
+    const int64_t rows = options.k >= 0 ? options.k : n;
+    const int64_t span = (outer - 1) * values_outer + (rows - 1) * values_n + (inner - 1) * values_inner + 1;
     advise(filled.values_ptr, span * maskserve::cell_bytes(filled.dtype));
     if (block.is_masked()) advise(filled.mask_ptr, span);
     if (places_ptr) advise(filled.places_ptr, span * maskserve::cell_bytes(Dtype::i64));
@@ -112,9 +117,62 @@ void pick(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
   check(kernel >= 0 && kernel < maskserve::n_selections, "kernel is an index into SELECTIONS");
   const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
                                mask_n, mask_inner, 64);
+  const maskserve::Select run = maskserve::variant().selections[kernel];
   nb::gil_scoped_release released;
-  maskserve::selections[kernel](block, options, address<double>(values_ptr), address<int64_t>(count_ptr));
+  run(block, options, address<void>(values_ptr), address<int64_t>(count_ptr));
 }
+
+// A search, and the lock under which its threads hand in what they found.
+class SharedSearch {
+ public:
+  SharedSearch(int kernel, int dtype, const Options& given, int64_t lanes) : options(given) {
+    check(kernel >= 0 && kernel < maskserve::n_searches, "kernel is an index into SEARCHES");
+    search.reset(maskserve::variant().searches[kernel](dtype_of(dtype), options, lanes));
+  }
+
+  void sample(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+              int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
+              int64_t mask_inner, int64_t n_cells, uint64_t seed) {
+    const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
+                                 mask_outer, mask_n, mask_inner, 64);
+    nb::gil_scoped_release released;
+    absorb(search->sample(block, n_cells, seed));
+  }
+
+  void sift(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+            int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
+            int64_t mask_inner) {
+    const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
+                                 mask_outer, mask_n, mask_inner, 64);
+    nb::gil_scoped_release released;
+    absorb(search->sift(block));
+  }
+
+  void bracket() {
+    nb::gil_scoped_release released;
+    search->bracket();
+  }
+
+  bool settle() {
+    nb::gil_scoped_release released;
+    return search->settle();
+  }
+
+  void write(uint64_t values_ptr, uint64_t count_ptr) const {
+    search->write(address<double>(values_ptr), address<int64_t>(count_ptr));
+  }
+
+ private:
+  void absorb(maskserve::Search::Found* given) {
+    const std::unique_ptr<maskserve::Search::Found> found(given);
+    const std::lock_guard<std::mutex> held(lock);
+    search->absorb(*found);
+  }
+
+  const Options& options;
+  std::unique_ptr<maskserve::Search> search;
+  std::mutex lock;
+};
 
 int finish(int kernel, const Options& options, int64_t n, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
            uint64_t third_ptr, uint64_t fourth_ptr, uint64_t fifth_ptr, int64_t min_count, double needs, int result, uint64_t values_ptr, uint64_t valid_ptr) {
@@ -142,7 +200,7 @@ constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as 
 int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
            int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
            int64_t mask_inner, int64_t leaf, int64_t min_count, double needs, int result, uint64_t values_ptr,
-           uint64_t valid_ptr) {
+           uint64_t valid_ptr, int64_t leading_stride) {
   check(kernel >= 0 && kernel < maskserve::n_lifts + maskserve::n_selections, "kernel is an index into LIFTS + SELECTIONS");
   check(finish >= 0 && finish < maskserve::n_finishes, "finish is an index into FINISHES");
   check(n_held >= 1 && n_held <= maskserve::n_parts + 1, "a state has a count and up to five parts");
@@ -154,27 +212,56 @@ int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t 
   const int64_t group_cells = n * inner > 0 ? n * inner : 1;
   const int64_t most = group_cells < n_reduced_cells ? n_reduced_cells / group_cells : 1;
   const size_t n_states = static_cast<size_t>((most < outer ? most : outer) * inner);
-  const std::unique_ptr<int64_t[]> room(new int64_t[n_states * static_cast<size_t>(n_held) + 1]);
+  const bool is_selection = kernel >= maskserve::n_lifts;
+  const int64_t leading = is_selection ? maskserve::n_leading(options) : 1;
+  const std::unique_ptr<int64_t[]> room(new int64_t[n_states * static_cast<size_t>(n_held - 1 + leading) + 1]);
   for (int64_t o = 0; o < outer; o += most) {
     block.outer = outer - o < most ? outer - o : most;
     const int64_t n_results = block.outer * inner;
     Parts parts;
     maskserve::States states{n_results, parts.count_ptr = room.get(), {}};
     for (int k = 0; k + 1 < n_held; ++k) states.part_ptr[k] = parts.part_ptr[k] = room.get() + (k + 1) * n_results;
-    if (kernel >= maskserve::n_lifts) {
-      maskserve::selections[kernel - maskserve::n_lifts](block, options, static_cast<double*>(parts.part_ptr[0]), room.get());
+    if (is_selection) {
+      maskserve::variant().selections[kernel - maskserve::n_lifts](block, options, parts.part_ptr[0], room.get());
     } else if (!maskserve::variant().lifts[kernel](block, options, parts)) {
       return maskserve::fill_refused;
     }
-    const int status =
-        maskserve::finish(finish, states, options, {min_count, needs}, result_dtype,
-                          address<unsigned char>(values_ptr) + o * inner * maskserve::cell_bytes(result_dtype),
-                          address<unsigned char>(valid_ptr) + o * inner);
-    if (status != maskserve::fill_done) return status;
+    for (int64_t q = 0; q < leading; ++q) {
+      const int64_t first = q * leading_stride + o * inner;
+      const int status = maskserve::finish(finish, states, options, {min_count, needs}, result_dtype,
+                                           address<unsigned char>(values_ptr) + first * maskserve::cell_bytes(result_dtype),
+                                           address<unsigned char>(valid_ptr) + first);
+      if (status != maskserve::fill_done) return status;
+      if (q + 1 < leading) states.part_ptr[0] = static_cast<const int64_t*>(states.part_ptr[0]) + n_results;
+    }
     block.data.cells_ptr += block.outer * data_outer * cell_bytes;
     if (block.mask.cells_ptr) block.mask.cells_ptr += block.outer * mask_outer;
   }
   return maskserve::fill_done;
+}
+
+// Options with memory of their own for lists.
+struct OwnedOptions : Options {
+  std::vector<double> shares;
+};
+
+void set_q(OwnedOptions& options, nb::object q) {
+  options.shares.clear();
+  if (nb::isinstance<nb::tuple>(q)) {
+    for (nb::handle share : nb::cast<nb::tuple>(q)) options.shares.push_back(nb::cast<double>(share));
+  } else {
+    options.shares.push_back(nb::cast<double>(q));
+  }
+  options.q_ptr = options.shares.data();
+  options.n_q = static_cast<int64_t>(options.shares.size());
+}
+
+template <size_t n>
+int index_in(const char* const (&names)[n], const std::string& name) {
+  for (size_t k = 0; k < n; ++k) {
+    if (name == names[k]) return static_cast<int>(k);
+  }
+  throw std::invalid_argument("no kernel knows " + name);
 }
 
 template <size_t n>
@@ -191,18 +278,39 @@ NB_MODULE(_native, m) {
   m.attr("LIFTS") = tuple_of(maskserve::lift_names);
   m.attr("FILLS") = tuple_of(maskserve::fill_names);
   m.attr("SELECTIONS") = tuple_of(maskserve::selection_names);
+  m.attr("SEARCHES") = tuple_of(maskserve::search_names);
   m.attr("FINISHES") = tuple_of(maskserve::finish_names);
-  nb::class_<Options>(m, "Options")
+  nb::class_<Options>(m, "AnyOptions");
+  nb::class_<OwnedOptions, Options>(m, "Options")
       .def(nb::init<>())
-      .def_rw("ord", &Options::ord)
-      .def_rw("eps", &Options::eps)
-      .def_rw("correction", &Options::correction)
-      .def_rw("omits_nan", &Options::omits_nan)
-      .def_rw("negates", &Options::negates)
-      .def_rw("wide", &Options::wide)
-      .def_rw("value", &Options::value)
-      .def_rw("limit", &Options::limit)
-      .def_rw("flip", &Options::flip);
+      .def_rw("ord", &OwnedOptions::ord)
+      .def_rw("eps", &OwnedOptions::eps)
+      .def_rw("correction", &OwnedOptions::correction)
+      .def_rw("omits_nan", &OwnedOptions::omits_nan)
+      .def_rw("negates", &OwnedOptions::negates)
+      .def_rw("wide", &OwnedOptions::wide)
+      .def_rw("value", &OwnedOptions::value)
+      .def_rw("limit", &OwnedOptions::limit)
+      .def_rw("flip", &OwnedOptions::flip)
+      .def_prop_rw("q", [](const OwnedOptions& o) { return o.n_q; }, set_q)
+      .def_prop_rw(
+          "interpolation", [](const OwnedOptions& o) { return maskserve::interpolation_names[o.interpolation]; },
+          [](OwnedOptions& o, const std::string& name) {
+            o.interpolation = index_in(maskserve::interpolation_names, name);
+          })
+      .def_prop_rw(
+          "method", [](const OwnedOptions& o) { return maskserve::method_names[o.method]; },
+          [](OwnedOptions& o, const std::string& name) { o.method = index_in(maskserve::method_names, name); })
+      .def_rw("k", &OwnedOptions::k)
+      .def_rw("descending", &OwnedOptions::descending)
+      .def_rw("largest", &OwnedOptions::largest);
+  nb::class_<SharedSearch>(m, "Search")
+      .def(nb::init<int, int, const Options&, int64_t>(), nb::keep_alive<1, 4>())
+      .def("sample", &SharedSearch::sample)
+      .def("bracket", &SharedSearch::bracket)
+      .def("sift", &SharedSearch::sift)
+      .def("settle", &SharedSearch::settle)
+      .def("write", &SharedSearch::write);
   m.def("isa", [] { return maskserve::variant().name; });
   m.def("lift", &lift);
   m.def("fill", &fill);

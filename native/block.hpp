@@ -44,7 +44,7 @@ struct Parts {
   void* part_ptr[n_parts] = {};
 };
 
-// Where a block of the data's shape goes: values of `dtype` and validity, at the strides of `values`.
+// Where a block of the data's shape, or of k rows, goes: values of `dtype` and validity, at the strides of `values`.
 struct Filled {
   unsigned char* values_ptr = nullptr;
   unsigned char* mask_ptr = nullptr;  // null without a mask
@@ -64,7 +64,21 @@ struct Options {
   uint64_t value = 0;       // the bits that masked cells become
   int64_t limit = std::numeric_limits<int64_t>::max();  // how many masked cells in a row are filled
   uint64_t flip = 0;        // what cells that are taken were changed by, bit by bit, and their results are not
+  const double* q_ptr = nullptr;  // the shares of quantiles
+  int64_t n_q = 0;
+  int interpolation = 0;    // an index into interpolation_names
+  int method = 0;           // of ranks, an index into method_names
+  int64_t k = -1;           // how many cells of each slice; -1: all
+  bool descending = false;  // of a sort
+  bool largest = true;      // of the k cells
 };
+
+constexpr const char* interpolation_names[] = {"linear", "lower", "higher", "midpoint", "nearest"};
+
+constexpr const char* method_names[] = {"average", "min", "max", "dense", "ordinal"};
+
+// The results that a selection gives for each slice.
+constexpr int64_t n_leading(const Options& options) { return options.n_q > 0 ? options.n_q : 1; }
 
 // False, with nothing written, where the strides allow no walk at full speed: give a contiguous copy.
 using Lift = bool (*)(const Block&, const Options&, const Parts&);
@@ -73,8 +87,25 @@ using Lift = bool (*)(const Block&, const Options&, const Parts&);
 enum FillStatus : int { fill_done, fill_overflowed, fill_refused };
 using Fill = int (*)(const Block&, const Options&, const Filled&);
 
-// (outer, inner) results of whole slices, as doubles, and how many cells each slice has.
-using Select = void (*)(const Block&, const Options&, double* values, int64_t* count);
+// (leading, outer, inner) results of whole slices, as doubles, and how many valid cells each slice has.
+using Select = void (*)(const Block&, const Options&, void* values_ptr, int64_t* count_ptr);
+
+// Selection from a few slices too long for one block, side by side: (1, n, lanes) read in blocks of rows, in rounds.
+// A round: sample every block; bracket; sift every block and absorb what was found; settle, which says whether it was
+// the last. sample and sift may run in several threads, the others in one at a time.
+struct Search {
+  struct Found {
+    virtual ~Found();
+  };
+  virtual ~Search();
+  virtual Found* sample(const Block&, int64_t n_cells, uint64_t seed) const = 0;
+  virtual Found* sift(const Block&) const = 0;
+  virtual void absorb(const Found&) = 0;
+  virtual void bracket() = 0;
+  virtual bool settle() = 0;
+  virtual void write(double* values_ptr, int64_t* count_ptr) const = 0;  // (leading, lanes) and (lanes)
+};
+using Begin = Search* (*)(Dtype, const Options&, int64_t lanes);
 
 // Every kernel, once: a new one is a line here and a function of its name.
 #define MASKSERVE_LIFTS(each) \
@@ -83,30 +114,28 @@ using Select = void (*)(const Block&, const Options&, double* values, int64_t* c
 #define MASKSERVE_FILLS(each) \
   each(softmax) each(log_softmax) each(normalize) each(standardize) each(cumulative_sum) each(cumulative_largest) \
   each(cumulative_smallest) each(cumulative_product) each(cumulative_logsumexp) each(fill_forward) each(fill_backward) \
-  each(fill_value)
-#define MASKSERVE_SELECTIONS(each) each(median)  // compiled once, for any processor
+  each(fill_value) each(sorted) each(top) each(rank)
+#define MASKSERVE_SELECTIONS(each) each(median) each(quantile) each(mode) each(count_distinct)
+#define MASKSERVE_SEARCHES(each) each(median) each(quantile)  // the selections that can be searches
 
 #define MASKSERVE_NAME(kernel) #kernel,
 constexpr const char* lift_names[] = {MASKSERVE_LIFTS(MASKSERVE_NAME)};
 constexpr const char* fill_names[] = {MASKSERVE_FILLS(MASKSERVE_NAME)};
 constexpr const char* selection_names[] = {MASKSERVE_SELECTIONS(MASKSERVE_NAME)};
+constexpr const char* search_names[] = {MASKSERVE_SEARCHES(MASKSERVE_NAME)};
 #undef MASKSERVE_NAME
 constexpr int n_lifts = sizeof lift_names / sizeof *lift_names;
 constexpr int n_fills = sizeof fill_names / sizeof *fill_names;
 constexpr int n_selections = sizeof selection_names / sizeof *selection_names;
+constexpr int n_searches = sizeof search_names / sizeof *search_names;
 
 struct Variant {
   const char* name;
   Lift lifts[n_lifts];
   Fill fills[n_fills];
+  Select selections[n_selections];
+  Begin searches[n_searches];
 };
-
-#define MASKSERVE_DECLARE(kernel) void kernel(const Block&, const Options&, double* values, int64_t* count);
-MASKSERVE_SELECTIONS(MASKSERVE_DECLARE)
-#undef MASKSERVE_DECLARE
-#define MASKSERVE_ADDRESS(kernel) kernel,
-constexpr Select selections[] = {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)};
-#undef MASKSERVE_ADDRESS
 
 // The states of n result cells: their parts as in Parts.
 struct States {

@@ -77,3 +77,42 @@ auto with_key(Dtype dtype, bool largest, const Visit& visit) {
     default: return visit(integer_key<uint8_t>(largest, 0, 1));
   }
 }
+
+// Keys for selection and order: at least 16 bits wide, smallest cell first, masked ones last; Cell gives the value back.
+// `joins_zeros`: -0 has the key of +0.
+template <class Key, class Cell, bool joins_zeros>
+struct Ordered {
+  using Raw = typename Key::Raw;
+  using Out = std::conditional_t<sizeof(Raw) == 1, int16_t, typename Key::Out>;
+  using Bits = std::make_unsigned_t<Out>;
+  static constexpr bool is_float = Key::is_float;
+  static constexpr Out nan_key = Key::nan_key;
+  Key key;
+  Out hidden = std::numeric_limits<Out>::max();
+
+  ALWAYS_INLINE Out operator()(Raw raw) const {
+    const auto k = key(raw);
+    if constexpr (!is_float || !joins_zeros) return k;
+    return static_cast<Out>(k + (k == -1));  // the key of -0 is -1, of +0 it is 0
+  }
+  ALWAYS_INLINE double value(Out k) const { return as_double(Cell::widen(key.cell(static_cast<typename Key::Out>(k)))); }
+};
+
+// visit(the order of a dtype's cells).
+template <bool joins_zeros = false, class Visit>
+auto with_order(Dtype dtype, const Visit& visit) {
+  const auto visited = [&](auto cell, auto key) {
+    return visit(Ordered<decltype(key), decltype(cell), joins_zeros>{key});
+  };
+  switch (dtype) {
+    case Dtype::f64: return visited(F64Cell(), float_key<uint64_t>(true, 0x7ff0000000000000u));
+    case Dtype::f32: return visited(F32Cell(), float_key<uint32_t>(true, 0x7f800000u));
+    case Dtype::f16: return visited(F16Cell(), float_key<uint16_t>(true, 0x7c00u));
+    case Dtype::bf16: return visited(BF16Cell(), float_key<uint16_t>(true, 0x7f80u));
+    case Dtype::i8: return visited(I8Cell(), signed_key<uint8_t>(true));
+    case Dtype::i16: return visited(I16Cell(), signed_key<uint16_t>(true));
+    case Dtype::i32: return visited(I32Cell(), signed_key<uint32_t>(true));
+    case Dtype::i64: return visited(I64Cell(), signed_key<uint64_t>(true));
+    default: return visited(U8Cell(), integer_key<uint8_t>(true, 0, 255));
+  }
+}

@@ -113,7 +113,7 @@ void run_extremes(const Block& block, const Filled& filled, const Key& key, type
     for (int64_t l = 0; l < tile.w.lanes(); ++l) room->best[l] = key.hidden, room->place[l] = 0;
   };
   each_scan_tile(block, block.leaf, false, begin, [&](const ScanTile& tile) {
-    const unsigned char* const keep_ptr = scan_mask(block.mask, tile, room->keep);
+    const unsigned char* const keep_ptr = scan_keep(block, tile, room->keep);
     scan_cells(block, tile, keep_ptr, key, room->cells);
     run_scan(Extreme<Key, has_places>{room->cells, room->best, room->places, room->place,
                                       static_cast<int32_t>(tile.w.i)}, tile);
@@ -182,7 +182,7 @@ void run_latest(const Block& block, const Options& options, const Filled& filled
     for (int64_t l = 0; l < tile.w.lanes(); ++l) room->latest[l] = 0, room->age[l] = static_cast<int32_t>(most_cells);
   };
   each_scan_tile(block, block.leaf, backwards, begin, [&](const ScanTile& tile) {
-    const unsigned char* keep_ptr = scan_mask(block.mask, tile, room->keep);
+    const unsigned char* keep_ptr = scan_keep(block, tile, room->keep);
     if (!keep_ptr) keep_ptr = static_cast<unsigned char*>(std::memset(room->keep, 1, sizeof room->keep));
     scan_cells(block, tile, nullptr, to_cell, room->cells);
     run_scan(Latest<Raw, has_places>{room->cells, room->latest, room->places, room->age, keep_ptr, room->valid, limit,
@@ -214,7 +214,7 @@ void run_fill(const Block& block, const Options& options, const Filled& filled, 
   std::memset(room->valid, 1, sizeof room->valid);
   const unsigned char* const valid_ptr = filled.mask_ptr ? room->valid : nullptr;
   each_scan_tile(block, block.leaf, false, [](const ScanTile&) {}, [&](const ScanTile& tile) {
-    scan_cells(block, tile, scan_mask(block.mask, tile, room->keep), to_cell, room->cells);
+    scan_cells(block, tile, scan_keep(block, tile, room->keep), to_cell, room->cells);
     each_part(filled.values, tile, [&](const Window& w, int64_t at) {
       write_mask(filled, w, from(valid_ptr, at));
       narrow_cells(filled, w, room->cells + at, nullptr, flipped);

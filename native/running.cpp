@@ -309,7 +309,7 @@ int cumulative_product(const Block& block, const Options&, const Filled& filled)
   };
   each_scan_tile(block, n_product_rows, false, begin, [&](const ScanTile& tile) {
     if (status == fill_refused) return;
-    const unsigned char* const keep_ptr = scan_mask(block.mask, tile, room->keep);
+    const unsigned char* const keep_ptr = scan_keep(block, tile, room->keep);
     if (!is_integral) {
       scan_doubles(block, tile, keep_ptr, 1.0, room->cells);
       run_products(*room, tile, block.dtype == Dtype::f64);
@@ -338,7 +338,7 @@ int cumulative_logsumexp(const Block& block, const Options&, const Filled& fille
     for (int64_t l = 0; l < tile.w.lanes(); ++l) room->base[l] = -infinity, room->sum[l] = room->low[l] = 0.0;
   };
   each_scan_tile(block, block.leaf, false, begin, [&](const ScanTile& tile) {
-    const unsigned char* const keep_ptr = scan_mask(block.mask, tile, room->keep);
+    const unsigned char* const keep_ptr = scan_keep(block, tile, room->keep);
     scan_doubles(block, tile, keep_ptr, -infinity, room->cells);
     (is_quick ? run_logs<false> : run_logs<true>)(*room, tile);
     overflowed |= write_scan(filled, tile, room->raised, keep_ptr);

@@ -75,6 +75,18 @@ inline const unsigned char* scan_mask(const Operand& mask, const ScanTile& tile,
   return dense_ptr;
 }
 
+// Which cells count, as gather_keep() has it.
+inline const unsigned char* scan_keep(const Block& block, const ScanTile& tile, unsigned char* copy_ptr) {
+  const unsigned char* const mask_ptr = scan_mask(block.mask, tile, copy_ptr);
+  if (!block.omits_nan) return mask_ptr;
+  alignas(64) unsigned char numbers[n_tile];
+  each_part(block.data, tile, [&](const Window& w, int64_t at) {
+    gather_numbers(block.dtype, block.data, w, numbers + at);
+  });
+  combine_keep(mask_ptr, numbers, tile.w.cells(), copy_ptr);
+  return copy_ptr;
+}
+
 ALWAYS_INLINE const unsigned char* from(const unsigned char* keep_ptr, int64_t at) {
   return keep_ptr ? keep_ptr + at : nullptr;
 }

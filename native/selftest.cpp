@@ -19,7 +19,6 @@ namespace {
 using namespace maskserve;
 
 constexpr const char* dtype_names[n_dtypes] = {"f64", "f32", "f16", "bf16", "i8", "i16", "i32", "i64", "u8", "bool"};
-constexpr size_t n_parts = sizeof(Parts::part_ptr) / sizeof(void*);
 
 struct Random {
   uint64_t state;
@@ -197,10 +196,10 @@ void add_all(Hash& hash, const std::vector<std::vector<uint64_t>>& words) {
 
 void run_lift(int kernel, const Case& given, Hash& hash) {
   const size_t n = static_cast<size_t>(given.block.outer * given.block.inner);
-  std::vector<std::vector<uint64_t>> words(n_parts + 1, std::vector<uint64_t>(n));
+  std::vector<std::vector<uint64_t>> words(n_parts + size_t{1}, std::vector<uint64_t>(n));
   Parts parts;
   parts.count_ptr = reinterpret_cast<int64_t*>(words[n_parts].data());
-  for (size_t k = 0; k < n_parts; ++k) parts.part_ptr[k] = words[k].data();
+  for (int k = 0; k < n_parts; ++k) parts.part_ptr[k] = words[k].data();
   const bool walked = variant().lifts[kernel](given.block, some_options(), parts);
   hash.add(&walked, 1);
   if (walked) add_all(hash, words);
@@ -243,7 +242,7 @@ void run_finish(int kernel, Dtype result, Hash& hash) {
     for (uint64_t& word : some) word = bits_of(Dtype::f64, random.one_in(20) ? Kind::wild : Kind::tame, random);
   }
   States states{n, count.data(), {}};
-  for (size_t k = 0; k < n_parts; ++k) states.part_ptr[k] = words[k].data();
+  for (int k = 0; k < n_parts; ++k) states.part_ptr[k] = words[k].data();
   std::vector<uint64_t> values(n);
   std::vector<unsigned char> valid(n);
   const int status = finish(kernel, states, some_options(), {1, 0.0}, result,

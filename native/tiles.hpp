@@ -228,17 +228,17 @@ inline NEVER_INLINE void gather_numbers(Dtype dtype, const Operand& data, const 
   }
 }
 
+inline void combine_keep(const unsigned char* mask_ptr, const unsigned char* numbers_ptr, int64_t n, unsigned char* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = (mask_ptr ? mask_ptr[j] : uint8_t{1}) & numbers_ptr[j];
+}
+
 // Which cells of a window count, as dense bytes: its mask, and no NaN where those are omitted; null where all do.
 inline const unsigned char* gather_keep(const Block& block, const Window& w, unsigned char* copy_ptr) {
   const unsigned char* const mask_ptr = gather_mask(block.mask, w, copy_ptr);
   if (!block.omits_nan) return mask_ptr;
   alignas(64) unsigned char numbers[n_tile];
   gather_numbers(block.dtype, block.data, w, numbers);
-  if (!mask_ptr) {
-    std::memcpy(copy_ptr, numbers, static_cast<size_t>(w.cells()));
-  } else {
-    for (int64_t j = 0; j < w.cells(); ++j) copy_ptr[j] = mask_ptr[j] & numbers[j];
-  }
+  combine_keep(mask_ptr, numbers, w.cells(), copy_ptr);
   return copy_ptr;
 }
 

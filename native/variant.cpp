@@ -10,12 +10,21 @@ namespace maskserve {
 
 #define MASKSERVE_LIFT(kernel) bool kernel(const Block&, const Options&, const Parts&);
 #define MASKSERVE_FILL(kernel) int kernel(const Block&, const Options&, const Filled&);
+#define MASKSERVE_SELECT(kernel) void kernel(const Block&, const Options&, void*, int64_t*);
+#define MASKSERVE_SEARCH(kernel) Search* kernel##_search(Dtype, const Options&, int64_t);
 #define MASKSERVE_ADDRESS(kernel) kernel,
-#define MASKSERVE_VARIANT(isa)                                                                        \
-  namespace isa {                                                                                     \
-  MASKSERVE_LIFTS(MASKSERVE_LIFT)                                                                     \
-  MASKSERVE_FILLS(MASKSERVE_FILL)                                                                     \
-  const Variant table{#isa, {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)}, {MASKSERVE_FILLS(MASKSERVE_ADDRESS)}}; \
+#define MASKSERVE_BEGIN(kernel) kernel##_search,
+#define MASKSERVE_VARIANT(isa)               \
+  namespace isa {                            \
+  MASKSERVE_LIFTS(MASKSERVE_LIFT)            \
+  MASKSERVE_FILLS(MASKSERVE_FILL)            \
+  MASKSERVE_SELECTIONS(MASKSERVE_SELECT)     \
+  MASKSERVE_SEARCHES(MASKSERVE_SEARCH)       \
+  const Variant table{#isa,                  \
+                      {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},      \
+                      {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},      \
+                      {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)}, \
+                      {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)}};    \
   }
 
 MASKSERVE_VARIANT(baseline)
@@ -66,6 +75,9 @@ const Variant& choose() {
 }
 
 }  // namespace
+
+Search::~Search() = default;
+Search::Found::~Found() = default;
 
 const Variant& variant() {
   static const Variant& chosen = choose();

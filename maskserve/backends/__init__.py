@@ -33,6 +33,20 @@ class Backend(Protocol):
     def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]: ...
 
 
+class Search(Protocol):
+    """A selection from a few long slices side by side, in rounds: sample all blocks, bracket, sift all blocks, settle."""
+
+    def sample(self, data: Tensor, mask: Tensor | None, n_cells: int, seed: int) -> None: ...
+
+    def bracket(self) -> None: ...
+
+    def sift(self, data: Tensor, mask: Tensor | None) -> None: ...
+
+    def settle(self) -> bool: ...
+
+    def results(self) -> tuple[Tensor, Tensor]: ...
+
+
 @runtime_checkable
 class Finisher(Backend, Protocol):
     """A back end that also writes results: whole slices of normalizations, scans and selections, and finished states.
@@ -40,6 +54,8 @@ class Finisher(Backend, Protocol):
     Its `finish` means what the engine's own does, and gives the same bits. A scan that picks gives the cells, and their
     places too where `places` is there for them.
     """
+
+    def takes_cells(self, plan: Plan) -> bool: ...
 
     def run(
         self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
@@ -58,6 +74,8 @@ class Finisher(Backend, Protocol):
     ) -> str: ...
 
     def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def search(self, plan: Plan, lanes: int) -> Search | None: ...
 
     def finish(self, plan: Plan, parts: Parts) -> tuple[Tensor, Tensor] | None: ...
 

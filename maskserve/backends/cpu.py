@@ -22,7 +22,7 @@ from maskserve.backends.reference import kernel as reference
 from maskserve.backends.reference import lift as lift_as_reference
 from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, f64, i64
 from maskserve.ops import passes
-from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.ops.rows import Normalization, Ordering, Reduction, Scan
 from maskserve.plan import as_floats
 
 if TYPE_CHECKING:
@@ -70,11 +70,26 @@ FILLS = {
     ".scans:CumulativeSum": "cumulative_sum",
     ".scans:LogCumulativeSumOfExponentials": "cumulative_logsumexp",
     ".products:CumulativeProduct": "cumulative_product",
+    ".orders:Sorted": "sorted",
+    ".orders:Top": "top",
+    ".orders:Rank": "rank",
 }
-SELECTIONS = {".selections:median": "median"}
+SELECTIONS = {
+    ".selections:median": "median",
+    ".selections:quantile": "quantile",
+    ".selections:mode": "mode",
+    ".selections:count_distinct": "count_distinct",
+}
 WHOLE = {*FILLS, *SELECTIONS}
+BY_ORDER = {
+    ".orders:Sorted", ".orders:Top", ".orders:Rank", ".selections:mode", ".selections:count_distinct",
+}  # fmt: skip
+"""Those that order cells and read no values: u64 seen as i64 will do."""
+AS_GIVEN = (
+    "ord", "eps", "correction", "limit", "q", "interpolation", "method", "k", "descending", "largest",
+)  # fmt: skip
 OPTIONS: dict[str, Callable[[Plan, Any], Any]] = {
-    **dict.fromkeys(("ord", "eps", "correction", "limit"), lambda plan, given: given),
+    **dict.fromkeys(AS_GIVEN, lambda plan, given: given),
     "value": lambda plan, given: bits_of(plan, given),
 }
 """The parameters that kernels read, by their names in the row, as kernels read them."""
@@ -190,8 +205,8 @@ def finishing(plan: Plan) -> Finishing | None:
     row, params = plan.row, plan.params
     if not isinstance(row, Reduction) or params.get("empty", "mask") != "mask" or plan.result not in SERVED:
         return None
-    name = "sum"
-    parts: tuple[str, ...] = ("count", "total")  # a selection's values are in float64, as a sum's are
+    name = "same" if plan.result is i64 else "sum"
+    parts: tuple[str, ...] = ("count", "total")  # a selection's values are int64, or float64 as a sum's are
     if row.passes:
         if plan.finalize not in FINISHES:
             return None
@@ -232,15 +247,20 @@ class CpuBackend:
                 return f"it has no kernel for {row.name} with {parameter}={plan.params[parameter]}"
         if plan.weighted and plan.params["weights"] not in SERVED:
             return f"it has no kernel for weights of {plan.params['weights']}"
-        takes = isinstance(row, Scan) and row.scan in TAKES
-        if plan.dtype not in SERVED or (plan.flipped and not takes):
+        takes = self.takes_cells(plan)
+        by_order = bool(whole) and BY_ORDER.issuperset(whole)
+        if plan.dtype not in SERVED or (plan.flipped and not takes and not by_order):
             return f"it has no kernel for {plan.stored}"
-        fits = plan.result in FLOATING | {i64}
+        fits = plan.result in ({i64} if row.picks else FLOATING | {i64})
         if takes:  # cells as they came, and not the places that a plan of the same row may ask for
             fits = plan.result is as_floats(plan.stored) and (plan.result is plan.dtype or plan.flipped)
         if isinstance(row, Normalization | Scan) and not fits:
             return f"it has no kernel for {row.name} in {plan.result}"
         return missing()
+
+    def takes_cells(self, plan: Plan) -> bool:
+        """Whether its results are the cells that the row picks, and not their places."""
+        return isinstance(plan.row, Scan) and plan.row.scan in TAKES
 
     def run(
         self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
@@ -255,15 +275,20 @@ class CpuBackend:
                 return None
             mask_ptr = mask.data_ptr()
         values = torch.empty(plan.out_shape, dtype=how.dtype)
-        new_mask = torch.ones if how.strides and mask is None and not how.omits_nan else torch.empty
+        new_mask = torch.ones if how.writes_no_mask and mask is None else torch.empty
         valid = new_mask(plan.out_shape, dtype=torch.bool)
         results_ptr = (values.data_ptr(), valid.data_ptr())
-        rest = (*how.strides, 0 if places is None else places.data_ptr()) if how.strides else ()
-        status = how.call(*how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *rest)
+        places_ptr = (0 if places is None else places.data_ptr(),) if how.takes_places else ()
+        status = how.call(
+            *how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *how.strides, *places_ptr
+        )
         return (values, valid) if STATUS[status] == "done" else None
 
     def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool:
-        """Whole slices (outer, n, inner) reduced to `values` and `valid`, (outer, inner) and dense; False: not served."""
+        """Whole slices (outer, n, inner) reduced to `values` and `valid`, (leading, outer, inner); False: not served.
+
+        One result of every slice is dense.
+        """
         how = finishing(plan)
         if how is None:
             return False
@@ -271,7 +296,7 @@ class CpuBackend:
         status: int = native().reduce(
             reduce_kernel(plan), how.kernel, options(plan), len(how.parts), data.data_ptr(), mask_ptr,
             number_of(plan.dtype.name), *data.shape, *data.stride(), *mask_strides, plan.leaf,
-            how.min_count, how.needs, how.number, values.data_ptr(), valid.data_ptr(),
+            how.min_count, how.needs, how.number, values.data_ptr(), valid.data_ptr(), values.stride(0),
         )  # fmt: skip
         return STATUS[status] == "done"
 
@@ -338,9 +363,10 @@ class CpuBackend:
         return STATUS[status]
 
     def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(values, count) of whole slices: (outer, n, inner) -> (outer, inner), float64 and int64."""
+        """(values, count) of whole slices: (outer, n, inner) -> (leading, outer, inner) and (outer, inner)."""
         outer, n, inner = data.shape
-        values = torch.empty((outer, inner), dtype=torch.float64)
+        wide = torch.int64 if plan.result.is_integral else torch.float64
+        values = torch.empty((len(plan.labels or (0,)), outer, inner), dtype=wide)
         count = torch.empty((outer, inner), dtype=torch.int64)
         mask_ptr, *mask_strides = strided(mask)
         native().select(
@@ -348,6 +374,12 @@ class CpuBackend:
             *data.stride(), *mask_strides, values.data_ptr(), count.data_ptr(),
         )  # fmt: skip
         return values, count
+
+    def search(self, plan: Plan, lanes: int) -> Search | None:
+        """The selection of `lanes` slices side by side, block by block; None where it needs each slice whole."""
+        assert isinstance(plan.row, Reduction)
+        name = SELECTIONS[plan.row.select]
+        return Search(plan, name, lanes) if name in native().SEARCHES else None
 
     def finish(self, plan: Plan, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """States to (values, mask) in the result's shape and dtype; None where the reference has to do it.
@@ -369,6 +401,44 @@ class CpuBackend:
         return (values, valid) if STATUS[status] == "done" else None
 
 
+class Search:
+    """Results of a few slices (1, n, lanes), from rounds over their blocks."""
+
+    def __init__(self, plan: Plan, name: str, lanes: int) -> None:
+        self.of = native().Search(
+            list(native().SEARCHES).index(name), number_of(plan.dtype.name), options(plan), lanes
+        )
+        self.shape = (len(plan.labels or (0,)), lanes)
+        self.number = number_of(plan.dtype.name)
+
+    def sample(self, data: Tensor, mask: Tensor | None, n_cells: int, seed: int) -> None:
+        """`n_cells` of each slice, by chance: they make the round short, and change no result."""
+        self.of.sample(*self.operands(data, mask), n_cells, seed)
+
+    def bracket(self) -> None:
+        """After the samples: what to look for in the blocks."""
+        self.of.bracket()
+
+    def sift(self, data: Tensor, mask: Tensor | None) -> None:
+        """A block counted."""
+        self.of.sift(*self.operands(data, mask))
+
+    def settle(self) -> bool:
+        """After the blocks: whether all results are found."""
+        settled: bool = self.of.settle()
+        return settled
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """(values, count): (leading, lanes) and (lanes)."""
+        values, count = torch.empty(self.shape, dtype=torch.float64), torch.empty(self.shape[1], dtype=torch.int64)
+        self.of.write(values.data_ptr(), count.data_ptr())
+        return values, count
+
+    def operands(self, data: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+        mask_ptr, *mask_strides = strided(mask)
+        return (data.data_ptr(), mask_ptr, self.number, *data.shape, *data.stride(), *mask_strides)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Direct:
     """What one native call needs to run a plan on dense cells, decided once."""
@@ -378,7 +448,9 @@ class Direct:
     after: tuple[float, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    omits_nan: bool
+    takes_places: bool
+    writes_no_mask: bool
+    """Where the data has none."""
 
 
 @lru_cache(maxsize=1024)
@@ -391,13 +463,15 @@ def direct(plan: Plan) -> Direct | None:
     dense = (n * inner, inner, 1)
     if not isinstance(row, Reduction):
         kernel, _ = fill_kernel(plan)
+        size = row.size(plan.params, n) if isinstance(row, Ordering) else n
         return Direct(
             call=native().fill,
             before=(kernel, options(plan)),
             after=(number, *plan.fold, *dense, *dense, plan.leaf),
-            strides=(result, *dense),
+            strides=(result, size * inner, inner, 1),
             dtype=getattr(torch, plan.result.torch),
-            omits_nan=options(plan).omits_nan,
+            takes_places=True,
+            writes_no_mask=not options(plan).omits_nan,
         )
     how = finishing(plan)
     if how is None:
@@ -406,9 +480,10 @@ def direct(plan: Plan) -> Direct | None:
         call=native().reduce,
         before=(reduce_kernel(plan), how.kernel, options(plan), len(how.parts)),
         after=(number, *plan.fold, *dense, *dense, plan.leaf, how.min_count, how.needs, how.number),
-        strides=(),
+        strides=(plan.fold[0] * inner,),
         dtype=how.dtype,
-        omits_nan=options(plan).omits_nan,
+        takes_places=False,
+        writes_no_mask=False,
     )
 
 

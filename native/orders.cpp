@@ -1,0 +1,347 @@
+// Slices in order: sort, topk, ranks, the mode and how many cells differ. Valid cells are sorted with their places, so
+// that equal ones keep their order; masked ones are not sorted at all. NaN is beyond inf, -0 equals +0.
+
+#include "common.hpp"
+
+namespace maskserve {
+namespace MASKSERVE_ISA {
+namespace {
+
+#include "tiles.hpp"
+
+#include "narrow.hpp"
+
+#include "keys.hpp"
+
+#include "order.hpp"
+
+#include "slices.hpp"
+
+// ---- a key and its place -----------------------------------------------------------------------------------------------
+
+// In one number, where the key has at most 32 bits.
+struct Narrow {
+  static constexpr int place_bits = 31;
+  static constexpr int64_t step = int64_t{1} << place_bits;
+  int64_t both;
+  static ALWAYS_INLINE Narrow of(int64_t key, int64_t place) { return {key * step + place}; }
+  ALWAYS_INLINE int64_t key() const { return both >> place_bits; }
+  ALWAYS_INLINE int64_t place() const { return both & (step - 1); }
+  template <int n_key_bits>
+  ALWAYS_INLINE uint64_t ordered() const {  // the key, from 0
+    return static_cast<uint64_t>(key() + (int64_t{1} << (n_key_bits - 1)));
+  }
+  ALWAYS_INLINE bool operator<(Narrow other) const { return both < other.both; }
+};
+
+struct Wide {
+  int64_t its_key, its_place;
+  static ALWAYS_INLINE Wide of(int64_t key, int64_t place) { return {key, place}; }
+  ALWAYS_INLINE int64_t key() const { return its_key; }
+  ALWAYS_INLINE int64_t place() const { return its_place; }
+  template <int n_key_bits>
+  ALWAYS_INLINE uint64_t ordered() const {
+    return static_cast<uint64_t>(its_key) ^ (uint64_t{1} << 63);
+  }
+  ALWAYS_INLINE bool operator<(Wide other) const {
+    return its_key < other.its_key || (its_key == other.its_key && its_place < other.its_place);
+  }
+};
+
+// ---- sorting -----------------------------------------------------------------------------------------------------------
+
+// Stable, the lowest digits first; where the result lies, in `items` or in `room`.
+template <int n_key_bits, int width, class Item>
+NEVER_INLINE Item* sort_by_digits(Item* items, int64_t n, Item* room) {
+  constexpr int n_digits = (n_key_bits + width - 1) / width;
+  constexpr uint64_t most = (uint64_t{1} << width) - 1;
+  uint32_t firsts[n_digits][most + 1] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    const uint64_t key = items[j].template ordered<n_key_bits>();
+    for (int d = 0; d < n_digits; ++d) ++firsts[d][(key >> (d * width)) & most];
+  }
+  Item *from = items, *to = room;
+  for (int d = 0; d < n_digits; ++d) {
+    const int shift = d * width;
+    const uint64_t some = (from[0].template ordered<n_key_bits>() >> shift) & most;
+    if (firsts[d][some] == static_cast<uint32_t>(n)) continue;  // one digit in all keys
+    uint32_t before = 0;
+    for (uint64_t k = 0; k <= most; ++k) {
+      const uint32_t own = firsts[d][k];
+      firsts[d][k] = before;
+      before += own;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const Item item = from[j];
+      to[firsts[d][(item.template ordered<n_key_bits>() >> shift) & most]++] = item;
+    }
+    Item* const next = from;
+    from = to, to = next;
+  }
+  return from;
+}
+
+constexpr int64_t n_inserted = 40;          // items up to which insertion is fastest
+constexpr int64_t n_wide_digits = 1 << 12;  // from which fewer digits pay for more counters
+
+template <int n_key_bits, class Item>
+Item* sort_items(Item* items, int64_t n, Item* room) {
+  if (n <= n_inserted) {
+    sort_few(items, n);
+    return items;
+  }
+  return n < n_wide_digits ? sort_by_digits<n_key_bits, 8>(items, n, room)
+                           : sort_by_digits<n_key_bits, 11>(items, n, room);
+}
+
+// The first k in order, in any order, moved to the front of `room`.
+inline void first_items(const Narrow* items, int64_t n, int64_t k, Narrow* room) {
+  const int64_t* const keys = reinterpret_cast<const int64_t*>(items);
+  Pile<int64_t> some(n + 1);
+  const int64_t last = nth_key(keys, n, k - 1, some.items);
+  take_keys(keys, n, std::numeric_limits<int64_t>::min(), last, some.items);  // no two are equal
+  std::memcpy(room, some.items, static_cast<size_t>(k) * sizeof *room);
+}
+
+inline void first_items(const Wide* items, int64_t n, int64_t k, Wide* room) {
+  Pile<int64_t> keys(n), some(n + 1);
+  for (int64_t j = 0; j < n; ++j) keys.items[j] = items[j].its_key;
+  const int64_t last = nth_key(keys.items, n, k - 1, some.items);
+  int64_t n_equal = k - count_keys(keys.items, n, last, last).below, taken = 0;
+  for (int64_t j = 0; j < n && taken < k; ++j) {
+    const bool is_equal = items[j].its_key == last;
+    if (items[j].its_key < last || (is_equal && n_equal > 0)) room[taken++] = items[j];
+    n_equal -= is_equal;
+  }
+}
+
+// Cells beside their rows, for a network.
+template <class Order>
+struct Placed {
+  using Raw = typename Order::Raw;
+  using Out = int64_t;
+  using Bits = uint64_t;
+  Order order;
+  int64_t flip;  // -1 for the largest first
+  int64_t hidden = int64_t{1} << 62;  // beyond every key of 32 bits
+  ALWAYS_INLINE int64_t operator()(Raw raw) const { return (static_cast<int64_t>(order(raw)) ^ flip) * Narrow::step; }
+};
+
+struct NetworkRoom {
+  alignas(64) int64_t both[n_tile];
+  alignas(64) unsigned char keep[n_tile];
+  int64_t n_valid[n_tile_lanes];
+};
+
+// visit(window, room) with the items of all slices of the window in order.
+template <class Order, class Visit>
+void each_sorted_window(const Block& block, const Order& order, int64_t flip, const Visit& visit) {
+  const std::unique_ptr<NetworkRoom> room(new NetworkRoom);
+  each_whole_window(block, n_network_cells / 2, n_tile_lanes, [&](const Window& w) {
+    const int64_t lanes = w.lanes();
+    const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
+    gather(block.data, w, keep_ptr, Placed<Order>{order, flip}, room->both);
+    for (int64_t l = 0; l < lanes; ++l) room->n_valid[l] = 0;
+    count_window(keep_ptr, w, room->n_valid);
+    for (int64_t r = 1; r < w.rows; ++r) {
+      for (int64_t l = 0; l < lanes; ++l) room->both[r * lanes + l] += r;
+    }
+    sort_columns(room->both, w.rows, lanes);
+    visit(w, *room);
+  });
+}
+
+// visit(o, c, items in order, how many valid cells): the first k of them at least.
+template <class Order, class Visit>
+void each_sorted_slice(const Block& block, const Order& order, bool descending, int64_t k, const Visit& visit) {
+  using K = typename Order::Out;
+  constexpr int n_key_bits = 8 * sizeof(K);
+  using Item = std::conditional_t<sizeof(K) == 8, Wide, Narrow>;
+  const int64_t flip = descending ? -1 : 0;
+  if constexpr (sizeof(K) < 8) {
+    if (block.n <= n_network) {
+      Narrow items[n_network];
+      return each_sorted_window(block, order, flip, [&](const Window& w, const NetworkRoom& room) {
+        for (int64_t l = 0; l < w.lanes(); ++l) {
+          for (int64_t r = 0; r < w.rows; ++r) items[r].both = room.both[r * w.lanes() + l];
+          visit(w.o + l / w.columns, w.c + l % w.columns, items, room.n_valid[l]);
+        }
+      });
+    }
+  }
+  Pile<Item> room(block.n + 1);
+  const auto make = [=](K key, int64_t row) { return Item::of(static_cast<int64_t>(key) ^ flip, row); };
+  each_slice<Item>(block, order, make, [&](int64_t o, int64_t c, Item* items, int64_t n) {
+    if (k <= 0 || k > n / 4) return visit(o, c, sort_items<n_key_bits>(items, n, room.items), n);
+    first_items(items, n, k, room.items);
+    visit(o, c, sort_items<n_key_bits>(room.items, k, items), n);
+  });
+}
+
+// visit(the order of a dtype's cells): cells that share keys share code.
+template <class Visit>
+void with_places(Dtype dtype, const Visit& visit) {
+  const auto visited = [&](auto key) { visit(Ordered<decltype(key), F32Cell, true>{key}); };
+  switch (dtype) {
+    case Dtype::f64: return visited(float_key<uint64_t>(true, 0x7ff0000000000000u));
+    case Dtype::f32: return visited(float_key<uint32_t>(true, 0x7f800000u));
+    case Dtype::f16: return visited(float_key<uint16_t>(true, 0x7c00u));
+    case Dtype::bf16: return visited(float_key<uint16_t>(true, 0x7f80u));
+    case Dtype::i8: return visited(signed_key<uint8_t>(true));
+    case Dtype::i16: return visited(signed_key<uint16_t>(true));
+    case Dtype::i32: return visited(signed_key<uint32_t>(true));
+    case Dtype::i64: return visited(signed_key<uint64_t>(true));
+    default: return visited(integer_key<uint8_t>(true, 0, 255));
+  }
+}
+
+// ---- what is made of them ------------------------------------------------------------------------------------------------
+
+// A slice of the result.
+struct Line {
+  unsigned char *values_ptr, *mask_ptr;
+  int64_t stride;
+  Line(const Filled& filled, int64_t o, int64_t c) {
+    const int64_t first = o * filled.values.stride_outer + c * filled.values.stride_inner;
+    values_ptr = filled.values_ptr + 8 * first, mask_ptr = filled.mask_ptr + first;
+    stride = filled.values.stride_n;
+  }
+  template <class T>
+  ALWAYS_INLINE void set(int64_t r, T value, bool is_valid) const {
+    std::memcpy(values_ptr + 8 * r * stride, &value, 8);
+    mask_ptr[r * stride] = is_valid;
+  }
+};
+
+int fill_places(const Block& block, bool descending, int64_t k, const Filled& filled) {
+  if (k == 0 || block.n == 0) return fill_done;
+  const int64_t rows = k > 0 ? k : block.n;
+  with_places(block.dtype, [&](const auto& order) {
+    using Order = std::decay_t<decltype(order)>;
+    if constexpr (sizeof(typename Order::Out) < 8) {
+      if (block.n <= n_network) {
+        const auto write = [&](const Window& given, NetworkRoom& room) {
+          Window w = given;
+          w.rows = rows;
+          const int64_t lanes = w.lanes();
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t l = 0; l < lanes; ++l) {
+              room.both[r * lanes + l] &= Narrow::step - 1;
+              room.keep[r * lanes + l] = r < room.n_valid[l];
+            }
+          }
+          write_mask(filled, w, room.keep);
+          narrow_cells<ToI64>(filled, w, room.both, room.keep);
+        };
+        return each_sorted_window(block, order, descending ? -1 : 0, write);
+      }
+    }
+    each_sorted_slice(block, order, descending, k, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
+      const Line line(filled, o, c);
+      const int64_t n_valid = least(n, rows);
+      for (int64_t r = 0; r < n_valid; ++r) line.set(r, items[r].place(), true);
+      for (int64_t r = n_valid; r < rows; ++r) line.set(r, int64_t{0}, false);
+    });
+  });
+  return fill_done;
+}
+
+enum Method { average, lowest, highest, dense, ordinal };  // as in method_names
+
+// visit(first, last + 1) of each run of equal keys.
+template <class Item, class Visit>
+ALWAYS_INLINE void each_run_of_equals(const Item* items, int64_t n, const Visit& visit) {
+  for (int64_t first = 0; first < n;) {
+    int64_t stop = first + 1;
+    while (stop < n && items[stop].key() == items[first].key()) ++stop;
+    visit(first, stop);
+    first = stop;
+  }
+}
+
+template <class Item>
+void write_ranks(const Item* items, int64_t n, Method method, const Line& line) {
+  int64_t n_runs = 0;
+  each_run_of_equals(items, n, [&](int64_t first, int64_t stop) {
+    ++n_runs;
+    const double same = method == average  ? static_cast<double>(first + 1 + stop) / 2.0
+                        : method == lowest ? static_cast<double>(first + 1)
+                        : method == dense  ? static_cast<double>(n_runs)
+                                           : static_cast<double>(stop);
+    for (int64_t r = first; r < stop; ++r) {
+      line.set(items[r].place(), method == ordinal ? static_cast<double>(r + 1) : same, true);
+    }
+  });
+}
+
+// The place of the first of the most frequent cells.
+template <class Item>
+int64_t mode_of(const Item* items, int64_t n) {
+  int64_t best = 0, most = 0;
+  each_run_of_equals(items, n, [&](int64_t first, int64_t stop) {
+    if (stop - first > most) most = stop - first, best = items[first].place();
+  });
+  return best;
+}
+
+template <class Item>
+int64_t distinct_of(const Item* items, int64_t n) {
+  int64_t n_distinct = n > 0;
+  for (int64_t r = 1; r < n; ++r) n_distinct += items[r].key() != items[r - 1].key();
+  return n_distinct;
+}
+
+// of(items, n) for each slice, and its count.
+template <class Of>
+void select_sorted(const Block& block, void* values_ptr, int64_t* count_ptr, const Of& of) {
+  int64_t* const values = static_cast<int64_t*>(values_ptr);
+  if (block.n == 0) {
+    for (int64_t j = 0; j < block.outer * block.inner; ++j) values[j] = count_ptr[j] = 0;
+    return;
+  }
+  with_places(block.dtype, [&](const auto& order) {
+    each_sorted_slice(block, order, false, -1, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
+      values[o * block.inner + c] = of(items, n);
+      count_ptr[o * block.inner + c] = n;
+    });
+  });
+}
+
+}  // namespace
+
+int sorted(const Block& block, const Options& options, const Filled& filled) {
+  return fill_places(block, options.descending, -1, filled);
+}
+
+int top(const Block& block, const Options& options, const Filled& filled) {
+  return fill_places(block, options.largest, options.k, filled);
+}
+
+int rank(const Block& block, const Options& options, const Filled& filled) {
+  if (block.n == 0) return fill_done;
+  const Method method = static_cast<Method>(options.method);
+  with_places(block.dtype, [&](const auto& order) {
+    using Order = std::decay_t<decltype(order)>;
+    each_sorted_slice(block, order, false, -1, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
+      const Line line(filled, o, c);
+      for (int64_t r = 0; n < block.n && r < block.n; ++r) line.set(r, 0.0, false);
+      if (Order::is_float && n > 0 && items[n - 1].key() == order.nan_key) {
+        for (int64_t r = 0; r < n; ++r) line.set(items[r].place(), uint64_t{0x7ff8000000000000u}, true);
+      } else {
+        write_ranks(items, n, method, line);
+      }
+    });
+  });
+  return fill_done;
+}
+
+void mode(const Block& block, const Options&, void* values_ptr, int64_t* count_ptr) {
+  select_sorted(block, values_ptr, count_ptr, [](const auto* items, int64_t n) { return mode_of(items, n); });
+}
+
+void count_distinct(const Block& block, const Options&, void* values_ptr, int64_t* count_ptr) {
+  select_sorted(block, values_ptr, count_ptr, [](const auto* items, int64_t n) { return distinct_of(items, n); });
+}
+
+}  // namespace MASKSERVE_ISA
+}  // namespace maskserve
