@@ -115,20 +115,36 @@ inline void first_items(const Wide* items, int64_t n, int64_t k, Wide* room) {
   }
 }
 
-// Cells beside their rows, for a network.
+// Cells beside their rows, for a network; a key of 64 bits leaves no room, and its row stands apart.
 template <class Order>
 struct Placed {
+  static constexpr bool is_wide = sizeof(typename Order::Out) == 8;
   using Raw = typename Order::Raw;
   using Out = int64_t;
   using Bits = uint64_t;
   Order order;
   int64_t flip;  // -1 for the largest first
-  int64_t hidden = int64_t{1} << 62;  // beyond every key of 32 bits
-  ALWAYS_INLINE int64_t operator()(Raw raw) const { return (static_cast<int64_t>(order(raw)) ^ flip) * Narrow::step; }
+  int64_t hidden = is_wide ? std::numeric_limits<int64_t>::max() : int64_t{1} << 62;  // the other keys have 32 bits
+  ALWAYS_INLINE int64_t operator()(Raw raw) const {
+    return (static_cast<int64_t>(order(raw)) ^ flip) * (is_wide ? 1 : Narrow::step);
+  }
 };
+
+inline NEVER_INLINE void exchange_pairs(int64_t* low_keys, int64_t* given_keys, int64_t* low_rows, int64_t* given_rows,
+                                        int64_t n) {
+  int64_t *const high_keys = given_keys, *const high_rows = given_rows;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t a = low_keys[j], b = high_keys[j], row = low_rows[j], other = high_rows[j];
+    const bool is_later = (a > b) | ((a == b) & (row > other));
+    low_keys[j] = is_later ? b : a, high_keys[j] = is_later ? a : b;
+    low_rows[j] = is_later ? other : row, high_rows[j] = is_later ? row : other;
+  }
+}
 
 struct NetworkRoom {
   alignas(64) int64_t both[n_tile];
+  alignas(64) int64_t rows[n_network_cells];  // of keys of 64 bits
   alignas(64) unsigned char keep[n_tile];
   int64_t n_valid[n_tile_lanes];
 };
@@ -143,10 +159,21 @@ void each_sorted_window(const Block& block, const Order& order, int64_t flip, co
     gather(block.data, w, keep_ptr, Placed<Order>{order, flip}, room->both);
     for (int64_t l = 0; l < lanes; ++l) room->n_valid[l] = 0;
     count_window(keep_ptr, w, room->n_valid);
-    for (int64_t r = 1; r < w.rows; ++r) {
-      for (int64_t l = 0; l < lanes; ++l) room->both[r * lanes + l] += r;
+    if constexpr (Placed<Order>::is_wide) {
+      for (int64_t r = 0; r < w.rows; ++r) {
+        for (int64_t l = r * lanes; l < (r + 1) * lanes; ++l) room->rows[l] = r;
+      }
+      for (int64_t j = 0; keep_ptr && j < w.cells(); ++j) room->rows[j] += n_network * (1 - keep_ptr[j]);
+      merge_exchange(w.rows, [&](int64_t row, int64_t other, int64_t n) {
+        exchange_pairs(room->both + row * lanes, room->both + other * lanes, room->rows + row * lanes,
+                       room->rows + other * lanes, n * lanes);
+      });
+    } else {
+      for (int64_t r = 1; r < w.rows; ++r) {
+        for (int64_t l = r * lanes; l < (r + 1) * lanes; ++l) room->both[l] += r;
+      }
+      sort_columns(room->both, w.rows, lanes);
     }
-    sort_columns(room->both, w.rows, lanes);
     visit(w, *room);
   });
 }
@@ -158,16 +185,21 @@ void each_sorted_slice(const Block& block, const Order& order, bool descending, 
   constexpr int n_key_bits = 8 * sizeof(K);
   using Item = std::conditional_t<sizeof(K) == 8, Wide, Narrow>;
   const int64_t flip = descending ? -1 : 0;
-  if constexpr (sizeof(K) < 8) {
-    if (block.n <= n_network) {
-      Narrow items[n_network];
-      return each_sorted_window(block, order, flip, [&](const Window& w, const NetworkRoom& room) {
-        for (int64_t l = 0; l < w.lanes(); ++l) {
-          for (int64_t r = 0; r < w.rows; ++r) items[r].both = room.both[r * w.lanes() + l];
-          visit(w.o + l / w.columns, w.c + l % w.columns, items, room.n_valid[l]);
+  if (block.n <= n_network) {
+    Item items[n_network];
+    return each_sorted_window(block, order, flip, [&](const Window& w, const NetworkRoom& room) {
+      for (int64_t l = 0; l < w.lanes(); ++l) {
+        for (int64_t r = 0; r < w.rows; ++r) {
+          const int64_t j = r * w.lanes() + l;
+          if constexpr (sizeof(K) == 8) {
+            items[r] = {room.both[j], room.rows[j]};
+          } else {
+            items[r] = {room.both[j]};
+          }
         }
-      });
-    }
+        visit(w.o + l / w.columns, w.c + l % w.columns, items, room.n_valid[l]);
+      }
+    });
   }
   Pile<Item> room(block.n + 1);
   const auto make = [=](K key, int64_t row) { return Item::of(static_cast<int64_t>(key) ^ flip, row); };
@@ -197,15 +229,10 @@ void with_places(Dtype dtype, const Visit& visit) {
 
 // ---- what is made of them ------------------------------------------------------------------------------------------------
 
-// A slice of the result.
+// A slice of the result, where it goes or on its way there.
 struct Line {
   unsigned char *values_ptr, *mask_ptr;
   int64_t stride;
-  Line(const Filled& filled, int64_t o, int64_t c) {
-    const int64_t first = o * filled.values.stride_outer + c * filled.values.stride_inner;
-    values_ptr = filled.values_ptr + 8 * first, mask_ptr = filled.mask_ptr + first;
-    stride = filled.values.stride_n;
-  }
   template <class T>
   ALWAYS_INLINE void set(int64_t r, T value, bool is_valid) const {
     std::memcpy(values_ptr + 8 * r * stride, &value, 8);
@@ -213,34 +240,70 @@ struct Line {
   }
 };
 
+// The slices of a result: long ones side by side wait for each other and are written row by row.
+class Lines {
+ public:
+  Lines(const Block& block, const Filled& given, int64_t given_rows)
+      : filled(given), inner(block.inner), rows(given_rows),
+        columns(block.n > n_network ? least(block.inner, n_side_by_side) : 1),
+        values(columns > 1 ? columns * rows * 8 : 0), keep(columns > 1 ? columns * rows : 0) {}
+
+  Line line(int64_t o, int64_t c) const {
+    if (columns > 1) return {values.items + c % columns * rows * 8, keep.items + c % columns * rows, 1};
+    const int64_t first = first_of(o, c);
+    return {filled.values_ptr + 8 * first, filled.mask_ptr + first, filled.values.stride_n};
+  }
+
+  void written(int64_t o, int64_t c) const {
+    if (columns == 1 || (c % columns < columns - 1 && c < inner - 1)) return;
+    const int64_t n = c % columns + 1, step = filled.values.stride_inner;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t first = first_of(o, c - n + 1) + r * filled.values.stride_n;
+      for (int64_t k = 0; k < n; ++k) {
+        std::memcpy(filled.values_ptr + 8 * (first + k * step), values.items + 8 * (k * rows + r), 8);
+        filled.mask_ptr[first + k * step] = keep.items[k * rows + r];
+      }
+    }
+  }
+
+ private:
+  int64_t first_of(int64_t o, int64_t c) const {
+    return o * filled.values.stride_outer + c * filled.values.stride_inner;
+  }
+
+  const Filled& filled;
+  const int64_t inner, rows, columns;
+  Pile<unsigned char> values, keep;
+};
+
 int fill_places(const Block& block, bool descending, int64_t k, const Filled& filled) {
   if (k == 0 || block.n == 0) return fill_done;
   const int64_t rows = k > 0 ? k : block.n;
   with_places(block.dtype, [&](const auto& order) {
     using Order = std::decay_t<decltype(order)>;
-    if constexpr (sizeof(typename Order::Out) < 8) {
-      if (block.n <= n_network) {
-        const auto write = [&](const Window& given, NetworkRoom& room) {
-          Window w = given;
-          w.rows = rows;
-          const int64_t lanes = w.lanes();
-          for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t l = 0; l < lanes; ++l) {
-              room.both[r * lanes + l] &= Narrow::step - 1;
-              room.keep[r * lanes + l] = r < room.n_valid[l];
-            }
-          }
-          write_mask(filled, w, room.keep);
-          narrow_cells<ToI64>(filled, w, room.both, room.keep);
-        };
-        return each_sorted_window(block, order, descending ? -1 : 0, write);
-      }
+    if (block.n <= n_network) {
+      const auto write = [&](const Window& given, NetworkRoom& room) {
+        Window w = given;
+        w.rows = rows;
+        const int64_t lanes = w.lanes();
+        for (int64_t j = 0; j < w.cells(); ++j) {
+          room.both[j] = Placed<Order>::is_wide ? room.rows[j] : room.both[j] & (Narrow::step - 1);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t l = 0; l < lanes; ++l) room.keep[r * lanes + l] = r < room.n_valid[l];
+        }
+        write_mask(filled, w, room.keep);
+        narrow_cells<ToI64>(filled, w, room.both, room.keep);
+      };
+      return each_sorted_window(block, order, descending ? -1 : 0, write);
     }
+    const Lines lines(block, filled, rows);
     each_sorted_slice(block, order, descending, k, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
-      const Line line(filled, o, c);
+      const Line line = lines.line(o, c);
       const int64_t n_valid = least(n, rows);
       for (int64_t r = 0; r < n_valid; ++r) line.set(r, items[r].place(), true);
       for (int64_t r = n_valid; r < rows; ++r) line.set(r, int64_t{0}, false);
+      lines.written(o, c);
     });
   });
   return fill_done;
@@ -322,14 +385,16 @@ int rank(const Block& block, const Options& options, const Filled& filled) {
   const Method method = static_cast<Method>(options.method);
   with_places(block.dtype, [&](const auto& order) {
     using Order = std::decay_t<decltype(order)>;
+    const Lines lines(block, filled, block.n);
     each_sorted_slice(block, order, false, -1, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
-      const Line line(filled, o, c);
+      const Line line = lines.line(o, c);
       for (int64_t r = 0; n < block.n && r < block.n; ++r) line.set(r, 0.0, false);
       if (Order::is_float && n > 0 && items[n - 1].key() == order.nan_key) {
         for (int64_t r = 0; r < n; ++r) line.set(items[r].place(), uint64_t{0x7ff8000000000000u}, true);
       } else {
         write_ranks(items, n, method, line);
       }
+      lines.written(o, c);
     });
   });
   return fill_done;
