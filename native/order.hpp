@@ -35,7 +35,7 @@ struct Chance {
   }
 };
 
-// ---- networks: short columns side by side -----------------------------------------------------------------------------
+// ---- networks: short columns side by side ---------------------------------------------------------------------------
 
 // Rows of a dense (rows, lanes) array in order, lane by lane: Batcher's merge exchange (Knuth, TAOCP 3, 5.2.2, M).
 template <class K>
@@ -70,7 +70,7 @@ void sort_columns(K* keys, int64_t rows, int64_t lanes) {
   });
 }
 
-// ---- the k-th of many keys --------------------------------------------------------------------------------------------
+// ---- the k-th of many keys ------------------------------------------------------------------------------------------
 
 // How many keys lie below, at and between two of them.
 struct Counts {

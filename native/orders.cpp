@@ -17,7 +17,7 @@ namespace {
 
 #include "slices.hpp"
 
-// ---- a key and its place -----------------------------------------------------------------------------------------------
+// ---- a key and its place --------------------------------------------------------------------------------------------
 
 // In one number, where the key has at most 32 bits.
 struct Narrow {
@@ -48,7 +48,7 @@ struct Wide {
   }
 };
 
-// ---- sorting -----------------------------------------------------------------------------------------------------------
+// ---- sorting --------------------------------------------------------------------------------------------------------
 
 // Stable, the lowest digits first; where the result lies, in `items` or in `room`.
 template <int n_key_bits, int width, class Item>
@@ -227,7 +227,7 @@ void with_places(Dtype dtype, const Visit& visit) {
   }
 }
 
-// ---- what is made of them ------------------------------------------------------------------------------------------------
+// ---- what is made of them -------------------------------------------------------------------------------------------
 
 // A slice of the result, where it goes or on its way there.
 struct Line {
@@ -246,10 +246,10 @@ class Lines {
   Lines(const Block& block, const Filled& given, int64_t given_rows)
       : filled(given), inner(block.inner), rows(given_rows),
         columns(block.n > n_network ? least(block.inner, n_side_by_side) : 1),
-        values(columns > 1 ? columns * rows * 8 : 0), keep(columns > 1 ? columns * rows : 0) {}
+        pitch(given_rows + 9), values(columns > 1 ? columns * pitch * 8 : 0), keep(columns > 1 ? columns * pitch : 0) {}
 
   Line line(int64_t o, int64_t c) const {
-    if (columns > 1) return {values.items + c % columns * rows * 8, keep.items + c % columns * rows, 1};
+    if (columns > 1) return {values.items + c % columns * pitch * 8, keep.items + c % columns * pitch, 1};
     const int64_t first = first_of(o, c);
     return {filled.values_ptr + 8 * first, filled.mask_ptr + first, filled.values.stride_n};
   }
@@ -260,8 +260,8 @@ class Lines {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t first = first_of(o, c - n + 1) + r * filled.values.stride_n;
       for (int64_t k = 0; k < n; ++k) {
-        std::memcpy(filled.values_ptr + 8 * (first + k * step), values.items + 8 * (k * rows + r), 8);
-        filled.mask_ptr[first + k * step] = keep.items[k * rows + r];
+        std::memcpy(filled.values_ptr + 8 * (first + k * step), values.items + 8 * (k * pitch + r), 8);
+        filled.mask_ptr[first + k * step] = keep.items[k * pitch + r];
       }
     }
   }
@@ -272,7 +272,7 @@ class Lines {
   }
 
   const Filled& filled;
-  const int64_t inner, rows, columns;
+  const int64_t inner, rows, columns, pitch;  // pitch: no power of two, whose multiples share a place in the cache
   Pile<unsigned char> values, keep;
 };
 

@@ -15,7 +15,7 @@ namespace {
 
 #include "slices.hpp"
 
-// ---- which cells, and what is made of two of them ---------------------------------------------------------------------
+// ---- which cells, and what is made of two of them -------------------------------------------------------------------
 
 enum Interpolation { linear, lower, higher, midpoint, nearest, middle };  // the first as in interpolation_names
 
@@ -92,7 +92,7 @@ NEVER_INLINE void values_of(const double* low, const double* high, const double*
 
 constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
-// ---- short slices: columns in order ------------------------------------------------------------------------------------
+// ---- short slices: columns in order ---------------------------------------------------------------------------------
 
 template <class Order>
 struct ShortRoom {
@@ -134,7 +134,7 @@ void short_quantiles(const Block& block, const Order& order, const Asked& asked,
   });
 }
 
-// ---- longer slices: the valid keys gathered, then selected from -----------------------------------------------------------
+// ---- longer slices: the valid keys gathered, then selected from -----------------------------------------------------
 
 template <class K>
 NEVER_INLINE K largest_key(const K* keys, int64_t n) {
@@ -184,7 +184,7 @@ void quantiles(const Block& block, const Asked& asked, double* values, int64_t* 
   });
 }
 
-// ---- the longest: block by block ----------------------------------------------------------------------------------------
+// ---- the longest: block by block ------------------------------------------------------------------------------------
 
 // A rank that is searched for: its key lies from `first` to `last`, with `n_before` keys below and `n_to` up to them.
 template <class K>
@@ -240,7 +240,8 @@ class OrderSearch final : public Search {
  public:
   OrderSearch(Order given_order, Asked given_asked, int64_t n_lanes)
       : order(given_order), asked(given_asked), lanes(n_lanes), all(n_lanes, given_asked.n_shares),
-        ranks(new Rank<K>[2 * n_lanes * given_asked.n_shares]), brackets(new Bracket<K>[n_lanes * given_asked.n_shares]),
+        ranks(new Rank<K>[2 * n_lanes * given_asked.n_shares]),
+        brackets(new Bracket<K>[n_lanes * given_asked.n_shares]),
         samples(new Pile<K>[n_lanes]) {}
   ~OrderSearch() override { delete[] ranks, delete[] brackets, delete[] samples; }
 
@@ -322,10 +323,9 @@ class OrderSearch final : public Search {
           brackets[b].low = brackets[b].high = at;
           continue;
         }
-        const int64_t n_inside = rank.n_to - rank.n_before;
-        const double share =
-            is_counted ? static_cast<double>(rank.at - rank.n_before) / static_cast<double>(n_inside > 1 ? n_inside - 1 : 1)
-                       : asked.shares[q];
+        const int64_t at_inside = rank.at - rank.n_before, n_inside = rank.n_to - rank.n_before;
+        const double last = static_cast<double>(n_inside > 1 ? n_inside - 1 : 1);
+        const double share = is_counted ? static_cast<double>(at_inside) / last : asked.shares[q];
         const Between at = between(n, share, share, 5.0);
         if (at.low >= 0) brackets[b].low = nth_key(some.items, n, at.low, room.items);
         if (at.high < n) brackets[b].high = nth_key(some.items, n, at.high, room.items);
