@@ -159,22 +159,53 @@ void raise_sizes(Order order, const double* cells, int64_t n_cells, double* sums
   }
 }
 
-// The room keeps the leaf's cells where they were not scaled.
-NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& block, const Window& w,
+template <class Cell>
+struct Squared {
+  using Raw = typename Cell::Raw;
+  using Out = double;
+  using Bits = uint64_t;
+  double hidden = 0.0;
+  ALWAYS_INLINE double operator()(Raw raw) const {
+    const double cell = as_double(Cell::widen(raw));
+    return cell * cell;
+  }
+};
+
+// The squares of cells that need no scale, in one walk.
+void gather_squares(const Block& block, const Window& w, const unsigned char* keep_ptr, double* out) {
+  switch (block.dtype) {
+    case Dtype::f16: return gather(block.data, w, keep_ptr, Squared<F16Cell>(), out);
+    case Dtype::bf16: return gather(block.data, w, keep_ptr, Squared<BF16Cell>(), out);
+    case Dtype::i8: return gather(block.data, w, keep_ptr, Squared<I8Cell>(), out);
+    case Dtype::i16: return gather(block.data, w, keep_ptr, Squared<I16Cell>(), out);
+    case Dtype::i32: return gather(block.data, w, keep_ptr, Squared<I32Cell>(), out);
+    case Dtype::i64: return gather(block.data, w, keep_ptr, Squared<I64Cell>(), out);
+    case Dtype::u8:
+    case Dtype::boolean: return gather(block.data, w, keep_ptr, Squared<U8Cell>(), out);
+    default: return gather(block.data, w, keep_ptr, Squared<F32Cell>(), out);
+  }
+}
+
+// The room keeps the leaf's cells if `keeps_cells`, but for those of f64, which are scaled.
+NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& block, const Window& w, bool keeps_cells,
                                               PowersState& state) {
   const int64_t lanes = w.lanes(), n_cells = w.cells();
   const Order order = state.order;
   const unsigned char* const keep_ptr = gather_keep(block, w, room.keep);
-  gather_doubles(block.dtype, block.data, w, keep_ptr, is_inverse(order) ? infinity : 0.0, room.cells);
+  const bool is_wide = block.dtype == Dtype::f64, squares_alone = order == Order::two && !is_wide && !keeps_cells;
+  if (squares_alone) {
+    gather_squares(block, w, keep_ptr, room.sums);
+  } else {
+    gather_doubles(block.dtype, block.data, w, keep_ptr, is_inverse(order) ? infinity : 0.0, room.cells);
+  }
   for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0, state.low[l] = 0.0, state.scale[l] = 1.0;
   count_window(keep_ptr, w, state.count);
   if (is_extreme(order)) {
     (order == Order::largest ? farthest_of_lanes<true> : farthest_of_lanes<false>)(room, n_cells, lanes, state.total);
     return keep_ptr;
   }
-  const bool is_wide = block.dtype == Dtype::f64;
   if (is_wide && order != Order::zero && order != Order::half) scale_sizes(room, w, state);
-  raise_sizes(order, room.cells, n_cells, room.sums);
+  if (!squares_alone) raise_sizes(order, room.cells, n_cells, room.sums);
   if (!is_wide || order == Order::zero) {
     halve(room.sums, w.rows, lanes);
     for (int64_t l = 0; l < lanes; ++l) state.total[l] = room.sums[l] + 0.0;
@@ -189,11 +220,11 @@ NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& blo
 }
 
 const PowersState& slice_powers(PowersRoom& room, const Block& block, Window& w, Order order,
-                                const unsigned char*& keep_ptr) {
+                                bool keeps_cells, const unsigned char*& keep_ptr) {
   room.tree.next().order = order;
   each_leaf(block, w, [&] {
     room.tree.next().order = order;
-    keep_ptr = leaf_powers(room, block, w, room.tree.next());
+    keep_ptr = leaf_powers(room, block, w, keeps_cells, room.tree.next());
     room.tree.push(w.lanes());
   });
   return room.tree.finish(w.lanes());
@@ -212,7 +243,7 @@ bool powers(const Block& block, const Options& options, const Parts& parts) {
   const Order order = order_of(options.ord);
   const unsigned char* keep_ptr = nullptr;
   each_window(block, block.leaf, [&](Window& w) {
-    const PowersState& state = slice_powers(*room, block, w, order, keep_ptr);
+    const PowersState& state = slice_powers(*room, block, w, order, false, keep_ptr);
     const int64_t at = w.o * block.inner + w.c;
     copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
     copy_canonical(state.total, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);
@@ -233,7 +264,7 @@ int normalize(const Block& block, const Options& options, const Filled& filled) 
   bool overflowed = false;
   each_window(block, block.leaf, [&](Window& w) {
     const int64_t lanes = w.lanes(), period = period_of(lanes);
-    const PowersState& state = slice_powers(*room, block, w, order, keep_ptr);
+    const PowersState& state = slice_powers(*room, block, w, order, is_kept, keep_ptr);
     alignas(64) double divisor[n_lanes];
     for (int64_t l = 0; l < lanes; ++l) {
       const double norm = norm_of(order, state.total[l], state.low[l], state.scale[l]);

@@ -138,6 +138,8 @@ inline const unsigned char* gather_mask(const Operand& mask, const Window& w, un
     } else if (stride == 1 && tile_stride == 1) {
       prefetch(from_ptr + cells_ahead(mask, w, n), n);
       std::memcpy(copy_ptr + at, from_ptr, static_cast<size_t>(n));
+    } else if (stride == 0 && tile_stride == 1) {
+      std::memset(copy_ptr + at, *from_ptr, static_cast<size_t>(n));
     } else {
       for (int64_t j = 0; j < n; ++j) copy_ptr[at + j * tile_stride] = from_ptr[j * stride];
     }
@@ -175,6 +177,24 @@ NEVER_INLINE void convert_run(const unsigned char* from_ptr, const unsigned char
   }
 }
 
+// The same of one cell that repeats.
+template <class Convert>
+NEVER_INLINE void repeat_cell(const unsigned char* from_ptr, const unsigned char* keep_ptr, int64_t n,
+                              const Convert& convert, typename Convert::Out* out) {
+  using Bits = typename Convert::Bits;
+  typename Convert::Raw raw;
+  std::memcpy(&raw, from_ptr, sizeof raw);
+  const typename Convert::Out value = convert(raw);
+  const Bits bits = bits_as<Bits>(value), hidden = bits_as<Bits>(convert.hidden);
+  if (!keep_ptr) {
+    for (int64_t j = 0; j < n; ++j) out[j] = value;
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    out[j] = bits_as<typename Convert::Out>(choose<Bits>(static_cast<Bits>(-static_cast<Bits>(keep_ptr[j])), bits, hidden));
+  }
+}
+
 template <class Convert>
 void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr, const Convert& convert,
             typename Convert::Out* out) {
@@ -197,6 +217,7 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
   each_run(data, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
     const unsigned char* from_ptr = data.cells_ptr + first * cell_bytes;
     const unsigned char* const run_keep_ptr = keep_ptr ? keep_ptr + at : nullptr;
+    if (stride == 0 && tile_stride == 1) return repeat_cell(from_ptr, run_keep_ptr, n, convert, out + at);
     if (stride != 1 || tile_stride != 1) {
       (keep_ptr ? convert_run<Convert, true, false> : convert_run<Convert, false, false>)(
           from_ptr, run_keep_ptr, n, stride, tile_stride, convert, out + at);
