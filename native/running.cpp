@@ -16,13 +16,6 @@ namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-// span(first cell, cells, lane) for runs of one lane, or of all lanes side by side (lane 0).
-template <class Span>
-ALWAYS_INLINE void each_span(const ScanTile& tile, const Span& span) {
-  if (!tile.along) return span(int64_t{0}, tile.w.cells(), int64_t{0});
-  for (int64_t l = 0; l < tile.w.lanes(); ++l) span(l * tile.w.rows, tile.w.rows, l);
-}
-
 // step(lane's value, cell) for every cell.
 template <class Step>
 ALWAYS_INLINE void each_with(const ScanTile& tile, const double* of_lanes, double* pattern, const Step& given) {
@@ -61,14 +54,6 @@ struct Multiply {
   ALWAYS_INLINE State load(int64_t l) const { return product[l]; }
   ALWAYS_INLINE void store(int64_t l, State state) const { product[l] = state; }
   ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const { products[at] = state = state * cells[at]; }
-};
-
-struct Add {
-  using State = double;
-  double *cells, *sum;
-  ALWAYS_INLINE State load(int64_t l) const { return sum[l]; }
-  ALWAYS_INLINE void store(int64_t l, State state) const { sum[l] = state; }
-  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const { cells[at] = state = state + cells[at]; }
 };
 
 struct MultiplyIntegers {
@@ -126,14 +111,10 @@ ALWAYS_INLINE double relative_error(double before, double cell, double product) 
 // are the lanes' products before the tile.
 NEVER_INLINE void correct_products(ProductRoom& room, const ScanTile& tile, const double* before) {
   double *const errors = room.errors, *const products = room.products;
-  const double* const cells = room.cells;
-  const int64_t step = tile.row_step(), lanes = tile.w.lanes();
-  for (int64_t j = step; j < tile.w.cells(); ++j) errors[j] = relative_error(products[j - step], cells[j], products[j]);
-  for (int64_t l = 0; l < lanes; ++l) {
-    const int64_t j = l * tile.lane_step();
-    errors[j] = relative_error(before[l], cells[j], products[j]);
-  }
-  run_scan(Add{errors, room.error}, tile);
+  step_errors(tile, before, room.cells, products, errors, [](double from, double cell, double product) {
+    return relative_error(from, cell, product);
+  });
+  run_scan(Add{errors, errors, room.error}, tile);
 #pragma GCC ivdep
   for (int64_t j = 0; j < tile.w.cells(); ++j) {
     products[j] = is_finite(errors[j]) ? products[j] + products[j] * errors[j] : products[j];
@@ -182,7 +163,7 @@ void run_products(ProductRoom& room, const ScanTile& tile, bool is_pair) {
   }
   split_cells(room.cells, room.exponents, n);
   run_scan(multiply, tile);
-  run_scan(Add{room.exponents, room.exponent}, tile);
+  run_scan(Add{room.exponents, room.exponents, room.exponent}, tile);
   if (is_pair) correct_products(room, tile, before);
   scale_products(room.products, room.exponents, n);
   for (int64_t l = 0; l < lanes; ++l) {

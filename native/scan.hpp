@@ -165,3 +165,26 @@ void run_scan(const Step& step, const ScanTile& tile) {
   if (lanes - l == 2) return run_chains<2>(step, tile, l);
   if (lanes - l == 1) return run_chains<1>(step, tile, l);
 }
+
+// A running sum of doubles, from one array to another or in place.
+struct Add {
+  using State = double;
+  const double* cells;
+  double *sums, *sum;
+  ALWAYS_INLINE State load(int64_t l) const { return sum[l]; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { sum[l] = state; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const { sums[at] = state = state + cells[at]; }
+};
+
+// errors[j] = error(what the step began with, its cell, what it made), where the first row began with `before`.
+template <class Error>
+NEVER_INLINE void step_errors(const ScanTile& tile, const double* before, const double* cells, const double* made,
+                              double* given_errors, const Error& error) {
+  double* const errors = given_errors;
+  const int64_t step = tile.row_step(), n = tile.w.cells();
+  for (int64_t j = step; j < n; ++j) errors[j] = error(made[j - step], cells[j], made[j]);
+  for (int64_t l = 0; l < tile.w.lanes(); ++l) {
+    const int64_t j = l * tile.lane_step();
+    errors[j] = error(before[l], cells[j], made[j]);
+  }
+}

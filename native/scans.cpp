@@ -10,8 +10,10 @@ namespace {
 
 #include "narrow.hpp"
 
-struct ScanRoom {
-  alignas(64) double cells[n_tile];
+#include "scan.hpp"
+
+struct SumRoom {
+  alignas(64) double cells[n_tile], sums[n_tile], errors[n_tile];
   alignas(64) int64_t integers[n_tile];
   alignas(64) unsigned char keep[n_tile];
   // of each lane: inside the leaf, and of the leaves before it
@@ -20,132 +22,118 @@ struct ScanRoom {
   alignas(64) int64_t running[n_tile_lanes];
 };
 
-// Slices that are long and lie one after the other.
-bool has_long_rows(const Block& block) { return block.inner == 1 && block.n > n_short_group; }
-
-// Four such slices are walked at once: an addition waits for the one before it.
-template <class Visit>
-void each_scan_window(const Block& block, const Visit& visit) {
-  if (!has_long_rows(block)) return each_window(block, block.leaf, visit);
-  Window window;
-  window.columns = 1;
-  for (window.o = 0; window.o < block.outer; window.o += 4) {
-    window.groups = least(4, block.outer - window.o);
-    visit(window);
+// The sum inside the leaf, plus that of the leaves before it.
+struct AddInLeaf {
+  struct State {
+    double inside, before;
+  };
+  double *cells, *inside;
+  const double* before;
+  ALWAYS_INLINE State load(int64_t l) const { return {inside[l], before[l]}; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { inside[l] = state.inside; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const {
+    state.inside = state.inside + cells[at];
+    cells[at] = state.inside + state.before;
   }
-}
+};
 
-NEVER_INLINE void run_plain(ScanRoom& room, int64_t rows, int64_t lanes) {
-  double* __restrict cells = room.cells;
-  double* __restrict inside = room.inside;
-  double* __restrict before = room.before;
-  for (int64_t l = 0; l < lanes; ++l) inside[l] = 0.0;
-  for (int64_t r = 0; r < rows; ++r, cells += lanes) {
-    for (int64_t l = 0; l < lanes; ++l) {
-      inside[l] += cells[l];
-      cells[l] = inside[l] + before[l];
+// The same of pairs, the rounding errors summed alongside and added last (Sum2 as a scan).
+struct AddPairsInLeaf {
+  struct State {
+    double inside, error, before, carried;
+  };
+  double *cells, *inside, *inside_error;
+  const double *before, *carried;
+  ALWAYS_INLINE State load(int64_t l) const { return {inside[l], inside_error[l], before[l], carried[l]}; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { inside[l] = state.inside, inside_error[l] = state.error; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const {
+    const double sum = state.inside + cells[at];
+    state.error += rounding_error(state.inside, cells[at], sum);
+    state.inside = sum;
+    cells[at] = with_errors(state.before, sum, state.carried, state.error);
+  }
+  static ALWAYS_INLINE double with_errors(double before, double inside, double carried, double error) {
+    const double total = before + inside;
+    return total + (rounding_error(before, inside, total) + (carried + error));
+  }
+};
+
+template <bool may_overflow>
+struct AddIntegers {
+  using State = int64_t;
+  int64_t *cells, *sum;
+  bool* lost_ptr;
+  ALWAYS_INLINE State load(int64_t l) const { return sum[l]; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { sum[l] = state; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const {
+    if (may_overflow) {
+      *lost_ptr |= __builtin_add_overflow(state, cells[at], &state);
+    } else {
+      state += cells[at];
     }
+    cells[at] = state;
   }
-  for (int64_t l = 0; l < lanes; ++l) before[l] += inside[l];
-}
+};
 
-constexpr int64_t n_rows_at_once = 8;  // an addition waits for the one before it, of the same row
-
-// The rows of (n_rows, n), each a slice.
-template <int n_rows>
-NEVER_INLINE void run_rows(double* cells, int64_t n, double* before) {
-  double inside[n_rows] = {};
-  for (int64_t j = 0; j < n; ++j) {
-    for (int k = 0; k < n_rows; ++k) {
-      inside[k] += cells[k * n + j];
-      cells[k * n + j] = inside[k] + before[k];
-    }
-  }
-  for (int k = 0; k < n_rows; ++k) before[k] += inside[k];
-}
-
-// Rows as they lie: nothing is turned. A fill status.
-int scan_rows(ScanRoom& room, const Block& block, const Filled& filled) {
-  const int64_t most = least(n_rows_at_once, n_tile / least(block.leaf, block.n));
-  const unsigned char* keep_ptr[n_rows_at_once];
-  int status = fill_done;
-  Window w;
-  w.columns = 1;
-  for (int64_t o = 0; o < block.outer; o += most) {
-    const int64_t n_rows = least(most, block.outer - o);
-    for (int64_t k = 0; k < n_rows; ++k) room.before[k] = 0.0;
-    for (w.i = 0; w.i < block.n; w.i += block.leaf) {
-      const int64_t n = w.rows = least(block.leaf, block.n - w.i);
-      for (int64_t k = 0; k < n_rows; ++k) {
-        w.o = o + k;
-        keep_ptr[k] = gather_keep(block, w, room.keep + k * n);
-        gather_doubles(block.dtype, block.data, w, keep_ptr[k], 0.0, room.cells + k * n);
-      }
-      int64_t k = 0;
-      for (; k + 8 <= n_rows; k += 8) run_rows<8>(room.cells + k * n, n, room.before + k);
-      for (; k + 4 <= n_rows; k += 4) run_rows<4>(room.cells + k * n, n, room.before + k);
-      for (; k < n_rows; ++k) run_rows<1>(room.cells + k * n, n, room.before + k);
-      for (k = 0; k < n_rows; ++k) {
-        w.o = o + k;
-        if (write_doubles(filled, w, room.cells + k * n, keep_ptr[k])) status = fill_overflowed;
-      }
-    }
-  }
-  return status;
-}
-
-// Sum2 as a scan: rounding errors are summed alongside and added last. False where a sum is inf or NaN.
-NEVER_INLINE bool run_pairs(ScanRoom& room, int64_t rows, int64_t lanes) {
-  double* __restrict cells = room.cells;
-  double *__restrict inside = room.inside, *__restrict inside_error = room.inside_error;
-  double *__restrict before = room.before, *__restrict before_error = room.before_error;
-  double* __restrict leaf_errors = room.leaf_errors;
-  uint64_t lost = 0;
-  for (int64_t l = 0; l < lanes; ++l) inside[l] = inside_error[l] = 0.0;
-  for (int64_t r = 0; r < rows; ++r, cells += lanes) {
-    for (int64_t l = 0; l < lanes; ++l) {
-      const double sum = inside[l] + cells[l];
-      inside_error[l] += rounding_error(inside[l], cells[l], sum);
-      inside[l] = sum;
-      const double total = before[l] + sum;
-      const double error = rounding_error(before[l], sum, total);
-      cells[l] = total + (error + ((before_error[l] + leaf_errors[l]) + inside_error[l]));
-      lost |= !is_finite(cells[l]);
-    }
-  }
+// The leaf of a tile's first row begins with it.
+void begin_leaf(SumRoom& room, int64_t lanes) {
   for (int64_t l = 0; l < lanes; ++l) {
-    const double sum = before[l] + inside[l];
-    before_error[l] += rounding_error(before[l], inside[l], sum);
-    before[l] = sum;
-    leaf_errors[l] += inside_error[l];
+    const double sum = room.before[l] + room.inside[l];
+    room.before_error[l] += rounding_error(room.before[l], room.inside[l], sum);
+    room.before[l] = sum;
+    room.leaf_errors[l] += room.inside_error[l];
+    room.inside[l] = room.inside_error[l] = 0.0;
   }
+}
+
+// False where a sum is inf or NaN. Slices that lie along are walked twice, for the sums and for their errors, with all
+// else in vectors between; so each addition waits for one other.
+NEVER_INLINE bool run_pairs(SumRoom& room, const ScanTile& tile) {
+  const int64_t lanes = tile.w.lanes();
+  alignas(64) double first[n_tile_lanes], carried[n_tile_lanes];
+  copy_lanes(room.inside, lanes, first);
+  for (int64_t l = 0; l < lanes; ++l) carried[l] = room.before_error[l] + room.leaf_errors[l];
+  double *const cells = room.cells, *const sums = room.sums, *const errors = room.errors;
+  if (tile.along) {
+    run_scan(Add{cells, sums, room.inside}, tile);
+    step_errors(tile, first, cells, sums, errors,
+                [](double from, double cell, double sum) { return rounding_error(from, cell, sum); });
+    run_scan(Add{errors, errors, room.inside_error}, tile);
+    for (int64_t l = 0; l < lanes; ++l) {
+      const double before = room.before[l], carry = carried[l];
+      const int64_t start = l * tile.w.rows;
+#pragma GCC ivdep
+      for (int64_t j = start; j < start + tile.w.rows; ++j) {
+        cells[j] = AddPairsInLeaf::with_errors(before, sums[j], carry, errors[j]);
+      }
+    }
+  } else {
+    run_scan(AddPairsInLeaf{cells, room.inside, room.inside_error, room.before, carried}, tile);
+  }
+  uint64_t lost = 0;
+  for (int64_t j = 0; j < tile.w.cells(); ++j) lost |= static_cast<uint64_t>(!is_finite(cells[j]));
   return !lost;
 }
 
 // False where a sum leaves int64.
-bool run_integers(ScanRoom& room, int64_t rows, int64_t lanes) {
-  int64_t* cells = room.integers;
-  bool lost = false;
-  for (int64_t r = 0; r < rows; ++r, cells += lanes) {
-    for (int64_t l = 0; l < lanes; ++l) {
-      lost |= __builtin_add_overflow(room.running[l], cells[l], &room.running[l]);
-      cells[l] = room.running[l];
-    }
-  }
-  return !lost;
-}
-
-bool scan_integers(ScanRoom& room, const Block& block, const Filled& filled, const Window& w,
+bool scan_integers(SumRoom& room, const Block& block, const Filled& filled, const ScanTile& tile,
                    const unsigned char* keep_ptr) {
-  gather_integers(block, w, keep_ptr, 0, room.integers);
-  if (!run_integers(room, w.rows, w.lanes())) return false;
+  each_part(block.data, tile, [&](const Window& w, int64_t at) {
+    gather_integers(block, w, from(keep_ptr, at), 0, room.integers + at);
+  });
+  bool lost = false;
+  if (block.dtype == Dtype::i64 || block.n >> 31) {
+    run_scan(AddIntegers<true>{room.integers, room.running, &lost}, tile);
+    if (lost) return false;
+  } else {
+    run_scan(AddIntegers<false>{room.integers, room.running, nullptr}, tile);
+  }
   if (filled.dtype == Dtype::i64) {
-    write_mask(filled, w, keep_ptr);
-    narrow_cells<ToI64>(filled, w, room.integers, keep_ptr);
+    write_scan_cells(filled, tile, room.integers, keep_ptr, ToI64());
     return true;
   }
-  for (int64_t j = 0; j < w.cells(); ++j) room.cells[j] = static_cast<double>(room.integers[j]);
-  return !write_doubles(filled, w, room.cells, keep_ptr);
+  for (int64_t j = 0; j < tile.w.cells(); ++j) room.cells[j] = static_cast<double>(room.integers[j]);
+  return !write_scan(filled, tile, room.cells, keep_ptr);
 }
 
 bool is_integer(Dtype dtype) { return dtype > Dtype::bf16; }
@@ -153,32 +141,30 @@ bool is_integer(Dtype dtype) { return dtype > Dtype::bf16; }
 }  // namespace
 
 int cumulative_sum(const Block& block, const Options&, const Filled& filled) {
-  const std::unique_ptr<ScanRoom> room(new ScanRoom);
-  const bool is_plain = !is_integer(block.dtype) && block.dtype != Dtype::f64;
-  if (is_plain && has_long_rows(block) && block.data.stride_n == 1) return scan_rows(*room, block, filled);
+  const std::unique_ptr<SumRoom> room(new SumRoom);
   int status = fill_done;
-  each_scan_window(block, [&](Window& w) {
-    const int64_t lanes = w.lanes();
-    for (int64_t l = 0; l < lanes; ++l) {
-      room->before[l] = room->before_error[l] = room->leaf_errors[l] = 0.0;
+  const auto begin = [&](const ScanTile& tile) {
+    for (int64_t l = 0; l < tile.w.lanes(); ++l) {
+      room->inside[l] = room->inside_error[l] = room->before[l] = room->before_error[l] = room->leaf_errors[l] = 0.0;
       room->running[l] = 0;
     }
-    for (w.i = 0; w.i < block.n && status != fill_refused; w.i += block.leaf) {
-      w.rows = least(block.leaf, block.n - w.i);
-      const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
-      if (is_integer(block.dtype)) {
-        if (!scan_integers(*room, block, filled, w, keep_ptr)) status = fill_refused;
-        continue;
-      }
-      gather_doubles(block.dtype, block.data, w, keep_ptr, 0.0, room->cells);
-      if (block.dtype != Dtype::f64) {
-        run_plain(*room, w.rows, lanes);
-      } else if (!run_pairs(*room, w.rows, lanes)) {
-        status = fill_refused;
-        continue;
-      }
-      if (write_doubles(filled, w, room->cells, keep_ptr)) status = fill_overflowed;
+  };
+  each_scan_tile(block, block.leaf, false, begin, [&](const ScanTile& tile) {
+    if (status == fill_refused) return;
+    const unsigned char* const keep_ptr = scan_keep(block, tile, room->keep);
+    if (is_integer(block.dtype)) {
+      if (!scan_integers(*room, block, filled, tile, keep_ptr)) status = fill_refused;
+      return;
     }
+    if (tile.w.i && tile.w.i % block.leaf == 0) begin_leaf(*room, tile.w.lanes());
+    scan_doubles(block, tile, keep_ptr, 0.0, room->cells);
+    if (block.dtype != Dtype::f64) {
+      run_scan(AddInLeaf{room->cells, room->inside, room->before}, tile);
+    } else if (!run_pairs(*room, tile)) {
+      status = fill_refused;
+      return;
+    }
+    if (write_scan(filled, tile, room->cells, keep_ptr)) status = fill_overflowed;
   });
   return status;
 }
