@@ -50,7 +50,7 @@ struct Filled {
   unsigned char* mask_ptr = nullptr;  // null without a mask
   Operand values;
   Dtype dtype = Dtype::f32;
-  unsigned char* places_ptr = nullptr;  // int64, at the strides of `values`: where each cell was taken; null: not asked for
+  unsigned char* places_ptr = nullptr;  // int64, at the strides of `values`: where each cell stood; null: not asked for
 };
 
 // What a row's parameters say; each kernel reads its own.

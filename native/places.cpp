@@ -42,7 +42,8 @@ struct ToCell {
     if constexpr (!Key::is_float) return raw;
     using Signed = typename Key::Out;
     const Raw magnitude = static_cast<Raw>(raw & (Key::sign - 1));
-    const Raw is_nan = static_cast<Raw>(-static_cast<Raw>(static_cast<Signed>(magnitude) > static_cast<Signed>(infinity)));
+    const bool beyond = static_cast<Signed>(magnitude) > static_cast<Signed>(infinity);
+    const Raw is_nan = static_cast<Raw>(-static_cast<Raw>(beyond));
     const Raw quiet = static_cast<Raw>(infinity | static_cast<Raw>(infinity & -infinity) >> 1);
     return choose<Raw>(is_nan, quiet, raw);
   }
@@ -68,7 +69,7 @@ void write_places(const Filled& filled, const ScanTile& tile, const int32_t* pla
   });
 }
 
-// ---- running extremes ------------------------------------------------------------------------------------------------
+// ---- running extremes -----------------------------------------------------------------------------------------------
 
 template <class Key>
 struct ExtremesRoom {
@@ -135,7 +136,7 @@ int cumulative_extreme(const Block& block, const Options& options, const Filled&
   return fill_done;
 }
 
-// ---- fills -----------------------------------------------------------------------------------------------------------
+// ---- fills ----------------------------------------------------------------------------------------------------------
 
 template <class Raw>
 struct FillRoom {

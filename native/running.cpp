@@ -33,7 +33,7 @@ ALWAYS_INLINE void each_with(const ScanTile& tile, const double* of_lanes, doubl
   }
 }
 
-// ---- products --------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t n_product_rows = 512;  // mantissas of at least 1/2: their product is far from float64's end
 constexpr double most = 0x1p900, least_product = 0x1p-900;
@@ -123,7 +123,10 @@ NEVER_INLINE void correct_products(ProductRoom& room, const ScanTile& tile, cons
 
 NEVER_INLINE bool all_in_range(const double* cells, int64_t n, double low, double high) {
   uint64_t out = 0;
-  for (int64_t j = 0; j < n; ++j) out |= static_cast<uint64_t>(!(size_of(cells[j]) >= low) | !(size_of(cells[j]) <= high));
+  for (int64_t j = 0; j < n; ++j) {
+    const double size = size_of(cells[j]);
+    out |= static_cast<uint64_t>(!(size >= low) | !(size <= high));
+  }
   return !out;
 }
 
@@ -176,7 +179,7 @@ void run_products(ProductRoom& room, const ScanTile& tile, bool is_pair) {
   }
 }
 
-// ---- logs of sums of exponentials ------------------------------------------------------------------------------------
+// ---- logs of sums of exponentials -----------------------------------------------------------------------------------
 
 constexpr double most_above = 64.0;  // beyond which a cell becomes the base, and what was summed is almost nothing
 

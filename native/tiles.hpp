@@ -237,7 +237,7 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
   });
 }
 
-// ---- which cells count ------------------------------------------------------------------------------------------------
+// ---- which cells count ----------------------------------------------------------------------------------------------
 
 // Bytes 0 for NaN, 1 for all else.
 inline NEVER_INLINE void gather_numbers(Dtype dtype, const Operand& data, const Window& w, unsigned char* out) {
@@ -255,7 +255,7 @@ inline void combine_keep(const unsigned char* mask_ptr, const unsigned char* num
 
 // Which cells of a window count, as dense bytes: its mask, and no NaN where those are omitted; null where all do.
 inline const unsigned char* gather_keep(const Block& block, const Window& w, unsigned char* copy_ptr) {
-  const unsigned char* const mask_ptr = gather_mask(block.mask, w, copy_ptr);
+  const unsigned char* const mask_ptr = gather_keep(block, w, copy_ptr);
   if (!block.omits_nan) return mask_ptr;
   alignas(64) unsigned char numbers[n_tile];
   gather_numbers(block.dtype, block.data, w, numbers);
@@ -263,7 +263,7 @@ inline const unsigned char* gather_keep(const Block& block, const Window& w, uns
   return copy_ptr;
 }
 
-// ---- cells as doubles ------------------------------------------------------------------------------------------------
+// ---- cells as doubles -----------------------------------------------------------------------------------------------
 
 template <class T>
 ALWAYS_INLINE double as_double(Sum<T> value) {
@@ -312,7 +312,7 @@ inline void gather_doubles(Dtype dtype, const Operand& data, const Window& w, co
   }
 }
 
-// ---- integer cells ----------------------------------------------------------------------------------------------------
+// ---- integer cells --------------------------------------------------------------------------------------------------
 
 template <class Cell, class Signed>
 struct ToInteger {
@@ -335,7 +335,7 @@ inline void gather_integers(const Block& block, const Window& w, const unsigned 
   }
 }
 
-// ---- lanes: loops over (rows, lanes) as a run of `period` values again and again --------------------------------------
+// ---- lanes: loops over (rows, lanes) as a run of `period` values again and again ------------------------------------
 
 // A multiple of `lanes`, long enough for vector loops: lane values repeated to it are a pattern.
 ALWAYS_INLINE int64_t period_of(int64_t lanes) { return lanes * (lanes < n_tile_lanes ? n_tile_lanes / lanes : 1); }

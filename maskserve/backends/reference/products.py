@@ -160,7 +160,7 @@ class CumulativeProduct:
 
 
 def running(cells: Tensor, *, pairs: bool) -> Tensor:
-    """The running product: one multiplication after the other in float64, the exponents apart, so that none leaves its range.
+    """The running product: multiplications one after the other in float64, their exponents apart: none leaves its range.
 
     Taking powers of two out of a product in between changes no digit of it. In `pairs` the relative errors of the steps
     are summed beside it (Ogita & Oishi's product as a scan).
