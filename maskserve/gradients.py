@@ -82,6 +82,10 @@ class Operation(ABC):
         """Which cells of each operand are reached from the result's cells in `gate`; bool."""
         return tuple(reach > 0 for reach in self.back(given, as_cotangent(gate)))
 
+    def swept(self, given: Given, above: Above, *, wants_reach: bool) -> tuple[Tensor, Tensor | None] | None:
+        """The gradient by the only operand and its cotangent of reach at once; None where it takes formulas."""
+        return None
+
     def gradients(self, given: Given, above: Above, reached: Cells) -> Cells:
         """The gradients by each operand, exactly 0 where not reached."""
         parts = self.pull(given, Above(select(above.g, above.gate), above.gate))
@@ -126,15 +130,21 @@ class Compute(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None, cotangent: Tensor | None, *__: None) -> tuple[Tensor | None, ...]:
         operation, given = ctx.operation, unpacked(ctx)
         now = None if cotangent is None else cotangent > 0
+        wanted = now is not None and any(ctx.has_reach)
         gate = ctx.memory.gate(now, lambda reached: operation.touched(given, reached))
         gate = given.result.valid if gate is None else gate
+        if g is not None and (gate is now or not wanted):
+            swept = operation.swept(given, Above(g, gate), wants_reach=wanted)
+            if swept is not None:
+                return (None, None, swept[0], None, swept[1])
         reached = operation.reached(given, gate)
         data: tuple[Tensor | None, ...] = (None,) * ctx.n
         if g is not None:
             found = operation.gradients(given, Above(g, gate), reached)
             data = tuple(part.to(operand.dtype) for part, operand in zip(found, given.operands, strict=True))
         reaches: tuple[Tensor | None, ...] = (None,) * ctx.n
-        if now is not None and any(ctx.has_reach):
+        if wanted:
+            assert now is not None
             back = reached if gate is now else operation.reached(given, now)
             reaches = tuple(as_cotangent(at) if wanted else None for at, wanted in zip(back, ctx.has_reach, strict=True))
         return (None, None, *data, *[None] * ctx.n, *reaches)

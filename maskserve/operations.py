@@ -20,6 +20,7 @@ from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result, a
 from maskserve.masks import intersection
 from maskserve.ops.rows import Reach, Reduction, Whole
 from maskserve.plan import Plan, batched, narrowed, reduced_shape
+from maskserve.pulling import pulled
 from maskserve.reach import Operand, as_cotangent
 from maskserve.tracing import is_followed
 
@@ -137,7 +138,13 @@ class OfSlices(Operation):
         labels = () if plan.labels is None else (len(plan.labels),)
         return tensor.reshape(labels + reduced_shape(plan.shape, plan.dims, keepdim=True))
 
-    # -- blocks ----------------------------------------------------------------------------------------------------
+    # -- by kernels, and by formulas in blocks ---------------------------------------------------------------------
+
+    def swept(self, given: Given, above: Above, *, wants_reach: bool) -> tuple[Tensor, Tensor | None] | None:
+        data = given.operands[0]
+        if len(given.operands) > 1 or data.shape != self.plan.shape or any(map(is_followed, (data, *above))):
+            return None
+        return pulled(self.plan, data, given.masks[0], given.result.values, *above, wants_reach=wants_reach)
 
     def gradients(self, given: Given, above: Above, reached: Cells) -> Cells:
         """Where nobody differentiates again, in blocks that stay in the cache: several times faster."""

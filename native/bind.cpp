@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "block.hpp"
+#include "pull.hpp"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -20,6 +21,7 @@ namespace nb = nanobind;
 
 namespace {
 
+using maskserve::Above;
 using maskserve::Block;
 using maskserve::Dtype;
 using maskserve::Filled;
@@ -188,6 +190,80 @@ int finish(int kernel, const Options& options, int64_t n, uint64_t count_ptr, ui
                            address<unsigned char>(valid_ptr));
 }
 
+// The integers of a call with many operands, one after another.
+class Numbers {
+ public:
+  explicit Numbers(const nb::tuple& given) : given_ptr(given.ptr()) {}
+  uint64_t next() {
+    check(at < PyTuple_GET_SIZE(given_ptr), "a number is missing");
+    const uint64_t value = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(given_ptr, at++));
+    if (PyErr_Occurred()) throw nb::python_error();
+    return value;
+  }
+  int64_t size() { return static_cast<int64_t>(next()); }
+  int dtype() { return static_cast<int>(next()); }
+  Operand strided() {
+    const uint64_t ptr = next();
+    const int64_t outer = size(), n = size();
+    return operand(ptr, outer, n, size());
+  }
+
+ private:
+  PyObject* given_ptr;
+  Py_ssize_t at = 0;
+};
+
+// (data, mask, dtype, outer, n, inner, leaf), of an operand its address and three strides.
+Block block_of(Numbers& numbers) {
+  Block block;
+  block.data = numbers.strided(), block.mask = numbers.strided();
+  block.dtype = dtype_of(numbers.dtype());
+  block.outer = numbers.size(), block.n = numbers.size(), block.inner = numbers.size(), block.leaf = numbers.size();
+  check(block.leaf == 64 || block.leaf == 4096, "leaf is 64 or 4096 cells");
+  return block;
+}
+
+// (g, gate, out, their dtype, four parts).
+Above above_of(Numbers& numbers) {
+  Above above;
+  above.g = numbers.strided(), above.gate = numbers.strided(), above.out = numbers.strided();
+  above.dtype = dtype_of(numbers.dtype());
+  for (Operand& part : above.part) part = numbers.strided();
+  return above;
+}
+
+// A block, what comes from above, then (gradient, reach, three strides).
+int pull(int kernel, const Options& options, const nb::tuple& given) {
+  check(kernel >= 0 && kernel < maskserve::n_pulls, "kernel is an index into PULLS");
+  Numbers numbers(given);
+  const Block block = block_of(numbers);
+  const Above above = above_of(numbers);
+  maskserve::Pulled pulled;
+  pulled.gradient_ptr = address<unsigned char>(numbers.next());
+  pulled.reach_ptr = address<unsigned char>(numbers.next());
+  pulled.strides.stride_outer = numbers.size(), pulled.strides.stride_n = numbers.size();
+  pulled.strides.stride_inner = numbers.size();
+  const maskserve::Pull run = maskserve::pull_variant().pulls[kernel];
+  nb::gil_scoped_release released;
+  if (block.outer > 0 && block.n > 0 && block.inner > 0) {
+    const int64_t span = (block.outer - 1) * pulled.strides.stride_outer + (block.n - 1) * pulled.strides.stride_n +
+                         (block.inner - 1) * pulled.strides.stride_inner + 1;
+    advise(pulled.gradient_ptr, span * maskserve::cell_bytes(block.dtype));
+    advise(pulled.reach_ptr, span * 2);
+  }
+  return run(block, options, above, pulled);
+}
+
+// A block, what comes from above, then where the counts go.
+void ties(const nb::tuple& given) {
+  Numbers numbers(given);
+  const Block block = block_of(numbers);
+  const Above above = above_of(numbers);
+  int64_t* const count_ptr = address<int64_t>(numbers.next());
+  nb::gil_scoped_release released;
+  maskserve::pull_variant().ties(block, above, count_ptr);
+}
+
 void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
   nb::gil_scoped_release released;
   maskserve::raise(address<const double>(cells_ptr), address<double>(raised_ptr), n);
@@ -279,6 +355,7 @@ NB_MODULE(_native, m) {
   m.attr("FILLS") = tuple_of(maskserve::fill_names);
   m.attr("SELECTIONS") = tuple_of(maskserve::selection_names);
   m.attr("SEARCHES") = tuple_of(maskserve::search_names);
+  m.attr("PULLS") = tuple_of(maskserve::pull_names);
   m.attr("FINISHES") = tuple_of(maskserve::finish_names);
   nb::class_<Options>(m, "AnyOptions");
   nb::class_<OwnedOptions, Options>(m, "Options")
@@ -315,6 +392,9 @@ NB_MODULE(_native, m) {
   m.def("lift", &lift);
   m.def("fill", &fill);
   m.def("select", &pick);
+  nb::set_leak_warnings(false);  // options live in caches of plans until the interpreter ends
+  m.def("pull", &pull);
+  m.def("ties", &ties);
   m.def("raise_", raise);
   m.def("finish", &finish);
   m.def("reduce", &reduce);

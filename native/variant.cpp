@@ -5,6 +5,7 @@
 #include <string>
 
 #include "block.hpp"
+#include "pull.hpp"
 
 namespace maskserve {
 
@@ -12,19 +13,23 @@ namespace maskserve {
 #define MASKSERVE_FILL(kernel) int kernel(const Block&, const Options&, const Filled&);
 #define MASKSERVE_SELECT(kernel) void kernel(const Block&, const Options&, void*, int64_t*);
 #define MASKSERVE_SEARCH(kernel) Search* kernel##_search(Dtype, const Options&, int64_t);
+#define MASKSERVE_PULL(kernel) int kernel(const Block&, const Options&, const Above&, const Pulled&);
 #define MASKSERVE_ADDRESS(kernel) kernel,
 #define MASKSERVE_BEGIN(kernel) kernel##_search,
-#define MASKSERVE_VARIANT(isa)               \
-  namespace isa {                            \
-  MASKSERVE_LIFTS(MASKSERVE_LIFT)            \
-  MASKSERVE_FILLS(MASKSERVE_FILL)            \
-  MASKSERVE_SELECTIONS(MASKSERVE_SELECT)     \
-  MASKSERVE_SEARCHES(MASKSERVE_SEARCH)       \
-  const Variant table{#isa,                  \
-                      {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},      \
-                      {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},      \
-                      {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)}, \
-                      {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)}};    \
+#define MASKSERVE_VARIANT(isa)                                       \
+  namespace isa {                                                    \
+  MASKSERVE_LIFTS(MASKSERVE_LIFT)                                    \
+  MASKSERVE_FILLS(MASKSERVE_FILL)                                    \
+  MASKSERVE_SELECTIONS(MASKSERVE_SELECT)                             \
+  MASKSERVE_SEARCHES(MASKSERVE_SEARCH)                               \
+  MASKSERVE_PULLS(MASKSERVE_PULL)                                    \
+  void ties(const Block&, const Above&, int64_t*);                   \
+  const Variant table{#isa,                                          \
+                      {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},          \
+                      {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},          \
+                      {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)},     \
+                      {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)}};        \
+  const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)}, ties}; \
   }
 
 MASKSERVE_VARIANT(baseline)
@@ -52,26 +57,39 @@ bool has_avx512() {
 #endif
 }
 
-const Variant& widest() {
+struct Chosen {
+  const Variant& kernels;
+  const PullVariant& pulls;
+};
+
+#define MASKSERVE_CHOSEN(isa) Chosen{isa::table, isa::pulls}
+
+Chosen widest() {
 #ifdef MASKSERVE_X86
-  if (has_avx512()) return avx512::table;
-  if (has_avx2()) return avx2::table;
+  if (has_avx512()) return MASKSERVE_CHOSEN(avx512);
+  if (has_avx2()) return MASKSERVE_CHOSEN(avx2);
 #endif
-  return baseline::table;
+  return MASKSERVE_CHOSEN(baseline);
 }
 
-const Variant& choose() {
+Chosen choose() {
   const char* asked_ptr = std::getenv("MASKSERVE_ISA");
   const std::string asked = asked_ptr ? asked_ptr : "";
   if (asked.empty()) return widest();
-  if (asked == "baseline") return baseline::table;
+  if (asked == "baseline") return MASKSERVE_CHOSEN(baseline);
 #ifdef MASKSERVE_X86
-  if (asked == "avx2" && has_avx2()) return avx2::table;
-  if (asked == "avx512" && has_avx512()) return avx512::table;
+  if (asked == "avx2" && has_avx2()) return MASKSERVE_CHOSEN(avx2);
+  if (asked == "avx512" && has_avx512()) return MASKSERVE_CHOSEN(avx512);
 #endif
   throw std::runtime_error("MASKSERVE_ISA is \"" + asked + "\": this processor runs baseline" +
                            (has_avx2() ? ", avx2" : "") + (has_avx512() ? ", avx512" : "") +
                            "; set one of them, or unset it");
+}
+
+// Decided once.
+const Chosen& chosen() {
+  static const Chosen decided = choose();
+  return decided;
 }
 
 }  // namespace
@@ -79,9 +97,8 @@ const Variant& choose() {
 Search::~Search() = default;
 Search::Found::~Found() = default;
 
-const Variant& variant() {
-  static const Variant& chosen = choose();
-  return chosen;
-}
+const Variant& variant() { return chosen().kernels; }
+
+const PullVariant& pull_variant() { return chosen().pulls; }
 
 }  // namespace maskserve

@@ -1,0 +1,131 @@
+"""Gradients by native kernels: every cell is read once and written once, in blocks and on all threads.
+
+So it is where nobody differentiates again; docs/gradients.md says what a gradient is, backends/reference/gradients*.py
+how it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskserve.backends.pulls import Launch, count_ties, launch, pull_block
+from maskserve.backends.reference.gradients import RUN
+from maskserve.blocks import Cells, Folded, cut
+from maskserve.engine import joined
+from maskserve.execution import backend_of, execution, in_parallel
+from maskserve.plan import Plan, reduced_shape
+from maskserve.reach import DTYPE
+
+BLOCK_CELLS = 1 << 18
+"""What is read twice is read from the cache the second time."""
+LONG = 2 * RUN
+"""Slices that are longer are read once for their states, all of them, and then again for their gradients."""
+
+
+class Pulled(NamedTuple):
+    gradient: Tensor
+    reach: Tensor | None
+
+
+def pulled(
+    plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, g: Tensor, gate: Tensor, *, wants_reach: bool
+) -> Pulled | None:
+    """The gradient by `data`, 0 where it has not reached, and its reach; None where the formula has to be used.
+
+    `values` is the result, `g` its gradient and `gate` where that counts.
+    """
+    how = launch(plan) if execution().backend in (None, "cpu") else None
+    if how is None or data.is_neg() or g.is_neg():
+        return None
+    made = Pulled(torch.empty(plan.shape, dtype=data.dtype), torch.empty(plan.shape, dtype=DTYPE) if wants_reach else None)
+    if made.gradient.numel() and not Walk(how, data, mask, (g, gate, values), made)():
+        return None
+    return made
+
+
+class Walk:
+    """One gradient, block by block."""
+
+    def __init__(self, how: Launch, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], made: Pulled) -> None:
+        self.how, self.plan = how, how.states
+        self.cells = Cells(self.plan, data, mask)
+        self.above = [self.folded(result) for result in above]
+        self.made = [None if part is None else part.view(self.cells.shape) for part in made]
+        self.states: list[Folded] = []
+        outer, n, inner = self.cells.shape
+        self.n_cells = outer * n * inner
+        self.is_whole = how.pull.of_slices or (n <= LONG and len(self.plan.fold) == 3)
+        self.served: list[bool] = []
+
+    def folded(self, result: Tensor) -> Folded:
+        """A result, or what belongs to it, in the folded shape of the data."""
+        if self.how.reduces:
+            result = result.reshape(reduced_shape(self.plan.shape, self.plan.dims, keepdim=True)).expand(self.plan.shape)
+        return Folded(result, self.cells.shape)
+
+    def __call__(self) -> bool:
+        """Whether every block was served."""
+        if not self.is_whole:
+            self.states = [self.folded(part) for part in self.all_states()]
+        blocks = cut(self.plan, self.cells.shape, BLOCK_CELLS, whole=self.is_whole)
+        in_parallel(
+            backend_of(self.plan),
+            self.n_cells,
+            [self.task(rows, run, columns) for rows, columns in blocks.tiles for run in blocks.runs],
+        )
+        return all(self.served)
+
+    def task(self, rows: slice, run: slice, columns: slice) -> Callable[[], None]:
+        def pull_one() -> None:
+            data, mask = self.cells.block(rows, run, columns)
+            of = slice(0, 1) if self.how.reduces else run
+            above = [result[rows, of, columns] for result in self.above]
+            parts = [part[rows, slice(0, 1), columns].squeeze(1) for part in self.states]
+            if self.is_whole:
+                parts = self.block_states(data, mask, above)
+            gradient, reach = (None if made is None else made[rows, run, columns] for made in self.made)
+            assert gradient is not None
+            self.served.append(pull_block(self.how, data, mask, above, parts, gradient, reach))
+
+        return pull_one
+
+    def block_states(self, data: Tensor, mask: Tensor | None, above: Sequence[Tensor]) -> list[Tensor]:
+        """What the kernel reads of each slice of a block, (outer, inner)."""
+        if self.how.pull.counts_ties:
+            return [self.ties(data, mask, above)]
+        if self.how.pull.step is None:
+            return []
+        return list(backend_of(self.plan).lift(self.plan, data, mask).values())
+
+    def ties(self, data: Tensor, mask: Tensor | None, above: Sequence[Tensor]) -> Tensor:
+        count = torch.empty((data.shape[0], data.shape[2]), dtype=torch.int64)
+        count_ties(self.how, data, mask, above, count)
+        return count
+
+    def all_states(self) -> list[Tensor]:
+        """The same of every slice, before its cells are read again."""
+        if self.how.pull.counts_ties:
+            return [self.all_ties()]
+        return [] if self.how.pull.step is None else list(joined(self.plan, self.cells).values())
+
+    def all_ties(self) -> Tensor:
+        outer, _, inner = self.cells.shape
+        blocks = cut(self.plan, self.cells.shape, BLOCK_CELLS)
+        counts = torch.empty((outer, len(blocks.runs), inner), dtype=torch.int64)
+
+        def task(rows: slice, index: int, run: slice, columns: slice) -> Callable[[], None]:
+            def count_block() -> None:
+                above = [result[rows, slice(0, 1), columns] for result in self.above]
+                counts[rows, index, columns] = self.ties(*self.cells.block(rows, run, columns), above)
+
+            return count_block
+
+        tasks = [task(*(tile[0], i, run, tile[1])) for tile in blocks.tiles for i, run in enumerate(blocks.runs)]
+        in_parallel(backend_of(self.plan), self.n_cells, tasks)
+        groups = counts.sum(1).reshape(*self.plan.fold[:-2], inner)
+        earlier = tuple(range(1, len(self.plan.fold) - 2, 2))
+        return groups.sum(earlier) if earlier else groups

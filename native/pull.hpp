@@ -1,0 +1,50 @@
+// What crosses the boundary between the binding and the kernels of gradients.
+#pragma once
+
+#include "block.hpp"
+
+namespace maskserve {
+
+// What a gradient by the data is computed from, beside the block: each operand is seen as (outer, n, inner), what belongs
+// to a slice with n repeated.
+struct Above {
+  Operand g;                 // of the result
+  Operand gate;              // bytes 0 or 1: which results it has reached
+  Operand out;               // the result
+  Dtype dtype = Dtype::f32;  // of g and out
+  Operand part[4];           // the states of a pass: their count as int64, the others as double
+};
+
+// Where it goes, and where it has reached (bfloat16 1 or 0; null: not asked for), both at `strides`.
+struct Pulled {
+  unsigned char* gradient_ptr = nullptr;  // of the block's dtype
+  unsigned char* reach_ptr = nullptr;
+  Operand strides;
+};
+
+// A FillStatus.
+using Pull = int (*)(const Block&, const Options&, const Above&, const Pulled&);
+
+// (outer, inner) counts of the valid cells that equal the result of their slice, NaN being one with NaN.
+using Ties = void (*)(const Block&, const Above&, int64_t* count);
+
+// Every kernel, once: a new one is a line here and a function of its name.
+#define MASKSERVE_PULLS(each)                                                                             \
+  each(pull_total) each(pull_mean) each(pull_var) each(pull_std) each(pull_logsumexp) each(pull_extreme)  \
+  each(pull_norm) each(pull_softmax) each(pull_softmin) each(pull_log_softmax) each(pull_normalize)       \
+  each(pull_standardize) each(pull_cumsum)
+
+#define MASKSERVE_NAME(kernel) #kernel,
+constexpr const char* pull_names[] = {MASKSERVE_PULLS(MASKSERVE_NAME)};
+#undef MASKSERVE_NAME
+constexpr int n_pulls = sizeof pull_names / sizeof *pull_names;
+
+struct PullVariant {
+  Pull pulls[n_pulls];
+  Ties ties;
+};
+
+// The variant for this processor, as variant() chooses it.
+const PullVariant& pull_variant();
+
+}  // namespace maskserve
