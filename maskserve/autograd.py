@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from maskserve.backends.reference.cells import select
 from maskserve.errors import GradientError
+from maskserve.gates import DTYPE, as_cotangent, kept
 from maskserve.making import tensor_of
-from maskserve.reach import DTYPE, Cross, applied, as_cotangent, channel, narrowed
+from maskserve.reach import Cross, applied, channel, narrowed
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed
 
@@ -106,9 +107,9 @@ def seeds_of(output: Any, above: Any) -> list[Tensor]:
     mask = mask_of(above)
     data = plain_of(above).to(output.dtype)
     if not isinstance(output, MaskedTensor):
-        return [select(data, mask)]
+        return [kept(data, mask)]
     reached = output._full_mask() if mask is None else output._full_mask() & mask
-    return [select(data, reached), as_cotangent(reached)]
+    return [kept(data, reached), as_cotangent(reached)]
 
 
 def followed_parts(source: Any) -> list[Tensor]:

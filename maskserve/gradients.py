@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import select
-from maskserve.reach import Memory, Operand, applied, as_cotangent, channel
+from maskserve.gates import as_cotangent, is_reached, kept
+from maskserve.reach import Memory, Operand, applied, channel
 from maskserve.tracing import differentiable_again, in_forward_mode, primal
 
 Cells = tuple[Tensor, ...]
@@ -80,7 +81,7 @@ class Operation(ABC):
 
     def reached(self, given: Given, gate: Tensor) -> Cells:
         """Which cells of each operand are reached from the result's cells in `gate`; bool."""
-        return tuple(reach > 0 for reach in self.back(given, as_cotangent(gate)))
+        return tuple(is_reached(reach) for reach in self.back(given, as_cotangent(gate)))
 
     def swept(self, given: Given, above: Above, *, wants_reach: bool) -> tuple[Tensor, Tensor | None] | None:
         """The gradient by the only operand and its cotangent of reach at once; None where it takes formulas."""
@@ -89,7 +90,7 @@ class Operation(ABC):
     def gradients(self, given: Given, above: Above, reached: Cells) -> Cells:
         """The gradients by each operand, exactly 0 where not reached."""
         parts = self.pull(given, Above(select(above.g, above.gate), above.gate))
-        return tuple(select(part.expand(at.shape), at) for part, at in zip(parts, reached, strict=True))
+        return tuple(kept(part.expand(at.shape), at) for part, at in zip(parts, reached, strict=True))
 
 
 def apply(operation: Operation, *operands: Operand) -> tuple[Operand, Tensor | None]:
@@ -129,7 +130,7 @@ class Compute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None, cotangent: Tensor | None, *__: None) -> tuple[Tensor | None, ...]:
         operation, given = ctx.operation, unpacked(ctx)
-        now = None if cotangent is None else cotangent > 0
+        now = None if cotangent is None else is_reached(cotangent)
         wanted = now is not None and any(ctx.has_reach)
         gate = ctx.memory.gate(now, lambda reached: operation.touched(given, reached))
         gate = given.result.valid if gate is None else gate

@@ -9,7 +9,8 @@ from torch import Tensor
 from maskserve.attributes import Attributes
 from maskserve.backends.reference.cells import select
 from maskserve.errors import GradientError
-from maskserve.reach import as_cotangent, channel
+from maskserve.gates import as_cotangent, is_reached
+from maskserve.reach import channel
 
 if TYPE_CHECKING:
     from maskserve.tensor import MaskedTensor
@@ -78,7 +79,7 @@ class History(Attributes):
         if self._data.grad is None or (self._data.is_leaf and not self.is_leaf and not self._reach_is_collected()):
             return None
         reached = None if self._reach is None else self._reach.grad
-        specified = self._full_mask() if reached is None else reached > 0
+        specified = self._full_mask() if reached is None else is_reached(reached)
         made = MaskedTensor._of(self._data.grad, specified)  # 0 where nothing was reached, as all cotangents are
         made._is_view, made._owns_mask = True, False
         return made

@@ -16,12 +16,13 @@ from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.gradients import Slices
 from maskserve.blocks import spans
 from maskserve.engine import run, run_with_indices
+from maskserve.gates import as_cotangent
 from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result, apply
 from maskserve.masks import intersection
 from maskserve.ops.rows import Reach, Reduction, Whole
 from maskserve.plan import Plan, batched, narrowed, reduced_shape
 from maskserve.pulling import pulled
-from maskserve.reach import Operand, as_cotangent
+from maskserve.reach import Operand
 from maskserve.tracing import is_followed
 
 BLOCK_CELLS = 1 << 17

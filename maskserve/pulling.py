@@ -12,18 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskserve.backends.pulls import Launch, count_ties, launch, pull_block
-from maskserve.backends.reference.gradients import RUN
+from maskserve.backends.pulls import Launch, count_ties, launch, pull_block, will_write
 from maskserve.blocks import Cells, Folded, cut
 from maskserve.engine import joined
 from maskserve.execution import backend_of, execution, in_parallel
+from maskserve.gates import DTYPE
 from maskserve.plan import Plan, reduced_shape
-from maskserve.reach import DTYPE
+from maskserve.tracing import has_memory
 
 BLOCK_CELLS = 1 << 18
 """What is read twice is read from the cache the second time."""
-LONG = 2 * RUN
-"""Slices that are longer are read once for their states, all of them, and then again for their gradients."""
+GROUP_CELLS = 1 << 20
+"""Where n * inner is more, all slices are read for their states first, and then again for their gradients."""
+COLUMNS = 256
+"""So many neighbours of whole slices at least: narrower strips are read a page a row."""
 
 
 class Pulled(NamedTuple):
@@ -39,9 +41,13 @@ def pulled(
     `values` is the result, `g` its gradient and `gate` where that counts.
     """
     how = launch(plan) if execution().backend in (None, "cpu") else None
-    if how is None or data.is_neg() or g.is_neg():
+    tensors = (data, values, g, gate) if mask is None else (data, mask, values, g, gate)
+    if how is None or not all(map(has_memory, tensors)):
         return None
     made = Pulled(torch.empty(plan.shape, dtype=data.dtype), torch.empty(plan.shape, dtype=DTYPE) if wants_reach else None)
+    for part in made:
+        if part is not None:
+            will_write(part)
     if made.gradient.numel() and not Walk(how, data, mask, (g, gate, values), made)():
         return None
     return made
@@ -58,7 +64,7 @@ class Walk:
         self.states: list[Folded] = []
         outer, n, inner = self.cells.shape
         self.n_cells = outer * n * inner
-        self.is_whole = how.pull.of_slices or (n <= LONG and len(self.plan.fold) == 3)
+        self.is_whole = how.pull.of_slices or (n * inner <= GROUP_CELLS and len(self.plan.fold) == 3)
         self.served: list[bool] = []
 
     def folded(self, result: Tensor) -> Folded:
@@ -71,7 +77,9 @@ class Walk:
         """Whether every block was served."""
         if not self.is_whole:
             self.states = [self.folded(part) for part in self.all_states()]
-        blocks = cut(self.plan, self.cells.shape, BLOCK_CELLS, whole=self.is_whole)
+        _, n, inner = self.cells.shape
+        least = n * (min(inner, COLUMNS) if self.how.pull.of_slices else inner) if self.is_whole else 0
+        blocks = cut(self.plan, self.cells.shape, max(BLOCK_CELLS, least), whole=self.is_whole)
         in_parallel(
             backend_of(self.plan),
             self.n_cells,

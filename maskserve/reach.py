@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import select
+from maskserve.gates import DTYPE, as_cotangent, is_reached, kept, kept_where_reached
 from maskserve.tracing import differentiable_again, in_forward_mode, in_transform
-
-DTYPE = torch.bfloat16
-"""Counts in it saturate, and neither cancel nor vanish."""
 
 
 class Operand(NamedTuple):
@@ -50,10 +48,6 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     # what torch's own apply does then, less 60 us of looking up the signature of forward
     args = torch._functorch.utils.unwrap_dead_wrappers(args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # its base is in C
-
-
-def as_cotangent(reached: Tensor) -> Tensor:
-    return reached.to(DTYPE)
 
 
 class Memory:
@@ -110,11 +104,13 @@ class Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         *data, reach = cotangents
-        if ctx.gated:
-            gate = ctx.memory.gate(None if reach is None else reach > 0)
-            data = [None if g is None else select(g, gate) for g in data]
+        if ctx.gated and reach is not None and ctx.memory.reached is None and not torch.is_grad_enabled():
+            data = [None if g is None else kept_where_reached(g, reach) for g in data]
+        elif ctx.gated:
+            gate = ctx.memory.gate(None if reach is None else is_reached(reach))
+            data = [None if g is None else kept(g, gate) for g in data]
         back = [
-            None if reach is None or not wanted else select(reach, live)
+            None if reach is None or not wanted else kept(reach, live)
             for wanted, live in zip(ctx.has_reach, ctx.saved_tensors, strict=True)
         ]
         return (None, None, *[None] * ctx.n, *data, *back)
@@ -168,7 +164,7 @@ class Exit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return select(g, mask), None, as_cotangent(mask) if ctx.has_reach else None
+        return kept(g, mask), None, as_cotangent(mask) if ctx.has_reach else None
 
     @staticmethod
     @differentiable_again

@@ -20,6 +20,12 @@ def is_followed(data: Tensor) -> bool:
     )
 
 
+def has_memory(data: Tensor) -> bool:
+    """Whether a kernel can read the cells where `data_ptr` says: no wrapper of a transform, and no sign left to take."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(data) or data._is_zerotensor() or data.is_neg()
+    return not wrapped
+
+
 def in_transform() -> bool:
     """Whether torch.func looks on (tensors have no memory of their own there), or forward mode."""
     return torch._C._functorch.peek_interpreter_stack() is not None or in_forward_mode()

@@ -245,12 +245,6 @@ int pull(int kernel, const Options& options, const nb::tuple& given) {
   pulled.strides.stride_inner = numbers.size();
   const maskserve::Pull run = maskserve::pull_variant().pulls[kernel];
   nb::gil_scoped_release released;
-  if (block.outer > 0 && block.n > 0 && block.inner > 0) {
-    const int64_t span = (block.outer - 1) * pulled.strides.stride_outer + (block.n - 1) * pulled.strides.stride_n +
-                         (block.inner - 1) * pulled.strides.stride_inner + 1;
-    advise(pulled.gradient_ptr, span * maskserve::cell_bytes(block.dtype));
-    advise(pulled.reach_ptr, span * 2);
-  }
   return run(block, options, above, pulled);
 }
 
@@ -263,6 +257,28 @@ void ties(const nb::tuple& given) {
   nb::gil_scoped_release released;
   maskserve::pull_variant().ties(block, above, count_ptr);
 }
+
+// Dense cells where `keep` says so, 0 elsewhere; `reached`: it is a reach, else a mask.
+void keep(bool reached, uint64_t cells_ptr, uint64_t keep_ptr, int64_t cell_bytes, int64_t n, uint64_t kept_ptr) {
+  check(cell_bytes == 1 || cell_bytes == 2 || cell_bytes == 4 || cell_bytes == 8, "a cell has 1, 2, 4 or 8 bytes");
+  const maskserve::PullVariant& variant = maskserve::pull_variant();
+  const maskserve::Keep run = reached ? variant.keep_reached : variant.keep;
+  nb::gil_scoped_release released;
+  run(address<const unsigned char>(cells_ptr), address<const void>(keep_ptr), cell_bytes, n, address<unsigned char>(kept_ptr));
+}
+
+void to_reach(uint64_t mask_ptr, int64_t n, uint64_t reach_ptr) {
+  nb::gil_scoped_release released;
+  maskserve::pull_variant().to_reach(address<const unsigned char>(mask_ptr), n, address<unsigned char>(reach_ptr));
+}
+
+void to_mask(uint64_t reach_ptr, int64_t n, uint64_t mask_ptr) {
+  nb::gil_scoped_release released;
+  maskserve::pull_variant().to_mask(address<const unsigned char>(reach_ptr), n, address<unsigned char>(mask_ptr));
+}
+
+// Memory that is about to be written as a whole.
+void will_write(uint64_t first_ptr, int64_t n_bytes) { advise(address<unsigned char>(first_ptr), n_bytes); }
 
 void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
   nb::gil_scoped_release released;
@@ -395,6 +411,10 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // options live in caches of plans until the interpreter ends
   m.def("pull", &pull);
   m.def("ties", &ties);
+  m.def("keep", &keep);
+  m.def("to_reach", &to_reach);
+  m.def("to_mask", &to_mask);
+  m.def("will_write", &will_write);
   m.def("raise_", raise);
   m.def("finish", &finish);
   m.def("reduce", &reduce);

@@ -28,6 +28,10 @@ using Pull = int (*)(const Block&, const Options&, const Above&, const Pulled&);
 // (outer, inner) counts of the valid cells that equal the result of their slice, NaN being one with NaN.
 using Ties = void (*)(const Block&, const Above&, int64_t* count);
 
+// Dense cells of `cell_bytes` where they are kept, 0 elsewhere: where bytes are 1, or where reaches, bfloat16, are above 0.
+using Keep = void (*)(const unsigned char* cells_ptr, const void* keep_ptr, int64_t cell_bytes, int64_t n,
+                      unsigned char* kept_ptr);
+
 // Every kernel, once: a new one is a line here and a function of its name.
 #define MASKSERVE_PULLS(each)                                                                             \
   each(pull_total) each(pull_mean) each(pull_var) each(pull_std) each(pull_logsumexp) each(pull_extreme)  \
@@ -42,6 +46,10 @@ constexpr int n_pulls = sizeof pull_names / sizeof *pull_names;
 struct PullVariant {
   Pull pulls[n_pulls];
   Ties ties;
+  Keep keep;
+  Keep keep_reached;
+  void (*to_reach)(const unsigned char* mask_ptr, int64_t n, unsigned char* reach_ptr);
+  void (*to_mask)(const unsigned char* reach_ptr, int64_t n, unsigned char* mask_ptr);
 };
 
 // The variant for this processor, as variant() chooses it.

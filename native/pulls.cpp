@@ -145,12 +145,14 @@ struct NormRow {
     double *const factor = to.of[0], *const count = to.of[1], *const part = to.of[2];
     slices.count(count), slices.part(1, part);
     for (int64_t l = 0; l < lanes; ++l) factor[l] = count[l] * (part[l] * part[l]);
-    slices.part(3, part), slices.g(count);
+    slices.part(3, part), slices.result(count);
     for (int64_t l = 0; l < lanes; ++l) {
       const double squares = factor[l] + part[l];
-      *refused |= !(squares == 0.0 || (squares > 0x1p-900 && squares < infinity));
-      factor[l] = squares == 0.0 ? 0.0 : count[l] / __builtin_sqrt(squares);
+      *refused |= !(squares > 0x1p-900 && squares < infinity) && !(squares == 0.0 && count[l] == 0.0);
+      factor[l] = squares;
     }
+    slices.g(count);
+    for (int64_t l = 0; l < lanes; ++l) factor[l] = factor[l] == 0.0 ? 0.0 : count[l] / __builtin_sqrt(factor[l]);
   }
   static ALWAYS_INLINE double gradient(double x, double factor, double, double) { return x * factor; }
 };
@@ -162,6 +164,13 @@ template <class T>
 NEVER_INLINE void repeat_rows(const T* lanes, int64_t groups, int64_t rows, int64_t columns, T* __restrict out) {
   if (columns == 1 && rows == 3) {
     for (int64_t g = 0; g < groups; ++g) out[3 * g] = out[3 * g + 1] = out[3 * g + 2] = lanes[g];
+    return;
+  }
+  if (columns == 1) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const T lane = lanes[g];
+      for (int64_t r = 0; r < rows; ++r) out[g * rows + r] = lane;
+    }
     return;
   }
   for (int64_t g = 0; g < groups; ++g) {

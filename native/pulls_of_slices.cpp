@@ -118,13 +118,22 @@ struct NormalizeRow {
   double eps;
   bool* refused;
 
+  // A cell whose square has lost digits: none of a shorter dtype has.
+  void check(const double* cells, int64_t n, Dtype dtype) const {
+    if (dtype != Dtype::f64) return;
+    int64_t any = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      any |= static_cast<int64_t>(cells[j] != 0.0) & static_cast<int64_t>(cells[j] * cells[j] < 0x1p-900);
+    }
+    *refused |= any != 0;
+  }
   void begin(const Above&, const Window&, Numbers) const {}
   static ALWAYS_INLINE double first(double x, double, double, double) { return x * x; }
   static ALWAYS_INLINE double second(double x, double g, double, double) { return g * x; }
   void settle(Numbers to, int64_t lanes) const {
     double *const squares = to.of[2], *const along = to.of[3];
     for (int64_t l = 0; l < lanes; ++l) {
-      *refused |= !(squares[l] == 0.0 || (squares[l] > 0x1p-900 && squares[l] < infinity)) || !is_finite(along[l]);
+      *refused |= !(squares[l] < infinity && is_finite(along[l]));
       const double length = __builtin_sqrt(squares[l]), divisor = length < eps ? eps : length;
       along[l] = length >= eps && length > 0.0 ? along[l] / divisor / divisor / length : 0.0;
       squares[l] = divisor;
@@ -231,6 +240,7 @@ class SlicesPull {
     room->load_own(block, w);
     if (Row::reads_cells) {
       gather_doubles(block.dtype, block.data, w, room->own_ptr, 0.0, room->cells);
+      if constexpr (std::is_same_v<Row, NormalizeRow>) row.check(room->cells, w.cells(), block.dtype);
     } else {
       gather_doubles(above.dtype, above.out, w, room->own_ptr, 0.0, room->cells);
     }

@@ -16,20 +16,24 @@ namespace maskserve {
 #define MASKSERVE_PULL(kernel) int kernel(const Block&, const Options&, const Above&, const Pulled&);
 #define MASKSERVE_ADDRESS(kernel) kernel,
 #define MASKSERVE_BEGIN(kernel) kernel##_search,
-#define MASKSERVE_VARIANT(isa)                                       \
-  namespace isa {                                                    \
-  MASKSERVE_LIFTS(MASKSERVE_LIFT)                                    \
-  MASKSERVE_FILLS(MASKSERVE_FILL)                                    \
-  MASKSERVE_SELECTIONS(MASKSERVE_SELECT)                             \
-  MASKSERVE_SEARCHES(MASKSERVE_SEARCH)                               \
-  MASKSERVE_PULLS(MASKSERVE_PULL)                                    \
-  void ties(const Block&, const Above&, int64_t*);                   \
-  const Variant table{#isa,                                          \
-                      {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},          \
-                      {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},          \
-                      {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)},     \
-                      {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)}};        \
-  const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)}, ties}; \
+#define MASKSERVE_VARIANT(isa)                                                                                \
+  namespace isa {                                                                                             \
+  MASKSERVE_LIFTS(MASKSERVE_LIFT)                                                                             \
+  MASKSERVE_FILLS(MASKSERVE_FILL)                                                                             \
+  MASKSERVE_SELECTIONS(MASKSERVE_SELECT)                                                                      \
+  MASKSERVE_SEARCHES(MASKSERVE_SEARCH)                                                                        \
+  MASKSERVE_PULLS(MASKSERVE_PULL)                                                                             \
+  void ties(const Block&, const Above&, int64_t*);                                                            \
+  void keep(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                             \
+  void keep_reached(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                     \
+  void to_reach(const unsigned char*, int64_t, unsigned char*);                                               \
+  void to_mask(const unsigned char*, int64_t, unsigned char*);                                                \
+  const Variant table{#isa,                                                                                   \
+                      {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},                                                   \
+                      {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},                                                   \
+                      {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)},                                              \
+                      {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)}};                                                 \
+  const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)}, ties, keep, keep_reached, to_reach, to_mask}; \
   }
 
 MASKSERVE_VARIANT(baseline)

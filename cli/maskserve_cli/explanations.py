@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 TORCH = "torch"
 """Who computes what no back end has a kernel for."""
+CPU = "cpu"
 
 
 def of_plans(steps: tuple[Step, ...]) -> Iterator[str]:
@@ -23,8 +24,17 @@ def of_plans(steps: tuple[Step, ...]) -> Iterator[str]:
         plan, choice = step.plan, step.choice
         refused = "; ".join(f"not {name}: {reason}" for name, reason in choice.refusals)
         what = f"{plan.row.name} of {plan.dtype.name} on {plan.device}"
-        back = f", its gradient by {TORCH}" if step.is_gradient else ""
+        back = f", its gradient by {who_pulls_back(step)}" if step.is_gradient else ""
         yield f"{step.variable.name}: {what} by {choice.backend.name}{' (' + refused + ')' if refused else ''}{back}"
+
+
+def who_pulls_back(step: Step) -> str:
+    """The back end with a kernel for the gradient, where none was asked for by name that has none."""
+    from maskserve.backends.pulls import launch  # it imports torch
+
+    plan, choice = step.plan, step.choice
+    is_free = choice is not None and (choice.backend.name == CPU or bool(choice.refusals))
+    return CPU if plan is not None and is_free and launch(plan) is not None else TORCH
 
 
 def of_gradients(answer: Answer) -> Iterator[str]:
@@ -54,5 +64,5 @@ def planned(step: Step) -> dict[str, Any]:
         "device": step.device,
         "backend": choice.backend.name if choice else None if step.passes_through else TORCH,
         "refused": dict(choice.refusals) if choice else {},
-        **({"gradient": TORCH} if step.is_gradient else {}),
+        **({"gradient": who_pulls_back(step)} if step.is_gradient else {}),
     }

@@ -40,7 +40,8 @@ class Pull:
 
 
 def is_euclidean(params: Mapping[str, Any]) -> bool:
-    return bool(params["ord"] == 2)
+    """A result in another dtype may be 0 where the norm is not."""
+    return bool(params["ord"] == 2) and params["dtype"] is None
 
 
 # by the name of the reference's formula
@@ -98,6 +99,11 @@ def launch(plan: Plan) -> Launch | None:
         reduces=reduces,
         states=replace(plan, row=of, params=MappingProxyType({**plan.params, "nan": nan})),
     )
+
+
+def will_write(cells: Tensor) -> None:
+    """Have dense memory that is about to be written come in huge pages, where the system leaves that to programs."""
+    native().will_write(cells.data_ptr(), cells.nbytes)
 
 
 def strided(cells: Tensor | None) -> tuple[int, ...]:

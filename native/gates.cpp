@@ -1,0 +1,84 @@
+// Cells kept or set to 0 by a mask or a reach, and the one made of the other: dense, one pass.
+
+#include "common.hpp"
+
+#include "pull.hpp"
+
+namespace maskserve {
+namespace MASKSERVE_ISA {
+namespace {
+
+constexpr int64_t n_some = 2048;  // cells whose masks stay in L1
+
+// What keeps a cell: a byte 0 or 1, or a bfloat16 whose bits, as a signed integer, are above 0.
+struct OfMask {
+  using Raw = uint8_t;
+  static ALWAYS_INLINE uint8_t keep(Raw raw) { return raw; }
+};
+
+struct OfReach {
+  using Raw = uint16_t;
+  static ALWAYS_INLINE uint8_t keep(Raw raw) { return static_cast<int16_t>(raw) > 0; }
+};
+
+template <class Of>
+NEVER_INLINE void bytes_of(const unsigned char* from_ptr, int64_t n, unsigned char* to_ptr) {
+  for (int64_t j = 0; j < n; ++j) {
+    typename Of::Raw raw;
+    std::memcpy(&raw, from_ptr + j * static_cast<int64_t>(sizeof raw), sizeof raw);
+    to_ptr[j] = Of::keep(raw);
+  }
+}
+
+template <class Bits>
+NEVER_INLINE void keep_bits(const unsigned char* from_ptr, const unsigned char* keep_ptr, int64_t n, unsigned char* to_ptr) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    Bits bits;
+    std::memcpy(&bits, from_ptr + j * static_cast<int64_t>(sizeof bits), sizeof bits);
+    bits = static_cast<Bits>(bits & static_cast<Bits>(-static_cast<Bits>(keep_ptr[j])));
+    std::memcpy(to_ptr + j * static_cast<int64_t>(sizeof bits), &bits, sizeof bits);
+  }
+}
+
+void keep_some(const unsigned char* from_ptr, const unsigned char* keep_ptr, int64_t cell_bytes, int64_t n,
+               unsigned char* to_ptr) {
+  switch (cell_bytes) {
+    case 1: return keep_bits<uint8_t>(from_ptr, keep_ptr, n, to_ptr);
+    case 2: return keep_bits<uint16_t>(from_ptr, keep_ptr, n, to_ptr);
+    case 4: return keep_bits<uint32_t>(from_ptr, keep_ptr, n, to_ptr);
+    default: return keep_bits<uint64_t>(from_ptr, keep_ptr, n, to_ptr);
+  }
+}
+
+}  // namespace
+
+void keep(const unsigned char* cells_ptr, const void* keep_ptr, int64_t cell_bytes, int64_t n, unsigned char* kept_ptr) {
+  keep_some(cells_ptr, static_cast<const unsigned char*>(keep_ptr), cell_bytes, n, kept_ptr);
+}
+
+void keep_reached(const unsigned char* cells_ptr, const void* keep_ptr, int64_t cell_bytes, int64_t n,
+                  unsigned char* kept_ptr) {
+  alignas(64) unsigned char bytes[n_some];
+  const unsigned char* const reach_ptr = static_cast<const unsigned char*>(keep_ptr);
+  for (int64_t j = 0; j < n; j += n_some) {
+    const int64_t some = least(n_some, n - j);
+    bytes_of<OfReach>(reach_ptr + 2 * j, some, bytes);
+    keep_some(cells_ptr + j * cell_bytes, bytes, cell_bytes, some, kept_ptr + j * cell_bytes);
+  }
+}
+
+void to_reach(const unsigned char* mask_ptr, int64_t n, unsigned char* reach_ptr) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const uint16_t bits = static_cast<uint16_t>(-static_cast<uint16_t>(mask_ptr[j]) & 0x3f80u);
+    std::memcpy(reach_ptr + 2 * j, &bits, sizeof bits);
+  }
+}
+
+void to_mask(const unsigned char* reach_ptr, int64_t n, unsigned char* mask_ptr) {
+  bytes_of<OfReach>(reach_ptr, n, mask_ptr);
+}
+
+}  // namespace MASKSERVE_ISA
+}  // namespace maskserve

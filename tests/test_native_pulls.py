@@ -1,0 +1,244 @@
+"""The native kernels of gradients beside the formulas that they stand for, and the bits that nothing may change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskserve as ms
+from maskserve import OPS, dtypes, engine, execution, gates, pulling
+from maskserve.backends.pulls import launch
+from maskserve.backends.reference import kernel
+from maskserve.backends.reference.cells import select
+from maskserve.backends.reference.gradients import Slices
+from maskserve.dtypes import DType
+from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.pulling import Pulled, pulled
+from tests.instruction_sets import assert_same_bits_as_baseline
+from tests.samples import SLICED, assert_same_bits, bits, plan_of
+from tests.test_native_sum import layouts, sample
+
+FLOATS = sorted(dtypes.FLOATING, key=lambda dtype: dtype.name)
+SHAPES = (
+    (3, 1, 1), (300, 3, 1), (290, 7, 3), (99, 64, 1), (40, 65, 3), (5, 513, 1), (2, 4095, 1), (3, 4097, 1),
+    (2, 12289, 1), (2, 130, 2), (3, 70, 17), (2, 131, 256), (1, 65, 300), (1, 4200, 3), (1, 3, 5000),
+)  # fmt: skip
+Row = Reduction | Normalization | Scan
+
+
+def given(row: Row, dim: Any = 1) -> dict[str, Any]:
+    return {"dim": None if row.name in ("max", "min") else dim}
+
+
+def is_native(row: Row) -> bool:
+    words = {p.name for p in row.parameters}
+    return bool(row.vjp) and "dim" in words and launch(plan_of(row, torch.zeros(2, 3), **given(row))) is not None
+
+
+NATIVE = [row for row in SLICED if is_native(row)]
+every_row = pytest.mark.parametrize("row", NATIVE, ids=lambda row: row.name)
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=repr)
+
+
+def drawn(row: Row, dtype: DType, shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
+    """Normal cells, some of them equal, with junk under the mask; a slice of norm 0 is not among them."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.randn(shape, generator=generator, dtype=torch.float64)
+    data, mask = sample(dtype, shape, seed=seed)
+    again = torch.rand(shape, generator=generator) < 0.2
+    return torch.where(mask, torch.where(again, 0.5, cells).to(data.dtype), data), mask
+
+
+class Asked:
+    """A plan, its result, and what comes from above."""
+
+    def __init__(self, row: Row, data: Tensor, mask: Tensor | None, params: dict[str, Any], seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.plan, self.params = plan_of(row, data, **params), params
+        self.data, self.mask = data, mask
+        self.values, valid = engine.run(self.plan, data, mask)
+        self.gate = valid & (torch.rand(valid.shape, generator=generator) < 0.8)
+        g = torch.randn(valid.shape, generator=generator, dtype=torch.float64).to(self.values.dtype)
+        self.g = torch.where(self.gate, g, torch.nan)  # what has not been reached is junk too
+
+    def native(self, data: Tensor | None = None, mask: Tensor | None = None) -> Pulled:
+        data, mask = self.data if data is None else data, self.mask if mask is None else mask
+        made = pulled(self.plan, data, mask, self.values, self.g, self.gate, wants_reach=True)
+        assert made is not None, self.plan.row.name
+        return made
+
+    def formula(self) -> tuple[Tensor, Tensor]:
+        """The gradient in double precision, and where it has reached."""
+        plan = plan_of(self.plan.row, self.data.double(), **self.params)
+        kept = [1 if dim in plan.dims else size for dim, size in enumerate(plan.shape)]
+        reduces = isinstance(plan.row, Reduction)
+        out, g, gate = (
+            cells.reshape(kept) if reduces else cells for cells in (self.values.double(), self.g.double(), self.gate)
+        )
+        own = torch.ones_like(self.data, dtype=torch.bool) if self.mask is None else self.mask.expand(plan.shape)
+        slices = Slices(select(self.data.double(), own), own, out)
+        found = kernel(plan.row.vjp)(plan, slices, select(g, gate)).expand(plan.shape)
+        if not reduces and plan.row.reach == "slice":
+            gate = gate.any(plan.dims[0], keepdim=True)
+        elif not reduces:
+            gate = gate.flip(plan.dims[0]).cumsum(plan.dims[0]).flip(plan.dims[0]) > 0
+        reached = gate.expand(plan.shape) & own
+        return torch.where(reached, found, 0.0), reached
+
+
+def assert_is_the_formulas(asked: Asked, said: object) -> None:
+    gradient, reach = asked.native()
+    expected, reached = asked.formula()
+    assert gradient.dtype == asked.data.dtype
+    assert reach is not None
+    assert torch.equal(reach > 0, reached), said
+    assert torch.equal(reach, reached.to(reach.dtype)), said
+    undefined = expected.isnan()
+    assert torch.equal(gradient.isnan(), undefined), said
+    got, expected = torch.where(undefined, 0.0, gradient.double()), torch.where(undefined, 0.0, expected)
+    scale = max(float(expected.abs().max()), 1.0) if got.numel() else 1.0
+    tolerance = 1e-12 if gradient.dtype is torch.float64 else torch.finfo(gradient.dtype).eps
+    near = (got - expected).abs() <= tolerance * scale
+    assert near.all(), f"{said}: {got[~near]} is not {expected[~near]}"
+
+
+@every_dtype
+@every_row
+def test_every_gradient_is_the_formulas(row: Row, dtype: DType) -> None:
+    for shape in SHAPES:
+        data, mask = drawn(row, dtype, shape, seed=shape[1])
+        assert_is_the_formulas(Asked(row, data, mask, given(row)), (shape, "masked"))
+        plain = torch.where(mask, data, 0.75)
+        assert_is_the_formulas(Asked(row, plain, None, given(row)), (shape, "no mask"))
+
+
+@pytest.mark.parametrize("dim", [(0, 2), None, (1, 2), (0, 1), (2,)], ids=str)
+@pytest.mark.parametrize("row", [row for row in NATIVE if isinstance(row, Reduction)], ids=lambda row: row.name)
+def test_several_dims(row: Reduction, dim: tuple[int, ...] | None) -> None:
+    for shape in ((7, 5, 3), (70, 2, 33), (1, 9, 2), (6, 0, 2)):
+        data, mask = drawn(row, dtypes.f32, shape, seed=2)
+        assert_is_the_formulas(Asked(row, data, mask, given(row, dim)), shape)
+
+
+@pytest.mark.parametrize("cell", [math.nan, math.inf, -math.inf, 1e300, -0.0], ids=str)
+@every_row
+def test_special_cells(row: Row, cell: float) -> None:
+    if abs(cell) == 1e300 and row.name in ("norm", "normalize", "var", "std", "standardize"):
+        return  # the formula overflows on the way
+    for n in (1, 3, 70, 5000):
+        data = torch.linspace(-1, 1, 4 * n, dtype=torch.float64).reshape(4, n)
+        data[:2, n // 2] = cell
+        data[0, 0] = cell
+        mask = torch.ones_like(data, dtype=torch.bool)
+        mask[:, n // 3 :: 7] = False
+        for own in (mask, torch.ones_like(mask)):
+            asked = Asked(row, data, own, given(row))
+            if pulled(asked.plan, data, own, asked.values, asked.g, asked.gate, wants_reach=False) is not None:
+                assert_is_the_formulas(asked, n)
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 17), (17, 70, 1), (2, 3, 5), (5, 4100, 1), (1, 65, 300)], ids=str)
+@every_row
+def test_strides_change_no_bit(row: Row, shape: tuple[int, int, int]) -> None:
+    data, mask = drawn(row, dtypes.f32, shape, seed=5)
+    asked = Asked(row, data, mask, given(row))
+    expected = asked.native()
+    assert expected.reach is not None
+    masks = layouts(mask)
+    for name, strided in layouts(data).items():
+        for mask_name in {name, "dense", "every second"}:
+            got = asked.native(strided, masks[mask_name])
+            assert got.reach is not None
+            assert_same_bits((got.gradient, got.reach), (expected.gradient, expected.reach), (name, mask_name))
+
+
+@every_row
+def test_blocks_and_threads_change_no_bit(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape in ((40, 900, 3), (3, 70, 600), (2, 70000, 1)):
+        data, mask = drawn(row, dtypes.f32, shape, seed=6)
+        asked = Asked(row, data, mask, given(row))
+        expected = asked.native()
+        for block, group, threads in ((1 << 12, 1 << 20, 1), (1 << 13, 1, 3), (1 << 30, 1 << 30, 2)):
+            monkeypatch.setattr(pulling, "BLOCK_CELLS", block)
+            monkeypatch.setattr(pulling, "GROUP_CELLS", group)
+            with execution.using(threads=threads):
+                got = asked.native()
+            assert got.reach is not None
+            assert expected.reach is not None
+            assert_same_bits((got.gradient, got.reach), (expected.gradient, expected.reach), (shape, block))
+
+
+def test_the_gradient_of_a_sum_of_results_is_read_without_memory_of_its_own() -> None:
+    for row in NATIVE:
+        data, mask = drawn(row, dtypes.f64, (7, 65, 3), seed=7)
+        asked = Asked(row, data, mask, given(row))
+        asked.g = torch.tensor(1.5, dtype=torch.float64).expand(asked.g.shape)
+        expected, asked.g = asked.native(), asked.g.clone()
+        got = asked.native()
+        assert_same_bits((got.gradient,), (expected.gradient,), row.name)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200], ids=str)
+def test_a_norm_beyond_the_range_of_its_square_is_the_formulas(size: float) -> None:
+    for name in ("norm", "normalize"):
+        data = torch.tensor([[3.0, 4.0, 0.0]], dtype=torch.float64) * size
+        asked = Asked(OPS[name], data, None, {"dim": 1} | ({"eps": 0.0} if name == "normalize" else {}))  # type: ignore[arg-type]  # a sliced row
+        assert pulled(asked.plan, data, None, asked.values, asked.g, asked.gate, wants_reach=False) is None
+    x = ms.masked_tensor(torch.tensor([3.0, 4.0], dtype=torch.float64) * size, requires_grad=True)
+    ms.norm(x).backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad.get_data(), torch.tensor([0.6, 0.8], dtype=torch.float64))
+
+
+# -- gates --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 63, 2047, 2049, (1 << 20) + 5])
+def test_a_gate_is_a_selection(kind: torch.dtype, n: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    cells = (torch.randn(n, generator=generator, dtype=torch.float64) * 9).to(kind)
+    if kind.is_floating_point:
+        cells[::5] = torch.nan
+    mask = torch.rand(n, generator=generator) < 0.5
+    reach = gates.as_cotangent(mask)
+    assert torch.equal(reach, mask.to(torch.bfloat16))
+    assert torch.equal(gates.is_reached(reach * 3), mask)
+    expected = select(cells, mask)
+    assert_same_bits((gates.kept(cells, mask), gates.kept_where_reached(cells, reach)), (expected, expected), n)
+
+
+# -- instruction sets ---------------------------------------------------------------------------------------------------
+
+
+def print_bits() -> None:
+    """The bits of every gradient on a few samples, for a process to compare with another's."""
+    from maskserve.backends import _native
+
+    print(_native.isa())
+    for row in NATIVE:
+        for dtype in FLOATS:
+            for shape in ((99, 3, 1), (40, 64, 1), (2, 4100, 1), (3, 131, 3), (2, 131, 70)):
+                made = Asked(row, *drawn(row, dtype, shape, seed=3), given(row)).native()
+                assert made.reach is not None
+                print(row.name, dtype, shape, [part.hex() for part in bits(made.gradient, made.reach)])
+    cells = torch.randn(5000, generator=torch.Generator().manual_seed(9))
+    print([part.hex() for part in bits(gates.kept(cells, cells > 0), gates.is_reached(gates.as_cotangent(cells > 0)))])
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+    assert_same_bits_as_baseline("tests.test_native_pulls", isa)
+
+
+def test_what_is_native() -> None:
+    assert {row.name for row in NATIVE} >= {
+        "sum", "mean", "var", "std", "logsumexp", "amax", "amin", "max", "min", "norm", "softmax", "softmin",
+        "log_softmax", "normalize", "standardize", "cumsum",
+    }  # fmt: skip
+    assert launch(plan_of(OPS["norm"], torch.zeros(2, 3), ord=3)) is None
+    assert launch(plan_of(OPS["max"], torch.zeros(2, 3), dim=1)) is None
