@@ -255,7 +255,7 @@ inline void combine_keep(const unsigned char* mask_ptr, const unsigned char* num
 
 // Which cells of a window count, as dense bytes: its mask, and no NaN where those are omitted; null where all do.
 inline const unsigned char* gather_keep(const Block& block, const Window& w, unsigned char* copy_ptr) {
-  const unsigned char* const mask_ptr = gather_keep(block, w, copy_ptr);
+  const unsigned char* const mask_ptr = gather_mask(block.mask, w, copy_ptr);
   if (!block.omits_nan) return mask_ptr;
   alignas(64) unsigned char numbers[n_tile];
   gather_numbers(block.dtype, block.data, w, numbers);
