@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import cases, gradients, timing
+from benchmarks.picture import draw
 from benchmarks.report import Run, report, rewrite
 from maskserve.ops import find
 from maskserve.plan import SlicedRow
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+PICTURE = PAGE.with_suffix(".svg")
 SAMPLE = ROOT / "examples" / "co2.safetensors"
 
 
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if given.write:
         PAGE.write_text(rewrite(PAGE.read_text(), text))
+        draw(run, PICTURE)
     return 1 if run.wrong else 0
 
 
@@ -47,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--gradients", action="store_true", help="forward and backward of some ops, in two minutes")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--op", action="append", default=[], help="this op alone (repeatable)")
-    which.add_argument("--write", action="store_true", help="rewrite the figures in docs/performance.md")
+    which.add_argument("--write", action="store_true", help="rewrite the figures and the picture of docs/performance.md")
     return parser
 
 

@@ -15,12 +15,13 @@ from statistics import geometric_mean
 import torch
 
 from benchmarks.cases import Cell, Group
-from benchmarks.peers import BOTTLENECK, NUMPY_MA, OURS, PEERS, PLAIN, TORCH_MASKED, UNMASKED
+from benchmarks.libraries import TORCH_MASKED
+from benchmarks.peers import OURS, PEERS, UNMASKED
 from benchmarks.targets import Miss, fastest_peer, misses, overhead_us, start_misses
 from benchmarks.timing import Timing
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-INITIALS = {TORCH_MASKED: "m", NUMPY_MA: "n", PLAIN: "p", BOTTLENECK: "b"}
+INITIALS = dict(zip(PEERS, "pmnwjbga", strict=True))
 NONE, WRONG = "", "WRONG"
 
 
@@ -114,9 +115,9 @@ def versus_fastest(timing: Timing) -> str:
     return f"{number(lead)} {INITIALS[name]}" if name else NONE
 
 
-def calls(timings: Iterable[Timing]) -> str:
+def calls(timings: Sequence[Timing]) -> str:
     """Microseconds a call on small tensors."""
-    names = (OURS, UNMASKED, TORCH_MASKED, NUMPY_MA, PLAIN, BOTTLENECK)
+    names = [name for name in (OURS, UNMASKED, *PEERS) if any(name in t.seconds for t in timings)]
     lines = []
     for t in timings:
         times = [f"{t.seconds[name] * 1e6:.1f}" if name in t.seconds else NONE for name in names]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.peers import OURS, PEERS, TORCH_MASKED, UNMASKED
+from benchmarks.libraries import TORCH_MASKED
+from benchmarks.peers import OURS, PEERS, UNMASKED
 from benchmarks.timing import BASE, REDUCE, Timing
 from maskserve.dtypes import f64
 

@@ -22,7 +22,8 @@ from torch import Tensor
 import maskserve as ms
 from benchmarks import peers
 from benchmarks.cases import Cell, Group, fits, sample
-from benchmarks.peers import OURS, READ, Call
+from benchmarks.libraries import Call
+from benchmarks.peers import OURS, READ
 from maskserve.dtypes import DType
 from maskserve.plan import SlicedRow
 

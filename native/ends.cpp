@@ -86,13 +86,14 @@ void take(const Block& block, const Window& w, const int64_t* row, void* part_pt
   }
 }
 
+struct EndsRoom {
+  alignas(64) unsigned char keep[n_tile];
+  alignas(64) int64_t count[n_tile_lanes], row[n_tile_lanes];
+};
+
 // The counts of a mask whose strides have no walk at full speed.
 void count_windows(const Block& block, const Parts& parts) {
-  struct Room {
-    alignas(64) unsigned char keep[n_tile];
-    alignas(64) int64_t count[n_tile_lanes];
-  };
-  const std::unique_ptr<Room> room(new Room);
+  const std::unique_ptr<EndsRoom> room(new EndsRoom);
   each_window(block, block.leaf, [&](Window& w) {
     for (int64_t l = 0; l < w.lanes(); ++l) room->count[l] = 0;
     each_leaf(block, w, [&] { count_window(gather_keep(block, w, room->keep), w, room->count); });
@@ -100,8 +101,41 @@ void count_windows(const Block& block, const Parts& parts) {
   });
 }
 
+void take_ends(const Block& block, const Window& w, const int64_t* row, const Parts& parts) {
+  switch (cell_bytes(block.dtype)) {
+    case 8: return take<uint64_t>(block, w, row, parts.part_ptr[0]);
+    case 4: return take<uint32_t>(block, w, row, parts.part_ptr[0]);
+    case 2: return take<uint16_t>(block, w, row, parts.part_ptr[0]);
+    default: return take<uint8_t>(block, w, row, parts.part_ptr[0]);
+  }
+}
+
+// Of the numbers alone: which they are is known when all cells have been read.
+template <bool is_last>
+bool end_numbers(const Block& block, const Parts& parts) {
+  const std::unique_ptr<EndsRoom> room(new EndsRoom);
+  each_window(block, block.leaf, [&](Window& w) {
+    const int64_t lanes = w.lanes();
+    for (int64_t l = 0; l < lanes; ++l) room->count[l] = 0, room->row[l] = -1;
+    each_leaf(block, w, [&] {
+      const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
+      count_window(keep_ptr, w, room->count);
+      for (int64_t r = 0; r < w.rows; ++r) {
+        for (int64_t l = 0; l < lanes; ++l) {
+          const bool is_end = keep_ptr[r * lanes + l] && (is_last || room->row[l] < 0);
+          room->row[l] = is_end ? w.i + r : room->row[l];
+        }
+      }
+    });
+    write_lanes(block, w, room->count, parts.count_ptr);
+    take_ends(block, w, room->row, parts);
+  });
+  return true;
+}
+
 template <bool is_last>
 bool end_cells(const Block& block, const Options& options, const Parts& parts) {
+  if (block.omits_nan) return end_numbers<is_last>(block, parts);
   if (!count(block, options, Parts{parts.count_ptr, {}})) count_windows(block, parts);
   alignas(64) int64_t row[n_tile_lanes];
   each_window(block, block.leaf, [&](const Window& w) {
@@ -109,12 +143,7 @@ bool end_cells(const Block& block, const Options& options, const Parts& parts) {
     if (is_last) {
       for (int64_t l = 0; l < w.lanes(); ++l) row[l] = row[l] < 0 ? -1 : block.n - 1 - row[l];
     }
-    switch (cell_bytes(block.dtype)) {
-      case 8: return take<uint64_t>(block, w, row, parts.part_ptr[0]);
-      case 4: return take<uint32_t>(block, w, row, parts.part_ptr[0]);
-      case 2: return take<uint16_t>(block, w, row, parts.part_ptr[0]);
-      default: return take<uint8_t>(block, w, row, parts.part_ptr[0]);
-    }
+    take_ends(block, w, row, parts);
   });
   return true;
 }

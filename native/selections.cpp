@@ -254,8 +254,11 @@ class OrderSearch final : public Search {
       for (int64_t j = 0; j < n_cells; ++j) {
         const int64_t r = chance.below(block.n);
         const Operand &data = block.data, &mask = block.mask;
-        sampled.items[sampled.size] = order(
-            load_raw<RawCell>(data.cells_ptr, r * data.stride_n + l * data.stride_inner));
+        const K key = order(load_raw<RawCell>(data.cells_ptr, r * data.stride_n + l * data.stride_inner));
+        if constexpr (Order::is_float) {
+          if (block.omits_nan && key == order.nan_key) continue;
+        }
+        sampled.items[sampled.size] = key;
         sampled.size += mask.cells_ptr ? mask.cells_ptr[r * mask.stride_n + l * mask.stride_inner] : 1;
       }
     }
