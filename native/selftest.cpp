@@ -6,13 +6,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <memory>
 #include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "block.hpp"
+#include "pull.hpp"
 
 namespace {
 
@@ -130,7 +132,7 @@ void each_cell(const Shape& shape, const Visit& visit) {
 }
 
 struct Case {
-  Tensor data, mask;
+  Tensor data, mask, weights;
   Block block;
 
   Case() = default;
@@ -162,6 +164,12 @@ struct Case {
       mask.room.swap(line);
       block.mask = {mask.room.data() + 1, 0, 1, 0};
     }
+    lay(weights, shape, layouts[0], cell_bytes(Dtype::f32));
+    each_cell(shape, [&](int64_t o, int64_t i, int64_t c) {
+      const uint64_t bits = bits_of(Dtype::f32, Kind::tame, random) & 0x7fffffffu;
+      std::memcpy(cell_ptr(weights, o, i, c, 4), &bits, 4);
+    });
+    block.weights = weights.operand, block.weights_dtype = Dtype::f32;
     block.omits_nan = wild && is_float(dtype) && random.one_in(2);
     block.dtype = dtype, block.outer = shape.outer, block.n = shape.n, block.inner = shape.inner;
     block.leaf = shape.inner == 1 ? 4096 : 64;
@@ -183,11 +191,24 @@ void each_case(Dtype dtype, const std::vector<Shape>& shapes, const Visit& visit
   }
 }
 
-Options some_options() {
+constexpr double shares[] = {0.25, 0.5, 1.0};
+
+Options some_options(const Block* block_ptr = nullptr) {
   Options options;
   options.correction = 1.0;
   options.eps = 1e-12;
+  options.limit = 2;
+  options.value = 1;
+  options.q_ptr = shares, options.n_q = 3;
+  options.omits_nan = block_ptr && block_ptr->omits_nan;
   return options;
+}
+
+bool is_one_of(const char* name, std::initializer_list<const char*> names) {
+  for (const char* some : names) {
+    if (!std::strcmp(name, some)) return true;
+  }
+  return false;
 }
 
 void add_all(Hash& hash, const std::vector<std::vector<uint64_t>>& words) {
@@ -200,36 +221,132 @@ void run_lift(int kernel, const Case& given, Hash& hash) {
   Parts parts;
   parts.count_ptr = reinterpret_cast<int64_t*>(words[n_parts].data());
   for (int k = 0; k < n_parts; ++k) parts.part_ptr[k] = words[k].data();
-  const bool walked = variant().lifts[kernel](given.block, some_options(), parts);
+  const bool walked = variant().lifts[kernel](given.block, some_options(&given.block), parts);
   hash.add(&walked, 1);
   if (walked) add_all(hash, words);
 }
 
-void run_fill(int kernel, const Case& given, Dtype result, Hash& hash) {
+// The dtype that a kernel writes.
+Dtype result_of(const char* fill, Dtype dtype) {
+  if (is_one_of(fill, {"cumulative_largest", "cumulative_smallest", "fill_forward", "fill_backward", "fill_value"})) {
+    return dtype;
+  }
+  if (is_one_of(fill, {"sorted", "top"})) return Dtype::i64;
+  if (is_one_of(fill, {"rank"})) return Dtype::f64;
+  return is_float(dtype) ? dtype : Dtype::f64;
+}
+
+void run_fill(int kernel, const Case& given, Hash& hash) {
   const Block& block = given.block;
-  const size_t n = static_cast<size_t>(block.outer * block.n * block.inner);
-  std::vector<uint64_t> values((n * static_cast<size_t>(cell_bytes(result)) + 7) / 8);
+  Options options = some_options(&block);
+  if (is_one_of(fill_names[kernel], {"top"})) options.k = block.n / 2;
+  const int64_t rows = options.k >= 0 ? options.k : block.n;
+  const Dtype result = result_of(fill_names[kernel], block.dtype);
+  const size_t n = static_cast<size_t>(block.outer * rows * block.inner);
+  const size_t bytes = n * static_cast<size_t>(cell_bytes(result));
+  std::vector<uint64_t> values((bytes + 7) / 8), places(n);
   std::vector<unsigned char> valid(n);
   Filled filled;
   filled.values_ptr = reinterpret_cast<unsigned char*>(values.data());
-  filled.mask_ptr = block.is_masked() ? valid.data() : nullptr;
-  filled.values = {nullptr, block.n * block.inner, block.inner, 1};
+  filled.mask_ptr = valid.data();
+  filled.places_ptr = reinterpret_cast<unsigned char*>(places.data());
+  filled.values = {nullptr, rows * block.inner, block.inner, 1};
   filled.dtype = result;
-  const int status = variant().fills[kernel](block, some_options(), filled);
+  const int status = variant().fills[kernel](block, options, filled);
   hash.add(&status, sizeof status);
   if (status == fill_refused) return;
-  hash.add(values.data(), n * static_cast<size_t>(cell_bytes(result)));
-  if (filled.mask_ptr) hash.add(valid.data(), n);
+  hash.add(values.data(), bytes);
+  hash.add(valid.data(), n);
+  hash.add(places.data(), n * sizeof(uint64_t));
+}
+
+void canonical(std::vector<double>& values) {  // which NaN it is, finish() decides
+  for (double& value : values) value = value == value ? value : 0x1.8p1000;
 }
 
 void run_selection(int kernel, const Case& given, Hash& hash) {
   const size_t n = static_cast<size_t>(given.block.outer * given.block.inner);
-  std::vector<double> values(n);
+  std::vector<double> values(n * 3);
   std::vector<int64_t> count(n);
-  selections[kernel](given.block, some_options(), values.data(), count.data());
-  for (double& value : values) value = value == value ? value : 0x1.8p1000;  // which NaN it is, finish() decides
-  hash.add(values.data(), n * sizeof(double));
+  variant().selections[kernel](given.block, some_options(&given.block), values.data(), count.data());
+  canonical(values);
+  hash.add(values.data(), values.size() * sizeof(double));
   hash.add(count.data(), n * sizeof(int64_t));
+}
+
+// In blocks of a third of the rows.
+void run_search(int kernel, const Case& given, Hash& hash) {
+  const Block& block = given.block;
+  if (block.outer != 1 || block.inner < 1 || block.inner > 8 || block.n < 1) return;
+  const Options options = some_options(&block);
+  const std::unique_ptr<Search> search(variant().searches[kernel](block.dtype, options, block.inner));
+  const int64_t step = block.n / 3 + 1, bytes = cell_bytes(block.dtype);
+  const auto each_block = [&](const auto& visit) {
+    for (int64_t i = 0; i < block.n; i += step) {
+      Block some = block;
+      some.n = block.n - i < step ? block.n - i : step;
+      some.data.cells_ptr += i * block.data.stride_n * bytes;
+      if (some.mask.cells_ptr) some.mask.cells_ptr += i * block.mask.stride_n;
+      const std::unique_ptr<Search::Found> found(visit(some));
+      search->absorb(*found);
+    }
+  };
+  uint64_t seed = 0;
+  for (bool settled = false; !settled;) {
+    each_block([&](const Block& some) { return search->sample(some, 16, seed++); });
+    search->bracket();
+    each_block([&](const Block& some) { return search->sift(some); });
+    settled = search->settle();
+  }
+  std::vector<double> values(static_cast<size_t>(3 * block.inner));
+  std::vector<int64_t> count(static_cast<size_t>(block.inner));
+  search->write(values.data(), count.data());
+  canonical(values);
+  hash.add(values.data(), values.size() * sizeof(double));
+  hash.add(count.data(), count.size() * sizeof(int64_t));
+}
+
+void run_pull(int kernel, const Case& given, Hash& hash) {
+  const Block& block = given.block;
+  const bool of_slices = is_one_of(pull_names[kernel], {"pull_softmax", "pull_softmin", "pull_log_softmax", "pull_normalize",
+                                                        "pull_standardize", "pull_cumsum"});
+  const Shape shape{block.outer, of_slices ? block.n : 1, block.inner};
+  const int64_t bytes = cell_bytes(block.dtype);
+  Random random{11};
+  Tensor g, out, gate;
+  for (Tensor* tensor : {&g, &out, &gate}) lay(*tensor, shape, layouts[0], tensor == &gate ? 1 : bytes);
+  each_cell(shape, [&](int64_t o, int64_t i, int64_t c) {
+    for (Tensor* tensor : {&g, &out}) {
+      const uint64_t bits = bits_of(block.dtype, Kind::tame, random);
+      std::memcpy(cell_ptr(*tensor, o, i, c, bytes), &bits, static_cast<size_t>(bytes));
+    }
+    *cell_ptr(gate, o, i, c, 1) = !random.one_in(5);
+  });
+  Above above{g.operand, gate.operand, out.operand, block.dtype, {}};
+  if (!of_slices) above.g.stride_n = above.gate.stride_n = above.out.stride_n = 0;
+  const size_t n_slices = static_cast<size_t>(block.outer * block.inner);
+  std::vector<int64_t> count(n_slices);
+  std::vector<std::vector<double>> states(3, std::vector<double>(n_slices));
+  for (int64_t& some : count) some = static_cast<int64_t>(random.next() % 5);
+  for (auto& some : states) {
+    for (double& state : some) state = static_cast<double>(random.next() % 1000) / 64.0 + 0.5;
+  }
+  above.part[0] = {reinterpret_cast<const unsigned char*>(count.data()), block.inner, 0, 1};
+  for (int k = 0; k < 3; ++k) {
+    above.part[k + 1] = {reinterpret_cast<const unsigned char*>(states[static_cast<size_t>(k)].data()), block.inner, 0, 1};
+  }
+  const size_t n = n_slices * static_cast<size_t>(block.n);
+  std::vector<uint64_t> gradient((n * static_cast<size_t>(bytes) + 7) / 8);
+  std::vector<uint16_t> reach(n);
+  Pulled pulled;
+  pulled.gradient_ptr = reinterpret_cast<unsigned char*>(gradient.data());
+  pulled.reach_ptr = reinterpret_cast<unsigned char*>(reach.data());
+  pulled.strides = {nullptr, block.n * block.inner, block.inner, 1};
+  const int status = pull_variant().pulls[kernel](block, some_options(&block), above, pulled);
+  hash.add(&status, sizeof status);
+  if (status == fill_refused) return;
+  hash.add(gradient.data(), n * static_cast<size_t>(bytes));
+  hash.add(reach.data(), n * sizeof(uint16_t));
 }
 
 void run_finish(int kernel, Dtype result, Hash& hash) {
@@ -312,23 +429,18 @@ int main(int argc, char** argv) {
   const std::vector<Shape> shapes = some_shapes(quick);
   for (int d = 0; d < n_dtypes; ++d) {
     const Dtype dtype = static_cast<Dtype>(d);
-    for (int kernel = 0; kernel < n_lifts; ++kernel) {
-      Hash hash;
-      each_case(dtype, shapes, [&](const Case& given) { run_lift(kernel, given, hash); });
-      say("lift", lift_names[kernel], dtype_names[d], hash);
-    }
-    for (int kernel = 0; kernel < n_fills; ++kernel) {
-      Hash hash;
-      each_case(dtype, shapes, [&](const Case& given) {
-        run_fill(kernel, given, is_float(dtype) ? dtype : Dtype::f64, hash);
-      });
-      say("fill", fill_names[kernel], dtype_names[d], hash);
-    }
-    for (int kernel = 0; kernel < n_selections; ++kernel) {
-      Hash hash;
-      each_case(dtype, shapes, [&](const Case& given) { run_selection(kernel, given, hash); });
-      say("select", selection_names[kernel], dtype_names[d], hash);
-    }
+    const auto run_all = [&](const char* kind, const char* const* names, int n, auto run) {
+      for (int kernel = 0; kernel < n; ++kernel) {
+        Hash hash;
+        each_case(dtype, shapes, [&](const Case& given) { run(kernel, given, hash); });
+        say(kind, names[kernel], dtype_names[d], hash);
+      }
+    };
+    run_all("lift", lift_names, n_lifts, run_lift);
+    run_all("fill", fill_names, n_fills, run_fill);
+    run_all("select", selection_names, n_selections, run_selection);
+    run_all("search", search_names, n_searches, run_search);
+    if (is_float(dtype)) run_all("pull", pull_names, n_pulls, run_pull);
     for (int kernel = 0; kernel < n_finishes; ++kernel) {
       Hash hash;
       run_finish(kernel, dtype, hash);
