@@ -432,7 +432,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor
                 assert isinstance(plan.row, Scan)
                 mask = counting(plan.row, data, mask, plan.params.get("nan", "propagate"))
                 values, own = kernel(plan.row.scan).scan(plan, data, mask)
-                if plan.row.picks:
+                if finisher.takes_cells(plan) and plan.row.picks:
                     if at is not None:
                         at[where] = select(values, own)
                     values = as_stored(plan, data.gather(1, values))

@@ -15,7 +15,7 @@ from torch import Tensor
 from maskserve.backends.pulls import Launch, count_ties, launch, pull_block, will_write
 from maskserve.blocks import Cells, Folded, cut
 from maskserve.engine import joined
-from maskserve.execution import backend_of, execution, in_parallel, nan_policy
+from maskserve.execution import backend_of, execution, in_parallel
 from maskserve.gates import DTYPE
 from maskserve.plan import Plan, reduced_shape
 from maskserve.tracing import has_memory
@@ -58,7 +58,7 @@ class Walk:
 
     def __init__(self, how: Launch, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], made: Pulled) -> None:
         self.how, self.plan = how, how.states
-        self.cells = Cells(self.plan, data, mask, policy=nan_policy(self.plan))
+        self.cells = Cells(self.plan, data, mask, policy=self.plan.params["nan"])
         self.above = [self.folded(result) for result in above]
         self.made = [None if part is None else part.view(self.cells.shape) for part in made]
         self.states: list[Folded] = []

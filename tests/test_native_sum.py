@@ -157,7 +157,10 @@ class Asked(SimpleNamespace):
 
 def lift(name: str, data: torch.Tensor, mask: torch.Tensor | None, leaf: int) -> Parts:
     passes = [SimpleNamespace(name=name)]
-    plan = Asked(passes=passes, dtype=dtype_of(data), device="cpu", leaf=leaf, params={})
+    dtype = dtype_of(data)
+    plan = Asked(
+        row=None, passes=passes, dtype=dtype, result=dtype, flipped=False, device="cpu", leaf=leaf, params={}
+    )
     return {part: tensor.numpy() for part, tensor in CpuBackend().lift(plan, data, mask).items()}
 
 
@@ -353,5 +356,5 @@ def test_the_back_end_states_its_limits() -> None:
     assert why_not("sum", dtypes.f32) is None
     assert "cuda:0" in str(why_not("sum", dtypes.f32, "cuda:0"))
     assert "u64" in str(why_not("sum", dtypes.u64))
-    assert "prod" in str(why_not("prod", dtypes.f32))
-    assert "sum with weights" in str(why_not("sum", dtypes.f32, weights=dtypes.f32))
+    assert "norm with ord=2.5" in str(why_not("norm", dtypes.f32, ord=2.5))
+    assert "weights of u16" in str(why_not("sum", dtypes.f32, weights=dtypes.u16))

@@ -251,7 +251,7 @@ class CpuBackend:
         by_order = bool(whole) and BY_ORDER.issuperset(whole)
         if plan.dtype not in SERVED or (plan.flipped and not takes and not by_order):
             return f"it has no kernel for {plan.stored}"
-        fits = plan.result in ({i64} if row.picks else FLOATING | {i64})
+        fits = row.picks or plan.result in FLOATING | {i64}
         if takes:  # cells as they came, and not the places that a plan of the same row may ask for
             fits = plan.result is as_floats(plan.stored) and (plan.result is plan.dtype or plan.flipped)
         if isinstance(row, Normalization | Scan) and not fits:
