@@ -15,14 +15,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from maskserve.backends import Backend, Finisher, Parts, Search
+from maskserve.backends import Backend, Finisher, Parts, Search, backends
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError
-from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel, nan_policy
+from maskserve.execution import SMALL, backend_of, block_cells, execution, finisher_of, in_parallel, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
@@ -59,9 +59,15 @@ def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Ten
 
 
 def gives_cells(plan: Plan) -> bool:
-    """Whether the back end of a picking row takes the cells itself."""
-    finisher = finisher_of(plan)
-    return finisher is not None and finisher.takes_cells(plan)
+    """Whether the back end of a picking row takes the cells itself; where not, it has to serve their indices alone."""
+    return takes_cells(plan, execution().backend)
+
+
+@lru_cache(maxsize=1024)
+def takes_cells(plan: Plan, name: str | None) -> bool:
+    """The same, with the back end asked for by name."""
+    asked = [backend for backend in backends() if name in (None, backend.name)]
+    return any(isinstance(it, Finisher) and it.takes_cells(plan) and it.why_not(plan) is None for it in asked)
 
 
 def compute(
@@ -252,7 +258,7 @@ def reached(plan: Plan, count: Tensor) -> Tensor:
 def masked_where_too_few(plan: Plan, values: Tensor, enough: Tensor) -> Masked:
     """`values` in the result's dtype, valid where `enough` cells were."""
     valid = enough.reshape(plan.out_shape)
-    result = select(narrowed(plan, values).reshape(plan.out_shape), valid)
+    result = narrowed(plan, select(values.reshape(plan.out_shape), valid))  # what is masked overflows nothing
     return (result, valid) if plan.params.get("empty", "mask") == "mask" else filled(plan, result, valid)
 
 
@@ -420,6 +426,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor
     result, valid = empty_like(plan, cells, size)
     at = None if places is None else places.view(result.shape)
     whole = plan.row.reach is not Reach.OWN
+    overflowed: list[bool] = []
     if cells.mask is None:  # no mask, nothing that the back end would write of it
         valid.fill_(True)
 
@@ -438,7 +445,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor
                     values = as_stored(plan, data.gather(1, values))
                 write(plan, result, valid, where, values, own)
             elif status == "overflowed":
-                warn_of_overflow(plan)
+                overflowed.append(True)
 
         return fill_block
 
@@ -446,6 +453,8 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor
         blocks = cut(plan, cells.shape, block_cells(finisher), whole=whole)
         tasks = [task(rows, run, columns) for rows, columns in blocks.tiles for run in blocks.runs]
         in_parallel(finisher, result.numel(), tasks)
+    if overflowed:  # one warning, however many blocks
+        warn_of_overflow(plan)
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 

@@ -181,7 +181,9 @@ def _plan(
         check_reduction(row, params, result)
         labels = row.leading(params)
         out_shape = (() if labels is None else (len(labels),)) + reduced_shape(shape, dims, keepdim=params["keepdim"])
-    elif isinstance(row, Ordering) and shape:
+    elif isinstance(row, Ordering):
+        if not shape and resized(row, params, 1) == 0:
+            params["k"] = 1  # a result without dims has one cell; so it is in torch
         out_shape = tuple(resized(row, params, n) if dim in dims else n for dim, n in enumerate(shape))
     return Plan(
         row=row,

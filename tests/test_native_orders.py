@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import maskserve as ms
 from maskserve import OPS, dtypes, engine, execution
 from maskserve.backends import choose
 from maskserve.dtypes import DType
+from maskserve.errors import ParameterError
 from maskserve.ops.rows import Row
 from tests.instruction_sets import assert_same_bits_as_baseline
 from tests.samples import assert_same_bits, bits, junk, plan_of
@@ -38,6 +40,20 @@ LONG = [(row, params) for row, params in ORDERS if row.name in ("median", "quant
 def settled(row: Row, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Of -0 and +0 either may be the middle one."""
     return (given[0] + 0.0, given[1]) if row.name == "median" else given
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_topk_of_a_tensor_without_dims_gives_its_cell(backend: str) -> None:
+    """As in torch for k = 0 too: a result without dims has one cell. More than one was written beyond the result."""
+    with execution.using(backend=backend):
+        for k in (0, 1):
+            values, indices = ms.topk(ms.masked_tensor(torch.tensor(5.0)), k)
+            assert (values.item(), indices.item()) == (5.0, 0)
+            values, indices = ms.topk(ms.masked_tensor(torch.tensor(5.0), torch.tensor(False)), k)
+            assert (values.tolist(), indices.tolist()) == (None, None)
+        for k in (2, 100_000):
+            with pytest.raises(ParameterError, match="give at most 1"):
+                ms.topk(ms.masked_tensor(torch.tensor(5.0)), k)
 
 
 def assert_agree(row: Row, params: dict[str, Any], data: Tensor, mask: Tensor | None, said: object) -> None:

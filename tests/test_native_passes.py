@@ -517,6 +517,58 @@ def test_a_finite_result_that_becomes_inf_is_warned_of() -> None:
     assert values.isinf().all()
 
 
+def test_one_warning_tells_of_all_blocks_that_overflow() -> None:
+    data = torch.full((60, 65), 60, dtype=torch.int64)
+    with execution.using(threads=4, block_cells=100), pytest.warns(RuntimeWarning, match="overflows f16") as said:
+        engine.run(plan_of(OPS["cumprod"], data, dim=1, dtype=dtypes.f16), data, None)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", ["median", "quantile"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_masked_result_overflows_nothing(name: str, backend: str) -> None:
+    """Neither one of too few cells nor what lies under the mask."""
+    data = torch.tensor([[1e30, 1e30], [3.0, 4.0]])
+    params = {"dim": 1, "min_count": 2, "dtype": dtypes.f16, **({"q": 0.5} if name == "quantile" else {})}
+    with execution.using(backend=backend):
+        for mask in (torch.tensor([[True, False], [True, True]]), torch.tensor([[False, False], [True, True]])):
+            values, valid = engine.run(plan_of(OPS[name], data, **params), data, mask)
+            assert (values.tolist(), valid.tolist()) == ([0.0, 3.5], [False, True])
+
+
+OMITS = [row for row in NATIVE if any(parameter.name == "nan" for parameter in row.parameters)]
+
+
+@pytest.mark.parametrize("row", OMITS, ids=lambda row: row.name)
+def test_whole_cells_without_a_mask_have_no_nan_to_omit(row: Row) -> None:
+    """What memory happened to hold is not a mask."""
+    for dtype in SERVED:
+        data = torch.ones(5, 7, dtype=getattr(torch, dtype.torch))
+        if dtype in row.accepts:
+            wait = [torch.zeros(35, dtype=torch.bool) for _ in range(50)]
+            del wait  # the next result lies where 0 was written
+            assert_agree(row, *both(row, data, None, dim=1, nan="omit"), (row.name, dtype))
+
+
+@every_dtype
+def test_the_state_of_no_cells_has_the_dtypes_of_its_pass(dtype: DType) -> None:
+    data = torch.ones(0, 3, dtype=getattr(torch, dtype.torch))
+    for row in NATIVE:
+        if not isinstance(row, Reduction) or not row.passes or dtype not in row.accepts:
+            continue
+        for params in NORMS if row.name == "norm" else [{}]:
+            asked = plan_of(row, data, dim=0, **params)
+            parts = engine.identity(asked, 3)
+            declared = {part.name: getattr(torch, part.dtype.torch) for part in asked.passes[0].parts(asked.dtype)}
+            assert {name: part.dtype for name, part in parts.items()} == declared, (row.name, params)
+
+
+@pytest.mark.parametrize("ord", [2, *(params["ord"] for params in NORMS)])
+def test_the_norm_of_no_cells_is_the_references(ord: float) -> None:
+    data = torch.ones(0, 3, dtype=torch.float64)
+    assert_same_bits(*both(OPS["norm"], data, None, dim=(0, 1), ord=ord, min_count=0), said=ord)
+
+
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_results_are_rounded_once(kind: torch.dtype) -> None:
     """Doubles between, at and beside the middles of neighbours, subnormal ones too."""

@@ -149,7 +149,7 @@ def options(plan: Plan) -> Any:
     for name, read in OPTIONS.items():
         if plan.params.get(name) is not None:
             setattr(said, name, read(plan, plan.params[name]))
-    said.omits_nan = plan.params.get("nan") == "omit"
+    said.omits_nan = plan.dtype.is_float and plan.params.get("nan") == "omit"
     said.negates = isinstance(plan.row, Normalization) and plan.row.negates
     said.wide = plan.result is f64
     if plan.flipped:

@@ -61,7 +61,7 @@ class Powers:
 
 def nothing(ord: Tensor) -> Tensor:
     """The total of no cells."""
-    return torch.where(ord == -math.inf, math.inf, 0.0)
+    return torch.where(ord == -math.inf, math.inf, torch.zeros_like(ord))
 
 
 def scale_of(reach: Tensor, ord: float) -> Tensor:
