@@ -15,14 +15,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from maskserve.backends import Backend, Finisher, Parts, Search, backends
+from maskserve.backends import Backend, Finisher, Parts, Search
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError
-from maskserve.execution import SMALL, backend_of, block_cells, execution, finisher_of, in_parallel, nan_policy
+from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
@@ -59,15 +59,9 @@ def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Ten
 
 
 def gives_cells(plan: Plan) -> bool:
-    """Whether the back end of a picking row takes the cells itself; where not, it has to serve their indices alone."""
-    return takes_cells(plan, execution().backend)
-
-
-@lru_cache(maxsize=1024)
-def takes_cells(plan: Plan, name: str | None) -> bool:
-    """The same, with the back end asked for by name."""
-    asked = [backend for backend in backends() if name in (None, backend.name)]
-    return any(isinstance(it, Finisher) and it.takes_cells(plan) and it.why_not(plan) is None for it in asked)
+    """Whether the back end of a picking row takes the cells itself; where not, it gives their places."""
+    finisher = finisher_of(plan)
+    return finisher is not None and finisher.takes_cells(plan)
 
 
 def compute(
