@@ -22,6 +22,44 @@ namespace MASKSERVE_ISA {
 // The valid cells that are no NaN.
 bool count_numbers(const Block& block, const Parts& parts);
 
+// Rows [i, i + rows) of the groups [o, o + groups) x the columns [c, c + columns).
+struct Window {
+  int64_t o = 0, groups = 1, i = 0, rows = 0, c = 0, columns = 0;
+  int64_t lanes() const { return groups * columns; }
+  int64_t cells() const { return rows * lanes(); }
+};
+
+// ---- tiles.cpp: what all kernels gather and write, compiled once for each instruction set -----------------------------
+
+// The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
+const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr);
+
+// Bytes 0 for NaN, 1 for all else.
+void gather_numbers(Dtype dtype, const Operand& data, const Window& w, unsigned char* out);
+
+// Which cells of a window count, as dense bytes: its mask, and no NaN where those are omitted; null where all do.
+const unsigned char* gather_keep(const Block& block, const Window& w, unsigned char* copy_ptr);
+
+// The same of a mask and what gather_numbers() found.
+void combine_keep(const unsigned char* mask_ptr, const unsigned char* numbers_ptr, int64_t n, unsigned char* out);
+
+// The cells of a window as doubles; what lies under the mask is `hidden`.
+void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr, double hidden,
+                    double* out);
+
+// The integer cells of a window; what lies under the mask is `hidden`.
+void gather_integers(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t hidden, int64_t* out);
+
+// count[lane] += the bytes of its rows, each 0 or 1.
+void count_lanes(const unsigned char* bytes_ptr, int64_t n_cells, int64_t lanes, int64_t* count);
+
+void write_mask(const Filled& filled, const Window& w, const unsigned char* keep_ptr);
+
+// Doubles rounded once to the dtype of the result, hidden cells 0, and their validity, unless `filled` has no mask;
+// whether a finite cell became inf.
+bool write_doubles(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr,
+                   bool may_overflow = true);
+
 namespace {
 
 ALWAYS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

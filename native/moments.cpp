@@ -70,25 +70,17 @@ NEVER_INLINE void deviations(MomentsRoom& room, const Window& w, const unsigned 
   });
 }
 
-// The same of int64 cells, exact where doubles would have lost the low bits; the mean is rounded to an integer.
-struct KeepBits {
-  using Raw = uint64_t;
-  using Out = int64_t;
-  using Bits = uint64_t;
-  int64_t hidden = 0;
-  ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(raw); }
-};
-
 // Apart from the conversion to integers: GCC makes one truncation of the two, which keeps the sign of a zero.
 NEVER_INLINE void as_doubles(const int64_t* integers, int64_t n, double* out) {
   for (int64_t j = 0; j < n; ++j) out[j] = static_cast<double>(integers[j]);
 }
 
-NEVER_INLINE void integer_deviations(MomentsRoom& room, const Operand& data, const Window& w,
+// The same of int64 cells, exact where doubles would have lost the low bits; the mean is rounded to an integer.
+NEVER_INLINE void integer_deviations(MomentsRoom& room, const Block& block, const Window& w,
                                      const unsigned char* keep_ptr, MomentsState& state) {
   const int64_t lanes = w.lanes(), period = period_of(lanes), n_cells = w.cells();
   int64_t* const cells = reinterpret_cast<int64_t*>(room.cells);
-  gather(data, w, keep_ptr, KeepBits(), cells);
+  gather_integers(block, w, keep_ptr, 0, cells);
   int64_t* const high = reinterpret_cast<int64_t*>(room.sums);
   int64_t* const low = reinterpret_cast<int64_t*>(room.lows);
   alignas(64) int64_t high_sums[n_lanes], low_sums[n_lanes];
@@ -147,7 +139,7 @@ NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Wind
   for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0;
   count_window(keep_ptr, w, state.count);
   if (block.dtype == Dtype::i64) {
-    integer_deviations(room, block.data, w, keep_ptr, state);
+    integer_deviations(room, block, w, keep_ptr, state);
   } else {
     gather_doubles(block.dtype, block.data, w, keep_ptr, 0.0, room.cells);
     if (block.dtype == Dtype::f64) {

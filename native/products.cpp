@@ -131,32 +131,6 @@ NEVER_INLINE void multiply_rows(ProductRoom& room, int64_t rows, int64_t lanes, 
   normalize_rows(1);
 }
 
-template <class Cell>
-struct ToWhole {
-  using Raw = typename Cell::Raw;
-  using Out = int64_t;
-  using Bits = uint64_t;
-  int64_t hidden = 1;
-  ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(Cell::widen(raw).sum); }
-};
-struct KeepWhole {
-  using Raw = uint64_t;
-  using Out = int64_t;
-  using Bits = uint64_t;
-  int64_t hidden = 1;
-  ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(raw); }
-};
-
-void gather_whole(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t* out) {
-  switch (block.dtype) {
-    case Dtype::i64: return gather(block.data, w, keep_ptr, KeepWhole(), out);
-    case Dtype::i32: return gather(block.data, w, keep_ptr, ToWhole<I32Cell>(), out);
-    case Dtype::i16: return gather(block.data, w, keep_ptr, ToWhole<I16Cell>(), out);
-    case Dtype::i8: return gather(block.data, w, keep_ptr, ToWhole<I8Cell>(), out);
-    default: return gather(block.data, w, keep_ptr, ToWhole<U8Cell>(), out);
-  }
-}
-
 // The cells as doubles, and their product modulo 2^64.
 NEVER_INLINE void whole_product(ProductRoom& room, const Window& w, uint64_t* wrapped) {
   const int64_t lanes = w.lanes(), period = period_of(lanes);
@@ -179,7 +153,7 @@ NEVER_INLINE void leaf_product(ProductRoom& room, const Block& block, const Wind
   for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0;
   count_window(keep_ptr, w, state.count);
   if (is_whole) {
-    gather_whole(block, w, keep_ptr, room.whole);
+    gather_integers(block, w, keep_ptr, 1, room.whole);
     whole_product(room, w, state.wrapped);
   } else {
     gather_doubles(block.dtype, block.data, w, keep_ptr, 1.0, room.cells);

@@ -26,12 +26,7 @@ inline Filled at_strides(const Pulled& pulled, unsigned char* first_ptr, Dtype d
 inline NEVER_INLINE void write_pulled(const Pulled& pulled, Dtype dtype, const Window& w, const double* gradients,
                                       const unsigned char* reached) {
   const Filled filled = at_strides(pulled, pulled.gradient_ptr, dtype);
-  switch (dtype) {
-    case Dtype::f64: narrow_cells<ToF64>(filled, w, gradients, reached); break;
-    case Dtype::f32: narrow_cells<ToF32>(filled, w, gradients, reached); break;
-    case Dtype::f16: narrow_cells<ToF16>(filled, w, gradients, reached); break;
-    default: narrow_cells<ToBF16>(filled, w, gradients, reached); break;
-  }
+  write_doubles(filled, w, gradients, reached, false);
   if (!pulled.reach_ptr) return;
   narrow_cells<ToReach>(at_strides(pulled, pulled.reach_ptr, dtype), w, reached, nullptr);
 }

@@ -6,13 +6,6 @@ constexpr int64_t n_tile = 1 << 14;     // cells of a tile: with the arrays besi
 constexpr int64_t n_tile_lanes = 256;
 constexpr int64_t n_short_group = 512;  // cells of a group up to which several of them share a tile
 
-// Rows [i, i + rows) of the groups [o, o + groups) x the columns [c, c + columns).
-struct Window {
-  int64_t o = 0, groups = 1, i = 0, rows = 0, c = 0, columns = 0;
-  int64_t lanes() const { return groups * columns; }
-  int64_t cells() const { return rows * lanes(); }
-};
-
 // Windows over all results of a block, each over all rows.
 template <class Visit>
 void each_window(const Block& block, int64_t most_rows, const Visit& visit, int64_t most_lanes = n_tile_lanes) {
@@ -44,37 +37,41 @@ void each_leaf(const Block& block, Window& w, const Visit& visit) {
   }
 }
 
-// Calls run(first cell, its place in the tile, cells, stride, stride in the tile) for runs that are as long as can be.
-template <class Run>
-ALWAYS_INLINE void each_run(const Operand& operand, const Window& w, const Run& run) {
-  const int64_t first = w.o * operand.stride_outer + w.i * operand.stride_n + w.c * operand.stride_inner;
+// The runs of a window: first cell + a * .. + b * .., each with its place in the tile.
+struct Runs {
+  int64_t n_a, step_a, tile_a;  // how many, and from one to the next
+  int64_t n_b, step_b, tile_b;
+  int64_t n, stride, tile_stride;  // the cells of a run
+};
+
+// As long runs as can be.
+inline Runs runs_of(const Operand& operand, const Window& w) {
   const bool inner_dense = w.columns == 1 || operand.stride_inner == 1;
   if (w.groups == 1 && inner_dense && (w.rows <= 1 || operand.stride_n == w.columns)) {
-    return run(first, 0, w.cells(), int64_t{1}, int64_t{1});
+    return {1, 0, 0, 1, 0, 0, w.cells(), 1, 1};
   }
   const bool is_transposed = operand.stride_inner != 1 && operand.stride_n == 1;
   if (w.columns < 8 ? w.rows > w.groups : is_transposed && w.rows > 1) {
-    for (int64_t g = 0; g < w.groups; ++g) {
-      for (int64_t c = 0; c < w.columns; ++c) {
-        run(first + g * operand.stride_outer + c * operand.stride_inner, g * w.columns + c, w.rows, operand.stride_n,
-            w.lanes());
-      }
-    }
-    return;
+    return {w.groups, operand.stride_outer, w.columns, w.columns, operand.stride_inner, 1, w.rows, operand.stride_n,
+            w.lanes()};
   }
   if (w.columns < 8) {
-    for (int64_t r = 0; r < w.rows; ++r) {
-      for (int64_t c = 0; c < w.columns; ++c) {
-        run(first + r * operand.stride_n + c * operand.stride_inner, r * w.lanes() + c, w.groups,
-            operand.stride_outer, w.columns);
-      }
-    }
-    return;
+    return {w.rows, operand.stride_n, w.lanes(), w.columns, operand.stride_inner, 1, w.groups, operand.stride_outer,
+            w.columns};
   }
-  for (int64_t r = 0; r < w.rows; ++r) {
-    for (int64_t g = 0; g < w.groups; ++g) {
-      run(first + g * operand.stride_outer + r * operand.stride_n, r * w.lanes() + g * w.columns, w.columns,
-          w.columns == 1 ? int64_t{1} : operand.stride_inner, int64_t{1});
+  return {w.rows, operand.stride_n, w.lanes(), w.groups, operand.stride_outer, w.columns, w.columns, operand.stride_inner,
+          1};
+}
+
+// Calls run(first cell, its place in the tile, cells, stride, stride in the tile) for the runs of a window.
+template <class Run>
+ALWAYS_INLINE void each_run(const Operand& operand, const Window& w, const Run& run) {
+  const int64_t first = w.o * operand.stride_outer + w.i * operand.stride_n + w.c * operand.stride_inner;
+  const Runs runs = runs_of(operand, w);
+  for (int64_t a = 0; a < runs.n_a; ++a) {
+    for (int64_t b = 0; b < runs.n_b; ++b) {
+      run(first + a * runs.step_a + b * runs.step_b, a * runs.tile_a + b * runs.tile_b, runs.n, runs.stride,
+          runs.tile_stride);
     }
   }
 }
@@ -121,30 +118,6 @@ ALWAYS_INLINE int64_t cells_ahead(const Operand& operand, const Window& w, int64
 
 ALWAYS_INLINE void prefetch(const unsigned char* first_ptr, int64_t n_bytes) {
   for (int64_t b = 0; b < n_bytes; b += 64) __builtin_prefetch(first_ptr + b);
-}
-
-// The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
-inline const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr) {
-  if (!mask.cells_ptr) return nullptr;
-  const unsigned char* dense_ptr = nullptr;
-  if (is_run(mask, w)) {
-    turn(mask.cells_ptr + w.o * mask.stride_outer + w.i * mask.stride_n + w.c * mask.stride_inner, w, copy_ptr);
-    return copy_ptr;
-  }
-  each_run(mask, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
-    const unsigned char* from_ptr = mask.cells_ptr + first;
-    if (n == w.cells() && stride == 1 && tile_stride == 1) {
-      dense_ptr = from_ptr;
-    } else if (stride == 1 && tile_stride == 1) {
-      prefetch(from_ptr + cells_ahead(mask, w, n), n);
-      std::memcpy(copy_ptr + at, from_ptr, static_cast<size_t>(n));
-    } else if (stride == 0 && tile_stride == 1) {
-      std::memset(copy_ptr + at, *from_ptr, static_cast<size_t>(n));
-    } else {
-      for (int64_t j = 0; j < n; ++j) copy_ptr[at + j * tile_stride] = from_ptr[j * stride];
-    }
-  });
-  return dense_ptr ? dense_ptr : copy_ptr;
 }
 
 // Chosen by `keep`, all ones or all zeros: NaN-safe and without a branch.
@@ -237,32 +210,6 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
   });
 }
 
-// ---- which cells count ----------------------------------------------------------------------------------------------
-
-// Bytes 0 for NaN, 1 for all else.
-inline NEVER_INLINE void gather_numbers(Dtype dtype, const Operand& data, const Window& w, unsigned char* out) {
-  switch (dtype) {
-    case Dtype::f64: return gather(data, w, nullptr, ToNumber<uint64_t>{0x7ff0000000000000u}, out);
-    case Dtype::f32: return gather(data, w, nullptr, ToNumber<uint32_t>{0x7f800000u}, out);
-    case Dtype::f16: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7c00u}, out);
-    default: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7f80u}, out);
-  }
-}
-
-inline void combine_keep(const unsigned char* mask_ptr, const unsigned char* numbers_ptr, int64_t n, unsigned char* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = (mask_ptr ? mask_ptr[j] : uint8_t{1}) & numbers_ptr[j];
-}
-
-// Which cells of a window count, as dense bytes: its mask, and no NaN where those are omitted; null where all do.
-inline const unsigned char* gather_keep(const Block& block, const Window& w, unsigned char* copy_ptr) {
-  const unsigned char* const mask_ptr = gather_mask(block.mask, w, copy_ptr);
-  if (!block.omits_nan) return mask_ptr;
-  alignas(64) unsigned char numbers[n_tile];
-  gather_numbers(block.dtype, block.data, w, numbers);
-  combine_keep(mask_ptr, numbers, w.cells(), copy_ptr);
-  return copy_ptr;
-}
-
 // ---- cells as doubles -----------------------------------------------------------------------------------------------
 
 template <class T>
@@ -275,65 +222,10 @@ ALWAYS_INLINE double as_double(Halves value) {
                                                   static_cast<uint64_t>(value.low)));
 }
 
-template <class Cell>
-struct ToDouble {
-  using Raw = typename Cell::Raw;
-  using Out = double;
-  using Bits = uint64_t;
-  double hidden;
-  ALWAYS_INLINE double operator()(Raw raw) const { return as_double(Cell::widen(raw)); }
-};
-
 using I8Cell = IntCell<uint8_t, int8_t, int32_t>;
 using U8Cell = IntCell<uint8_t, uint8_t, int32_t>;
 using I16Cell = IntCell<uint16_t, int16_t, int32_t>;
 using I32Cell = IntCell<uint32_t, int32_t, int32_t>;
-
-template <class Cell>
-NEVER_INLINE void gather_cells(const Operand& data, const Window& w, const unsigned char* keep_ptr, double hidden,
-                               double* out) {
-  gather(data, w, keep_ptr, ToDouble<Cell>{hidden}, out);
-}
-
-// The cells of a window as doubles; what lies under the mask is `hidden`.
-inline void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr,
-                           double hidden, double* out) {
-  switch (dtype) {
-    case Dtype::f64: return gather_cells<F64Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::f32: return gather_cells<F32Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::f16: return gather_cells<F16Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::bf16: return gather_cells<BF16Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i8: return gather_cells<I8Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i16: return gather_cells<I16Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i32: return gather_cells<I32Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i64: return gather_cells<I64Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::u8:
-    case Dtype::boolean: return gather_cells<U8Cell>(data, w, keep_ptr, hidden, out);
-  }
-}
-
-// ---- integer cells --------------------------------------------------------------------------------------------------
-
-template <class Cell, class Signed>
-struct ToInteger {
-  using Raw = typename Cell::Raw;
-  using Out = int64_t;
-  using Bits = uint64_t;
-  int64_t hidden;
-  ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(static_cast<Signed>(raw)); }
-};
-
-// The integer cells of a window; what lies under the mask is `hidden`.
-inline void gather_integers(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t hidden,
-                            int64_t* out) {
-  switch (block.dtype) {
-    case Dtype::i8: return gather(block.data, w, keep_ptr, ToInteger<I8Cell, int8_t>{hidden}, out);
-    case Dtype::i16: return gather(block.data, w, keep_ptr, ToInteger<I16Cell, int16_t>{hidden}, out);
-    case Dtype::i32: return gather(block.data, w, keep_ptr, ToInteger<I32Cell, int32_t>{hidden}, out);
-    case Dtype::i64: return gather(block.data, w, keep_ptr, ToInteger<I64Cell, int64_t>{hidden}, out);
-    default: return gather(block.data, w, keep_ptr, ToInteger<U8Cell, uint8_t>{hidden}, out);
-  }
-}
 
 // ---- lanes: loops over (rows, lanes) as a run of `period` values again and again ------------------------------------
 
@@ -356,31 +248,6 @@ ALWAYS_INLINE void each_cell(int64_t n_cells, int64_t period, const Step& given)
     const int64_t n = least(period, n_cells - start);
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) step(j, start + j);
-  }
-}
-
-// count[lane] += the bytes of its rows, each 0 or 1.
-inline NEVER_INLINE void count_lanes(const unsigned char* given_ptr, int64_t n_cells, int64_t lanes,
-                                     int64_t* __restrict count) {
-  const int64_t period = period_of(lanes);
-  alignas(64) uint8_t few[n_tile_lanes];
-  const unsigned char* bytes_ptr = given_ptr;
-  for (int64_t start = 0; start < n_cells;) {
-    const int64_t stop = least(n_cells, start + 255 * period);
-    std::memset(few, 0, sizeof few);
-    for (; start < stop; start += period) {
-      const int64_t n = least(period, stop - start);
-      for (int64_t j = 0; j < n; ++j) few[j] = static_cast<uint8_t>(few[j] + bytes_ptr[start + j]);
-    }
-    if (lanes == 1) {
-      int64_t sum = 0;
-      for (int64_t j = 0; j < period; ++j) sum += few[j];
-      count[0] += sum;
-    } else {
-      for (int64_t k = 0; k < period; k += lanes) {
-        for (int64_t l = 0; l < lanes; ++l) count[l] += few[k + l];
-      }
-    }
   }
 }
 

@@ -1,0 +1,181 @@
+// What all kernels gather from any layout and dtype, and write back: compiled here and nowhere else.
+
+#include "common.hpp"
+
+namespace maskserve {
+namespace MASKSERVE_ISA {
+namespace {
+
+#include "tiles.hpp"
+
+#include "narrow.hpp"
+
+// ---- conversions ----------------------------------------------------------------------------------------------------
+
+template <class Cell>
+struct ToDouble {
+  using Raw = typename Cell::Raw;
+  using Out = double;
+  using Bits = uint64_t;
+  double hidden;
+  ALWAYS_INLINE double operator()(Raw raw) const { return as_double(Cell::widen(raw)); }
+};
+
+template <class Cell>
+NEVER_INLINE void gather_cells(const Operand& data, const Window& w, const unsigned char* keep_ptr, double hidden,
+                               double* out) {
+  gather(data, w, keep_ptr, ToDouble<Cell>{hidden}, out);
+}
+
+template <class Cell, class Signed>
+struct ToInteger {
+  using Raw = typename Cell::Raw;
+  using Out = int64_t;
+  using Bits = uint64_t;
+  int64_t hidden;
+  ALWAYS_INLINE int64_t operator()(Raw raw) const { return static_cast<int64_t>(static_cast<Signed>(raw)); }
+};
+
+// Whether a finite cell became inf.
+template <class To>
+bool narrow_tile(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr,
+                 bool may_overflow) {
+  narrow_cells<To>(filled, w, cells, keep_ptr);
+  if (!may_overflow || To::overflow == std::numeric_limits<double>::infinity()) return false;
+  const auto overflows = [](double cell) {
+    const double size = bits_as<double>(bits_as<uint64_t>(cell) & 0x7fffffffffffffffu);
+    return static_cast<int64_t>(size >= To::overflow) & static_cast<int64_t>(size <= std::numeric_limits<double>::max());
+  };
+  int64_t any = 0;
+  for (int64_t j = 0; j < w.cells(); ++j) any |= overflows(cells[j]);  // no branch: under the mask lies junk
+  if (!any || !keep_ptr) return any != 0;
+  any = 0;
+  for (int64_t j = 0; j < w.cells(); ++j) any |= overflows(cells[j]) & keep_ptr[j];
+  return any != 0;
+}
+
+}  // namespace
+
+const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr) {
+  if (!mask.cells_ptr) return nullptr;
+  const unsigned char* dense_ptr = nullptr;
+  if (is_run(mask, w)) {
+    turn(mask.cells_ptr + w.o * mask.stride_outer + w.i * mask.stride_n + w.c * mask.stride_inner, w, copy_ptr);
+    return copy_ptr;
+  }
+  each_run(mask, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
+    const unsigned char* from_ptr = mask.cells_ptr + first;
+    if (n == w.cells() && stride == 1 && tile_stride == 1) {
+      dense_ptr = from_ptr;
+    } else if (stride == 1 && tile_stride == 1) {
+      prefetch(from_ptr + cells_ahead(mask, w, n), n);
+      std::memcpy(copy_ptr + at, from_ptr, static_cast<size_t>(n));
+    } else if (stride == 0 && tile_stride == 1) {
+      std::memset(copy_ptr + at, *from_ptr, static_cast<size_t>(n));
+    } else {
+      for (int64_t j = 0; j < n; ++j) copy_ptr[at + j * tile_stride] = from_ptr[j * stride];
+    }
+  });
+  return dense_ptr ? dense_ptr : copy_ptr;
+}
+
+void gather_numbers(Dtype dtype, const Operand& data, const Window& w, unsigned char* out) {
+  switch (dtype) {
+    case Dtype::f64: return gather(data, w, nullptr, ToNumber<uint64_t>{0x7ff0000000000000u}, out);
+    case Dtype::f32: return gather(data, w, nullptr, ToNumber<uint32_t>{0x7f800000u}, out);
+    case Dtype::f16: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7c00u}, out);
+    default: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7f80u}, out);
+  }
+}
+
+void combine_keep(const unsigned char* mask_ptr, const unsigned char* numbers_ptr, int64_t n, unsigned char* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = (mask_ptr ? mask_ptr[j] : uint8_t{1}) & numbers_ptr[j];
+}
+
+const unsigned char* gather_keep(const Block& block, const Window& w, unsigned char* copy_ptr) {
+  const unsigned char* const mask_ptr = gather_mask(block.mask, w, copy_ptr);
+  if (!block.omits_nan) return mask_ptr;
+  alignas(64) unsigned char numbers[n_tile];
+  gather_numbers(block.dtype, block.data, w, numbers);
+  combine_keep(mask_ptr, numbers, w.cells(), copy_ptr);
+  return copy_ptr;
+}
+
+void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr,
+                           double hidden, double* out) {
+  switch (dtype) {
+    case Dtype::f64: return gather_cells<F64Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::f32: return gather_cells<F32Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::f16: return gather_cells<F16Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::bf16: return gather_cells<BF16Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i8: return gather_cells<I8Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i16: return gather_cells<I16Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i32: return gather_cells<I32Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::i64: return gather_cells<I64Cell>(data, w, keep_ptr, hidden, out);
+    case Dtype::u8:
+    case Dtype::boolean: return gather_cells<U8Cell>(data, w, keep_ptr, hidden, out);
+  }
+}
+
+void gather_integers(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t hidden,
+                            int64_t* out) {
+  switch (block.dtype) {
+    case Dtype::i8: return gather(block.data, w, keep_ptr, ToInteger<I8Cell, int8_t>{hidden}, out);
+    case Dtype::i16: return gather(block.data, w, keep_ptr, ToInteger<I16Cell, int16_t>{hidden}, out);
+    case Dtype::i32: return gather(block.data, w, keep_ptr, ToInteger<I32Cell, int32_t>{hidden}, out);
+    case Dtype::i64: return gather(block.data, w, keep_ptr, ToInteger<I64Cell, int64_t>{hidden}, out);
+    default: return gather(block.data, w, keep_ptr, ToInteger<U8Cell, uint8_t>{hidden}, out);
+  }
+}
+
+void count_lanes(const unsigned char* given_ptr, int64_t n_cells, int64_t lanes, int64_t* __restrict count) {
+  const int64_t period = period_of(lanes);
+  alignas(64) uint8_t few[n_tile_lanes];
+  const unsigned char* bytes_ptr = given_ptr;
+  for (int64_t start = 0; start < n_cells;) {
+    const int64_t stop = least(n_cells, start + 255 * period);
+    std::memset(few, 0, sizeof few);
+    for (; start < stop; start += period) {
+      const int64_t n = least(period, stop - start);
+      for (int64_t j = 0; j < n; ++j) few[j] = static_cast<uint8_t>(few[j] + bytes_ptr[start + j]);
+    }
+    if (lanes == 1) {
+      int64_t sum = 0;
+      for (int64_t j = 0; j < period; ++j) sum += few[j];
+      count[0] += sum;
+    } else {
+      for (int64_t k = 0; k < period; k += lanes) {
+        for (int64_t l = 0; l < lanes; ++l) count[l] += few[k + l];
+      }
+    }
+  }
+}
+
+void write_mask(const Filled& filled, const Window& w, const unsigned char* keep_ptr) {
+  if (!keep_ptr || !filled.mask_ptr) return;
+  if (is_run(filled.values, w)) {
+    return turn(keep_ptr, turned_back(w), filled.mask_ptr + w.o * filled.values.stride_outer);
+  }
+  each_run(filled.values, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
+    unsigned char* const to_ptr = filled.mask_ptr + first;
+    if (stride == 1 && tile_stride == 1) {
+      std::memcpy(to_ptr, keep_ptr + at, static_cast<size_t>(n));
+    } else {
+      for (int64_t j = 0; j < n; ++j) to_ptr[j * stride] = keep_ptr[at + j * tile_stride];
+    }
+  });
+}
+
+bool write_doubles(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr,
+                   bool may_overflow) {
+  write_mask(filled, w, keep_ptr);
+  switch (filled.dtype) {
+    case Dtype::f64: return narrow_tile<ToF64>(filled, w, cells, keep_ptr, may_overflow);
+    case Dtype::f32: return narrow_tile<ToF32>(filled, w, cells, keep_ptr, may_overflow);
+    case Dtype::f16: return narrow_tile<ToF16>(filled, w, cells, keep_ptr, may_overflow);
+    default: return narrow_tile<ToBF16>(filled, w, cells, keep_ptr, may_overflow);
+  }
+}
+
+}  // namespace MASKSERVE_ISA
+}  // namespace maskserve
