@@ -29,7 +29,7 @@ struct Window {
   int64_t cells() const { return rows * lanes(); }
 };
 
-// ---- tiles.cpp: what all kernels gather and write, compiled once for each instruction set -----------------------------
+// ---- tiles.cpp: what all kernels gather and write, compiled once for each instruction set ---------------------------
 
 // The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
 const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr);

@@ -76,12 +76,10 @@ template <int n_streams, class Streams, class Value>
 NEVER_INLINE void fold_ahead(const Streams& given, int64_t n, Lanes<Value> out) {
   constexpr int64_t n_chunk = 64;
   const int64_t n_chunks = n / n_chunk;
-  for (int64_t c = 0; c < n_chunks; ++c) {
-    given.prefetch(n_streams * c / n_chunks, n_streams * (c + 1) / n_chunks, n);
-    fold_loop<n_streams>(given.from(c * n_chunk), n_chunk, out.from(c * n_chunk));
+  for (int64_t c = 0; c * n_chunk < n; ++c) {  // one call: each is a loop unrolled, and there are hundreds
+    if (c < n_chunks) given.prefetch(n_streams * c / n_chunks, n_streams * (c + 1) / n_chunks, n);
+    fold_loop<n_streams>(given.from(c * n_chunk), least(n_chunk, n - c * n_chunk), out.from(c * n_chunk));
   }
-  const int64_t done = n_chunks * n_chunk;
-  if (done < n) fold_loop<n_streams>(given.from(done), n - done, out.from(done));
 }
 
 template <class Streams, class Value>

@@ -78,9 +78,9 @@ auto with_key(Dtype dtype, bool largest, const Visit& visit) {
   }
 }
 
-// Keys for selection and order: at least 16 bits wide, smallest cell first, masked ones last; Cell gives the value back.
-// `joins_zeros`: -0 has the key of +0.
-template <class Key, class Cell, bool joins_zeros>
+// Keys for selection and order: at least 16 bits wide, smallest cell first, masked ones last. `joins_zeros`: -0 has the
+// key of +0.
+template <class Key, bool joins_zeros>
 struct Ordered {
   using Raw = typename Key::Raw;
   using Out = std::conditional_t<sizeof(Raw) == 1, int16_t, typename Key::Out>;
@@ -95,24 +95,23 @@ struct Ordered {
     if constexpr (!is_float || !joins_zeros) return k;
     return static_cast<Out>(k + (k == -1));  // the key of -0 is -1, of +0 it is 0
   }
-  ALWAYS_INLINE double value(Out k) const { return as_double(Cell::widen(key.cell(static_cast<typename Key::Out>(k)))); }
+
+  // The cell as a double.
+  ALWAYS_INLINE double value(Out k) const {
+    const auto own = static_cast<typename Key::Out>(k);
+    if constexpr (!is_float) return static_cast<double>(static_cast<int64_t>(own) + (key.bias ? 128 : 0));
+    const Raw raw = key.cell(own);
+    if constexpr (sizeof(Raw) == 8) return bits_as<double>(raw);
+    if constexpr (sizeof(Raw) == 4) return as_double(F32Cell::widen(raw));
+    if constexpr (sizeof(Raw) == 2) {
+      return key.infinity == 0x7c00u ? as_double(F16Cell::widen(raw)) : as_double(BF16Cell::widen(raw));
+    }
+  }
 };
 
-// visit(the order of a dtype's cells).
-template <bool joins_zeros = false, class Visit>
+// visit(the order of a dtype's cells): dtypes that share keys share code.
+template <bool joins_zeros, class Visit>
 auto with_order(Dtype dtype, const Visit& visit) {
-  const auto visited = [&](auto cell, auto key) {
-    return visit(Ordered<decltype(key), decltype(cell), joins_zeros>{key});
-  };
-  switch (dtype) {
-    case Dtype::f64: return visited(F64Cell(), float_key<uint64_t>(true, 0x7ff0000000000000u));
-    case Dtype::f32: return visited(F32Cell(), float_key<uint32_t>(true, 0x7f800000u));
-    case Dtype::f16: return visited(F16Cell(), float_key<uint16_t>(true, 0x7c00u));
-    case Dtype::bf16: return visited(BF16Cell(), float_key<uint16_t>(true, 0x7f80u));
-    case Dtype::i8: return visited(I8Cell(), signed_key<uint8_t>(true));
-    case Dtype::i16: return visited(I16Cell(), signed_key<uint16_t>(true));
-    case Dtype::i32: return visited(I32Cell(), signed_key<uint32_t>(true));
-    case Dtype::i64: return visited(I64Cell(), signed_key<uint64_t>(true));
-    default: return visited(U8Cell(), integer_key<uint8_t>(true, 0, 255));
-  }
+  return with_key(dtype == Dtype::boolean ? Dtype::u8 : dtype, true,
+                  [&](const auto& key) { return visit(Ordered<std::decay_t<decltype(key)>, joins_zeros>{key}); });
 }

@@ -20,14 +20,16 @@ namespace {
 // ---- a key and its place --------------------------------------------------------------------------------------------
 
 // In one number, where the key has at most 32 bits.
+template <int n_bits>
 struct Narrow {
+  static constexpr bool is_wide = false;
+  static constexpr int n_key_bits = n_bits;
   static constexpr int place_bits = 31;
   static constexpr int64_t step = int64_t{1} << place_bits;
   int64_t both;
-  static ALWAYS_INLINE Narrow of(int64_t key, int64_t place) { return {key * step + place}; }
+  static ALWAYS_INLINE Narrow of(int64_t placed, int64_t place) { return {placed + place}; }
   ALWAYS_INLINE int64_t key() const { return both >> place_bits; }
   ALWAYS_INLINE int64_t place() const { return both & (step - 1); }
-  template <int n_key_bits>
   ALWAYS_INLINE uint64_t ordered() const {  // the key, from 0
     return static_cast<uint64_t>(key() + (int64_t{1} << (n_key_bits - 1)));
   }
@@ -35,11 +37,12 @@ struct Narrow {
 };
 
 struct Wide {
+  static constexpr bool is_wide = true;
+  static constexpr int n_key_bits = 64;
   int64_t its_key, its_place;
   static ALWAYS_INLINE Wide of(int64_t key, int64_t place) { return {key, place}; }
   ALWAYS_INLINE int64_t key() const { return its_key; }
   ALWAYS_INLINE int64_t place() const { return its_place; }
-  template <int n_key_bits>
   ALWAYS_INLINE uint64_t ordered() const {
     return static_cast<uint64_t>(its_key) ^ (uint64_t{1} << 63);
   }
@@ -51,19 +54,19 @@ struct Wide {
 // ---- sorting --------------------------------------------------------------------------------------------------------
 
 // Stable, the lowest digits first; where the result lies, in `items` or in `room`.
-template <int n_key_bits, int width, class Item>
+template <int width, class Item>
 NEVER_INLINE Item* sort_by_digits(Item* items, int64_t n, Item* room) {
-  constexpr int n_digits = (n_key_bits + width - 1) / width;
+  constexpr int n_digits = (Item::n_key_bits + width - 1) / width;
   constexpr uint64_t most = (uint64_t{1} << width) - 1;
   uint32_t firsts[n_digits][most + 1] = {};
   for (int64_t j = 0; j < n; ++j) {
-    const uint64_t key = items[j].template ordered<n_key_bits>();
+    const uint64_t key = items[j].ordered();
     for (int d = 0; d < n_digits; ++d) ++firsts[d][(key >> (d * width)) & most];
   }
   Item *from = items, *to = room;
   for (int d = 0; d < n_digits; ++d) {
     const int shift = d * width;
-    const uint64_t some = (from[0].template ordered<n_key_bits>() >> shift) & most;
+    const uint64_t some = (from[0].ordered() >> shift) & most;
     if (firsts[d][some] == static_cast<uint32_t>(n)) continue;  // one digit in all keys
     uint32_t before = 0;
     for (uint64_t k = 0; k <= most; ++k) {
@@ -73,7 +76,7 @@ NEVER_INLINE Item* sort_by_digits(Item* items, int64_t n, Item* room) {
     }
     for (int64_t j = 0; j < n; ++j) {
       const Item item = from[j];
-      to[firsts[d][(item.template ordered<n_key_bits>() >> shift) & most]++] = item;
+      to[firsts[d][(item.ordered() >> shift) & most]++] = item;
     }
     Item* const next = from;
     from = to, to = next;
@@ -84,18 +87,18 @@ NEVER_INLINE Item* sort_by_digits(Item* items, int64_t n, Item* room) {
 constexpr int64_t n_inserted = 40;          // items up to which insertion is fastest
 constexpr int64_t n_wide_digits = 1 << 12;  // from which fewer digits pay for more counters
 
-template <int n_key_bits, class Item>
-Item* sort_items(Item* items, int64_t n, Item* room) {
+template <class Item>
+NEVER_INLINE Item* sort_items(Item* items, int64_t n, Item* room) {
   if (n <= n_inserted) {
     sort_few(items, n);
     return items;
   }
-  return n < n_wide_digits ? sort_by_digits<n_key_bits, 8>(items, n, room)
-                           : sort_by_digits<n_key_bits, 11>(items, n, room);
+  return n < n_wide_digits ? sort_by_digits<8>(items, n, room) : sort_by_digits<11>(items, n, room);
 }
 
 // The first k in order, in any order, moved to the front of `room`.
-inline void first_items(const Narrow* items, int64_t n, int64_t k, Narrow* room) {
+template <int n_bits>
+void first_items(const Narrow<n_bits>* items, int64_t n, int64_t k, Narrow<n_bits>* room) {
   const int64_t* const keys = reinterpret_cast<const int64_t*>(items);
   Pile<int64_t> some(n + 1);
   const int64_t last = nth_key(keys, n, k - 1, some.items);
@@ -115,7 +118,9 @@ inline void first_items(const Wide* items, int64_t n, int64_t k, Wide* room) {
   }
 }
 
-// Cells beside their rows, for a network; a key of 64 bits leaves no room, and its row stands apart.
+constexpr int64_t place_step = Narrow<32>::step;
+
+// Keys with room for their places; one of 64 bits leaves none, and its place stands apart.
 template <class Order>
 struct Placed {
   static constexpr bool is_wide = sizeof(typename Order::Out) == 8;
@@ -126,9 +131,26 @@ struct Placed {
   int64_t flip;  // -1 for the largest first
   int64_t hidden = is_wide ? std::numeric_limits<int64_t>::max() : int64_t{1} << 62;  // the other keys have 32 bits
   ALWAYS_INLINE int64_t operator()(Raw raw) const {
-    return (static_cast<int64_t>(order(raw)) ^ flip) * (is_wide ? 1 : Narrow::step);
+    return (static_cast<int64_t>(order(raw)) ^ flip) * (is_wide ? 1 : place_step);
   }
 };
+
+NEVER_INLINE void gather_placed(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t flip,
+                                int64_t* out) {
+  with_order<true>(block.dtype, [&](const auto& order) {
+    gather(block.data, w, keep_ptr, Placed<std::decay_t<decltype(order)>>{order, flip}, out);
+  });
+}
+
+// visit(an item) of the kind that holds a dtype's cells.
+template <class Visit>
+void with_items(Dtype dtype, const Visit& visit) {
+  switch (cell_bytes(dtype)) {
+    case 8: return visit(Wide());
+    case 4: return visit(Narrow<32>());
+    default: return visit(Narrow<16>());
+  }
+}
 
 inline NEVER_INLINE void exchange_pairs(int64_t* low_keys, int64_t* given_keys, int64_t* low_rows, int64_t* given_rows,
                                         int64_t n) {
@@ -149,49 +171,49 @@ struct NetworkRoom {
   int64_t n_valid[n_tile_lanes];
 };
 
-// visit(window, room) with the items of all slices of the window in order.
-template <class Order, class Visit>
-void each_sorted_window(const Block& block, const Order& order, int64_t flip, const Visit& visit) {
+// The items of all slices of a window in order.
+NEVER_INLINE void sort_window(const Block& block, const Window& w, int64_t flip, NetworkRoom& room) {
+  const int64_t lanes = w.lanes();
+  int64_t *const both = room.both, *const rows = room.rows;
+  const unsigned char* const keep_ptr = gather_keep(block, w, room.keep);
+  gather_placed(block, w, keep_ptr, flip, both);
+  for (int64_t l = 0; l < lanes; ++l) room.n_valid[l] = 0;
+  count_window(keep_ptr, w, room.n_valid);
+  if (cell_bytes(block.dtype) < 8) {
+    for (int64_t r = 1; r < w.rows; ++r) {
+      for (int64_t l = r * lanes; l < (r + 1) * lanes; ++l) both[l] += r;
+    }
+    return sort_columns(both, w.rows, lanes);
+  }
+  for (int64_t r = 0; r < w.rows; ++r) {
+    for (int64_t l = r * lanes; l < (r + 1) * lanes; ++l) rows[l] = r;
+  }
+  for (int64_t j = 0; keep_ptr && j < w.cells(); ++j) rows[j] += n_network * (1 - keep_ptr[j]);
+  merge_exchange(w.rows, [=](int64_t row, int64_t other, int64_t n) {
+    exchange_pairs(both + row * lanes, both + other * lanes, rows + row * lanes, rows + other * lanes, n * lanes);
+  });
+}
+
+template <class Visit>
+void each_sorted_window(const Block& block, int64_t flip, const Visit& visit) {
   const std::unique_ptr<NetworkRoom> room(new NetworkRoom);
   each_whole_window(block, n_network_cells / 2, n_tile_lanes, [&](const Window& w) {
-    const int64_t lanes = w.lanes();
-    const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
-    gather(block.data, w, keep_ptr, Placed<Order>{order, flip}, room->both);
-    for (int64_t l = 0; l < lanes; ++l) room->n_valid[l] = 0;
-    count_window(keep_ptr, w, room->n_valid);
-    if constexpr (Placed<Order>::is_wide) {
-      for (int64_t r = 0; r < w.rows; ++r) {
-        for (int64_t l = r * lanes; l < (r + 1) * lanes; ++l) room->rows[l] = r;
-      }
-      for (int64_t j = 0; keep_ptr && j < w.cells(); ++j) room->rows[j] += n_network * (1 - keep_ptr[j]);
-      merge_exchange(w.rows, [&](int64_t row, int64_t other, int64_t n) {
-        exchange_pairs(room->both + row * lanes, room->both + other * lanes, room->rows + row * lanes,
-                       room->rows + other * lanes, n * lanes);
-      });
-    } else {
-      for (int64_t r = 1; r < w.rows; ++r) {
-        for (int64_t l = r * lanes; l < (r + 1) * lanes; ++l) room->both[l] += r;
-      }
-      sort_columns(room->both, w.rows, lanes);
-    }
+    sort_window(block, w, flip, *room);
     visit(w, *room);
   });
 }
 
 // visit(o, c, items in order, how many valid cells): the first k of them at least.
-template <class Order, class Visit>
-void each_sorted_slice(const Block& block, const Order& order, bool descending, int64_t k, const Visit& visit) {
-  using K = typename Order::Out;
-  constexpr int n_key_bits = 8 * sizeof(K);
-  using Item = std::conditional_t<sizeof(K) == 8, Wide, Narrow>;
+template <class Item, class Visit>
+void each_sorted_slice(const Block& block, bool descending, int64_t k, const Visit& visit) {
   const int64_t flip = descending ? -1 : 0;
   if (block.n <= n_network) {
     Item items[n_network];
-    return each_sorted_window(block, order, flip, [&](const Window& w, const NetworkRoom& room) {
+    return each_sorted_window(block, flip, [&](const Window& w, const NetworkRoom& room) {
       for (int64_t l = 0; l < w.lanes(); ++l) {
         for (int64_t r = 0; r < w.rows; ++r) {
           const int64_t j = r * w.lanes() + l;
-          if constexpr (sizeof(K) == 8) {
+          if constexpr (Item::is_wide) {
             items[r] = {room.both[j], room.rows[j]};
           } else {
             items[r] = {room.both[j]};
@@ -202,29 +224,13 @@ void each_sorted_slice(const Block& block, const Order& order, bool descending, 
     });
   }
   Pile<Item> room(block.n + 1);
-  const auto make = [=](K key, int64_t row) { return Item::of(static_cast<int64_t>(key) ^ flip, row); };
-  each_slice<Item>(block, order, make, [&](int64_t o, int64_t c, Item* items, int64_t n) {
-    if (k <= 0 || k > n / 4) return visit(o, c, sort_items<n_key_bits>(items, n, room.items), n);
+  const auto load = [&](const Window& w, int64_t* placed) { gather_placed(block, w, nullptr, flip, placed); };
+  const auto make = [](int64_t placed, int64_t row) { return Item::of(placed, row); };
+  each_slice<Item, int64_t>(block, load, make, [&](int64_t o, int64_t c, Item* items, int64_t n) {
+    if (k <= 0 || k > n / 4) return visit(o, c, sort_items(items, n, room.items), n);
     first_items(items, n, k, room.items);
-    visit(o, c, sort_items<n_key_bits>(room.items, k, items), n);
+    visit(o, c, sort_items(room.items, k, items), n);
   });
-}
-
-// visit(the order of a dtype's cells): cells that share keys share code.
-template <class Visit>
-void with_places(Dtype dtype, const Visit& visit) {
-  const auto visited = [&](auto key) { visit(Ordered<decltype(key), F32Cell, true>{key}); };
-  switch (dtype) {
-    case Dtype::f64: return visited(float_key<uint64_t>(true, 0x7ff0000000000000u));
-    case Dtype::f32: return visited(float_key<uint32_t>(true, 0x7f800000u));
-    case Dtype::f16: return visited(float_key<uint16_t>(true, 0x7c00u));
-    case Dtype::bf16: return visited(float_key<uint16_t>(true, 0x7f80u));
-    case Dtype::i8: return visited(signed_key<uint8_t>(true));
-    case Dtype::i16: return visited(signed_key<uint16_t>(true));
-    case Dtype::i32: return visited(signed_key<uint32_t>(true));
-    case Dtype::i64: return visited(signed_key<uint64_t>(true));
-    default: return visited(integer_key<uint8_t>(true, 0, 255));
-  }
 }
 
 // ---- what is made of them -------------------------------------------------------------------------------------------
@@ -276,29 +282,31 @@ class Lines {
   Pile<unsigned char> values, keep;
 };
 
+void fill_short_places(const Block& block, bool descending, int64_t rows, const Filled& filled) {
+  const bool is_wide = cell_bytes(block.dtype) == 8;
+  each_sorted_window(block, descending ? -1 : 0, [&](const Window& given, NetworkRoom& room) {
+    Window w = given;
+    w.rows = rows;
+    const int64_t lanes = w.lanes();
+    for (int64_t j = 0; !is_wide && j < w.cells(); ++j) room.both[j] &= place_step - 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t l = 0; l < lanes; ++l) room.keep[r * lanes + l] = r < room.n_valid[l];
+    }
+    write_mask(filled, w, room.keep);
+    narrow_cells<ToI64>(filled, w, is_wide ? room.rows : room.both, room.keep);
+  });
+}
+
 int fill_places(const Block& block, bool descending, int64_t k, const Filled& filled) {
   if (k == 0 || block.n == 0) return fill_done;
   const int64_t rows = k > 0 ? k : block.n;
-  with_places(block.dtype, [&](const auto& order) {
-    using Order = std::decay_t<decltype(order)>;
-    if (block.n <= n_network) {
-      const auto write = [&](const Window& given, NetworkRoom& room) {
-        Window w = given;
-        w.rows = rows;
-        const int64_t lanes = w.lanes();
-        for (int64_t j = 0; j < w.cells(); ++j) {
-          room.both[j] = Placed<Order>::is_wide ? room.rows[j] : room.both[j] & (Narrow::step - 1);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t l = 0; l < lanes; ++l) room.keep[r * lanes + l] = r < room.n_valid[l];
-        }
-        write_mask(filled, w, room.keep);
-        narrow_cells<ToI64>(filled, w, room.both, room.keep);
-      };
-      return each_sorted_window(block, order, descending ? -1 : 0, write);
-    }
+  if (block.n <= n_network) {
+    fill_short_places(block, descending, rows, filled);
+    return fill_done;
+  }
+  with_items(block.dtype, [&](auto item) {
     const Lines lines(block, filled, rows);
-    each_sorted_slice(block, order, descending, k, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
+    each_sorted_slice<decltype(item)>(block, descending, k, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
       const Line line = lines.line(o, c);
       const int64_t n_valid = least(n, rows);
       for (int64_t r = 0; r < n_valid; ++r) line.set(r, items[r].place(), true);
@@ -362,8 +370,8 @@ void select_sorted(const Block& block, void* values_ptr, int64_t* count_ptr, con
     for (int64_t j = 0; j < block.outer * block.inner; ++j) values[j] = count_ptr[j] = 0;
     return;
   }
-  with_places(block.dtype, [&](const auto& order) {
-    each_sorted_slice(block, order, false, -1, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
+  with_items(block.dtype, [&](auto item) {
+    each_sorted_slice<decltype(item)>(block, false, -1, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
       values[o * block.inner + c] = of(items, n);
       count_ptr[o * block.inner + c] = n;
     });
@@ -383,13 +391,14 @@ int top(const Block& block, const Options& options, const Filled& filled) {
 int rank(const Block& block, const Options& options, const Filled& filled) {
   if (block.n == 0) return fill_done;
   const Method method = static_cast<Method>(options.method);
-  with_places(block.dtype, [&](const auto& order) {
-    using Order = std::decay_t<decltype(order)>;
+  const bool is_float = block.dtype <= Dtype::bf16;
+  with_items(block.dtype, [&](auto item) {
+    constexpr int64_t nan_key = std::numeric_limits<int64_t>::max() >> (64 - decltype(item)::n_key_bits);
     const Lines lines(block, filled, block.n);
-    each_sorted_slice(block, order, false, -1, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
+    each_sorted_slice<decltype(item)>(block, false, -1, [&](int64_t o, int64_t c, const auto* items, int64_t n) {
       const Line line = lines.line(o, c);
       for (int64_t r = 0; n < block.n && r < block.n; ++r) line.set(r, 0.0, false);
-      if (Order::is_float && n > 0 && items[n - 1].key() == order.nan_key) {
+      if (is_float && n > 0 && items[n - 1].key() == nan_key) {
         for (int64_t r = 0; r < n; ++r) line.set(items[r].place(), uint64_t{0x7ff8000000000000u}, true);
       } else {
         write_ranks(items, n, method, line);

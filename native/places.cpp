@@ -30,24 +30,42 @@ struct FromKey {
   ALWAYS_INLINE Raw narrow(typename Key::Out k) const { return static_cast<Raw>(key.cell(k) ^ flip); }
 };
 
-// The bits of a cell, those of NaN canonical.
-template <class Key>
+// The bits of a cell, those of NaN canonical; of any dtype, by its width: the infinity of integers is beyond all.
+template <class RawBits>
 struct ToCell {
-  using Raw = typename Key::Raw;
+  using Raw = RawBits;
   using Out = Raw;
   using Bits = Raw;
+  static constexpr Raw most = static_cast<Raw>(static_cast<Raw>(~Raw{0}) >> 1);
   Raw infinity;
   Out hidden = 0;
   ALWAYS_INLINE Out operator()(Raw raw) const {
-    if constexpr (!Key::is_float) return raw;
-    using Signed = typename Key::Out;
-    const Raw magnitude = static_cast<Raw>(raw & (Key::sign - 1));
+    using Signed = std::make_signed_t<Raw>;
+    const Raw magnitude = static_cast<Raw>(raw & most);
     const bool beyond = static_cast<Signed>(magnitude) > static_cast<Signed>(infinity);
     const Raw is_nan = static_cast<Raw>(-static_cast<Raw>(beyond));
     const Raw quiet = static_cast<Raw>(infinity | static_cast<Raw>(infinity & -infinity) >> 1);
     return choose<Raw>(is_nan, quiet, raw);
   }
 };
+
+// visit(the infinity of a dtype's cells).
+template <class Visit>
+void with_infinity(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::f64: return visit(uint64_t{0x7ff0000000000000u});
+    case Dtype::f32: return visit(uint32_t{0x7f800000u});
+    case Dtype::f16: return visit(uint16_t{0x7c00u});
+    case Dtype::bf16: return visit(uint16_t{0x7f80u});
+    default: break;
+  }
+  switch (cell_bytes(dtype)) {
+    case 8: return visit(ToCell<uint64_t>::most);
+    case 4: return visit(ToCell<uint32_t>::most);
+    case 2: return visit(ToCell<uint16_t>::most);
+    default: return visit(ToCell<uint8_t>::most);
+  }
+}
 
 template <class RawBits>
 struct Flipped {
@@ -172,11 +190,11 @@ struct Latest {
   }
 };
 
-template <bool has_places, class Key>
-void run_latest(const Block& block, const Options& options, const Filled& filled, const Key& key, bool backwards) {
-  using Raw = typename Key::Raw;
+template <bool has_places, class Raw>
+NEVER_INLINE void run_latest(const Block& block, const Options& options, const Filled& filled, Raw infinity,
+                             bool backwards) {
   const std::unique_ptr<FillRoom<Raw>> room(new FillRoom<Raw>);
-  const ToCell<Key> to_cell{key.infinity};
+  const ToCell<Raw> to_cell{infinity};
   const Flipped<Raw> flipped{static_cast<Raw>(options.flip)};
   const int32_t limit = static_cast<int32_t>(least(options.limit, most_cells - 1));
   const auto begin = [&](const ScanTile& tile) {
@@ -196,21 +214,20 @@ void run_latest(const Block& block, const Options& options, const Filled& filled
 
 int fill_along(const Block& block, const Options& options, const Filled& filled, bool backwards) {
   if (block.n >= most_cells) return fill_refused;
-  with_key(block.dtype, true, [&](const auto& key) {
+  with_infinity(block.dtype, [&](auto infinity) {
     if (filled.places_ptr) {
-      run_latest<true>(block, options, filled, key, backwards);
+      run_latest<true>(block, options, filled, infinity, backwards);
     } else {
-      run_latest<false>(block, options, filled, key, backwards);
+      run_latest<false>(block, options, filled, infinity, backwards);
     }
   });
   return fill_done;
 }
 
-template <class Key>
-void run_fill(const Block& block, const Options& options, const Filled& filled, const Key& key) {
-  using Raw = typename Key::Raw;
+template <class Raw>
+NEVER_INLINE void run_fill(const Block& block, const Options& options, const Filled& filled, Raw infinity) {
   const std::unique_ptr<FillRoom<Raw>> room(new FillRoom<Raw>);
-  const ToCell<Key> to_cell{key.infinity, static_cast<Raw>(options.value ^ options.flip)};
+  const ToCell<Raw> to_cell{infinity, static_cast<Raw>(options.value ^ options.flip)};
   const Flipped<Raw> flipped{static_cast<Raw>(options.flip)};
   std::memset(room->valid, 1, sizeof room->valid);
   const unsigned char* const valid_ptr = filled.mask_ptr ? room->valid : nullptr;
@@ -238,7 +255,7 @@ int fill_backward(const Block& block, const Options& options, const Filled& fill
   return fill_along(block, options, filled, true);
 }
 int fill_value(const Block& block, const Options& options, const Filled& filled) {
-  with_key(block.dtype, true, [&](const auto& key) { run_fill(block, options, filled, key); });
+  with_infinity(block.dtype, [&](auto infinity) { run_fill(block, options, filled, infinity); });
   return fill_done;
 }
 

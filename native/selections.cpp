@@ -149,7 +149,8 @@ void long_quantiles(const Block& block, const Order& order, const Asked& asked, 
   Pile<K> room(block.n + 1);
   const int64_t n_results = block.outer * block.inner;
   const auto key_alone = [](K key, int64_t) { return key; };
-  each_slice<K>(block, order, key_alone, [&](int64_t o, int64_t c, const K* keys, int64_t n) {
+  const auto load = [&](const Window& w, K* keys) { gather(block.data, w, nullptr, order, keys); };
+  each_slice<K, K>(block, load, key_alone, [&](int64_t o, int64_t c, const K* keys, int64_t n) {
     const int64_t result = o * block.inner + c;
     count[result] = n;
     bool is_nan = false;
@@ -178,7 +179,7 @@ void quantiles(const Block& block, const Asked& asked, double* values, int64_t* 
     for (int64_t j = 0; j < asked.n_shares * block.outer * block.inner; ++j) values[j] = 0.0;
     return;
   }
-  with_order(block.dtype, [&](const auto& order) {
+  with_order<false>(block.dtype, [&](const auto& order) {
     (block.n <= n_network ? short_quantiles<std::decay_t<decltype(order)>>
                           : long_quantiles<std::decay_t<decltype(order)>>)(block, order, asked, values, count);
   });
@@ -414,7 +415,7 @@ class OrderSearch final : public Search {
 };
 
 Search* search_of(Dtype dtype, const Asked& asked, int64_t lanes) {
-  return with_order(dtype, [&](const auto& order) -> Search* {
+  return with_order<false>(dtype, [&](const auto& order) -> Search* {
     return new OrderSearch<std::decay_t<decltype(order)>>(order, asked, lanes);
   });
 }

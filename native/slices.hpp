@@ -41,10 +41,9 @@ int64_t keep_lane(const K* keys, const unsigned char* keep_ptr, int64_t first_ro
 
 constexpr int64_t n_side_by_side = 16;  // columns that share cache lines
 
-// visit(o, c, the items of its valid cells, how many), one slice after the other.
-template <class Item, class Order, class Make, class Visit>
-void each_slice(const Block& block, const Order& order, const Make& make, const Visit& visit) {
-  using K = typename Order::Out;
+// visit(o, c, the items of its valid cells, how many), one slice after the other; load(window, its keys).
+template <class Item, class K, class Load, class Make, class Visit>
+void each_slice(const Block& block, const Load& load, const Make& make, const Visit& visit) {
   if (block.outer == 0 || block.inner == 0) return;
   const int64_t columns = least(block.inner, n_side_by_side);
   const int64_t most_rows = least(block.n, n_tile / columns);
@@ -63,7 +62,7 @@ void each_slice(const Block& block, const Order& order, const Make& make, const 
       for (w.i = 0; w.i < block.n; w.i += most_rows) {
         w.rows = least(most_rows, block.n - w.i);
         const unsigned char* const keep_ptr = gather_keep(block, w, room->keep);
-        gather(block.data, w, nullptr, order, room->keys);
+        load(w, room->keys);
         for (int64_t l = 0; l < w.columns; ++l) {
           n_valid[l] += keep_lane(room->keys + l, keep_ptr ? keep_ptr + l : nullptr, w.i, w.rows, w.columns, make,
                                   valid.items + l * lane_step + n_valid[l]);

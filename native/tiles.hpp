@@ -59,8 +59,8 @@ inline Runs runs_of(const Operand& operand, const Window& w) {
     return {w.rows, operand.stride_n, w.lanes(), w.columns, operand.stride_inner, 1, w.groups, operand.stride_outer,
             w.columns};
   }
-  return {w.rows, operand.stride_n, w.lanes(), w.groups, operand.stride_outer, w.columns, w.columns, operand.stride_inner,
-          1};
+  return {w.rows, operand.stride_n, w.lanes(), w.groups, operand.stride_outer, w.columns, w.columns,
+          operand.stride_inner, 1};
 }
 
 // Calls run(first cell, its place in the tile, cells, stride, stride in the tile) for the runs of a window.
