@@ -401,6 +401,8 @@ void run_large() {
   auto* const cells_ptr = static_cast<unsigned char*>(room_ptr);
   cells_ptr[n - 1] = 1;
   Case given;
+  const float one = 1.0f;
+  given.block.weights = {reinterpret_cast<const unsigned char*>(&one), 0, 0, 0};
   given.block.data = {cells_ptr, n, 1, 1};
   given.block.dtype = Dtype::i8, given.block.outer = given.block.inner = 1, given.block.n = n, given.block.leaf = 4096;
   for (int kernel = 0; kernel < n_lifts; ++kernel) {
