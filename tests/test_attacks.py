@@ -397,6 +397,22 @@ def test_an_argument_that_only_torch_takes_is_named() -> None:
 # -- side inputs and functions of a whole tensor ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(5, 0, 2), (0, 4), (3, 0)])
+@pytest.mark.parametrize("dim", [0, 1, (0, 1)], ids=str)
+def test_a_complex_product_takes_dims_of_size_0(shape: tuple[int, ...], dim: Any) -> None:
+    product = ms.prod(ms.masked_tensor(torch.ones(shape, dtype=torch.complex64)), dim)
+    assert product.shape == torch.ones(shape).sum(dim).shape
+    assert not product.get_mask().any()
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_a_complex_result_in_a_real_dtype_is_its_real_part_rounded_once() -> None:
+    """And a NaN in it is the one NaN of every result."""
+    parts = torch.tensor([[1 + 2.0**-8, 3.0], [1 + 3 * 2.0**-8, -5e9], [math.nan, 1.0]], dtype=torch.float64)
+    total = ms.cumprod(ms.masked_tensor(torch.view_as_complex(parts).unsqueeze(1)), 1, dtype=torch.bfloat16).get_data()
+    assert total.view(torch.int16).flatten().tolist() == [0x3F80, 0x3F82, 0x7FC0]
+
+
 def test_complex_weights_are_refused_and_not_made_real() -> None:
     with pytest.raises(DtypeError, match="mean: weights are c64; give real ones"):
         ms.mean(m([1.0, 2.0]), weights=torch.tensor([1j, 1.0]))

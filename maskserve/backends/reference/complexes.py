@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import halvings, rounded, select
+from maskserve.backends.reference.cells import canonical, halvings, rounded, select
 from maskserve.dtypes import DType, f32, f64
 from maskserve.ops.rows import Reduction
 from maskserve.plan import Plan
@@ -74,7 +74,7 @@ def product(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | No
     _, valid = of_magnitudes(plan, data, mask, compute)
     kept = [dim for dim in range(data.ndim) if dim not in plan.dims]
     wide = select(data.to(torch.complex128), None if mask is None else mask.expand(data.shape), 1)
-    cells = wide.permute(*kept, *plan.dims).reshape(valid.numel(), -1).clone()
+    cells = wide.permute(*kept, *plan.dims).reshape(valid.numel(), plan.n_reduced).clone()
     for h, k in halvings(cells.shape[1]):
         cells[:, :k] *= cells[:, h : h + k]
     return finished(plan, cells[:, 0] if cells.shape[1] else cells.new_ones(valid.numel()), valid)
@@ -106,6 +106,7 @@ def normalized(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights |
 def finished(plan: Plan, values: Tensor, valid: Tensor) -> Masked:
     """In the result's dtype and shape, hidden cells 0."""
     dtype = getattr(torch, plan.result.torch)
-    values = rounded(values, dtype) if plan.result.is_float else values.to(dtype)
+    # torch warns of the imaginary part that a real dtype= leaves behind
+    values = canonical(rounded(values.to(torch.float64), dtype)) if plan.result.is_float else values.to(dtype)
     valid = valid.reshape(plan.out_shape)
     return select(values.reshape(plan.out_shape), valid), valid
