@@ -7,7 +7,6 @@ from html import escape
 
 from maskserve.backends import choose
 from maskserve.dtypes import ALL, DType
-from maskserve.engine import gives_cells, indexing
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.ops.rows import Contraction, Elementwise, Move, Row, Sliced
@@ -26,10 +25,7 @@ def who(row: SlicedRow, dtype: DType) -> str:
     needed = {p.name: SAMPLES[p.type] for p in row.parameters if p.default is REQUIRED and p.type in SAMPLES}
     if any(p.name == "dim" for p in row.parameters):
         needed["dim"] = 0
-    asked = plan(row, tuple(needed.items()), (2, 3), dtype, "cpu")
-    if row.picks and not gives_cells(asked):
-        asked = indexing(asked)
-    return {"cpu": "native"}.get(choose(asked).backend.name, "reference")
+    return {"cpu": "native"}.get(choose(plan(row, tuple(needed.items()), (2, 3), dtype, "cpu")).backend.name, "reference")
 
 
 def svg() -> str:
