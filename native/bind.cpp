@@ -48,7 +48,8 @@ Dtype dtype_of(int dtype) {
 }
 
 // Plain integers: 20 of them are read in a tenth of a microsecond, so that a small block costs no more than its sum.
-Block block_of(const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+Block block_of(const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
+               int64_t inner,
                int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
                int64_t mask_inner, int64_t leaf) {
   check(leaf == 64 || leaf == 4096, "leaf is 64 or 4096 cells");
@@ -61,13 +62,15 @@ Block block_of(const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int
   return block;
 }
 
-bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer,
+          int64_t n, int64_t inner,
           int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
           int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
           uint64_t third_ptr, uint64_t fourth_ptr, uint64_t fifth_ptr, uint64_t weights_ptr, int weights_dtype,
           int64_t weights_outer, int64_t weights_n, int64_t weights_inner) {
   check(kernel >= 0 && kernel < maskserve::n_lifts, "kernel is an index into LIFTS");
-  Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
+  Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
+                         mask_outer, mask_n,
                          mask_inner, leaf);
   block.weights = operand(weights_ptr, weights_outer, weights_n, weights_inner);
   block.weights_dtype = dtype_of(weights_dtype);
@@ -91,12 +94,14 @@ void advise([[maybe_unused]] unsigned char* first_ptr, [[maybe_unused]] int64_t 
 #endif
 }
 
-int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
+int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer,
+         int64_t n, int64_t inner,
          int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
          int64_t mask_inner, int64_t leaf, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
          int64_t values_n, int64_t values_inner, uint64_t places_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_fills, "kernel is an index into FILLS");
-  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
+  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
+                               mask_outer,
                                mask_n, mask_inner, leaf);
   const Filled filled{address<unsigned char>(values_ptr), address<unsigned char>(valid_ptr),
                       operand(0, values_outer, values_n, values_inner), dtype_of(result),
@@ -117,7 +122,8 @@ void pick(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
           int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
           int64_t mask_inner, uint64_t values_ptr, uint64_t count_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_selections, "kernel is an index into SELECTIONS");
-  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer,
+  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
+                               mask_outer,
                                mask_n, mask_inner, 64);
   const maskserve::Select run = maskserve::variant().selections[kernel];
   nb::gil_scoped_release released;
@@ -264,7 +270,8 @@ void keep(bool reached, uint64_t cells_ptr, uint64_t keep_ptr, int64_t cell_byte
   const maskserve::PullVariant& variant = maskserve::pull_variant();
   const maskserve::Keep run = reached ? variant.keep_reached : variant.keep;
   nb::gil_scoped_release released;
-  run(address<const unsigned char>(cells_ptr), address<const void>(keep_ptr), cell_bytes, n, address<unsigned char>(kept_ptr));
+  run(address<const unsigned char>(cells_ptr), address<const void>(keep_ptr), cell_bytes, n,
+      address<unsigned char>(kept_ptr));
 }
 
 void to_reach(uint64_t mask_ptr, int64_t n, uint64_t reach_ptr) {
@@ -289,14 +296,17 @@ constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as 
 
 // lift (or, of kernel n_lifts + k, selection k) and finish in one call: states are memory traffic, and in a small tensor
 // the calls are what takes time. A status; where it is not fill_done, what was written means nothing.
-int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
+int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t data_ptr, uint64_t mask_ptr,
+           int dtype, int64_t outer, int64_t n,
            int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
            int64_t mask_inner, int64_t leaf, int64_t min_count, double needs, int result, uint64_t values_ptr,
            uint64_t valid_ptr, int64_t leading_stride) {
-  check(kernel >= 0 && kernel < maskserve::n_lifts + maskserve::n_selections, "kernel is an index into LIFTS + SELECTIONS");
+  check(kernel >= 0 && kernel < maskserve::n_lifts + maskserve::n_selections,
+        "kernel is an index into LIFTS + SELECTIONS");
   check(finish >= 0 && finish < maskserve::n_finishes, "finish is an index into FINISHES");
   check(n_held >= 1 && n_held <= maskserve::n_parts + 1, "a state has a count and up to five parts");
-  Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner, mask_outer, mask_n,
+  Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
+                         mask_outer, mask_n,
                          mask_inner, leaf);
   const Dtype result_dtype = dtype_of(result);
   const int64_t cell_bytes = maskserve::cell_bytes(block.dtype);

@@ -221,6 +221,17 @@ struct ToNumber {
   }
 };
 
+// visit(what tells the numbers of a floating dtype).
+template <class Visit>
+ALWAYS_INLINE void with_numbers(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::f64: return visit(ToNumber<uint64_t>{0x7ff0000000000000u});
+    case Dtype::f32: return visit(ToNumber<uint32_t>{0x7f800000u});
+    case Dtype::f16: return visit(ToNumber<uint16_t>{0x7c00u});
+    default: return visit(ToNumber<uint16_t>{0x7f80u});
+  }
+}
+
 // ---- what each dtype sums ------------------------------------------------------------------------------------------
 // Near holds any sum of up to 64 cells, Far of a leaf: small integers are widened in steps.
 

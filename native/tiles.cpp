@@ -80,12 +80,7 @@ const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned 
 }
 
 void gather_numbers(Dtype dtype, const Operand& data, const Window& w, unsigned char* out) {
-  switch (dtype) {
-    case Dtype::f64: return gather(data, w, nullptr, ToNumber<uint64_t>{0x7ff0000000000000u}, out);
-    case Dtype::f32: return gather(data, w, nullptr, ToNumber<uint32_t>{0x7f800000u}, out);
-    case Dtype::f16: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7c00u}, out);
-    default: return gather(data, w, nullptr, ToNumber<uint16_t>{0x7f80u}, out);
-  }
+  with_numbers(dtype, [&](const auto& is_number) { gather(data, w, nullptr, is_number, out); });
 }
 
 void combine_keep(const unsigned char* mask_ptr, const unsigned char* numbers_ptr, int64_t n, unsigned char* out) {

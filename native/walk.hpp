@@ -89,22 +89,13 @@ inline Operand tile_mask(const Block& block, Walk walk, const Tile& tile, unsign
   return {copy_ptr, tile.rows * tile.columns, tile.columns, 1};
 }
 
-template <class Raw>
-NEVER_INLINE void keep_numbers(const unsigned char* cells_ptr, int64_t n, Raw infinity, unsigned char* keep_ptr) {
-  const ToNumber<Raw> is_number{infinity};
+template <class ToNumber>
+NEVER_INLINE void keep_numbers(const ToNumber& given, const unsigned char* cells_ptr, int64_t n, unsigned char* keep_ptr) {
+  const ToNumber is_number = given;
   for (int64_t j = 0; j < n; ++j) {
-    Raw raw;
+    typename ToNumber::Raw raw;
     std::memcpy(&raw, cells_ptr + j * static_cast<int64_t>(sizeof raw), sizeof raw);
     keep_ptr[j] &= is_number(raw);
-  }
-}
-
-inline void keep_numbers_of(Dtype dtype, const unsigned char* cells_ptr, int64_t n, unsigned char* keep_ptr) {
-  switch (dtype) {
-    case Dtype::f64: return keep_numbers<uint64_t>(cells_ptr, n, 0x7ff0000000000000u, keep_ptr);
-    case Dtype::f32: return keep_numbers<uint32_t>(cells_ptr, n, 0x7f800000u, keep_ptr);
-    case Dtype::f16: return keep_numbers<uint16_t>(cells_ptr, n, 0x7c00u, keep_ptr);
-    default: return keep_numbers<uint16_t>(cells_ptr, n, 0x7f80u, keep_ptr);
   }
 }
 
@@ -123,7 +114,8 @@ inline Operand tile_keep(const Block& block, Walk walk, const Tile& tile, unsign
       } else if (mask.cells_ptr != copy_ptr) {
         std::memcpy(to_ptr, mask.cells_ptr + g * mask.stride_outer + i * mask.stride_n, static_cast<size_t>(run));
       }
-      keep_numbers_of(block.dtype, cells_ptr + (g * block.data.stride_outer + i * block.data.stride_n) * bytes, run, to_ptr);
+      const unsigned char* const run_ptr = cells_ptr + (g * block.data.stride_outer + i * block.data.stride_n) * bytes;
+      with_numbers(block.dtype, [&](const auto& is_number) { keep_numbers(is_number, run_ptr, run, to_ptr); });
     }
   }
   return {copy_ptr, tile.rows * tile.columns, tile.columns, 1};
