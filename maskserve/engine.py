@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count, product
 from math import prod
 
@@ -30,6 +30,8 @@ from maskserve.plan import Plan
 Masked = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor | None]
 
+SHORT = 256
+"""Cells of a slice up to which its state weighs: a block takes whole slices, and their states stay in the cache."""
 SEARCHED_TOGETHER = 8
 """Long slices beside each other that share cache lines."""
 SAMPLED = 1 << 15
@@ -41,7 +43,7 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None =
 
     `weights` are a tensor and its mask, both of data's ndim.
     """
-    if plan.row.picks and not gives_cells(plan):
+    if plan.row.picks and not taking_cells(plan):
         values, valid, _ = run_with_indices(plan, data, mask)
         return values, valid
     if plan.stored.kind is Kind.COMPLEX:
@@ -51,17 +53,17 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None =
 
 def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(values, mask, indices) of a row that picks cells: an index counts within its slice, flat where dims are several."""
-    if gives_cells(plan):
-        indices = torch.empty(plan.out_shape, dtype=torch.int64, device=plan.device)
+    if finisher := taking_cells(plan):
+        indices = finisher.empty(plan.out_shape, torch.int64)
         return *compute(plan, data, mask, places=indices), indices
     indices, valid = compute(indexing(plan), data, mask)
     return picked(plan, data, indices, valid), valid, indices
 
 
-def gives_cells(plan: Plan) -> bool:
-    """Whether the back end of a picking row takes the cells itself; where not, it gives their places."""
+def taking_cells(plan: Plan) -> Finisher | None:
+    """The back end of a picking row where it takes the cells itself; where not, it gives their places."""
     finisher = finisher_of(plan)
-    return finisher is not None and finisher.takes_cells(plan)
+    return finisher if finisher and finisher.takes_cells(plan) else None
 
 
 def compute(
@@ -137,22 +139,24 @@ def reduce(plan: Plan, cells: Cells) -> Masked:
 def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
     """Short slices, whole: their states never leave the back end. None where slices are long, or it cannot."""
     outer, n, inner = cells.shape
-    if plan.weighted or not 0 < n * inner <= SMALL or not outer:
+    is_short = 0 < n * inner <= SMALL or 0 < n <= SHORT
+    if plan.weighted or not is_short or not outer or not inner:
         return None
     shape = (len(plan.labels or (0,)), outer, inner)
-    values = torch.empty(shape, dtype=getattr(torch, plan.result.torch))
-    valid = torch.empty(shape, dtype=torch.bool)
+    values = finisher.empty(shape, getattr(torch, plan.result.torch))
+    valid = finisher.empty(shape, torch.bool)
     served: list[bool] = []
 
-    def task(rows: slice) -> Callable[[], None]:
+    def task(rows: slice, columns: slice) -> Callable[[], None]:
         def reduce_block() -> None:
-            data, mask = cells.block(rows, slice(0, n), slice(0, inner))
-            served.append(finisher.reduce(plan, data, mask, values[:, rows], valid[:, rows]))
+            data, mask = cells.block(rows, slice(0, n), columns)
+            where = (slice(None), rows, columns)
+            served.append(finisher.reduce(plan, data, mask, values[where], valid[where]))
 
         return reduce_block
 
-    rows = spans(outer, max(1, block_cells(finisher) // (n * inner)))
-    in_parallel(finisher, outer * n * inner, [task(some) for some in rows])
+    tiles = cut(plan, cells.shape, block_cells(finisher), whole=True).tiles
+    in_parallel(finisher, outer * n * inner, [task(*tile) for tile in tiles])
     return (values.view(plan.out_shape), valid.view(plan.out_shape)) if all(served) else None
 
 
@@ -456,8 +460,9 @@ def empty_like(plan: Plan, cells: Cells, size: int | None = None) -> Masked:
     """Memory for a result of the data's folded shape, or of `size` cells a slice."""
     outer, n, inner = cells.shape
     shape = (outer, n if size is None else size, inner)
-    values = torch.empty(shape, dtype=getattr(torch, plan.result.torch), device=plan.device)
-    return values, torch.empty(shape, dtype=torch.bool, device=plan.device)
+    finisher = finisher_of(plan)
+    empty = finisher.empty if finisher else partial(torch.empty, device=plan.device)
+    return empty(shape, dtype=getattr(torch, plan.result.torch)), empty(shape, dtype=torch.bool)
 
 
 def write(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends import backends
-from maskserve.backends.cpu import missing, native
+from maskserve.backends.cpu import empty, missing, native
 from maskserve.backends.reference.cells import BITS, select
 from maskserve.execution import in_parallel
 from maskserve.tracing import has_memory, is_followed
@@ -40,8 +40,7 @@ def as_cotangent(mask: Tensor) -> Tensor:
     """1 where the mask is True, else 0."""
     if not are_dense(mask):
         return mask.to(DTYPE)
-    made = torch.empty(mask.shape, dtype=DTYPE)
-    native().will_write(made.data_ptr(), made.nbytes)
+    made = empty(mask.shape, DTYPE)
     in_runs(mask.numel(), lambda at, n: native().to_reach(mask.data_ptr() + at, n, made.data_ptr() + 2 * at))
     return made
 
@@ -50,7 +49,7 @@ def is_reached(reach: Tensor) -> Tensor:
     """Where a reach is above 0."""
     if reach.dtype is not DTYPE or not are_dense(reach):
         return reach > 0
-    made = torch.empty(reach.shape, dtype=torch.bool)
+    made = empty(reach.shape, torch.bool)
     in_runs(reach.numel(), lambda at, n: native().to_mask(reach.data_ptr() + 2 * at, n, made.data_ptr() + at))
     return made
 
@@ -67,10 +66,9 @@ def are_dense(*tensors: Tensor) -> bool:
 
 
 def walked(cells: Tensor, keep: Tensor, *, of_reach: bool) -> Tensor:
-    made = torch.empty_like(cells)
+    made = empty(cells.shape, cells.dtype)
     width, keep_width = cells.itemsize, keep.itemsize
     first, keep_first, made_first = cells.data_ptr(), keep.data_ptr(), made.data_ptr()
-    native().will_write(made_first, made.nbytes)
 
     def walk(at: int, n: int) -> None:
         native().keep(of_reach, first + at * width, keep_first + at * keep_width, width, n, made_first + at * width)

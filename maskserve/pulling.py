@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskserve.backends.pulls import Launch, count_ties, launch, pull_block, will_write
+from maskserve.backends.cpu import empty
+from maskserve.backends.pulls import Launch, count_ties, launch, pull_block
 from maskserve.blocks import Cells, Folded, cut
 from maskserve.engine import joined
 from maskserve.execution import backend_of, execution, in_parallel
@@ -44,10 +45,7 @@ def pulled(
     tensors = (data, values, g, gate) if mask is None else (data, mask, values, g, gate)
     if how is None or not all(map(has_memory, tensors)):
         return None
-    made = Pulled(torch.empty(plan.shape, dtype=data.dtype), torch.empty(plan.shape, dtype=DTYPE) if wants_reach else None)
-    for part in made:
-        if part is not None:
-            will_write(part)
+    made = Pulled(empty(plan.shape, data.dtype), empty(plan.shape, DTYPE) if wants_reach else None)
     if made.gradient.numel() and not Walk(how, data, mask, (g, gate, values), made)():
         return None
     return made

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -82,18 +83,6 @@ bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
   return run(block, options, parts);
 }
 
-constexpr uintptr_t huge_page = uintptr_t{1} << 21;
-
-// Huge pages for what is about to be written, where the system leaves that to programs: a fault for each 4 KB took a
-// third of the time of a large softmax.
-void advise([[maybe_unused]] unsigned char* first_ptr, [[maybe_unused]] int64_t n_bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t first = reinterpret_cast<uintptr_t>(first_ptr), start = (first + huge_page - 1) & ~(huge_page - 1);
-  const uintptr_t stop = (first + static_cast<uintptr_t>(n_bytes)) & ~(huge_page - 1);
-  if (first_ptr && start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
-#endif
-}
-
 int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer,
          int64_t n, int64_t inner,
          int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
@@ -108,13 +97,6 @@ int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_pt
                       address<unsigned char>(places_ptr)};
   const maskserve::Fill run = maskserve::variant().fills[kernel];
   nb::gil_scoped_release released;
-  if (outer > 0 && n > 0 && inner > 0) {
-    const int64_t rows = options.k >= 0 ? options.k : n;
-    const int64_t span = (outer - 1) * values_outer + (rows - 1) * values_n + (inner - 1) * values_inner + 1;
-    advise(filled.values_ptr, span * maskserve::cell_bytes(filled.dtype));
-    if (block.is_masked()) advise(filled.mask_ptr, span);
-    if (places_ptr) advise(filled.places_ptr, span * maskserve::cell_bytes(Dtype::i64));
-  }
   return run(block, options, filled);
 }
 
@@ -192,8 +174,8 @@ int finish(int kernel, const Options& options, int64_t n, uint64_t count_ptr, ui
        address<const void>(fourth_ptr), address<const void>(fifth_ptr)}};
   const maskserve::Limits limits{min_count, needs};
   nb::gil_scoped_release released;
-  return maskserve::finish(kernel, states, options, limits, dtype_of(result), address<unsigned char>(values_ptr),
-                           address<unsigned char>(valid_ptr));
+  return maskserve::variant().finish(static_cast<maskserve::Finish>(kernel), states, options, limits, dtype_of(result),
+                                     address<unsigned char>(values_ptr), address<unsigned char>(valid_ptr));
 }
 
 // The integers of a call with many operands, one after another.
@@ -284,12 +266,20 @@ void to_mask(uint64_t reach_ptr, int64_t n, uint64_t mask_ptr) {
   maskserve::pull_variant().to_mask(address<const unsigned char>(reach_ptr), n, address<unsigned char>(mask_ptr));
 }
 
-// Memory that is about to be written as a whole.
-void will_write(uint64_t first_ptr, int64_t n_bytes) { advise(address<unsigned char>(first_ptr), n_bytes); }
+constexpr uintptr_t huge_page = uintptr_t{1} << 21;
+
+// Huge pages for memory that is about to be written as a whole, where the system leaves that to programs.
+void will_write([[maybe_unused]] uint64_t first_ptr, [[maybe_unused]] int64_t n_bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first = static_cast<uintptr_t>(first_ptr), start = (first + huge_page - 1) & ~(huge_page - 1);
+  const uintptr_t stop = (first + static_cast<uintptr_t>(n_bytes)) & ~(huge_page - 1);
+  if (first && start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+#endif
+}
 
 void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
   nb::gil_scoped_release released;
-  maskserve::raise(address<const double>(cells_ptr), address<double>(raised_ptr), n);
+  maskserve::variant().raise(address<const double>(cells_ptr), address<double>(raised_ptr), n);
 }
 
 constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as have these, so that states stay in L2
@@ -311,33 +301,38 @@ int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t 
   const Dtype result_dtype = dtype_of(result);
   const int64_t cell_bytes = maskserve::cell_bytes(block.dtype);
   nb::gil_scoped_release released;
-  const int64_t group_cells = n * inner > 0 ? n * inner : 1;
-  const int64_t most = group_cells < n_reduced_cells ? n_reduced_cells / group_cells : 1;
-  const size_t n_states = static_cast<size_t>((most < outer ? most : outer) * inner);
+  // a few outer rows at a time or, where one is too long, a part of its columns
+  const int64_t width = n * inner > n_reduced_cells ? std::min(inner, std::max<int64_t>(n_reduced_cells / n, 64)) : inner;
+  const int64_t height = width < inner ? 1 : std::min(outer, n_reduced_cells / std::max<int64_t>(n * inner, 1) + 1);
   const bool is_selection = kernel >= maskserve::n_lifts;
   const int64_t leading = is_selection ? maskserve::n_leading(options) : 1;
+  const size_t n_states = static_cast<size_t>(height * width);
   const std::unique_ptr<int64_t[]> room(new int64_t[n_states * static_cast<size_t>(n_held - 1 + leading) + 1]);
-  for (int64_t o = 0; o < outer; o += most) {
-    block.outer = outer - o < most ? outer - o : most;
-    const int64_t n_results = block.outer * inner;
-    Parts parts;
-    maskserve::States states{n_results, parts.count_ptr = room.get(), {}};
-    for (int k = 0; k + 1 < n_held; ++k) states.part_ptr[k] = parts.part_ptr[k] = room.get() + (k + 1) * n_results;
-    if (is_selection) {
-      maskserve::variant().selections[kernel - maskserve::n_lifts](block, options, parts.part_ptr[0], room.get());
-    } else if (!maskserve::variant().lifts[kernel](block, options, parts)) {
-      return maskserve::fill_refused;
+  const Block all = block;
+  for (int64_t o = 0; o < outer; o += height) {
+    for (int64_t c = 0; c < inner; c += width) {
+      block.outer = std::min(height, outer - o), block.inner = std::min(width, inner - c);
+      block.data.cells_ptr = all.data.cells_ptr + (o * data_outer + c * data_inner) * cell_bytes;
+      if (all.mask.cells_ptr) block.mask.cells_ptr = all.mask.cells_ptr + o * mask_outer + c * mask_inner;
+      const int64_t n_results = block.outer * block.inner;
+      Parts parts;
+      maskserve::States states{n_results, parts.count_ptr = room.get(), {}};
+      for (int k = 0; k + 1 < n_held; ++k) states.part_ptr[k] = parts.part_ptr[k] = room.get() + (k + 1) * n_results;
+      if (is_selection) {
+        maskserve::variant().selections[kernel - maskserve::n_lifts](block, options, parts.part_ptr[0], room.get());
+      } else if (!maskserve::variant().lifts[kernel](block, options, parts)) {
+        return maskserve::fill_refused;
+      }
+      for (int64_t q = 0; q < leading; ++q) {
+        const int64_t first = q * leading_stride + o * inner + c;
+        const int status = maskserve::variant().finish(
+            static_cast<maskserve::Finish>(finish), states, options, {min_count, needs}, result_dtype,
+            address<unsigned char>(values_ptr) + first * maskserve::cell_bytes(result_dtype),
+            address<unsigned char>(valid_ptr) + first);
+        if (status != maskserve::fill_done) return status;
+        if (q + 1 < leading) states.part_ptr[0] = static_cast<const int64_t*>(states.part_ptr[0]) + n_results;
+      }
     }
-    for (int64_t q = 0; q < leading; ++q) {
-      const int64_t first = q * leading_stride + o * inner;
-      const int status = maskserve::finish(finish, states, options, {min_count, needs}, result_dtype,
-                                           address<unsigned char>(values_ptr) + first * maskserve::cell_bytes(result_dtype),
-                                           address<unsigned char>(valid_ptr) + first);
-      if (status != maskserve::fill_done) return status;
-      if (q + 1 < leading) states.part_ptr[0] = static_cast<const int64_t*>(states.part_ptr[0]) + n_results;
-    }
-    block.data.cells_ptr += block.outer * data_outer * cell_bytes;
-    if (block.mask.cells_ptr) block.mask.cells_ptr += block.outer * mask_outer;
   }
   return maskserve::fill_done;
 }

@@ -129,14 +129,6 @@ constexpr int n_fills = sizeof fill_names / sizeof *fill_names;
 constexpr int n_selections = sizeof selection_names / sizeof *selection_names;
 constexpr int n_searches = sizeof search_names / sizeof *search_names;
 
-struct Variant {
-  const char* name;
-  Lift lifts[n_lifts];
-  Fill fills[n_fills];
-  Select selections[n_selections];
-  Begin searches[n_searches];
-};
-
 // The states of n result cells: their parts as in Parts.
 struct States {
   int64_t n;
@@ -162,12 +154,18 @@ constexpr const char* finish_names[] = {
 };
 constexpr int n_finishes = sizeof finish_names / sizeof *finish_names;
 
-// exp of n cells, as the kernels raise them: what merges their states must have the same bits.
-void raise(const double* cells_ptr, double* raised_ptr, int64_t n);
-
-// States to values of `dtype` and their validity; a FillStatus.
-int finish(int kernel, const States& states, const Options& options, const Limits& limits, Dtype dtype,
-           unsigned char* values_ptr, unsigned char* mask_ptr);
+struct Variant {
+  const char* name;
+  Lift lifts[n_lifts];
+  Fill fills[n_fills];
+  Select selections[n_selections];
+  Begin searches[n_searches];
+  // States to values of `dtype` and their validity; a FillStatus.
+  int (*finish)(Finish, const States&, const Options&, const Limits&, Dtype, unsigned char* values_ptr,
+                unsigned char* mask_ptr);
+  // exp of n cells, as the kernels raise them: what merges their states must have the same bits.
+  void (*raise)(const double* cells_ptr, double* raised_ptr, int64_t n);
+};
 
 // The variant for this processor, or the one MASKSERVE_ISA names. Decided once.
 const Variant& variant();

@@ -1,5 +1,4 @@
-// States to results: values in double, rounded once to the result's dtype, and their validity. Compiled once.
-#define MASKSERVE_ISA any_processor
+// States to results: values in double, rounded once to the result's dtype, and their validity.
 
 #include <cmath>
 
@@ -13,106 +12,107 @@ namespace {
 
 #include "elementary.hpp"
 
-#include "narrow.hpp"
-
 #include "powers.hpp"
 
 #include "mantissas.hpp"
 
-double at_least_one(int64_t count) { return static_cast<double>(count > 1 ? count : 1); }
-
 // The parts of states, under the names that the passes give them.
 struct Reader {
-  const States& states;
-  const Options& options;
-  template <class T>
-  T part(int k, int64_t j) const {
-    return static_cast<const T*>(states.part_ptr[k])[j];
+  const int64_t* count_ptr;
+  const void* part_ptr[n_parts];
+  double correction;
+
+  Reader(const States& states, const Options& options) : count_ptr(states.count_ptr), correction(options.correction) {
+    for (int k = 0; k < n_parts; ++k) part_ptr[k] = states.part_ptr[k];
   }
-  double number(int k, int64_t j) const { return part<double>(k, j); }
-  int64_t integer(int k, int64_t j) const { return part<int64_t>(k, j); }
-  double n(int64_t j) const { return at_least_one(states.count_ptr[j]); }
-  double scale(int64_t j) const { return integer(2, j) ? 0x1p128 : 1.0; }
-  double limbs(int64_t j) const { return static_cast<double>(integer(0, j)) * 0x1p32 + static_cast<double>(integer(1, j)); }
-  double variance(int64_t j) const {
-    const double divisor = static_cast<double>(states.count_ptr[j]) - options.correction;
+  template <class T>
+  ALWAYS_INLINE T part(int k, int64_t j) const {
+    return static_cast<const T*>(part_ptr[k])[j];
+  }
+  ALWAYS_INLINE double number(int k, int64_t j) const { return part<double>(k, j); }
+  ALWAYS_INLINE int64_t integer(int k, int64_t j) const { return part<int64_t>(k, j); }
+  ALWAYS_INLINE double n(int64_t j) const { return static_cast<double>(count_ptr[j] > 1 ? count_ptr[j] : 1); }
+  ALWAYS_INLINE double scale(int64_t j) const { return integer(2, j) ? 0x1p128 : 1.0; }
+  ALWAYS_INLINE double limbs(int64_t j) const {
+    return static_cast<double>(integer(0, j)) * 0x1p32 + static_cast<double>(integer(1, j));
+  }
+  ALWAYS_INLINE double variance(int64_t j) const {
+    const double divisor = static_cast<double>(count_ptr[j]) - correction;
     return number(2, j) / (divisor > 0.0 ? divisor : 1.0);
   }
-  double log_sum(int64_t j) const {
-    const double top = number(0, j);
-    return is_finite(top) ? top + logarithm(number(1, j)) : top;
+  ALWAYS_INLINE double log_sum(int64_t j) const {
+    const double top = number(0, j), whole = top + logarithm(number(1, j));
+    return is_finite(top) ? whole : top;
   }
 };
 
+constexpr int64_t n_finished = 1024;  // results at a time: as doubles they stay in L1
+
 struct Writer {
-  const States& states;
-  const Limits& limits;
+  int64_t n;
   unsigned char* values_ptr;
-  unsigned char* mask_ptr;
-  const double* weight_ptr = nullptr;
+  const unsigned char* mask_ptr;
 
-  bool valid(int64_t j) const {
-    const int64_t count = states.count_ptr[j];
-    if (weight_ptr && weight_ptr[j] == 0.0) return false;
-    return count >= limits.min_count && static_cast<double>(count) > limits.needs;
-  }
-
-  // get(j) for each result; hidden ones 0. False where a finite value became inf.
-  template <class To, class Get>
-  bool rounded(const Get& get) const {
-    bool fits = true;
-    for (int64_t j = 0; j < states.n; ++j) {
-      const double value = get(j);
-      const double size = value < 0.0 ? -value : value;
-      fits &= !(size >= To::overflow && is_finite(value));
-      store(j, To::narrow(value));
-    }
-    return fits;
-  }
-
-  template <class Raw>
-  void store(int64_t j, Raw raw) const {
-    const bool is_valid = valid(j);
-    mask_ptr[j] = is_valid;
-    raw = is_valid ? raw : Raw{0};
-    std::memcpy(values_ptr + j * static_cast<int64_t>(sizeof raw), &raw, sizeof raw);
-  }
-
+  // get(j) for each result; refused where a valid one becomes inf.
   template <class Get>
-  int doubles(Dtype dtype, const Get& get) const {
-    bool fits = false;
-    switch (dtype) {
-      case Dtype::f64: fits = rounded<ToF64>(get); break;
-      case Dtype::f32: fits = rounded<ToF32>(get); break;
-      case Dtype::f16: fits = rounded<ToF16>(get); break;
-      case Dtype::bf16: fits = rounded<ToBF16>(get); break;
-      default: break;
+  int doubles(Dtype dtype, const Get& given) const {
+    const Get get = given;
+    bool overflowed = false;
+    alignas(64) double values[n_finished];
+    for (int64_t first = 0; first < n; first += n_finished) {
+      Window w;
+      w.rows = least(n_finished, n - first), w.columns = 1;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < w.rows; ++j) values[j] = get(first + j);
+      const Filled filled{values_ptr + first * cell_bytes(dtype), nullptr, {nullptr, w.rows, 1, 1}, dtype};
+      overflowed |= write_doubles(filled, w, values, mask_ptr + first);
     }
-    return fits ? fill_done : fill_refused;
+    return overflowed ? fill_refused : fill_done;
+  }
+
+  // get(j) for each result as it is; refused where a valid one `wraps`.
+  template <class Raw, class Get, class Wraps>
+  int exact(const Get& given, const Wraps& given_wraps) const {
+    const Get get = given;
+    const Wraps wraps = given_wraps;
+    const unsigned char* const keep_ptr = mask_ptr;
+    unsigned char* const to_ptr = values_ptr;
+    unsigned char wrapped = 0;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      const Raw raw = static_cast<Raw>(get(j) & static_cast<Raw>(-static_cast<Raw>(keep_ptr[j])));
+      std::memcpy(to_ptr + j * static_cast<int64_t>(sizeof raw), &raw, sizeof raw);
+      wrapped |= static_cast<unsigned char>(keep_ptr[j] & static_cast<unsigned char>(wraps(j)));
+    }
+    return wrapped ? fill_refused : fill_done;
+  }
+
+  template <class Raw, class Get>
+  int exact(const Get& get) const {
+    return exact<Raw>(get, [](int64_t) { return false; });
   }
 
   // The first part as it is, a NaN made canonical; infinity 0: an integer.
   template <class Raw>
-  int same(Raw infinity) const {
-    for (int64_t j = 0; j < states.n; ++j) {
-      Raw raw = static_cast<const Raw*>(states.part_ptr[0])[j];
-      const Raw magnitude = static_cast<Raw>(raw & static_cast<Raw>(static_cast<Raw>(~Raw{0}) >> 1));
-      if (infinity && magnitude > infinity) raw = static_cast<Raw>(infinity | ((infinity & -infinity) >> 1));
-      store(j, raw);
-    }
-    return fill_done;
+  int same(const Reader& of, Raw infinity) const {
+    const Raw quiet_nan = static_cast<Raw>(infinity | ((infinity & -infinity) >> 1));
+    const Raw most = infinity ? infinity : static_cast<Raw>(~Raw{0});
+    return exact<Raw>([=](int64_t j) {
+      const Raw raw = of.part<Raw>(0, j);
+      return static_cast<Raw>(raw & static_cast<Raw>(static_cast<Raw>(~Raw{0}) >> 1)) > most ? quiet_nan : raw;
+    });
   }
 
-  int same_of(Dtype dtype) const {
+  int same_of(const Reader& of, Dtype dtype) const {
     switch (dtype) {
-      case Dtype::f64: return same<uint64_t>(0x7ff0000000000000u);
-      case Dtype::f32: return same<uint32_t>(0x7f800000u);
-      case Dtype::f16: return same<uint16_t>(0x7c00u);
-      case Dtype::bf16: return same<uint16_t>(0x7f80u);
-      case Dtype::i64: return same<uint64_t>(0);
-      case Dtype::i32: return same<uint32_t>(0);
-      case Dtype::i16: return same<uint16_t>(0);
-      default: return same<uint8_t>(0);
+      case Dtype::f64: return same<uint64_t>(of, 0x7ff0000000000000u);
+      case Dtype::f32: return same<uint32_t>(of, 0x7f800000u);
+      case Dtype::f16: return same<uint16_t>(of, 0x7c00u);
+      case Dtype::bf16: return same<uint16_t>(of, 0x7f80u);
+      case Dtype::i64: return same<uint64_t>(of, 0);
+      case Dtype::i32: return same<uint32_t>(of, 0);
+      case Dtype::i16: return same<uint16_t>(of, 0);
+      default: return same<uint8_t>(of, 0);
     }
   }
 
@@ -120,28 +120,22 @@ struct Writer {
   // there changes it.
   template <class Estimate>
   int whole_products(const Reader& of, const Estimate& estimate) const {
-    bool fits = true;
-    for (int64_t j = 0; j < states.n; ++j) {
+    return exact<uint64_t>([=](int64_t j) { return static_cast<uint64_t>(of.integer(3, j)); }, [=](int64_t j) {
       const int64_t wrapped = of.integer(3, j);
       const double about = estimate(j);
       const bool same_sign = (wrapped > 0) == (about > 0.0) && (wrapped < 0) == (about < 0.0);
-      fits &= !valid(j) || (size_of(about) < 0x1p63 * (1 + 1e-9) && same_sign);
-      store(j, static_cast<uint64_t>(wrapped));
-    }
-    return fits ? fill_done : fill_refused;
+      return !(size_of(about) < 0x1p63 * (1 + 1e-9) && same_sign);
+    });
   }
 
   // The largest less the smallest integer; refused where that leaves the dtype.
   template <class Whole>
   int whole_ranges(const Reader& of) const {
-    bool fits = true;
-    for (int64_t j = 0; j < states.n; ++j) {
-      Whole range;
-      const bool overflows = __builtin_sub_overflow(of.part<Whole>(1, j), of.part<Whole>(0, j), &range);
-      fits &= !valid(j) || (!overflows && range >= 0);
-      store(j, static_cast<std::make_unsigned_t<Whole>>(range));
-    }
-    return fits ? fill_done : fill_refused;
+    using Raw = std::make_unsigned_t<Whole>;
+    const auto range = [=](int64_t j) { return static_cast<Raw>(of.part<Raw>(1, j) - of.part<Raw>(0, j)); };
+    return exact<Raw>(range, [=](int64_t j) {
+      return std::is_signed_v<Whole> && static_cast<Whole>(range(j)) < 0;  // of largest >= smallest
+    });
   }
 
   template <class Cell>
@@ -168,28 +162,48 @@ struct Writer {
 
   // Exact sums; refused where one leaves int64.
   int integers(const Reader& of) const {
-    bool fits = true;
-    for (int64_t j = 0; j < states.n; ++j) {
+    const auto sum = [=](int64_t j) {
+      return (static_cast<uint64_t>(of.integer(0, j)) << 32) + static_cast<uint64_t>(of.integer(1, j));
+    };
+    return exact<uint64_t>(sum, [=](int64_t j) {
       const int64_t high = of.integer(0, j);
-      fits &= high >= -(int64_t{1} << 31) && high < int64_t{1} << 31;
-      store(j, (static_cast<uint64_t>(high) << 32) + static_cast<uint64_t>(of.integer(1, j)));
-    }
-    return fits ? fill_done : fill_refused;
+      return high < -(int64_t{1} << 31) || high >= int64_t{1} << 31;
+    });
   }
 };
 
-}  // namespace
-}  // namespace MASKSERVE_ISA
+// The count from which a result is valid.
+int64_t fewest(const Limits& limits) {
+  constexpr double most = 0x1p62;
+  const double needs = limits.needs < -most ? -most : limits.needs > most ? most : limits.needs;
+  const int64_t above = static_cast<int64_t>(std::floor(needs)) + 1;
+  return limits.min_count > above ? limits.min_count : above;
+}
 
-int finish(int kernel, const States& states, const Options& options, const Limits& limits, Dtype dtype,
+NEVER_INLINE void write_validity(const int64_t* count_ptr, int64_t n, int64_t fewest, unsigned char* mask_ptr) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) mask_ptr[j] = count_ptr[j] >= fewest;
+}
+
+bool is_weighted(Finish kernel) {
+  return kernel == Finish::weighted_sum || kernel == Finish::weighted_mean || kernel == Finish::weighted_var ||
+         kernel == Finish::weighted_std;
+}
+
+}  // namespace
+
+int finish(Finish kernel, const States& states, const Options& options, const Limits& limits, Dtype dtype,
            unsigned char* values_ptr, unsigned char* mask_ptr) {
-  using namespace MASKSERVE_ISA;
-  const Reader of{states, options};
-  Writer to{states, limits, values_ptr, mask_ptr};
+  const Reader of(states, options);
+  const Writer to{states.n, values_ptr, mask_ptr};
+  write_validity(states.count_ptr, states.n, fewest(limits), mask_ptr);
+  if (is_weighted(kernel)) {
+    for (int64_t j = 0; j < states.n; ++j) mask_ptr[j] &= of.number(0, j) != 0.0;
+  }
   const auto nonzero = [](double weight) { return weight == 0.0 ? 1.0 : weight; };
   const auto weighted_variance = [=](int64_t j) { return of.number(3, j) / nonzero(of.number(0, j)); };
   const auto product = [=](int64_t j) { return scaled(of.number(0, j) + of.number(1, j), of.integer(2, j)); };
-  switch (static_cast<Finish>(kernel)) {
+  switch (kernel) {
     case Finish::sum: return to.doubles(dtype, [=](int64_t j) { return of.number(0, j); });
     case Finish::sum_pair:
       return to.doubles(dtype, [=](int64_t j) { return (of.number(0, j) + of.number(1, j)) * of.scale(j); });
@@ -202,52 +216,46 @@ int finish(int kernel, const States& states, const Options& options, const Limit
     case Finish::mean_limbs: return to.doubles(dtype, [=](int64_t j) { return of.limbs(j) / of.n(j); });
     case Finish::var: return to.doubles(dtype, [=](int64_t j) { return of.variance(j); });
     case Finish::std: return to.doubles(dtype, [=](int64_t j) { return std::sqrt(of.variance(j)); });
-    case Finish::same: return to.same_of(dtype);
-    case Finish::count:
-      for (int64_t j = 0; j < states.n; ++j) to.store(j, static_cast<uint64_t>(states.count_ptr[j]));
-      return fill_done;
-    case Finish::at:
-      for (int64_t j = 0; j < states.n; ++j) to.store(j, static_cast<uint64_t>(of.integer(1, j)));
-      return fill_done;
-    case Finish::any:
-      for (int64_t j = 0; j < states.n; ++j) to.store(j, static_cast<uint8_t>(of.integer(0, j) > 0));
-      return fill_done;
+    case Finish::same: return to.same_of(of, dtype);
+    case Finish::count: return to.exact<uint64_t>([=](int64_t j) { return static_cast<uint64_t>(of.count_ptr[j]); });
+    case Finish::at: return to.exact<uint64_t>([=](int64_t j) { return static_cast<uint64_t>(of.integer(1, j)); });
+    case Finish::any: return to.exact<uint8_t>([=](int64_t j) { return static_cast<uint8_t>(of.integer(0, j) > 0); });
     case Finish::all:
-      for (int64_t j = 0; j < states.n; ++j) {
-        to.store(j, static_cast<uint8_t>(of.integer(0, j) == states.count_ptr[j]));
-      }
-      return fill_done;
+      return to.exact<uint8_t>([=](int64_t j) { return static_cast<uint8_t>(of.integer(0, j) == of.count_ptr[j]); });
     case Finish::logsumexp: return to.doubles(dtype, [=](int64_t j) { return of.log_sum(j); });
     case Finish::prod:
       return dtype == Dtype::i64 ? to.whole_products(of, product) : to.doubles(dtype, product);
     case Finish::ptp: return to.ranges_of(of, dtype);
     case Finish::weighted_sum:
-      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
       return to.doubles(dtype, [=](int64_t j) {
         return (of.number(2, j) + of.number(3, j)) * (of.integer(4, j) ? 0x1p128 : 1.0);
       });
     case Finish::weighted_mean:
-      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
       return to.doubles(dtype, [=](int64_t j) {
         return (of.number(2, j) + of.number(3, j)) / nonzero(of.number(0, j) + of.number(1, j)) *
                (of.integer(4, j) ? 0x1p128 : 1.0);
       });
     case Finish::weighted_var:
-      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
       return to.doubles(dtype, weighted_variance);
     case Finish::weighted_std:
-      to.weight_ptr = static_cast<const double*>(states.part_ptr[0]);
       return to.doubles(dtype, [=](int64_t j) { return std::sqrt(weighted_variance(j)); });
     case Finish::norm: {
       const Order order = order_of(options.ord);
-      return to.doubles(dtype, [=](int64_t j) { return norm_of(order, of.number(0, j), of.number(1, j), of.number(2, j)); });
+      const auto norms = [&](auto known) {  // a vector loop where the order is known
+        return to.doubles(dtype, [=](int64_t j) {
+          return norm_of(known ? Order::two : order, of.number(0, j), of.number(1, j), of.number(2, j));
+        });
+      };
+      return order == Order::two ? norms(std::true_type()) : norms(std::false_type());
     }
   }
   return fill_refused;
 }
 
 void raise(const double* cells_ptr, double* raised_ptr, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) raised_ptr[j] = MASKSERVE_ISA::exponential(cells_ptr[j]);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) raised_ptr[j] = exponential(cells_ptr[j]);
 }
 
+}  // namespace MASKSERVE_ISA
 }  // namespace maskserve

@@ -34,7 +34,7 @@ ALWAYS_INLINE double power(double size) {
 }
 
 // (total + low)^(1 / ord) * scale.
-inline double norm_of(Order order, double total, double low, double scale) {
+ALWAYS_INLINE double norm_of(Order order, double total, double low, double scale) {
   switch (order) {
     case Order::one: return (total + low) * scale;
     case Order::inverse: return 1.0 / (total + low) * scale;

@@ -362,7 +362,7 @@ void run_finish(int kernel, Dtype result, Hash& hash) {
   for (int k = 0; k < n_parts; ++k) states.part_ptr[k] = words[k].data();
   std::vector<uint64_t> values(n);
   std::vector<unsigned char> valid(n);
-  const int status = finish(kernel, states, some_options(), {1, 0.0}, result,
+  const int status = variant().finish(static_cast<Finish>(kernel), states, some_options(), {1, 0.0}, result,
                             reinterpret_cast<unsigned char*>(values.data()), valid.data());
   hash.add(&status, sizeof status);
   if (status == fill_refused) return;

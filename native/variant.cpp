@@ -23,6 +23,8 @@ namespace maskserve {
   MASKSERVE_SELECTIONS(MASKSERVE_SELECT)                                                                      \
   MASKSERVE_SEARCHES(MASKSERVE_SEARCH)                                                                        \
   MASKSERVE_PULLS(MASKSERVE_PULL)                                                                             \
+  int finish(Finish, const States&, const Options&, const Limits&, Dtype, unsigned char*, unsigned char*);    \
+  void raise(const double*, double*, int64_t);                                                                \
   void ties(const Block&, const Above&, int64_t*);                                                            \
   void keep(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                             \
   void keep_reached(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                     \
@@ -32,7 +34,9 @@ namespace maskserve {
                       {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},                                                   \
                       {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},                                                   \
                       {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)},                                              \
-                      {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)}};                                                 \
+                      {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)},                                                  \
+                      finish,                                                                                 \
+                      raise};                                                                                 \
   const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)}, ties, keep, keep_reached, to_reach, to_mask}; \
   }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from maskserve.errors import BackendError, nearest
@@ -56,6 +57,8 @@ class Finisher(Backend, Protocol):
     """
 
     def takes_cells(self, plan: Plan) -> bool: ...
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 
     def run(
         self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None

@@ -101,11 +101,6 @@ def launch(plan: Plan) -> Launch | None:
     )
 
 
-def will_write(cells: Tensor) -> None:
-    """Have dense memory that is about to be written come in huge pages, where the system leaves that to programs."""
-    native().will_write(cells.data_ptr(), cells.nbytes)
-
-
 def strided(cells: Tensor | None) -> tuple[int, ...]:
     """Address and strides of a block's operand; n repeats where it has size 1."""
     if cells is None:
