@@ -13,6 +13,9 @@ from maskserve.errors import NanError
 from maskserve.ops.rows import Normalization, Row
 from maskserve.plan import Plan
 
+NARROW = 512
+"""Columns side by side from which rows are read at full speed."""
+
 
 class Cells:
     """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
@@ -118,7 +121,8 @@ def cut(plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: boo
     outer, n, inner = shape
     run, width = n, inner
     if n * inner > block_cells:
-        width = min(inner, max(1, block_cells // max(1, n if whole else min(n, plan.leaf))))
+        # narrow and tall rather than wide and low: states of a slice's parts cost their joining
+        width = min(inner, max(1 if whole else min(NARROW, block_cells // min(n, plan.leaf)), block_cells // n, 1))
         if not whole and n * width > block_cells:
             leaves = max(1, block_cells // (plan.leaf * width))
             run = plan.leaf << (leaves.bit_length() - 1)

@@ -155,7 +155,7 @@ def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
 
         return reduce_block
 
-    tiles = cut(plan, cells.shape, block_cells(finisher), whole=True).tiles
+    tiles = cut(plan, cells.shape, block_cells(finisher, cells.shape), whole=True).tiles
     in_parallel(finisher, outer * n * inner, [task(*tile) for tile in tiles])
     return (values.view(plan.out_shape), valid.view(plan.out_shape)) if all(served) else None
 
@@ -193,7 +193,7 @@ def lift_all(plan: Plan, cells: Cells) -> Parts:
     """The parts of every result cell, (outer, inner), over blocks."""
     outer, n, inner = cells.shape
     backend = backend_of(plan)
-    blocks = cut(plan, cells.shape, block_cells(backend))
+    blocks = cut(plan, cells.shape, block_cells(backend, cells.shape))
     merge = backend.merge(plan)
     states: Parts = {
         part.name: torch.empty(
@@ -320,7 +320,7 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
         return select_block
 
     if not (finisher and search_all(plan, cells, finisher, values, counts)):
-        tiles = cut(plan, cells.shape, block_cells(backend), whole=True).tiles
+        tiles = cut(plan, cells.shape, block_cells(backend, cells.shape), whole=True).tiles
         in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
     finished = None
     if finisher:
@@ -332,7 +332,7 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
 def search_all(plan: Plan, cells: Cells, finisher: Finisher, values: Tensor, counts: Tensor) -> bool:
     """Slices of more cells than a block, a few side by side at a time; False where they are shorter, or it cannot."""
     outer, n, inner = cells.shape
-    most = block_cells(finisher)
+    most = block_cells(finisher, cells.shape)
     if n * min(inner, SEARCHED_TOGETHER) <= max(most // 4, SEARCHED_TOGETHER):
         return False
     for row, columns in product(range(outer), spans(inner, SEARCHED_TOGETHER)):
@@ -390,7 +390,7 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     result, valid = empty_like(plan, cells)
     backend = backend_of(plan)
     merge = backend.merge(plan)
-    blocks = cut(plan, cells.shape, block_cells(backend))
+    blocks = cut(plan, cells.shape, block_cells(backend, cells.shape))
     for rows, columns in blocks.tiles:
         states = [lift(plan, backend, cells, rows, span, columns) for span in blocks.runs]
         state = join(merge, {name: torch.stack([s[name] for s in states], 1) for name in states[0]}, 1)
@@ -413,7 +413,7 @@ def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> M
     result, valid = empty_like(plan, cells, size)
     if not n:
         return result.view(plan.out_shape), valid.view(plan.out_shape)
-    for rows, columns in cut(plan, cells.shape, block_cells(backend_of(plan)), whole=True).tiles:
+    for rows, columns in cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape), whole=True).tiles:
         values, own = kernel(row.scan).scan(plan, *cells.block(rows, slice(0, n), columns))
         write(plan, result, valid, (rows, slice(0, size), columns), values, own)
     return result.view(plan.out_shape), valid.view(plan.out_shape)
@@ -448,7 +448,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor
         return fill_block
 
     if result.numel():
-        blocks = cut(plan, cells.shape, block_cells(finisher), whole=whole)
+        blocks = cut(plan, cells.shape, block_cells(finisher, cells.shape), whole=whole)
         tasks = [task(rows, run, columns) for rows, columns in blocks.tiles for run in blocks.runs]
         in_parallel(finisher, result.numel(), tasks)
     if overflowed:  # one warning, however many blocks

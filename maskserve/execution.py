@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 from maskserve.backends import Backend, Finisher, choose
@@ -17,6 +18,10 @@ from maskserve.plan import Plan
 
 SMALL = 1 << 16
 """Cells below which one block in this thread beats handing work out."""
+
+
+BLOCKS_A_THREAD = 4
+"""So that threads end at about the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +93,10 @@ def in_parallel(backend: Backend, n_cells: int, tasks: list[Callable[[], None]])
                 future.result()
 
 
-def block_cells(backend: Backend) -> int:
-    return execution().block_cells or backend.block_cells
+def block_cells(backend: Backend, shape: tuple[int, ...]) -> int:
+    """The cells of a block of a tensor of this shape: as many as the back end likes, and some blocks for each thread."""
+    share = max(SMALL, prod(shape) // (BLOCKS_A_THREAD * n_threads()))
+    return execution().block_cells or min(backend.block_cells, share)
 
 
 def backend_of(plan: Plan) -> Backend:

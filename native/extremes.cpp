@@ -80,7 +80,8 @@ struct TileBest {
   }
 };
 
-constexpr int64_t n_key_rows = 4096;
+// As many as a tile has room for: at most 128 runs of a period, so that the number of one is an int8.
+inline int64_t most_key_rows(const Block& block) { return least(4096, n_tile / least(block.inner + 1, n_tile_lanes)); }
 
 template <class Key>
 NEVER_INLINE bool best_cells(const Block& block, const Parts& parts, const Key& key) {
@@ -95,7 +96,7 @@ NEVER_INLINE bool best_cells(const Block& block, const Parts& parts, const Key& 
   Best<Key>& lane = room->lanes;
   TileBest<Key>& tile = room->tile;
   const bool with_at = parts.part_ptr[1] != nullptr;
-  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  const int64_t most_rows = most_key_rows(block);
   each_window(block, most_rows, [&](Window& w) {
     const int64_t lanes = w.lanes();
     for (int64_t l = 0; l < lanes; ++l) lane.best[l] = key.hidden, lane.at[l] = lane.count[l] = 0, lane.found[l] = false;
@@ -151,7 +152,7 @@ NEVER_INLINE bool range_cells(const Block& block, const Parts& parts, const Key&
   Key low_key = high_key;  // what stands for a masked cell is the same in both orders
   low_key.flip = static_cast<typename Key::Raw>(~high_key.flip);
   const Key keys[2] = {low_key, high_key};
-  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  const int64_t most_rows = most_key_rows(block);
   each_window(block, most_rows, [&](Window& w) {
     const int64_t lanes = w.lanes();
     for (int64_t l = 0; l < lanes; ++l) room->best[0][l] = room->best[1][l] = high_key.hidden, room->count[l] = 0;
@@ -201,7 +202,7 @@ NEVER_INLINE bool true_cells(const Block& block, const Parts& parts, Raw magnitu
     alignas(64) int64_t count[n_tile_lanes];
   };
   const std::unique_ptr<Room> room(new Room);
-  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  const int64_t most_rows = most_key_rows(block);
   each_window(block, most_rows, [&](Window& w) {
     for (int64_t l = 0; l < w.lanes(); ++l) room->trues[l] = room->count[l] = 0;
     for (w.i = 0; w.i < block.n; w.i += most_rows) {
@@ -222,7 +223,7 @@ NEVER_INLINE bool true_cells(const Block& block, const Parts& parts, Raw magnitu
 bool count_numbers(const Block& block, const Parts& parts) {
   alignas(64) unsigned char keep[n_tile];
   alignas(64) int64_t count[n_tile_lanes];
-  const int64_t most_rows = block.inner == 1 ? n_key_rows : 64;
+  const int64_t most_rows = most_key_rows(block);
   each_window(block, most_rows, [&](Window& w) {
     for (int64_t l = 0; l < w.lanes(); ++l) count[l] = 0;
     for (w.i = 0; w.i < block.n; w.i += most_rows) {

@@ -41,8 +41,8 @@ ALWAYS_INLINE double norm_of(Order order, double total, double low, double scale
     case Order::half: return (is_finite(total) ? total * total + 2.0 * total * low : total) * scale;
     case Order::two:
     case Order::inverse_square: {
-      const double plain = __builtin_sqrt(total);
-      const double better = plain > 0.0 && is_finite(plain) ? plain + low / (2.0 * plain) : plain;
+      const double plain = __builtin_sqrt(total), corrected = plain + low / (2.0 * plain);
+      const double better = plain > 0.0 && is_finite(plain) ? corrected : plain;
       return (order == Order::two ? better : 1.0 / better) * scale;
     }
     case Order::three: {  // one step of Newton's method makes good what the root was rounded by

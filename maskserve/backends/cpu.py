@@ -240,7 +240,7 @@ class CpuBackend:
 
     name = "cpu"
     omits_nan = True
-    block_cells = 1 << 20  # a call costs some 10 us in Python; the kernel tiles for the caches by itself
+    block_cells = 1 << 22  # a call costs some 10 us in Python; the kernel tiles for the caches by itself
     threads_inside = False
 
     def why_not(self, plan: Plan) -> str | None:
