@@ -413,9 +413,34 @@ void run_large() {
 }
 #endif
 
+// One kernel on f32, `repeats` times: what one more of them costs is what the kernel does.
+int run_again(const char* name, const Shape& shape, int repeats) {
+  Random random{1};
+  const Case given(shape, Dtype::f32, layouts[0], Masks::some, false, random);
+  std::vector<uint64_t> room(static_cast<size_t>(n_parts + 1) * static_cast<size_t>(shape.cells()));
+  const auto part_ptr = [&](int64_t k) { return room.data() + k * shape.cells(); };
+  Parts parts{reinterpret_cast<int64_t*>(part_ptr(n_parts)), {}};
+  for (int k = 0; k < n_parts - 1; ++k) parts.part_ptr[k] = part_ptr(k);
+  if (is_one_of(name, {"largest", "smallest"})) parts.part_ptr[1] = nullptr;  // the cell, not where it stands
+  const Filled filled{reinterpret_cast<unsigned char*>(part_ptr(0)), reinterpret_cast<unsigned char*>(part_ptr(1)),
+                      {nullptr, shape.n * shape.inner, shape.inner, 1}, Dtype::f32};
+  for (int k = 0; k < repeats; ++k) {
+    for (int kernel = 0; kernel < n_lifts; ++kernel) {
+      if (!std::strcmp(name, lift_names[kernel])) variant().lifts[kernel](given.block, some_options(), parts);
+    }
+    for (int kernel = 0; kernel < n_fills; ++kernel) {
+      if (!std::strcmp(name, fill_names[kernel])) variant().fills[kernel](given.block, some_options(), filled);
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 7 && !std::strcmp(argv[1], "--again")) {
+    return run_again(argv[2], {std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5])}, std::atoi(argv[6]));
+  }
   bool quick = false, large = false;
   for (int k = 1; k < argc; ++k) {
     quick |= !std::strcmp(argv[k], "--quick");
