@@ -105,6 +105,5 @@ def _from_lengths(lengths: torch.Tensor, of: TensorInfo, name: str) -> torch.Ten
 
 def _from_bits(packed: torch.Tensor, of: TensorInfo) -> torch.Tensor:
     """(..., ceil(n / 8)) bytes -> (..., n) bools, the lowest bit first; what pads the last byte is not looked at."""
-    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    rows = bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8)
-    return rows[..., : of.shape[-1]].to(torch.bool).contiguous()
+    rows = np.unpackbits(packed.numpy(), axis=-1, count=of.shape[-1], bitorder="little")
+    return torch.from_numpy(rows.view(np.bool_))
