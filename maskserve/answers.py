@@ -170,14 +170,19 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
     return planned
 
 
-def run(request: Request, payload: Payload, others: Payloads = NOTHING) -> Answer:
+def run(
+    request: Request, payload: Payload, others: Payloads = NOTHING, admit: Callable[[int], None] | None = None
+) -> Answer:
     """Every variable of the payload computed on, or passed through where it lacks the named dim.
 
-    `others` are payloads by the word that the request has for them in place of a tensor's name.
+    `others` are payloads by the word that the request has for them in place of a tensor's name; `admit` hears the bytes
+    of the answer before they are computed, and may raise.
     """
     variables = resolved(request, payload, others)
     planned = steps(request, variables, payload, others)
     refuse_growth(planned, payload)
+    if admit:
+        admit(sum(step.bytes_written for step in planned))
     if request.is_gradient:
         results = [r for step in planned for r in gradient_results(request, payload, step)]
     else:

@@ -22,7 +22,7 @@ from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError
-from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel, nan_policy
+from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel, in_turn, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
@@ -391,7 +391,7 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     backend = backend_of(plan)
     merge = backend.merge(plan)
     blocks = cut(plan, cells.shape, block_cells(backend, cells.shape))
-    for rows, columns in blocks.tiles:
+    for rows, columns in in_turn(blocks.tiles):
         states = [lift(plan, backend, cells, rows, span, columns) for span in blocks.runs]
         state = join(merge, {name: torch.stack([s[name] for s in states], 1) for name in states[0]}, 1)
         enough = None if row.needs is None else (state["count"] > row.needs(plan.params)).unsqueeze(1)
@@ -413,7 +413,8 @@ def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> M
     result, valid = empty_like(plan, cells, size)
     if not n:
         return result.view(plan.out_shape), valid.view(plan.out_shape)
-    for rows, columns in cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape), whole=True).tiles:
+    tiles = cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape), whole=True).tiles
+    for rows, columns in in_turn(tiles):
         values, own = kernel(row.scan).scan(plan, *cells.block(rows, slice(0, n), columns))
         write(plan, result, valid, (rows, slice(0, size), columns), values, own)
     return result.view(plan.out_shape), valid.view(plan.out_shape)

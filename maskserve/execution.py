@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from maskserve.backends import Backend, Finisher, choose
 from maskserve.errors import SettingsError
 from maskserve.plan import Plan
 
+T = TypeVar("T")
 SMALL = 1 << 16
 """Cells below which one block in this thread beats handing work out."""
 
 
+WAITING = 64
+"""Threads for requests with checkpoints, where most of them wait for their turn."""
 BLOCKS_A_THREAD = 4
 """So that threads end at about the same time."""
 
@@ -31,6 +34,8 @@ class Execution:
     backend: str | None = None
     threads: int | None = None
     block_cells: int | None = None
+    checkpoint: Callable[[], None] | None = None
+    """Called before each block, in the thread that will compute it: it may wait, and what it raises ends the request."""
 
 
 _DEFAULT = Execution()
@@ -43,9 +48,17 @@ def execution() -> Execution:
 
 
 @contextmanager
-def using(*, backend: str | None = None, threads: int | None = None, block_cells: int | None = None) -> Iterator[None]:
-    """Run what is inside with this back end (by name), threads and block size; None leaves a choice as it is."""
-    given: dict[str, Any] = {"backend": backend, "threads": threads, "block_cells": block_cells}
+def using(
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    block_cells: int | None = None,
+    checkpoint: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """Run what is inside with this back end (by name), threads, block size and checkpoint; None leaves one as it is."""
+    given: dict[str, Any] = {
+        "backend": backend, "threads": threads, "block_cells": block_cells, "checkpoint": checkpoint
+    }  # fmt: skip
     token = _execution.set(replace(execution(), **{k: v for k, v in given.items() if v is not None}))
     try:
         yield
@@ -73,24 +86,42 @@ def in_parallel(backend: Backend, n_cells: int, tasks: list[Callable[[], None]])
     """Run the tasks, on the shared pool where that pays; the first error is raised."""
     threads = 1 if backend.threads_inside or n_cells < SMALL else min(n_threads(), len(tasks))
     if threads <= 1:
-        for task in tasks:
+        for task in in_turn(tasks):
             task()
         return
-    waiting = iter(tasks)
+    left = iter(tasks)
+    waiting = in_turn(left)
 
     def work() -> None:
         for task in waiting:
             task()
 
-    futures = [pool(n_threads()).submit(work) for _ in range(threads - 1)]
+    helpers = pool(n_threads() if execution().checkpoint is None else WAITING)
+    futures = [helpers.submit(work) for _ in range(threads - 1)]
     try:
         work()  # this thread too: waking another one takes longer than a small block
     finally:
-        for _ in waiting:  # after an error nothing more is begun
+        for _ in left:  # after an error nothing more is begun
             pass
         for future in futures:
             if not future.cancel():
                 future.result()
+
+
+class in_turn(Generic[T]):  # noqa: N801  # an iterator, as zip is
+    """The blocks of a request, each after a checkpoint. Threads may share it: no generator, which one at a time can use."""
+
+    def __init__(self, blocks: Iterable[T]) -> None:
+        self._blocks = iter(blocks)
+        self._checkpoint = execution().checkpoint
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._checkpoint is not None:
+            self._checkpoint()
+        return next(self._blocks)
 
 
 def block_cells(backend: Backend, shape: tuple[int, ...]) -> int:

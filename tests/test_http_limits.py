@@ -44,14 +44,14 @@ def alive(service: Running) -> bool:
 
 @contextmanager
 def lane_blocked(service: Running) -> Iterator[None]:
-    """The lane's thread is busy until the block ends."""
+    """One request has the lane's turn until the block ends."""
     release, started = threading.Event(), threading.Event()
 
     def occupy() -> None:
         started.set()
         release.wait(30)
 
-    service.service.lane._submit(occupy)
+    service.service.lane.submit(occupy)
     assert started.wait(10)
     try:
         yield
@@ -196,7 +196,7 @@ def test_who_goes_away_is_not_computed_for(service: Running, monkeypatch: pytest
             wait_until(lambda: lane.n_pending == 1)
         wait_until(lambda: lane.n_pending == 0)
     assert service.service.memory.held_bytes == 0
-    lane._submit(lambda: None).result(10)  # the queue is worked off
+    lane.submit(lambda: None).future.result(10)  # the queue is worked off
     assert not computed.is_set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 from starlette.datastructures import Headers
@@ -15,11 +16,15 @@ from maskserve_api.errors import BusyError, Disconnected, FramingError
 
 
 class Memory:
-    """The bytes of all bodies in flight, bounded; charged as they come, so that a promise alone blocks nobody."""
+    """The bytes of all requests in flight and of their answers, bounded.
+
+    Bodies are charged as they come, so that a promise alone blocks nobody; answers before they are computed.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
+        self.lock = Lock()
 
     @contextmanager
     def claim(self) -> Iterator[Claim]:
@@ -27,7 +32,8 @@ class Memory:
         try:
             yield claim
         finally:
-            self.held_bytes -= claim.n_bytes
+            with self.lock:
+                self.held_bytes -= claim.n_bytes
 
 
 class Claim:
@@ -38,10 +44,11 @@ class Claim:
         self.n_bytes = 0
 
     def add(self, n_bytes: int) -> None:
-        if self.memory.held_bytes + n_bytes > self.memory.limit_bytes:
-            raise BusyError("the service holds as many bytes of requests as it may; try again")
-        self.memory.held_bytes += n_bytes
-        self.n_bytes += n_bytes
+        with self.memory.lock:
+            if self.memory.held_bytes + n_bytes > self.memory.limit_bytes:
+                raise BusyError("the service holds as many bytes of requests as it may; try again")
+            self.memory.held_bytes += n_bytes
+            self.n_bytes += n_bytes
 
 
 def declared_bytes(headers: Headers, max_body: int) -> int | None:

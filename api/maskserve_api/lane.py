@@ -1,4 +1,4 @@
-"""One worker thread behind a bounded queue: computing never blocks the event loop."""
+"""Computing beside the event loop: a bounded number of requests, each in a thread, that take turns block by block."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ from typing import Any, Generic, TypeVar
 
 from starlette.types import Receive
 
+from maskserve.execution import using
 from maskserve_api.errors import BusyError, DeadlineError, Disconnected
+from maskserve_api.turns import Turn, Turns
 
 T = TypeVar("T")
 
 
 class Lane:
-    """Runs work one after the other. Work that is queued can be cancelled; work that runs goes on to its end."""
+    """Runs at most `limit` requests. One that is cancelled ends before its next block, and gives the device away."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.n_pending = 0
+        self.turns = Turns()
         self._tasks: SimpleQueue[Task[Any]] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._idle = threading.Semaphore(0)
 
     async def run(self, work: Callable[[], T], receive: Receive, deadline_s: float) -> T:
         """What `work` gives, unless the loop's clock reaches `deadline_s` or the client goes away before."""
         if self.n_pending >= self.limit:
             raise BusyError(f"{self.limit} requests are waiting, as many as may; try again")
         self.n_pending += 1
-        done: asyncio.Future[T] = asyncio.wrap_future(self._submit(work))
+        task = self.submit(work)
+        done = asyncio.wrap_future(task.future)
         gone = asyncio.ensure_future(receive())
         try:
             left_s = deadline_s - asyncio.get_running_loop().time()
@@ -44,29 +48,35 @@ class Lane:
         finally:
             self.n_pending -= 1
             done.cancel()
+            task.cancel()
             gone.cancel()
 
-    def _submit(self, work: Callable[[], T]) -> Future[T]:
-        if self._thread is None:
-            # a daemon: what still runs when the grace is over must not keep the process
-            self._thread = threading.Thread(target=self._work, name="maskserve-lane", daemon=True)
-            self._thread.start()
-        task = Task(work)
+    def submit(self, work: Callable[[], T]) -> Task[T]:
+        task = Task(work, self.turns)
         self._tasks.put(task)
-        return task.future
+        if not self._idle.acquire(blocking=False):
+            # a daemon: what still runs when the grace is over must not keep the process
+            threading.Thread(target=self._work, name="maskserve-lane", daemon=True).start()
+        return task
 
     def _work(self) -> None:
         while True:
             self._tasks.get().run()  # bound to no name: while it waits, this thread holds no request's memory
+            self._idle.release()
 
 
 class Task(Generic[T]):
     """Work to be done once; cancelled, it lets go of what it holds at once, though it still stands in the queue."""
 
-    def __init__(self, work: Callable[[], T]) -> None:
+    def __init__(self, work: Callable[[], T], turns: Turns) -> None:
         self.future: Future[T] = Future()
+        self.turns, self.turn = turns, Turn()
         self._work: Callable[[], T] | None = work
         self.future.add_done_callback(self._forget)
+
+    def cancel(self) -> None:
+        self.future.cancel()
+        self.turns.cancel(self.turn)
 
     def _forget(self, future: Future[T]) -> None:
         self._work = None
@@ -76,6 +86,8 @@ class Task(Generic[T]):
             return
         assert self._work is not None
         try:
-            self.future.set_result(self._work())
+            with self.turns.taken(self.turn), using(checkpoint=lambda: self.turns.checkpoint(self.turn)):
+                result = self._work()
+            self.future.set_result(result)
         except BaseException as error:  # the thread serves all requests: whatever one raises is that one's
             self.future.set_exception(error)

@@ -62,7 +62,7 @@ class Verb:
                         body = await read_body(receive, n_bytes, self.service.max_body, claim)
                 except TimeoutError:
                     raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
-            work = Work(request=request, body=body, question=question, answer=answer, stages=stages)
+            work = Work(request=request, body=body, question=question, answer=answer, stages=stages, admit=claim.add)
             reply = await self.replied(work, receive, deadline_s)
             await sent(reply, answer, stages, self.service.request_timeout_s, send)
 

@@ -65,6 +65,8 @@ class Work:
     question: Form
     answer: Form
     stages: Stages
+    admit: Callable[[int], None] | None = None
+    """Hears how many bytes the answer will have, and may refuse."""
     _payload: BytesPayload | None = None
 
     def is_small(self) -> bool:
@@ -90,7 +92,7 @@ class Work:
         """Everything that can fail has been done when it returns."""
         payload = self.payload()
         with self.stages.stage("compute"):
-            computed = answers.run(self.request, payload)
+            computed = answers.run(self.request, payload, admit=self.admit)
         with self.stages.stage("encode"):
             return ENCODERS[self.answer](computed, payload)
 

@@ -1,0 +1,116 @@
+"""Requests take turns block by block: no one waits for another's end, and one that is cancelled ends at its next block."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import maskserve as ms
+from maskserve.execution import in_turn, using
+from maskserve_api.lane import Lane
+from maskserve_api.turns import Cancelled
+from tests.http_service import wait_until
+
+BLOCK_S = 0.002
+
+
+def blocks(n: int, done: list[str], name: str) -> Callable[[], str]:
+    """A request of `n` blocks, each of which is noted in `done`."""
+
+    def work() -> str:
+        for _ in in_turn(range(n)):
+            time.sleep(BLOCK_S)
+            done.append(name)
+        return name
+
+    return work
+
+
+def test_a_short_request_overtakes_a_long_one() -> None:
+    lane, done = Lane(8), list[str]()
+    long = lane.submit(blocks(2000, done, "long"))
+    wait_until(lambda: len(done) > 3)
+    short = lane.submit(blocks(5, done, "short"))
+    assert short.future.result(30) == "short"
+    assert not long.future.done()
+    long.cancel()
+    with pytest.raises(Cancelled):
+        long.future.result(30)
+    assert done.count("long") < 2000
+
+
+def test_equal_requests_share_alike() -> None:
+    lane, done = Lane(8), list[str]()
+    names = ["a", "b", "c"]
+    tasks = [lane.submit(blocks(60, done, name)) for name in names]
+    assert [task.future.result(60) for task in tasks] == names
+    first_half = done[: len(done) // 2]
+    assert all(first_half.count(name) >= 10 for name in names)
+
+
+def test_one_block_at_a_time() -> None:
+    lane, inside, most = Lane(64), [0], [0]
+
+    def work() -> None:
+        for _ in in_turn(range(5)):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(BLOCK_S)
+            inside[0] -= 1
+
+    for task in [lane.submit(work) for _ in range(12)]:
+        task.future.result(60)
+    assert most == [1]
+
+
+def test_an_error_gives_the_turn_away() -> None:
+    lane = Lane(8)
+
+    def fail() -> None:
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        lane.submit(fail).future.result(30)
+    assert lane.submit(lambda: 1).future.result(30) == 1
+    assert lane.turns.holder is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_real_request_ends_at_its_next_block(backend: str, threads: int) -> None:
+    """The engine asks before each block, in each of its threads, and drops the rest when it is told to."""
+    lane, begun = Lane(8), threading.Event()
+    cells = ms.as_masked_tensor(torch.ones(400, 512), torch.ones(400, 512, dtype=torch.bool))
+
+    def work() -> None:
+        with using(backend=backend, threads=threads, block_cells=512):
+            while True:
+                begun.set()
+                ms.cumsum(cells, 1)
+                ms.sum(cells, 1)
+
+    task = lane.submit(work)
+    assert begun.wait(30)
+    task.cancel()
+    with pytest.raises(Cancelled):
+        task.future.result(30)
+    assert lane.submit(lambda: ms.sum(cells, 1).shape).future.result(30) == (400,)
+
+
+def test_requests_with_several_threads_take_turns_too() -> None:
+    lane = Lane(16)
+    data = torch.randn(300, 512)
+    cells = ms.as_masked_tensor(data, data > 0)
+    expected = ms.sum(cells, 1).to_tensor(0)
+
+    def work() -> torch.Tensor:
+        with using(threads=3, block_cells=512):
+            return ms.sum(cells, 1).to_tensor(0)
+
+    for task in [lane.submit(work) for _ in range(12)]:
+        assert torch.equal(task.future.result(60), expected)
+    assert lane.turns.holder is None and not lane.turns.waiting
