@@ -233,7 +233,7 @@ def test_a_long_or_strange_word_is_told_shortly(service: Running) -> None:
 def test_what_nobody_foresaw_is_a_500_that_says_nothing_of_its_insides(
     service: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: Exception
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise failure
 
     monkeypatch.setattr(work.answers, "run", fail)
@@ -250,7 +250,7 @@ def test_what_nobody_foresaw_is_a_500_that_says_nothing_of_its_insides(
 def test_memory_that_is_not_there_is_a_503(
     service: Running, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise failure
 
     monkeypatch.setattr(work.answers, "run", fail)

@@ -113,4 +113,5 @@ def test_requests_with_several_threads_take_turns_too() -> None:
 
     for task in [lane.submit(work) for _ in range(12)]:
         assert torch.equal(task.future.result(60), expected)
-    assert lane.turns.holder is None and not lane.turns.waiting
+    assert lane.turns.holder is None
+    assert not lane.turns.waiting
