@@ -47,6 +47,10 @@ void combine_keep(const unsigned char* mask_ptr, const unsigned char* numbers_pt
 void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr, double hidden,
                     double* out);
 
+// The same as floats, of cells that are no wider.
+void gather_floats(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr, float hidden,
+                   float* out);
+
 // The integer cells of a window; what lies under the mask is `hidden`.
 void gather_integers(const Block& block, const Window& w, const unsigned char* keep_ptr, int64_t hidden, int64_t* out);
 

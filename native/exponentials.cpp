@@ -43,200 +43,413 @@ struct ExponentialsState {
   }
 };
 
+// A leaf as it is read: cells of T side by side, lane after lane, row after row, in chunks.
+struct Leaf {
+  const unsigned char* cells_ptr;
+  const unsigned char* keep_ptr;  // dense; null: all count, or what is hidden is -inf already
+  int64_t n, lanes;
+  int64_t period;  // cells of a chunk but for the last: whole rows, lane values repeated to it are a pattern
+  int64_t step, ahead;  // from one chunk to the next, and to the one that is fetched meanwhile
+};
+
 struct ExponentialsRoom {
   bool negates = false;
-  alignas(64) double cells[n_tile];   // as they are, -inf under the mask
-  alignas(64) double raised[n_tile];  // exp(cell - top)
+  bool is_narrow = false;  // the cells are gathered as floats
+  alignas(64) double gathered[n_tile];
+  alignas(64) double raised[n_tile];  // exp(cell - base)
   alignas(64) double sums[n_tile];
   alignas(64) unsigned char keep[n_tile];
   alignas(64) double pattern[n_lanes];
+  alignas(64) double second_pattern[n_lanes];
   LeafTree<ExponentialsState> tree;
   LeafTree<PlainState> totals;
   std::unique_ptr<double[]> stored;  // the exponentials of all leaves, where they fit
+  std::unique_ptr<double[]> tops;    // and the largest cells they were raised from
   const unsigned char* keep_ptr;
 
-  void load(const Block& block, const Window& w) {
+  // The window's cells where they lie, if they are rows of float or double; else gathered.
+  Leaf load(const Block& block, const Window& w) {
+    const int64_t lanes = w.lanes(), bytes = is_narrow ? 4 : 8;
+    const Operand& data = block.data;
     keep_ptr = gather_keep(block, w, keep);
-    gather_doubles(block.dtype, block.data, w, keep_ptr, negates ? infinity : -infinity, cells);
-    if (!negates) return;
-    for (int64_t j = 0; j < w.cells(); ++j) cells[j] = -cells[j];
+    const bool is_dense = w.groups == 1 && (w.columns == 1 || data.stride_inner == 1) &&
+                          (w.rows <= 1 || data.stride_n == w.columns);
+    const bool are_rows = w.groups == 1 && data.stride_inner == 1 && w.columns >= 16;
+    if (block.dtype == (is_narrow ? Dtype::f32 : Dtype::f64) && (is_dense || are_rows)) {
+      const int64_t first = w.o * data.stride_outer + w.i * data.stride_n + w.c * data.stride_inner;
+      const unsigned char* const cells_ptr = data.cells_ptr + first * bytes;
+      if (is_dense) {
+        const int64_t period = period_of(lanes);
+        return {cells_ptr, keep_ptr, w.cells(), lanes, period, period, n_ahead};
+      }
+      return {cells_ptr, keep_ptr, w.cells(), lanes, lanes, data.stride_n, n_ahead_rows * data.stride_n};
+    }
+    const double hidden = negates ? infinity : -infinity;
+    if (is_narrow) {
+      gather_floats(block.dtype, data, w, keep_ptr, static_cast<float>(hidden), reinterpret_cast<float*>(gathered));
+    } else {
+      gather_doubles(block.dtype, data, w, keep_ptr, hidden, gathered);
+    }
+    const int64_t period = period_of(lanes);
+    return {reinterpret_cast<const unsigned char*>(gathered), nullptr, w.cells(), lanes, period, period, 0};
   }
 };
 
-NEVER_INLINE void largest_of_lanes(ExponentialsRoom& room, int64_t n_cells, int64_t lanes, double* top) {
-  const int64_t period = period_of(lanes);
-  double* const pattern = room.pattern;
-  const double* const cells = room.cells;
-  for (int64_t j = 0; j < period; ++j) pattern[j] = -infinity;
-  each_cell(n_cells, period, [=](int64_t p, int64_t j) { pattern[p] = larger(pattern[p], cells[j]); });
-  for (int64_t rows = period / lanes; rows > 1;) {  // by halves: a loop over one lane would wait for each comparison
-    const int64_t half = (rows + 1) / 2;
-    const double* const rest = pattern + half * lanes;
+template <class T>
+struct CellOf {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  static constexpr Bits sign = Bits{1} << (8 * sizeof(T) - 1);
+  static constexpr Bits hidden = sizeof(T) == 4 ? static_cast<Bits>(0xff800000u) : static_cast<Bits>(0xfff0000000000000u);
+  Bits flip;  // the sign, where cells are negated
+
+  template <bool is_masked>
+  ALWAYS_INLINE T get(const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t j) const {
+    Bits bits;
+    std::memcpy(&bits, cells_ptr + j * static_cast<int64_t>(sizeof bits), sizeof bits);
+    bits ^= flip;
+    if constexpr (is_masked) bits = choose<Bits>(static_cast<Bits>(-static_cast<Bits>(keep_ptr[j])), bits, hidden);
+    return bits_as<T>(bits);
+  }
+};
+
+// Chunks of a leaf: visit(cells, keep, place in the leaf, cells of it).
+template <class T, class Visit>
+ALWAYS_INLINE void each_chunk(const Leaf& leaf, const Visit& visit) {
+  const unsigned char* cells_ptr = leaf.cells_ptr;
+  for (int64_t start = 0; start < leaf.n; start += leaf.period) {
+    visit(cells_ptr, leaf.keep_ptr ? leaf.keep_ptr + start : nullptr, start, least(leaf.period, leaf.n - start));
+    cells_ptr += leaf.step * static_cast<int64_t>(sizeof(T));
+  }
+}
+
+template <class T, bool is_masked>
+NEVER_INLINE void largest_of_chunk(const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t n,
+                                   CellOf<T> given, T* largest) {
+  const CellOf<T> cell = given;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < (rows - half) * lanes; ++j) pattern[j] = larger(pattern[j], rest[j]);
+  for (int64_t j = 0; j < n; ++j) {
+    const T value = cell.template get<is_masked>(cells_ptr, keep_ptr, j);
+    largest[j] = value > largest[j] ? value : largest[j];
+  }
+}
+
+// The largest cell of each lane, NaN passed over.
+template <class T, bool is_masked>
+NEVER_INLINE void largest_of_leaf(const Leaf& leaf, CellOf<T> cell, double* top) {
+  alignas(64) T largest[n_lanes];
+  for (int64_t j = 0; j < leaf.period; ++j) largest[j] = -std::numeric_limits<T>::infinity();
+  each_chunk<T>(leaf, [&](const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t, int64_t n) {
+    if (leaf.ahead) {
+      prefetch(cells_ptr + leaf.ahead * static_cast<int64_t>(sizeof(T)), n * static_cast<int64_t>(sizeof(T)));
+      if (is_masked) prefetch(keep_ptr + n_ahead, n);
+    }
+    largest_of_chunk<T, is_masked>(cells_ptr, keep_ptr, n, cell, largest);
+  });
+  for (int64_t rows = leaf.period / leaf.lanes; rows > 1;) {  // by halves: one lane would wait for each comparison
+    const int64_t half = (rows + 1) / 2;
+    const T* const rest = largest + half * leaf.lanes;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < (rows - half) * leaf.lanes; ++j) largest[j] = rest[j] > largest[j] ? rest[j] : largest[j];
     rows = half;
   }
-  copy_lanes(pattern, lanes, top);
+  for (int64_t l = 0; l < leaf.lanes; ++l) top[l] = static_cast<double>(largest[l]);
 }
 
-// How exact exp(cell - base) has to be: quick, for what is rounded to float32 or less, where base is the largest cell;
-// plain; or precise, where the rounding error of a difference of f64 is made good: exp(d + e) = exp(d) + exp(d) e.
-enum class Raising { quick, plain, precise };
+// How exact exp(cell - base) has to be: quick, for what is rounded to float32 or less; below, for the terms of a sum;
+// full, down to the subnormals. base is the largest cell. `is_pair`: the rounding error of a difference of f64 is made
+// good, exp(d + e) = exp(d) + exp(d) e.
+enum class Raising { quick, below, full };
 
-Raising raising_of(Dtype dtype) { return dtype == Dtype::f64 ? Raising::precise : Raising::plain; }
+template <Raising raising>
+ALWAYS_INLINE double raised_to(double x) {
+  if constexpr (raising == Raising::quick) return quick_exponential(x);
+  if constexpr (raising == Raising::below) return exponential_below(x);
+  return exponential(x);
+}
 
 // raised = exp(cells - base).
-NEVER_INLINE void raise(ExponentialsRoom& room, int64_t n_cells, int64_t lanes, const double* base, Raising raising) {
-  const int64_t period = period_of(lanes);
-  spread(base, lanes, period, room.pattern);
-  const double *const pattern = room.pattern, *const cells = room.cells;
-  double* const raised = room.raised;
-  if (raising == Raising::quick) {
-    each_cell(n_cells, period, [=](int64_t p, int64_t j) { raised[j] = quick_exponential(cells[j] - pattern[p]); });
-    return;
-  }
-  if (raising == Raising::plain) {
-    each_cell(n_cells, period, [=](int64_t p, int64_t j) { raised[j] = exponential(cells[j] - pattern[p]); });
-    return;
-  }
-  each_cell(n_cells, period, [=](int64_t p, int64_t j) {
-    const double difference = cells[j] - pattern[p];
-    const double error = rounding_error(cells[j], -pattern[p], difference);
-    const double plain = exponential(difference);
-    raised[j] = is_finite(difference) ? plain + plain * error : plain;
+template <class T, bool is_masked, Raising raising, bool is_pair>
+NEVER_INLINE void raise_leaf(const Leaf& leaf, CellOf<T> given, const double* pattern, double* given_raised) {
+  const CellOf<T> cell = given;
+  each_chunk<T>(leaf, [=](const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t start, int64_t n) {
+    double* const raised = given_raised + start;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      const double value = static_cast<double>(cell.template get<is_masked>(cells_ptr, keep_ptr, j));
+      const double difference = value - pattern[j];
+      const double plain = raised_to<raising>(difference);
+      if constexpr (is_pair) {
+        const double error = rounding_error(value, -pattern[j], difference);
+        raised[j] = is_finite(difference) ? plain + plain * error : plain;
+      } else {
+        raised[j] = plain;
+      }
+    }
   });
 }
 
-// The state of a leaf; the room keeps its cells and their exponentials.
-NEVER_INLINE void leaf_exponentials(ExponentialsRoom& room, const Block& block, const Window& w, Raising raising,
-                                    ExponentialsState& state) {
-  const int64_t lanes = w.lanes();
-  room.load(block, w);
-  largest_of_lanes(room, w.cells(), lanes, state.top);
-  alignas(64) double base[n_lanes];
-  for (int64_t l = 0; l < lanes; ++l) base[l] = subtrahend(state.top[l]);
-  raise(room, w.cells(), lanes, base, raising);
-  halve_into(room.raised, w.rows, lanes, room.sums);
-  for (int64_t l = 0; l < lanes; ++l) state.total[l] = room.sums[l] + 0.0, state.count[l] = 0;
+// (cells - base) - logs
+template <class T, bool is_masked>
+NEVER_INLINE void subtract_logs(const Leaf& leaf, CellOf<T> given, const double* pattern, const double* logs,
+                                double* given_out) {
+  const CellOf<T> cell = given;
+  each_chunk<T>(leaf, [=](const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t start, int64_t n) {
+    double* const out = given_out + start;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      const double value = static_cast<double>(cell.template get<is_masked>(cells_ptr, keep_ptr, j));
+      out[j] = (value - pattern[j]) - logs[j];
+    }
+  });
 }
 
-const ExponentialsState& slice_exponentials(ExponentialsRoom& room, const Block& block, Window& w, Raising raising,
-                                            bool counts) {
-  each_leaf(block, w, [&] {
-    leaf_exponentials(room, block, w, raising, room.tree.next());
-    if (counts) count_window(room.keep_ptr, w, room.tree.next().count);
-    room.tree.push(w.lanes());
+// found[lane] |= whether one of its cells is a NaN.
+template <class T, bool is_masked>
+NEVER_INLINE void find_nan(const Leaf& leaf, CellOf<T> cell, bool* found) {
+  each_chunk<T>(leaf, [&](const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+      const T value = cell.template get<is_masked>(cells_ptr, keep_ptr, j);
+      found[j % leaf.lanes] |= value != value;
+    }
   });
-  return room.tree.finish(w.lanes());
 }
+
+// A room with the leaf that was loaded last, of one width of cells.
+template <class T>
+struct LeafOf {
+  ExponentialsRoom& room;
+  Leaf leaf;
+  CellOf<T> cell;
+
+  LeafOf(ExponentialsRoom& of, const Block& block, const Window& w)
+      : room(of), leaf(of.load(block, w)), cell{of.negates ? CellOf<T>::sign : 0} {}
+
+  template <class Visit>
+  ALWAYS_INLINE void with_mask(const Visit& visit) const {
+    if (leaf.keep_ptr) return visit(std::true_type());
+    visit(std::false_type());
+  }
+
+  void largest(double* top) const {
+    with_mask([&](auto masked) { largest_of_leaf<T, decltype(masked)::value>(leaf, cell, top); });
+  }
+
+  void raise(const double* base, Raising raising, bool is_pair, double* raised) const {
+    spread(base, leaf.lanes, leaf.period, room.pattern);
+    with_mask([&](auto masked) {
+      constexpr bool is_masked = decltype(masked)::value;
+      const auto with = [&](auto how) { how(leaf, cell, room.pattern, raised); };
+      if constexpr (sizeof(T) == 4) {
+        if (raising == Raising::quick) return with(raise_leaf<T, is_masked, Raising::quick, false>);
+      } else if (is_pair) {
+        if (raising == Raising::below) return with(raise_leaf<T, is_masked, Raising::below, true>);
+        return with(raise_leaf<T, is_masked, Raising::full, true>);
+      }
+      if (raising == Raising::below) return with(raise_leaf<T, is_masked, Raising::below, false>);
+      with(raise_leaf<T, is_masked, Raising::full, false>);
+    });
+  }
+
+  void subtract_from(const double* base, const double* logs) const {
+    spread(base, leaf.lanes, leaf.period, room.pattern);
+    spread(logs, leaf.lanes, leaf.period, room.second_pattern);
+    with_mask([&](auto masked) {
+      subtract_logs<T, decltype(masked)::value>(leaf, cell, room.pattern, room.second_pattern, room.raised);
+    });
+  }
+
+  // A largest cell that is inf hides whether there is a NaN.
+  NEVER_INLINE void settle_infinities(const double* top, ExponentialsState& state) const {
+    bool found[n_lanes] = {};
+    with_mask([&](auto masked) { find_nan<T, decltype(masked)::value>(leaf, cell, found); });
+    for (int64_t l = 0; l < leaf.lanes; ++l) {
+      if (top[l] == infinity) state.top[l] = state.total[l] = found[l] ? not_a_number : infinity;
+    }
+  }
+
+  // The state of a leaf; its exponentials are left in `raised`.
+  void reduce(Raising raising, bool is_pair, double* raised, ExponentialsState& state) const {
+    const int64_t lanes = leaf.lanes;
+    alignas(64) double top[n_lanes], base[n_lanes];
+    largest(top);
+    for (int64_t l = 0; l < lanes; ++l) base[l] = top[l] == -infinity ? 0.0 : top[l];
+    raise(base, raising, is_pair, raised);
+    halve_into(raised, leaf.n / lanes, lanes, room.sums);
+    int64_t any = 0;
+    for (int64_t l = 0; l < lanes; ++l) {
+      const double total = room.sums[l];  // NaN where a cell is
+      state.top[l] = total == total ? top[l] : not_a_number;
+      state.total[l] = top[l] == -infinity ? total * 0.0 : total;
+      state.count[l] = 0;
+      any |= static_cast<int64_t>(top[l] == infinity);
+    }
+    if (any) settle_infinities(top, state);
+  }
+};
 
 std::unique_ptr<ExponentialsRoom> room_for(const Block& block) {
   std::unique_ptr<ExponentialsRoom> room(new ExponentialsRoom);
+  room->is_narrow = block.dtype != Dtype::f64 && block.dtype != Dtype::i32 && block.dtype != Dtype::i64;
   room->tree.begin((block.n + block.leaf - 1) / block.leaf);
   return room;
 }
 
-// raised or cells become what is written: exp(cell - top) / total, or cell - top - log(total).
-NEVER_INLINE void scale_cells(ExponentialsRoom& room, const Window& w, const double* divisor, bool exact_quotient) {
+// visit(a cell as wide as the room's).
+template <class Visit>
+void with_width(const ExponentialsRoom& room, const Visit& visit) {
+  if (room.is_narrow) return visit(float());
+  visit(double());
+}
+
+template <class T>
+void lift_exponentials(ExponentialsRoom& room, const Block& block, const Parts& parts) {
+  each_window(block, block.leaf, [&](Window& w) {
+    each_leaf(block, w, [&] {
+      const LeafOf<T> leaf(room, block, w);
+      leaf.reduce(Raising::below, block.dtype == Dtype::f64, room.raised, room.tree.next());
+      count_window(room.keep_ptr, w, room.tree.next().count);
+      room.tree.push(w.lanes());
+    });
+    const ExponentialsState& state = room.tree.finish(w.lanes());
+    const int64_t at = w.o * block.inner + w.c;
+    copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
+    copy_canonical(state.top, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);
+    copy_canonical(state.total, w.lanes(), static_cast<double*>(parts.part_ptr[1]) + at);
+  });
+}
+
+// ---- softmax and log_softmax ----------------------------------------------------------------------------------------
+
+// out = raised / divisor.
+NEVER_INLINE void divide_cells(ExponentialsRoom& room, const double* raised, const Window& w, const double* divisor,
+                               bool exact_quotient) {
   const int64_t lanes = w.lanes(), period = period_of(lanes);
   const double* const pattern = room.pattern;
-  double* const raised = room.raised;
+  double* const out = room.raised;
   if (exact_quotient) {
     spread(divisor, lanes, period, room.pattern);
-    each_cell(w.cells(), period, [=](int64_t p, int64_t j) { raised[j] = raised[j] / pattern[p]; });
+    each_cell(w.cells(), period, [=](int64_t p, int64_t j) { out[j] = raised[j] / pattern[p]; });
     return;
   }
   alignas(64) double factor[n_lanes];
   for (int64_t l = 0; l < lanes; ++l) factor[l] = 1.0 / divisor[l];
   spread(factor, lanes, period, room.pattern);
-  each_cell(w.cells(), period, [=](int64_t p, int64_t j) { raised[j] = raised[j] * pattern[p]; });
-}
-
-NEVER_INLINE void subtract_logs(ExponentialsRoom& room, const Window& w, const double* base, const double* logs) {
-  const int64_t lanes = w.lanes(), period = period_of(lanes);
-  alignas(64) double log_pattern[n_lanes];
-  spread(base, lanes, period, room.pattern);
-  spread(logs, lanes, period, log_pattern);
-  const double *const pattern = room.pattern, *const log_of = log_pattern, *const cells = room.cells;
-  double* const raised = room.raised;
-  each_cell(w.cells(), period, [=](int64_t p, int64_t j) { raised[j] = (cells[j] - pattern[p]) - log_of[p]; });
+  each_cell(w.cells(), period, [=](int64_t p, int64_t j) { out[j] = raised[j] * pattern[p]; });
 }
 
 constexpr int64_t n_stored = 1 << 17;  // 1 MB, a part of L2
 
-// The largest cells and the totals below them of slices of several leaves; `stored`, their exponentials are kept.
-NEVER_INLINE void slice_totals(ExponentialsRoom& room, const Block& block, Window& w, bool is_stored, double* top,
-                               double* total) {
-  const int64_t lanes = w.lanes();
-  alignas(64) double leaf_top[n_lanes], base[n_lanes];
-  for (int64_t l = 0; l < lanes; ++l) top[l] = -infinity;
-  each_leaf(block, w, [&] {
-    room.load(block, w);
-    largest_of_lanes(room, w.cells(), lanes, leaf_top);
-    for (int64_t l = 0; l < lanes; ++l) top[l] = larger(top[l], leaf_top[l]);
-  });
-  for (int64_t l = 0; l < lanes; ++l) base[l] = subtrahend(top[l]);
-  each_leaf(block, w, [&] {
-    room.load(block, w);
-    raise(room, w.cells(), lanes, base, raising_of(block.dtype));
-    if (is_stored) copy_lanes(room.raised, w.cells(), room.stored.get() + w.i * lanes);
-    halve_into(room.raised, w.rows, lanes, room.sums);
-    for (int64_t l = 0; l < lanes; ++l) room.totals.next().total[l] = room.sums[l] + 0.0;
-    room.totals.push(lanes);
-  });
-  copy_lanes(room.totals.finish(lanes).total, lanes, total);
-}
+// How a block is normalised. A slice that is one leaf is read and raised once. In a longer one either each leaf is
+// raised from its own largest cell, and scaled by what that lies below the slice's (quick); or the slice's is found
+// first. What was raised is kept where the slice is not too long; else the cells are read and raised again.
+struct Way {
+  bool is_log, quick, is_one_leaf, stores, is_pair;
+  Raising raising;
+};
 
 bool is_quick(Dtype dtype, Dtype result) {
   const auto is_short = [](Dtype of) { return of == Dtype::f32 || of == Dtype::f16 || of == Dtype::bf16; };
   return is_short(dtype) && is_short(result);
 }
 
-// A slice that is one leaf is read and raised once. A longer one is read twice and raised twice where that is quick;
-// else its largest cell is found first, and exponentials are kept where the slice is not too long.
-template <bool is_log>
-int normalize(const Block& block, const Options& options, const Filled& filled) {
-  const std::unique_ptr<ExponentialsRoom> room = room_for(block);
-  room->negates = options.negates;
-  const bool quick = is_quick(block.dtype, filled.dtype), is_one_leaf = block.n <= block.leaf;
-  const Raising raising = quick ? Raising::quick : raising_of(block.dtype);
-  const bool may_store = !is_one_leaf && !quick && block.n <= n_stored / 16;
-  const int64_t most_lanes = may_store ? least(n_tile_lanes, n_stored / block.n) : n_tile_lanes;
-  if (!is_one_leaf) room->totals.begin((block.n + block.leaf - 1) / block.leaf);
-  bool overflowed = false;
-  const auto visit = [&](Window& w) {
+template <class T>
+struct Normalizing {
+  ExponentialsRoom& room;
+  const Block& block;
+  const Filled& filled;
+  const Way way;
+  alignas(64) double top[n_lanes], total[n_lanes], base[n_lanes], scale[n_lanes];
+
+  Normalizing(ExponentialsRoom& in, const Block& of, const Filled& to, const Way& by)
+      : room(in), block(of), filled(to), way(by) {}
+
+  double* kept(const Window& w) { return way.stores ? room.stored.get() + w.i * w.lanes() : room.raised; }
+  double* leaf_top(const Window& w) { return room.tops.get() + w.i / block.leaf * w.lanes(); }
+
+  void reduce_quickly(Window& w) {
     const int64_t lanes = w.lanes();
-    const bool is_stored = !is_log && may_store && block.n * lanes <= n_stored;
-    if (is_stored && !room->stored) room->stored.reset(new double[n_stored]);
-    alignas(64) double top[n_lanes], total[n_lanes], base[n_lanes], scale[n_lanes];
-    if (is_one_leaf || quick) {
-      const ExponentialsState& state = slice_exponentials(*room, block, w, raising, false);
-      copy_lanes(state.top, lanes, top), copy_lanes(state.total, lanes, total);
+    each_leaf(block, w, [&] {
+      const LeafOf<T> leaf(room, block, w);
+      leaf.reduce(way.raising, way.is_pair, kept(w), room.tree.next());
+      if (way.stores) copy_lanes(room.tree.next().top, lanes, leaf_top(w));
+      room.tree.push(lanes);
+    });
+    const ExponentialsState& state = room.tree.finish(lanes);
+    copy_lanes(state.top, lanes, top), copy_lanes(state.total, lanes, total);
+  }
+
+  void reduce_twice(Window& w) {
+    const int64_t lanes = w.lanes();
+    for (int64_t l = 0; l < lanes; ++l) top[l] = -infinity;
+    each_leaf(block, w, [&] {
+      LeafOf<T>(room, block, w).largest(base);
+      for (int64_t l = 0; l < lanes; ++l) top[l] = base[l] > top[l] ? base[l] : top[l];
+    });
+    for (int64_t l = 0; l < lanes; ++l) base[l] = top[l] == -infinity ? 0.0 : top[l];
+    each_leaf(block, w, [&] {
+      double* const raised = kept(w);
+      LeafOf<T>(room, block, w).raise(base, way.raising, way.is_pair, raised);
+      halve_into(raised, w.rows, lanes, room.sums);
+      copy_lanes(room.sums, lanes, room.totals.next().total);
+      room.totals.push(lanes);
+    });
+    copy_lanes(room.totals.finish(lanes).total, lanes, total);
+  }
+
+  // What `kept` is to be divided by.
+  const double* divisor_of(const Window& w) {
+    if (!way.stores || !way.quick) return scale;
+    const double* const from = leaf_top(w);
+    for (int64_t l = 0; l < w.lanes(); ++l) base[l] = scale[l] / exponential(subtrahend(from[l]) - top[l]);
+    return base;
+  }
+
+  bool operator()(Window& w) {
+    const int64_t lanes = w.lanes();
+    if (way.is_one_leaf || way.quick) {
+      reduce_quickly(w);
     } else {
-      slice_totals(*room, block, w, is_stored, top, total);
+      reduce_twice(w);
     }
     for (int64_t l = 0; l < lanes; ++l) {
       base[l] = is_finite(top[l]) ? top[l] : not_a_number;
       const double divisor = is_finite(top[l]) ? total[l] : not_a_number;
-      scale[l] = is_log ? logarithm(divisor) : divisor;
+      scale[l] = way.is_log ? logarithm(divisor) : divisor;
     }
+    bool overflowed = false;
     each_leaf(block, w, [&] {
-      if (is_stored) {
-        room->keep_ptr = gather_keep(block, w, room->keep);
-        copy_lanes(room->stored.get() + w.i * lanes, w.cells(), room->raised);
-      } else if (!is_one_leaf) {
-        room->load(block, w);
-        if (!is_log) raise(*room, w.cells(), lanes, base, raising);
-      }
-      if (is_log) {
-        subtract_logs(*room, w, base, scale);
+      if (way.is_log) {
+        LeafOf<T>(room, block, w).subtract_from(base, scale);
       } else {
-        scale_cells(*room, w, scale, filled.dtype == Dtype::f64);
+        const bool is_kept = way.is_one_leaf || way.stores;
+        if (!is_kept) {
+          LeafOf<T>(room, block, w).raise(base, way.raising, way.is_pair, room.raised);
+        } else if (!way.is_one_leaf) {
+          room.keep_ptr = gather_keep(block, w, room.keep);
+        }
+        divide_cells(room, kept(w), w, divisor_of(w), filled.dtype == Dtype::f64);
       }
-      overflowed |= write_doubles(filled, w, room->raised, room->keep_ptr, is_log);
+      overflowed |= write_doubles(filled, w, room.raised, room.keep_ptr, way.is_log);
     });
-  };
-  each_window(block, block.leaf, visit, most_lanes);
+    return overflowed;
+  }
+};
+
+int normalize(const Block& block, const Options& options, const Filled& filled, bool is_log) {
+  const std::unique_ptr<ExponentialsRoom> room = room_for(block);
+  room->negates = options.negates;
+  const bool quick = is_quick(block.dtype, filled.dtype), is_one_leaf = block.n <= block.leaf;
+  const bool stores = !is_log && !is_one_leaf && block.n <= n_stored / (block.leaf > 64 ? 1 : 64);
+  const Way way{is_log, quick, is_one_leaf, stores, block.dtype == Dtype::f64, quick ? Raising::quick : Raising::full};
+  const int64_t n_leaves = (block.n + block.leaf - 1) / block.leaf;
+  const int64_t most_lanes = stores ? least(n_tile_lanes, n_stored / block.n) : n_tile_lanes;
+  if (!is_one_leaf) room->totals.begin(n_leaves);
+  if (stores) room->stored.reset(new double[n_stored]), room->tops.reset(new double[n_leaves * most_lanes]);
+  bool overflowed = false;
+  with_width(*room, [&](auto of) {
+    Normalizing<decltype(of)> normalizing(*room, block, filled, way);
+    each_window(block, block.leaf, [&](Window& w) { overflowed |= normalizing(w); }, most_lanes);
+  });
   return overflowed ? fill_overflowed : fill_done;
 }
 
@@ -244,21 +457,15 @@ int normalize(const Block& block, const Options& options, const Filled& filled) 
 
 bool exponentials(const Block& block, const Options&, const Parts& parts) {
   const std::unique_ptr<ExponentialsRoom> room = room_for(block);
-  each_window(block, block.leaf, [&](Window& w) {
-    const ExponentialsState& state = slice_exponentials(*room, block, w, raising_of(block.dtype), true);
-    const int64_t at = w.o * block.inner + w.c;
-    copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
-    copy_canonical(state.top, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);
-    copy_canonical(state.total, w.lanes(), static_cast<double*>(parts.part_ptr[1]) + at);
-  });
+  with_width(*room, [&](auto of) { lift_exponentials<decltype(of)>(*room, block, parts); });
   return true;
 }
 
 int softmax(const Block& block, const Options& options, const Filled& filled) {
-  return normalize<false>(block, options, filled);
+  return normalize(block, options, filled, false);
 }
 int log_softmax(const Block& block, const Options& options, const Filled& filled) {
-  return normalize<true>(block, options, filled);
+  return normalize(block, options, filled, true);
 }
 
 }  // namespace MASKSERVE_ISA

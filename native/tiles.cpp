@@ -27,6 +27,15 @@ NEVER_INLINE void gather_cells(const Operand& data, const Window& w, const unsig
   gather(data, w, keep_ptr, ToDouble<Cell>{hidden}, out);
 }
 
+template <class Cell>
+struct ToFloat {
+  using Raw = typename Cell::Raw;
+  using Out = float;
+  using Bits = uint32_t;
+  float hidden;
+  ALWAYS_INLINE float operator()(Raw raw) const { return static_cast<float>(Cell::widen(raw).sum); }
+};
+
 template <class Cell, class Signed>
 struct ToInteger {
   using Raw = typename Cell::Raw;
@@ -109,6 +118,18 @@ void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const uns
     case Dtype::i64: return gather_cells<I64Cell>(data, w, keep_ptr, hidden, out);
     case Dtype::u8:
     case Dtype::boolean: return gather_cells<U8Cell>(data, w, keep_ptr, hidden, out);
+  }
+}
+
+void gather_floats(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr, float hidden,
+                   float* out) {
+  switch (dtype) {
+    case Dtype::f32: return gather(data, w, keep_ptr, ToFloat<F32Cell>{hidden}, out);
+    case Dtype::f16: return gather(data, w, keep_ptr, ToFloat<F16Cell>{hidden}, out);
+    case Dtype::bf16: return gather(data, w, keep_ptr, ToFloat<BF16Cell>{hidden}, out);
+    case Dtype::i8: return gather(data, w, keep_ptr, ToFloat<I8Cell>{hidden}, out);
+    case Dtype::i16: return gather(data, w, keep_ptr, ToFloat<I16Cell>{hidden}, out);
+    default: return gather(data, w, keep_ptr, ToFloat<U8Cell>{hidden}, out);
   }
 }
 
