@@ -44,19 +44,21 @@ ALWAYS_INLINE double power_in(double shifted) {
   return bits_as<double>((bits_as<uint64_t>(shifted) << 52) + (static_cast<uint64_t>(1023) << 52));
 }
 
-// exp(x) for x <= 0, and 2^-1020 for all below it: for sums whose largest term is 1.
+constexpr double least_below = -600.0;
+
+// exp(x) for x <= 0, and 2^-866 for all below it, far from the subnormals: for sums whose largest term is 1.
 ALWAYS_INLINE double exponential_below(double x) {
-  const double clamped = x < -707.0 ? -707.0 : x;  // NaN stays
+  const double clamped = x < least_below ? least_below : x;  // NaN stays
   const double shifted = clamped * 0x1.71547652b82fep0 + round_to_integer;
   const double k = shifted - round_to_integer;
   const double r = (clamped - k * ln2_high) - k * ln2_low;
   return (1.0 + (r + series_of(r))) * power_in(shifted);
 }
 
-// exp(x) for x <= 0 to 2^-34, and 2^-1010 for all below it: half the steps, for what is rounded to float32 or less. The
-// polynomial is 1 + r + r^2 p(r), p fitted for the least relative error.
-ALWAYS_INLINE double quick_exponential(double x) {
-  const double clamped = x < -700.0 ? -700.0 : x;  // NaN stays
+// exp(x) for x <= 0 to 2^-34, and exp(least) for all below it: half the steps, for what is rounded to float32 or less.
+// The polynomial is 1 + r + r^2 p(r), p fitted for the least relative error.
+ALWAYS_INLINE double quick_exponential(double x, double least = -700.0) {
+  const double clamped = x < least ? least : x;  // NaN stays
   const double shifted = clamped * 0x1.71547652b82fep0 + round_to_integer;
   const double r = clamped - (shifted - round_to_integer) * 0x1.62e42fefa39efp-1;
   const double square = r * r;
@@ -73,9 +75,10 @@ ALWAYS_INLINE double logarithm_rest(double x, double& large) {
   const double scaled = x < 0x1p-1022 ? x * 0x1p54 : x;
   const uint64_t bits = bits_as<uint64_t>(scaled);
   const uint64_t shifted = bits - 0x3fe6a09e667f3bcdu;  // sqrt(1/2): the fraction is in [sqrt(1/2), sqrt(2))
-  const int64_t exponent = static_cast<int64_t>(shifted) >> 52;
-  const double fraction = bits_as<double>(bits - (static_cast<uint64_t>(exponent) << 52));
-  const double k = static_cast<double>(exponent) - (x < 0x1p-1022 ? 54.0 : 0.0);
+  // the exponent + 1024 is never negative: SSE2 and AVX2 have no arithmetic shift, and no conversion to double
+  const uint64_t exponent = (shifted + (static_cast<uint64_t>(1024) << 52)) >> 52;
+  const double fraction = bits_as<double>((shifted & 0x000fffffffffffffu) + 0x3fe6a09e667f3bcdu);
+  const double k = (bits_as<double>(exponent | 0x4330000000000000u) - (0x1p52 + 1024.0)) - (x < 0x1p-1022 ? 54.0 : 0.0);
   const double f = fraction - 1.0, s = f / (2.0 + f), z = s * s, w = z * z;
   const double odd = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
   const double even = z * (6.666666666666735130e-01 +
@@ -89,6 +92,6 @@ ALWAYS_INLINE double logarithm_rest(double x, double& large) {
 ALWAYS_INLINE double logarithm(double x) {
   double large;
   const double rest = logarithm_rest(x, large), value = large + rest;
-  if (x == 0.0) return -std::numeric_limits<double>::infinity();
-  return x <= std::numeric_limits<double>::max() ? value : x;  // inf and NaN
+  const double end = x == 0.0 ? -std::numeric_limits<double>::infinity() : x;  // inf and NaN stay
+  return (x > 0.0) & (x <= std::numeric_limits<double>::max()) ? value : end;
 }

@@ -48,8 +48,16 @@ struct Leaf {
   const unsigned char* cells_ptr;
   const unsigned char* keep_ptr;  // dense; null: all count, or what is hidden is -inf already
   int64_t n, lanes;
+  int64_t row_step;  // from one row to the next
   int64_t period;  // cells of a chunk but for the last: whole rows, lane values repeated to it are a pattern
-  int64_t step, ahead;  // from one chunk to the next, and to the one that is fetched meanwhile
+  int64_t step, keep_step;  // from one chunk to the next
+  int64_t ahead;  // to the cells that are fetched meanwhile
+
+  // Some of the lanes.
+  Leaf part(int64_t first, int64_t some, int64_t bytes) const {
+    return {cells_ptr + first * bytes, keep_ptr ? keep_ptr + first : nullptr, n / lanes * some, some, row_step, some,
+            row_step, lanes, ahead};
+  }
 };
 
 struct ExponentialsRoom {
@@ -80,9 +88,10 @@ struct ExponentialsRoom {
       const unsigned char* const cells_ptr = data.cells_ptr + first * bytes;
       if (is_dense) {
         const int64_t period = period_of(lanes);
-        return {cells_ptr, keep_ptr, w.cells(), lanes, period, period, n_ahead};
+        return {cells_ptr, keep_ptr, w.cells(), lanes, lanes, period, period, period, n_ahead};
       }
-      return {cells_ptr, keep_ptr, w.cells(), lanes, lanes, data.stride_n, n_ahead_rows * data.stride_n};
+      return {cells_ptr, keep_ptr, w.cells(), lanes, data.stride_n, lanes, data.stride_n, lanes,
+              n_ahead_rows * data.stride_n};
     }
     const double hidden = negates ? infinity : -infinity;
     if (is_narrow) {
@@ -91,7 +100,7 @@ struct ExponentialsRoom {
       gather_doubles(block.dtype, data, w, keep_ptr, hidden, gathered);
     }
     const int64_t period = period_of(lanes);
-    return {reinterpret_cast<const unsigned char*>(gathered), nullptr, w.cells(), lanes, period, period, 0};
+    return {reinterpret_cast<const unsigned char*>(gathered), nullptr, w.cells(), lanes, lanes, period, period, period, 0};
   }
 };
 
@@ -115,10 +124,14 @@ struct CellOf {
 // Chunks of a leaf: visit(cells, keep, place in the leaf, cells of it).
 template <class T, class Visit>
 ALWAYS_INLINE void each_chunk(const Leaf& leaf, const Visit& visit) {
-  const unsigned char* cells_ptr = leaf.cells_ptr;
+  constexpr int64_t bytes = sizeof(T);
+  const unsigned char *cells_ptr = leaf.cells_ptr, *keep_ptr = leaf.keep_ptr;
   for (int64_t start = 0; start < leaf.n; start += leaf.period) {
-    visit(cells_ptr, leaf.keep_ptr ? leaf.keep_ptr + start : nullptr, start, least(leaf.period, leaf.n - start));
-    cells_ptr += leaf.step * static_cast<int64_t>(sizeof(T));
+    const int64_t n = least(leaf.period, leaf.n - start);
+    if (leaf.ahead) prefetch(cells_ptr + leaf.ahead * bytes, n * bytes);
+    visit(cells_ptr, keep_ptr, start, n);
+    cells_ptr += leaf.step * bytes;
+    if (keep_ptr) keep_ptr += leaf.keep_step;
   }
 }
 
@@ -139,10 +152,7 @@ NEVER_INLINE void largest_of_leaf(const Leaf& leaf, CellOf<T> cell, double* top)
   alignas(64) T largest[n_lanes];
   for (int64_t j = 0; j < leaf.period; ++j) largest[j] = -std::numeric_limits<T>::infinity();
   each_chunk<T>(leaf, [&](const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t, int64_t n) {
-    if (leaf.ahead) {
-      prefetch(cells_ptr + leaf.ahead * static_cast<int64_t>(sizeof(T)), n * static_cast<int64_t>(sizeof(T)));
-      if (is_masked) prefetch(keep_ptr + n_ahead, n);
-    }
+    if (is_masked && leaf.ahead) prefetch(keep_ptr + n_ahead, n);
     largest_of_chunk<T, is_masked>(cells_ptr, keep_ptr, n, cell, largest);
   });
   for (int64_t rows = leaf.period / leaf.lanes; rows > 1;) {  // by halves: one lane would wait for each comparison
@@ -162,7 +172,7 @@ enum class Raising { quick, below, full };
 
 template <Raising raising>
 ALWAYS_INLINE double raised_to(double x) {
-  if constexpr (raising == Raising::quick) return quick_exponential(x);
+  if constexpr (raising == Raising::quick) return quick_exponential(x, least_below);
   if constexpr (raising == Raising::below) return exponential_below(x);
   return exponential(x);
 }
@@ -214,6 +224,21 @@ NEVER_INLINE void find_nan(const Leaf& leaf, CellOf<T> cell, bool* found) {
   });
 }
 
+// The largest cells and the totals below them as states; whether one is inf, which hides whether there is a NaN.
+inline bool settle(const double* top, int64_t lanes, ExponentialsState& state) {
+  int64_t any = 0;
+  for (int64_t l = 0; l < lanes; ++l) {
+    const double total = state.total[l];  // NaN where a cell is
+    state.top[l] = total == total ? top[l] : not_a_number;
+    state.total[l] = top[l] == -infinity ? total * 0.0 : total;
+    state.count[l] = 0;
+    any |= static_cast<int64_t>(top[l] == infinity);
+  }
+  return any != 0;
+}
+
+constexpr int64_t n_part = 64;  // lanes: 64 rows of them stay in L1, raised
+
 // A room with the leaf that was loaded last, of one width of cells.
 template <class T>
 struct LeafOf {
@@ -221,8 +246,9 @@ struct LeafOf {
   Leaf leaf;
   CellOf<T> cell;
 
+  LeafOf(ExponentialsRoom& of, const Leaf& cells) : room(of), leaf(cells), cell{of.negates ? CellOf<T>::sign : 0} {}
   LeafOf(ExponentialsRoom& of, const Block& block, const Window& w)
-      : room(of), leaf(of.load(block, w)), cell{of.negates ? CellOf<T>::sign : 0} {}
+      : LeafOf(of, of.load(block, w)) {}
 
   template <class Visit>
   ALWAYS_INLINE void with_mask(const Visit& visit) const {
@@ -258,7 +284,6 @@ struct LeafOf {
     });
   }
 
-  // A largest cell that is inf hides whether there is a NaN.
   NEVER_INLINE void settle_infinities(const double* top, ExponentialsState& state) const {
     bool found[n_lanes] = {};
     with_mask([&](auto masked) { find_nan<T, decltype(masked)::value>(leaf, cell, found); });
@@ -267,23 +292,20 @@ struct LeafOf {
     }
   }
 
-  // The state of a leaf; its exponentials are left in `raised`.
-  void reduce(Raising raising, bool is_pair, double* raised, ExponentialsState& state) const {
-    const int64_t lanes = leaf.lanes;
+  // The state of a leaf; its exponentials are left in `raised`, or, part by part, in L1 and lost.
+  void reduce(Raising raising, bool is_pair, double* raised, ExponentialsState& state, bool keeps = true) const {
+    const int64_t lanes = leaf.lanes, rows = leaf.n / lanes, most = keeps || rows <= 1 ? lanes : n_part;
     alignas(64) double top[n_lanes], base[n_lanes];
     largest(top);
     for (int64_t l = 0; l < lanes; ++l) base[l] = top[l] == -infinity ? 0.0 : top[l];
-    raise(base, raising, is_pair, raised);
-    halve_into(raised, leaf.n / lanes, lanes, room.sums);
-    int64_t any = 0;
-    for (int64_t l = 0; l < lanes; ++l) {
-      const double total = room.sums[l];  // NaN where a cell is
-      state.top[l] = total == total ? top[l] : not_a_number;
-      state.total[l] = top[l] == -infinity ? total * 0.0 : total;
-      state.count[l] = 0;
-      any |= static_cast<int64_t>(top[l] == infinity);
+    for (int64_t l = 0; l < lanes; l += most) {
+      const int64_t some = least(most, lanes - l);
+      const LeafOf part(room, some < lanes ? leaf.part(l, some, sizeof(T)) : leaf);
+      part.raise(base + l, raising, is_pair, raised);
+      halve_into(raised, rows, some, room.sums);
+      copy_lanes(room.sums, some, state.total + l);
     }
-    if (any) settle_infinities(top, state);
+    if (settle(top, lanes, state)) settle_infinities(top, state);
   }
 };
 
@@ -301,15 +323,183 @@ void with_width(const ExponentialsRoom& room, const Visit& visit) {
   visit(double());
 }
 
+// ---- leaves of 64 rows of few columns, one after another ------------------------------------------------------------
+// Turned into lanes they would be read and written three times over; so eight rows of each are folded as they lie, which
+// is the tree of halving, and what is left, an eighth of it, is turned.
+
+constexpr int64_t n_group_rows = 64;
+constexpr int64_t most_group_columns = 4;
+
+template <class T, bool is_masked, int columns>
+NEVER_INLINE void largest_of_groups(const Leaf& leaf, CellOf<T> given, int64_t groups, T* eighths) {
+  constexpr int64_t eighth = 8 * columns;
+  const CellOf<T> cell = given;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = 8 * eighth * g;
+    const unsigned char* const cells_ptr = leaf.cells_ptr + first * static_cast<int64_t>(sizeof(T));
+    const unsigned char* const keep_ptr = is_masked ? leaf.keep_ptr + first : nullptr;
+    if (leaf.ahead) {
+      prefetch(cells_ptr + leaf.ahead * static_cast<int64_t>(sizeof(T)), 8 * eighth * static_cast<int64_t>(sizeof(T)));
+      if (is_masked) prefetch(keep_ptr + n_ahead, 8 * eighth);
+    }
+    T* const out = eighths + g * eighth;
+    const auto get = [=](int64_t k, int64_t j) { return cell.template get<is_masked>(cells_ptr, keep_ptr, k * eighth + j); };
+    const auto larger_of = [](T a, T b) { return b > a ? b : a; };
+#pragma GCC ivdep
+    for (int64_t j = 0; j < eighth; ++j) {
+      out[j] = larger_of(larger_of(larger_of(get(0, j), get(1, j)), larger_of(get(2, j), get(3, j))),
+                         larger_of(larger_of(get(4, j), get(5, j)), larger_of(get(6, j), get(7, j))));
+    }
+  }
+}
+
+template <class T, bool is_masked, int columns>
+NEVER_INLINE void raise_groups(const Leaf& leaf, CellOf<T> given, int64_t groups, const double* base, double* patterns,
+                               double* eighths) {
+  constexpr int64_t eighth = 8 * columns;
+  if constexpr (columns > 1) {  // ahead of the loop: what was just stored cell by cell cannot be loaded as a vector
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t j = 0; j < eighth; ++j) patterns[g * eighth + j] = base[g * columns + j % columns];
+    }
+  }
+  const CellOf<T> cell = given;
+  alignas(64) double pattern[8 * eighth], raised[8 * eighth];
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = 8 * eighth * g;
+    const unsigned char* const cells_ptr = leaf.cells_ptr + first * static_cast<int64_t>(sizeof(T));
+    const unsigned char* const keep_ptr = is_masked ? leaf.keep_ptr + first : nullptr;
+    if constexpr (columns == 1) {
+      for (int64_t j = 0; j < 8 * eighth; ++j) pattern[j] = base[g];
+    } else {
+      for (int64_t k = 0; k < 8; ++k) std::memcpy(pattern + k * eighth, patterns + g * eighth, eighth * sizeof(double));
+    }
+#pragma GCC ivdep
+    for (int64_t j = 0; j < 8 * eighth; ++j) {
+      const double value = static_cast<double>(cell.template get<is_masked>(cells_ptr, keep_ptr, j));
+      raised[j] = exponential_below(value - pattern[j]);
+    }
+    double* const out = eighths + g * eighth;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < eighth; ++j) {
+      const double* const of = raised + j;
+      out[j] = ((of[0] + of[4 * eighth]) + (of[2 * eighth] + of[6 * eighth])) +
+               ((of[eighth] + of[5 * eighth]) + (of[3 * eighth] + of[7 * eighth]));
+    }
+  }
+}
+
+template <int columns>
+NEVER_INLINE void count_groups(const unsigned char* keep_ptr, int64_t groups, int64_t* count) {
+  constexpr int64_t eighth = 8 * columns;
+  for (int64_t g = 0; g < groups; ++g) {
+    const unsigned char* const of_ptr = keep_ptr + 8 * eighth * g;
+    uint8_t sums[eighth];
+    for (int64_t j = 0; j < eighth; ++j) {
+      const unsigned char* const p = of_ptr + j;
+      sums[j] = static_cast<uint8_t>(p[0] + p[eighth] + p[2 * eighth] + p[3 * eighth] + p[4 * eighth] + p[5 * eighth] +
+                                     p[6 * eighth] + p[7 * eighth]);
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      int64_t sum = 0;
+      for (int64_t r = 0; r < 8; ++r) sum += sums[r * columns + c];
+      count[g * columns + c] = sum;
+    }
+  }
+}
+
+// Their states, side by side as lanes. False where a cell is inf: another way has to tell whether there is a NaN.
+template <int columns>
+bool reduce_groups(ExponentialsRoom& room, const Block& block, const Window& flat, ExponentialsState& state) {
+  const int64_t groups = flat.rows / n_group_rows, lanes = groups * columns;
+  const LeafOf<float> of(room, block, flat);
+  float* const largest = reinterpret_cast<float*>(room.raised);
+  float* const turned = reinterpret_cast<float*>(room.sums);
+  of.with_mask([&](auto masked) {
+    largest_of_groups<float, decltype(masked)::value, columns>(of.leaf, of.cell, groups, largest);
+  });
+  turn_cells<float, columns>(largest, groups, 8, columns, turned);
+  for (int64_t rows = 4; rows > 0; rows /= 2) {
+    const float* const rest = turned + rows * lanes;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < rows * lanes; ++j) turned[j] = rest[j] > turned[j] ? rest[j] : turned[j];
+  }
+  alignas(64) double top[n_lanes], base[n_lanes];
+  for (int64_t l = 0; l < lanes; ++l) top[l] = static_cast<double>(turned[l]);
+  for (int64_t l = 0; l < lanes; ++l) base[l] = top[l] == -infinity ? 0.0 : top[l];
+  of.with_mask([&](auto masked) {
+    raise_groups<float, decltype(masked)::value, columns>(of.leaf, of.cell, groups, base, room.sums, room.raised);
+  });
+  turn_cells<double, columns>(room.raised, groups, 8, columns, room.sums);
+  halve(room.sums, 8, lanes);
+  copy_lanes(room.sums, lanes, state.total);
+  if (settle(top, lanes, state)) return false;
+  if (room.keep_ptr) {
+    count_groups<columns>(room.keep_ptr, groups, state.count);
+  } else {
+    for (int64_t l = 0; l < lanes; ++l) state.count[l] = n_group_rows;
+  }
+  return true;
+}
+
+bool reduce_groups_of(ExponentialsRoom& room, const Block& block, const Window& flat, ExponentialsState& state) {
+  switch (flat.columns) {
+    case 1: return reduce_groups<1>(room, block, flat, state);
+    case 2: return reduce_groups<2>(room, block, flat, state);
+    case 3: return reduce_groups<3>(room, block, flat, state);
+    default: return reduce_groups<4>(room, block, flat, state);
+  }
+}
+
+// Leaves [w.i, w.i + 64 k) of a window become states of the tree; how many rows that were.
+int64_t reduce_many(ExponentialsRoom& room, const Block& block, Window& w, ExponentialsState& states) {
+  const bool is_dense = block.data.stride_inner == 1 && block.data.stride_n == w.columns;
+  if (!room.is_narrow || !is_dense || block.leaf != n_group_rows || w.groups > 1 || w.columns > most_group_columns) return 0;
+  const int64_t groups = least((block.n - w.i) / n_group_rows, n_lanes / most_group_columns);
+  if (groups < 2) return 0;
+  Window flat = w;
+  flat.rows = groups * n_group_rows;
+  if (!reduce_groups_of(room, block, flat, states)) return 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = g * w.columns;
+    ExponentialsState& state = room.tree.next();
+    copy_lanes(states.count + first, w.columns, state.count);
+    copy_lanes(states.top + first, w.columns, state.top);
+    copy_lanes(states.total + first, w.columns, state.total);
+    room.tree.push(w.columns);
+  }
+  return flat.rows;
+}
+
+// The same of a window of several slices of 64 rows, one after another.
+bool reduce_slices(ExponentialsRoom& room, const Block& block, const Window& w) {
+  const bool fits = room.is_narrow && block.n == n_group_rows && w.groups > 1 && w.columns <= most_group_columns;
+  if (!fits || !is_run(block.data, w) || (block.mask.cells_ptr && !is_run(block.mask, w))) return false;
+  Window flat = w;
+  flat.groups = 1, flat.rows = w.groups * n_group_rows;
+  if (!reduce_groups_of(room, block, flat, room.tree.next())) return false;
+  room.tree.push(w.lanes());
+  return true;
+}
+
 template <class T>
 void lift_exponentials(ExponentialsRoom& room, const Block& block, const Parts& parts) {
+  const std::unique_ptr<ExponentialsState> states(new ExponentialsState);
   each_window(block, block.leaf, [&](Window& w) {
-    each_leaf(block, w, [&] {
+    w.i = 0, w.rows = block.n;
+    if (reduce_slices(room, block, w)) w.i = block.n;
+    while (w.i < block.n) {
+      if (const int64_t rows = reduce_many(room, block, w, *states)) {
+        w.i += rows;
+        continue;
+      }
+      w.rows = least(block.leaf, block.n - w.i);
       const LeafOf<T> leaf(room, block, w);
-      leaf.reduce(Raising::below, block.dtype == Dtype::f64, room.raised, room.tree.next());
+      leaf.reduce(Raising::below, block.dtype == Dtype::f64, room.raised, room.tree.next(), false);
       count_window(room.keep_ptr, w, room.tree.next().count);
       room.tree.push(w.lanes());
-    });
+      w.i += block.leaf;
+    }
+    w.i = 0;
     const ExponentialsState& state = room.tree.finish(w.lanes());
     const int64_t at = w.o * block.inner + w.c;
     copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
@@ -337,6 +527,12 @@ NEVER_INLINE void divide_cells(ExponentialsRoom& room, const double* raised, con
   each_cell(w.cells(), period, [=](int64_t p, int64_t j) { out[j] = raised[j] * pattern[p]; });
 }
 
+NEVER_INLINE void logarithms(double* values, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) values[j] = logarithm(values[j]);
+}
+
+constexpr int64_t n_rows_cells = 4096;
 constexpr int64_t n_stored = 1 << 17;  // 1 MB, a part of L2
 
 // How a block is normalised. A slice that is one leaf is read and raised once. In a longer one either each leaf is
@@ -396,6 +592,16 @@ struct Normalizing {
     copy_lanes(room.totals.finish(lanes).total, lanes, total);
   }
 
+  // The rows of a window: leaf by leaf where those have divisors of their own; else as many as stay in L1.
+  template <class Visit>
+  void each_rows(Window& w, const Visit& visit) {
+    const int64_t many = n_rows_cells / w.lanes(), most = way.stores || many < block.leaf ? block.leaf : many;
+    for (w.i = 0; w.i < block.n; w.i += most) {
+      w.rows = least(most, block.n - w.i);
+      visit();
+    }
+  }
+
   // What `kept` is to be divided by.
   const double* divisor_of(const Window& w) {
     if (!way.stores || !way.quick) return scale;
@@ -413,11 +619,11 @@ struct Normalizing {
     }
     for (int64_t l = 0; l < lanes; ++l) {
       base[l] = is_finite(top[l]) ? top[l] : not_a_number;
-      const double divisor = is_finite(top[l]) ? total[l] : not_a_number;
-      scale[l] = way.is_log ? logarithm(divisor) : divisor;
+      scale[l] = is_finite(top[l]) ? total[l] : not_a_number;
     }
+    if (way.is_log) logarithms(scale, lanes);
     bool overflowed = false;
-    each_leaf(block, w, [&] {
+    each_rows(w, [&] {
       if (way.is_log) {
         LeafOf<T>(room, block, w).subtract_from(base, scale);
       } else {

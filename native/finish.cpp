@@ -42,7 +42,7 @@ struct Reader {
   }
   ALWAYS_INLINE double log_sum(int64_t j) const {
     const double top = number(0, j), whole = top + logarithm(number(1, j));
-    return is_finite(top) ? whole : top;
+    return top - top == 0.0 ? whole : top;  // SSE2 compares no 64-bit integers
   }
 };
 
