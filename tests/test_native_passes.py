@@ -485,6 +485,34 @@ def test_special_cells_are_torchs(cells: list[float]) -> None:
         assert torch.equal(got[0].isnan(), getattr(torch, name)(data, 1).isnan())
 
 
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 1), (150, 64, 1), (40, 64, 3), (1, 700, 3), (1, 9000, 1), (2, 200, 70)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax", "softmin"])
+def test_special_cells_spoil_no_other_slice_wherever_they_lie(
+    name: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """Largest cells are found with NaN passed over, and inf hides it: each has to come out as in the reference."""
+    generator = torch.Generator().manual_seed(31)
+    data = torch.randn(shape, generator=generator).to(dtype)
+    mask = torch.rand(shape, generator=generator) < 0.8
+    lanes = data.transpose(1, 2).reshape(-1, shape[1])
+    for k, cells in enumerate(
+        ([math.inf, 1], [math.nan, 1], [math.inf, math.nan], [-math.nan, -math.inf], [20000, -20000])
+    ):
+        lanes[2 * k % len(lanes), [k % shape[1], -1 - k % shape[1]]] = torch.tensor(cells, dtype=dtype)
+    lanes[-1] = -math.inf
+    special = lanes.view(shape[0], shape[2], shape[1]).transpose(1, 2)
+    for cells in (data, special.contiguous()):
+        for valid in (None, mask, torch.zeros_like(mask)):
+            got, expected = both(OPS[name], cells, valid, dim=1)
+            assert_agree(OPS[name], got, expected, name)
+            for strided in layouts(cells).values():
+                again = engine.run(plan_of(OPS[name], strided, dim=1), strided, valid)
+                assert_same_bits(again, got, name)
+
+
 # -- finish: the back end's own, and the engine's, which is its meaning --------------------------------------------
 
 
