@@ -53,10 +53,13 @@ struct Leaf {
   int64_t step, keep_step;  // from one chunk to the next
   int64_t ahead;  // to the cells that are fetched meanwhile
 
+  bool has_mask_in_place() const { return keep_ptr && keep_step != period; }
+  int64_t keep_ahead() const { return has_mask_in_place() ? n_ahead_rows * keep_step : n_ahead; }
+
   // Some of the lanes.
   Leaf part(int64_t first, int64_t some, int64_t bytes) const {
     return {cells_ptr + first * bytes, keep_ptr ? keep_ptr + first : nullptr, n / lanes * some, some, row_step, some,
-            row_step, lanes, ahead};
+            row_step, period == lanes ? keep_step : lanes, ahead};
   }
 };
 
@@ -75,23 +78,31 @@ struct ExponentialsRoom {
   std::unique_ptr<double[]> tops;    // and the largest cells they were raised from
   const unsigned char* keep_ptr;
 
-  // The window's cells where they lie, if they are rows of float or double; else gathered.
-  Leaf load(const Block& block, const Window& w) {
+  // The window's cells where they lie, if they are rows of float or double; else gathered. `keep_ptr` is then their
+  // mask, unless `walks_mask`: rows of bytes may stay where they lie too.
+  Leaf load(const Block& block, const Window& w, bool walks_mask = false) {
     const int64_t lanes = w.lanes(), bytes = is_narrow ? 4 : 8;
-    const Operand& data = block.data;
-    keep_ptr = gather_keep(block, w, keep);
+    const Operand &data = block.data, &mask = block.mask;
     const bool is_dense = w.groups == 1 && (w.columns == 1 || data.stride_inner == 1) &&
                           (w.rows <= 1 || data.stride_n == w.columns);
-    const bool are_rows = w.groups == 1 && data.stride_inner == 1 && w.columns >= 16;
-    if (block.dtype == (is_narrow ? Dtype::f32 : Dtype::f64) && (is_dense || are_rows)) {
+    const bool are_rows = !is_dense && w.groups == 1 && data.stride_inner == 1 && w.columns >= 16;
+    const bool is_direct = block.dtype == (is_narrow ? Dtype::f32 : Dtype::f64) && (is_dense || are_rows);
+    const bool are_bytes = mask.cells_ptr && mask.stride_inner == 1 && !block.omits_nan;
+    const bool in_place = walks_mask && is_direct && are_rows && are_bytes;
+    if (in_place) {
+      keep_ptr = mask.cells_ptr + w.o * mask.stride_outer + w.i * mask.stride_n + w.c;
+    } else {
+      keep_ptr = gather_keep(block, w, keep);
+    }
+    if (is_direct) {
       const int64_t first = w.o * data.stride_outer + w.i * data.stride_n + w.c * data.stride_inner;
       const unsigned char* const cells_ptr = data.cells_ptr + first * bytes;
       if (is_dense) {
         const int64_t period = period_of(lanes);
         return {cells_ptr, keep_ptr, w.cells(), lanes, lanes, period, period, period, n_ahead};
       }
-      return {cells_ptr, keep_ptr, w.cells(), lanes, data.stride_n, lanes, data.stride_n, lanes,
-              n_ahead_rows * data.stride_n};
+      return {cells_ptr, keep_ptr, w.cells(), lanes, data.stride_n, lanes, data.stride_n,
+              in_place ? mask.stride_n : lanes, n_ahead_rows * data.stride_n};
     }
     const double hidden = negates ? infinity : -infinity;
     if (is_narrow) {
@@ -100,7 +111,8 @@ struct ExponentialsRoom {
       gather_doubles(block.dtype, data, w, keep_ptr, hidden, gathered);
     }
     const int64_t period = period_of(lanes);
-    return {reinterpret_cast<const unsigned char*>(gathered), nullptr, w.cells(), lanes, lanes, period, period, period, 0};
+    const auto* const cells_ptr = reinterpret_cast<const unsigned char*>(gathered);
+    return {cells_ptr, nullptr, w.cells(), lanes, lanes, period, period, period, 0};
   }
 };
 
@@ -108,7 +120,7 @@ template <class T>
 struct CellOf {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   static constexpr Bits sign = Bits{1} << (8 * sizeof(T) - 1);
-  static constexpr Bits hidden = sizeof(T) == 4 ? static_cast<Bits>(0xff800000u) : static_cast<Bits>(0xfff0000000000000u);
+  static constexpr Bits hidden = static_cast<Bits>(sizeof(T) == 4 ? 0xff800000u : 0xfff0000000000000u);  // -inf
   Bits flip;  // the sign, where cells are negated
 
   template <bool is_masked>
@@ -152,7 +164,7 @@ NEVER_INLINE void largest_of_leaf(const Leaf& leaf, CellOf<T> cell, double* top)
   alignas(64) T largest[n_lanes];
   for (int64_t j = 0; j < leaf.period; ++j) largest[j] = -std::numeric_limits<T>::infinity();
   each_chunk<T>(leaf, [&](const unsigned char* cells_ptr, const unsigned char* keep_ptr, int64_t, int64_t n) {
-    if (is_masked && leaf.ahead) prefetch(keep_ptr + n_ahead, n);
+    if (is_masked && leaf.ahead) prefetch(keep_ptr + leaf.keep_ahead(), n);
     largest_of_chunk<T, is_masked>(cells_ptr, keep_ptr, n, cell, largest);
   });
   for (int64_t rows = leaf.period / leaf.lanes; rows > 1;) {  // by halves: one lane would wait for each comparison
@@ -247,8 +259,8 @@ struct LeafOf {
   CellOf<T> cell;
 
   LeafOf(ExponentialsRoom& of, const Leaf& cells) : room(of), leaf(cells), cell{of.negates ? CellOf<T>::sign : 0} {}
-  LeafOf(ExponentialsRoom& of, const Block& block, const Window& w)
-      : LeafOf(of, of.load(block, w)) {}
+  LeafOf(ExponentialsRoom& of, const Block& block, const Window& w, bool walks_mask = false)
+      : LeafOf(of, of.load(block, w, walks_mask)) {}
 
   template <class Visit>
   ALWAYS_INLINE void with_mask(const Visit& visit) const {
@@ -324,8 +336,8 @@ void with_width(const ExponentialsRoom& room, const Visit& visit) {
 }
 
 // ---- leaves of 64 rows of few columns, one after another ------------------------------------------------------------
-// Turned into lanes they would be read and written three times over; so eight rows of each are folded as they lie, which
-// is the tree of halving, and what is left, an eighth of it, is turned.
+// Turned into lanes they would be read and written three times over. So eight rows of each are folded as they lie,
+// which is the tree of halving, and what is left, an eighth of it, is turned.
 
 constexpr int64_t n_group_rows = 64;
 constexpr int64_t most_group_columns = 4;
@@ -343,7 +355,9 @@ NEVER_INLINE void largest_of_groups(const Leaf& leaf, CellOf<T> given, int64_t g
       if (is_masked) prefetch(keep_ptr + n_ahead, 8 * eighth);
     }
     T* const out = eighths + g * eighth;
-    const auto get = [=](int64_t k, int64_t j) { return cell.template get<is_masked>(cells_ptr, keep_ptr, k * eighth + j); };
+    const auto get = [=](int64_t k, int64_t j) {
+      return cell.template get<is_masked>(cells_ptr, keep_ptr, k * eighth + j);
+    };
     const auto larger_of = [](T a, T b) { return b > a ? b : a; };
 #pragma GCC ivdep
     for (int64_t j = 0; j < eighth; ++j) {
@@ -353,30 +367,44 @@ NEVER_INLINE void largest_of_groups(const Leaf& leaf, CellOf<T> given, int64_t g
   }
 }
 
-template <class T, bool is_masked, int columns>
-NEVER_INLINE void raise_groups(const Leaf& leaf, CellOf<T> given, int64_t groups, const double* base, double* patterns,
-                               double* eighths) {
+// Ahead of the loop: what was just stored cell by cell cannot be loaded as a vector.
+template <int columns>
+ALWAYS_INLINE void prepare_patterns(const double* of_lanes, int64_t groups, double* patterns) {
+  if constexpr (columns == 1) return;
   constexpr int64_t eighth = 8 * columns;
-  if constexpr (columns > 1) {  // ahead of the loop: what was just stored cell by cell cannot be loaded as a vector
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t j = 0; j < eighth; ++j) patterns[g * eighth + j] = base[g * columns + j % columns];
-    }
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t j = 0; j < eighth; ++j) patterns[g * eighth + j] = of_lanes[g * columns + j % columns];
   }
+}
+
+template <int columns>
+ALWAYS_INLINE void spread_group(const double* of_lanes, const double* patterns, int64_t g, double* pattern) {
+  constexpr int64_t eighth = 8 * columns;
+  if constexpr (columns == 1) {
+    for (int64_t j = 0; j < 8 * eighth; ++j) pattern[j] = of_lanes[g];
+  } else {
+    for (int64_t k = 0; k < 8; ++k) std::memcpy(pattern + k * eighth, patterns + g * eighth, eighth * sizeof(double));
+  }
+}
+
+// `keeps`: the exponentials are left in `kept`.
+template <class T, bool is_masked, int columns, Raising raising, bool keeps>
+NEVER_INLINE void raise_groups(const Leaf& leaf, CellOf<T> given, int64_t groups, const double* base, double* patterns,
+                               double* eighths, double* kept) {
+  constexpr int64_t eighth = 8 * columns;
+  prepare_patterns<columns>(base, groups, patterns);
   const CellOf<T> cell = given;
-  alignas(64) double pattern[8 * eighth], raised[8 * eighth];
+  alignas(64) double pattern[8 * eighth], lost[8 * eighth];
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = 8 * eighth * g;
     const unsigned char* const cells_ptr = leaf.cells_ptr + first * static_cast<int64_t>(sizeof(T));
     const unsigned char* const keep_ptr = is_masked ? leaf.keep_ptr + first : nullptr;
-    if constexpr (columns == 1) {
-      for (int64_t j = 0; j < 8 * eighth; ++j) pattern[j] = base[g];
-    } else {
-      for (int64_t k = 0; k < 8; ++k) std::memcpy(pattern + k * eighth, patterns + g * eighth, eighth * sizeof(double));
-    }
+    double* const raised = keeps ? kept + first : lost;
+    spread_group<columns>(base, patterns, g, pattern);
 #pragma GCC ivdep
     for (int64_t j = 0; j < 8 * eighth; ++j) {
       const double value = static_cast<double>(cell.template get<is_masked>(cells_ptr, keep_ptr, j));
-      raised[j] = exponential_below(value - pattern[j]);
+      raised[j] = raised_to<raising>(value - pattern[j]);
     }
     double* const out = eighths + g * eighth;
 #pragma GCC ivdep
@@ -407,31 +435,44 @@ NEVER_INLINE void count_groups(const unsigned char* keep_ptr, int64_t groups, in
   }
 }
 
-// Their states, side by side as lanes. False where a cell is inf: another way has to tell whether there is a NaN.
-template <int columns>
-bool reduce_groups(ExponentialsRoom& room, const Block& block, const Window& flat, ExponentialsState& state) {
-  const int64_t groups = flat.rows / n_group_rows, lanes = groups * columns;
-  const LeafOf<float> of(room, block, flat);
-  float* const largest = reinterpret_cast<float*>(room.raised);
-  float* const turned = reinterpret_cast<float*>(room.sums);
+constexpr int64_t n_scratch = n_tile / 4;
+static_assert(n_scratch >= n_tile / 8, "an eighth of a tile fits");
+
+// The largest cells and the totals below them, side by side as lanes.
+template <int columns, Raising raising, bool keeps>
+void total_groups(const LeafOf<float>& of, double* top, double* total) {
+  ExponentialsRoom& room = of.room;
+  const int64_t groups = of.leaf.n / columns / n_group_rows, lanes = groups * columns;
+  double *const eighths = room.sums, *const patterns = eighths + n_scratch, *const turned = patterns + n_scratch;
+  float* const largest = reinterpret_cast<float*>(eighths);
+  float* const largest_turned = reinterpret_cast<float*>(turned);
   of.with_mask([&](auto masked) {
     largest_of_groups<float, decltype(masked)::value, columns>(of.leaf, of.cell, groups, largest);
   });
-  turn_cells<float, columns>(largest, groups, 8, columns, turned);
-  for (int64_t rows = 4; rows > 0; rows /= 2) {
-    const float* const rest = turned + rows * lanes;
+  turn_cells<float, columns>(largest, groups, 8, columns, largest_turned);
+  for (int64_t n = 4 * lanes; n >= lanes; n /= 2) {
+    const float* const rest = largest_turned + n;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < rows * lanes; ++j) turned[j] = rest[j] > turned[j] ? rest[j] : turned[j];
+    for (int64_t j = 0; j < n; ++j) largest_turned[j] = rest[j] > largest_turned[j] ? rest[j] : largest_turned[j];
   }
-  alignas(64) double top[n_lanes], base[n_lanes];
-  for (int64_t l = 0; l < lanes; ++l) top[l] = static_cast<double>(turned[l]);
+  alignas(64) double base[n_lanes];
+  for (int64_t l = 0; l < lanes; ++l) top[l] = static_cast<double>(largest_turned[l]);
   for (int64_t l = 0; l < lanes; ++l) base[l] = top[l] == -infinity ? 0.0 : top[l];
   of.with_mask([&](auto masked) {
-    raise_groups<float, decltype(masked)::value, columns>(of.leaf, of.cell, groups, base, room.sums, room.raised);
+    raise_groups<float, decltype(masked)::value, columns, raising, keeps>(of.leaf, of.cell, groups, base, patterns,
+                                                                          eighths, room.raised);
   });
-  turn_cells<double, columns>(room.raised, groups, 8, columns, room.sums);
-  halve(room.sums, 8, lanes);
-  copy_lanes(room.sums, lanes, state.total);
+  turn_cells<double, columns>(eighths, groups, 8, columns, turned);
+  halve(turned, 8, lanes);
+  copy_lanes(turned, lanes, total);
+}
+
+// Their states. False where a cell is inf: another way has to tell whether there is a NaN.
+template <int columns>
+bool reduce_groups(ExponentialsRoom& room, const Block& block, const Window& flat, ExponentialsState& state) {
+  const int64_t groups = flat.rows / n_group_rows, lanes = groups * columns;
+  alignas(64) double top[n_lanes];
+  total_groups<columns, Raising::below, false>(LeafOf<float>(room, block, flat), top, state.total);
   if (settle(top, lanes, state)) return false;
   if (room.keep_ptr) {
     count_groups<columns>(room.keep_ptr, groups, state.count);
@@ -441,19 +482,34 @@ bool reduce_groups(ExponentialsRoom& room, const Block& block, const Window& fla
   return true;
 }
 
-bool reduce_groups_of(ExponentialsRoom& room, const Block& block, const Window& flat, ExponentialsState& state) {
-  switch (flat.columns) {
-    case 1: return reduce_groups<1>(room, block, flat, state);
-    case 2: return reduce_groups<2>(room, block, flat, state);
-    case 3: return reduce_groups<3>(room, block, flat, state);
-    default: return reduce_groups<4>(room, block, flat, state);
+// visit(how many columns).
+template <class Visit>
+auto with_columns(int64_t columns, const Visit& visit) {
+  switch (columns) {
+    case 1: return visit(std::integral_constant<int, 1>());
+    case 2: return visit(std::integral_constant<int, 2>());
+    case 3: return visit(std::integral_constant<int, 3>());
+    default: return visit(std::integral_constant<int, 4>());
   }
+}
+
+bool reduce_groups_of(ExponentialsRoom& room, const Block& block, const Window& flat, ExponentialsState& state) {
+  return with_columns(flat.columns, [&](auto columns) { return reduce_groups<columns()>(room, block, flat, state); });
+}
+
+// Whether a window is several slices of 64 rows, one after another; `flat` is it as one.
+bool are_groups(const ExponentialsRoom& room, const Block& block, const Window& w, Window& flat) {
+  flat = w;
+  flat.groups = 1, flat.rows = w.groups * n_group_rows;
+  return room.is_narrow && block.n == n_group_rows && w.groups > 1 && w.columns <= most_group_columns &&
+         is_run(block.data, w) && (!block.mask.cells_ptr || is_run(block.mask, w));
 }
 
 // Leaves [w.i, w.i + 64 k) of a window become states of the tree; how many rows that were.
 int64_t reduce_many(ExponentialsRoom& room, const Block& block, Window& w, ExponentialsState& states) {
   const bool is_dense = block.data.stride_inner == 1 && block.data.stride_n == w.columns;
-  if (!room.is_narrow || !is_dense || block.leaf != n_group_rows || w.groups > 1 || w.columns > most_group_columns) return 0;
+  const bool are_few = w.groups == 1 && w.columns <= most_group_columns;
+  if (!room.is_narrow || !is_dense || !are_few || block.leaf != n_group_rows) return 0;
   const int64_t groups = least((block.n - w.i) / n_group_rows, n_lanes / most_group_columns);
   if (groups < 2) return 0;
   Window flat = w;
@@ -470,15 +526,25 @@ int64_t reduce_many(ExponentialsRoom& room, const Block& block, Window& w, Expon
   return flat.rows;
 }
 
-// The same of a window of several slices of 64 rows, one after another.
 bool reduce_slices(ExponentialsRoom& room, const Block& block, const Window& w) {
-  const bool fits = room.is_narrow && block.n == n_group_rows && w.groups > 1 && w.columns <= most_group_columns;
-  if (!fits || !is_run(block.data, w) || (block.mask.cells_ptr && !is_run(block.mask, w))) return false;
-  Window flat = w;
-  flat.groups = 1, flat.rows = w.groups * n_group_rows;
-  if (!reduce_groups_of(room, block, flat, room.tree.next())) return false;
+  Window flat;
+  if (!are_groups(room, block, w, flat) || !reduce_groups_of(room, block, flat, room.tree.next())) return false;
   room.tree.push(w.lanes());
   return true;
+}
+
+NEVER_INLINE void count_rows(const Leaf& leaf, int64_t* count) {
+  uint8_t few[n_lanes] = {};  // of 64 rows
+  for (int64_t first = 0; first < leaf.n; first += leaf.lanes) {
+    const unsigned char* const keep_ptr = leaf.keep_ptr + first / leaf.lanes * leaf.keep_step;
+    for (int64_t l = 0; l < leaf.lanes; ++l) few[l] = static_cast<uint8_t>(few[l] + keep_ptr[l]);
+  }
+  for (int64_t l = 0; l < leaf.lanes; ++l) count[l] = few[l];
+}
+
+void count_leaf(const ExponentialsRoom& room, const Leaf& leaf, const Window& w, int64_t* count) {
+  if (leaf.has_mask_in_place()) return count_rows(leaf, count);
+  count_window(room.keep_ptr, w, count);
 }
 
 template <class T>
@@ -493,9 +559,9 @@ void lift_exponentials(ExponentialsRoom& room, const Block& block, const Parts& 
         continue;
       }
       w.rows = least(block.leaf, block.n - w.i);
-      const LeafOf<T> leaf(room, block, w);
+      const LeafOf<T> leaf(room, block, w, true);
       leaf.reduce(Raising::below, block.dtype == Dtype::f64, room.raised, room.tree.next(), false);
-      count_window(room.keep_ptr, w, room.tree.next().count);
+      count_leaf(room, leaf.leaf, w, room.tree.next().count);
       room.tree.push(w.lanes());
       w.i += block.leaf;
     }
@@ -548,6 +614,32 @@ bool is_quick(Dtype dtype, Dtype result) {
   return is_short(dtype) && is_short(result);
 }
 
+// raised *= factor of the lane.
+template <int columns>
+NEVER_INLINE void scale_groups(int64_t groups, const double* factor, double* patterns, double* given_raised) {
+  constexpr int64_t n = n_group_rows * columns;
+  alignas(64) double pattern[n];
+  prepare_patterns<columns>(factor, groups, patterns);
+  for (int64_t g = 0; g < groups; ++g) {
+    double* const raised = given_raised + g * n;
+    spread_group<columns>(factor, patterns, g, pattern);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) raised[j] *= pattern[j];
+  }
+}
+
+// softmax of a window of such slices.
+template <int columns>
+bool normalize_groups(ExponentialsRoom& room, const Block& block, const Filled& filled, const Window& flat) {
+  const int64_t groups = flat.rows / n_group_rows, lanes = groups * columns;
+  alignas(64) double top[n_lanes], total[n_lanes], factor[n_lanes];
+  const LeafOf<float> of(room, block, flat);
+  total_groups<columns, Raising::quick, true>(of, top, total);
+  for (int64_t l = 0; l < lanes; ++l) factor[l] = is_finite(top[l]) ? 1.0 / total[l] : not_a_number;
+  scale_groups<columns>(groups, factor, room.sums, room.raised);
+  return write_doubles(filled, flat, room.raised, room.keep_ptr, false);
+}
+
 template <class T>
 struct Normalizing {
   ExponentialsRoom& room;
@@ -565,7 +657,7 @@ struct Normalizing {
   void reduce_quickly(Window& w) {
     const int64_t lanes = w.lanes();
     each_leaf(block, w, [&] {
-      const LeafOf<T> leaf(room, block, w);
+      const LeafOf<T> leaf(room, block, w, !way.is_one_leaf);
       leaf.reduce(way.raising, way.is_pair, kept(w), room.tree.next());
       if (way.stores) copy_lanes(room.tree.next().top, lanes, leaf_top(w));
       room.tree.push(lanes);
@@ -578,13 +670,13 @@ struct Normalizing {
     const int64_t lanes = w.lanes();
     for (int64_t l = 0; l < lanes; ++l) top[l] = -infinity;
     each_leaf(block, w, [&] {
-      LeafOf<T>(room, block, w).largest(base);
+      LeafOf<T>(room, block, w, true).largest(base);
       for (int64_t l = 0; l < lanes; ++l) top[l] = base[l] > top[l] ? base[l] : top[l];
     });
     for (int64_t l = 0; l < lanes; ++l) base[l] = top[l] == -infinity ? 0.0 : top[l];
     each_leaf(block, w, [&] {
       double* const raised = kept(w);
-      LeafOf<T>(room, block, w).raise(base, way.raising, way.is_pair, raised);
+      LeafOf<T>(room, block, w, true).raise(base, way.raising, way.is_pair, raised);
       halve_into(raised, w.rows, lanes, room.sums);
       copy_lanes(room.sums, lanes, room.totals.next().total);
       room.totals.push(lanes);
@@ -612,6 +704,12 @@ struct Normalizing {
 
   bool operator()(Window& w) {
     const int64_t lanes = w.lanes();
+    Window flat;
+    w.i = 0, w.rows = block.n;
+    if (way.quick && !way.is_log && are_groups(room, block, w, flat) && is_run(filled.values, w)) {
+      return with_columns(w.columns,
+                          [&](auto columns) { return normalize_groups<columns()>(room, block, filled, flat); });
+    }
     if (way.is_one_leaf || way.quick) {
       reduce_quickly(w);
     } else {
