@@ -169,6 +169,13 @@ struct F64Cell {
   static ALWAYS_INLINE Wide widen(Raw raw) { return {bits_as<double>(raw)}; }
 };
 
+// A cell of a shorter dtype, gathered: its sums need no low part.
+struct DoubleCell {
+  using Raw = uint64_t;
+  using Wide = Sum<double>;
+  static ALWAYS_INLINE Wide widen(Raw raw) { return Wide(bits_as<double>(raw)); }
+};
+
 constexpr double scale_down = 0x1p-128;
 
 struct ScaledF64Cell {
@@ -199,13 +206,34 @@ ALWAYS_INLINE typename Cell::Raw load_raw(const unsigned char* cells_ptr, int64_
   return raw;
 }
 
+// Cells that choose by themselves what lies under the mask: widen<masked>(raw, byte of the mask).
+struct Chooses {};
+
+// And are read with what is known of their lane, lanes[0].
+struct OfLanes : Chooses {};
+
+template <class Cell>
+constexpr bool is_of_lanes = std::is_base_of_v<OfLanes, Cell>;
+
+template <class Cell>
+ALWAYS_INLINE Cell of_lane(const Cell& cell, int64_t lane) {
+  if constexpr (is_of_lanes<Cell>) return Cell(cell.lanes + lane);
+  return cell;
+}
+
 // A cell under the mask becomes +0 by an integer AND: whatever lay there, NaN too, is gone, with no branch.
 template <class Cell, bool masked>
-ALWAYS_INLINE typename Cell::Wide load_cell(const unsigned char* cells_ptr, const unsigned char* mask_ptr, int64_t j) {
+ALWAYS_INLINE typename Cell::Wide load_cell(const Cell& cell, const unsigned char* cells_ptr,
+                                            const unsigned char* mask_ptr, int64_t j) {
   using Raw = typename Cell::Raw;
   const Raw raw = load_raw<Cell>(cells_ptr, j);
-  if constexpr (!masked) return Cell::widen(raw);
-  return Cell::widen(static_cast<Raw>(raw & static_cast<Raw>(-static_cast<Raw>(mask_ptr[j]))));
+  if constexpr (std::is_base_of_v<Chooses, Cell>) {
+    return cell.template widen<masked>(raw, masked ? mask_ptr[j] : 1);
+  } else if constexpr (!masked) {
+    return Cell::widen(raw);
+  } else {
+    return Cell::widen(static_cast<Raw>(raw & static_cast<Raw>(-static_cast<Raw>(mask_ptr[j]))));
+  }
 }
 
 // 1 for a number, 0 for a NaN.
@@ -232,6 +260,39 @@ ALWAYS_INLINE void with_numbers(Dtype dtype, const Visit& visit) {
   }
 }
 
+template <class T>
+ALWAYS_INLINE double as_double(Sum<T> value) {
+  return static_cast<double>(value.sum);
+}
+ALWAYS_INLINE double as_double(Lone value) { return value.value; }
+ALWAYS_INLINE double as_double(Halves value) {
+  return static_cast<double>(static_cast<int64_t>(static_cast<uint64_t>(value.high) << 32 |
+                                                  static_cast<uint64_t>(value.low)));
+}
+
+// As wide as a vector loop over doubles likes them.
+using I8Cell = IntCell<uint8_t, int8_t, int32_t>;
+using U8Cell = IntCell<uint8_t, uint8_t, int32_t>;
+using I16Cell = IntCell<uint16_t, int16_t, int32_t>;
+using I32Cell = IntCell<uint32_t, int32_t, int32_t>;
+
+// visit(the cell type of a dtype).
+template <class Visit>
+ALWAYS_INLINE void with_cell(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::f64: return visit(F64Cell());
+    case Dtype::f32: return visit(F32Cell());
+    case Dtype::f16: return visit(F16Cell());
+    case Dtype::bf16: return visit(BF16Cell());
+    case Dtype::i8: return visit(I8Cell());
+    case Dtype::i16: return visit(I16Cell());
+    case Dtype::i32: return visit(I32Cell());
+    case Dtype::i64: return visit(I64Cell());
+    case Dtype::u8:
+    case Dtype::boolean: return visit(U8Cell());
+  }
+}
+
 // ---- what each dtype sums ------------------------------------------------------------------------------------------
 // Near holds any sum of up to 64 cells, Far of a leaf: small integers are widened in steps.
 
@@ -246,6 +307,9 @@ struct F16Sum : F32Sum {
 };
 struct BF16Sum : F32Sum {
   using Cell = BF16Cell;
+};
+struct DoubleSum : F32Sum {
+  using Cell = DoubleCell;
 };
 struct F64Sum {
   using Cell = F64Cell;

@@ -29,6 +29,24 @@ struct Window {
   int64_t cells() const { return rows * lanes(); }
 };
 
+enum class Walk { dense, columns };
+
+// A window's cells and which of them count, null where all do: both start at the window, and are walked as `walk` says.
+struct Leaf {
+  Walk walk;
+  int64_t most_rows;
+  Window tile;
+  Operand data, keep;
+};
+
+// ---- totals.cpp: what variances share with sums ---------------------------------------------------------------------
+
+void count_leaf(const Leaf& leaf, int64_t* count);
+
+// Sums over counts, or 1 where there is none; of i64 rounded towards 0.
+void leaf_means(Dtype dtype, const Leaf& leaf, const int64_t* count, double* mean);
+void leaf_means_of_doubles(const Leaf& leaf, const int64_t* count, double* mean);  // cells of shorter dtypes, gathered
+
 // ---- tiles.cpp: what all kernels gather and write, compiled once for each instruction set ---------------------------
 
 // The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.

@@ -7,18 +7,22 @@ constexpr int64_t cache_line = 64;
 
 template <class CellType, bool is_masked>
 struct CellStreams {
+  static constexpr bool is_near = is_of_lanes<CellType>;  // their lanes were folded a moment ago
+
   const unsigned char* cells_ptr;
   const unsigned char* mask_ptr;
   int64_t step_bytes, mask_step;  // from one stream to the next
   int64_t ahead_bytes = 0, mask_ahead = 0;  // from these streams to the ones that are folded after them
+  CellType cell = {};
 
   ALWAYS_INLINE auto get(int64_t k, int64_t j) const {
     const unsigned char* stream_mask_ptr = is_masked ? mask_ptr + k * mask_step : nullptr;
-    return load_cell<CellType, is_masked>(cells_ptr + k * step_bytes, stream_mask_ptr, j);
+    return load_cell<CellType, is_masked>(of_lane(cell, j), cells_ptr + k * step_bytes, stream_mask_ptr, j);
   }
   CellStreams from(int64_t j) const {
     const int64_t n_bytes = j * static_cast<int64_t>(sizeof(typename CellType::Raw));
-    return {cells_ptr + n_bytes, is_masked ? mask_ptr + j : nullptr, step_bytes, mask_step, ahead_bytes, mask_ahead};
+    return {cells_ptr + n_bytes, is_masked ? mask_ptr + j : nullptr, step_bytes, mask_step, ahead_bytes, mask_ahead,
+            of_lane(cell, j)};
   }
   // Eight streams in as many pages outrun the processor's own prefetcher. It follows these: one stream after another.
   ALWAYS_INLINE void prefetch(int64_t first, int64_t last, int64_t n) const {
@@ -77,7 +81,7 @@ NEVER_INLINE void fold_ahead(const Streams& given, int64_t n, Lanes<Value> out) 
   constexpr int64_t n_chunk = 64;
   const int64_t n_chunks = n / n_chunk;
   for (int64_t c = 0; c * n_chunk < n; ++c) {  // one call: each is a loop unrolled, and there are hundreds
-    if (c < n_chunks) given.prefetch(n_streams * c / n_chunks, n_streams * (c + 1) / n_chunks, n);
+    if (!Streams::is_near && c < n_chunks) given.prefetch(n_streams * c / n_chunks, n_streams * (c + 1) / n_chunks, n);
     fold_loop<n_streams>(given.from(c * n_chunk), least(n_chunk, n - c * n_chunk), out.from(c * n_chunk));
   }
 }
@@ -96,36 +100,76 @@ void fold(const Streams& streams, int64_t count, int64_t n, Lanes<Value> out) {
   }
 }
 
+// ---- cells of lanes: a pattern of their lanes, as the cells lie ----------------------------------------------------
+
+constexpr int64_t n_wide = 2048;
+
+template <class Cell, bool = is_of_lanes<Cell>>
+struct Pattern {
+  const Cell& of(const Cell& cell, int64_t, int64_t, int64_t) const { return cell; }
+};
+
+template <class Cell>
+struct Pattern<Cell, true> {
+  alignas(64) typename Cell::Lane lanes[n_wide];
+
+  // Each of `groups` times `inner` lanes, `rows` times.
+  NEVER_INLINE Cell of(const Cell& cell, int64_t groups, int64_t rows, int64_t inner) {
+    if (inner == 1) {
+      rows == 3 ? repeat<3>(cell.lanes, groups, rows) : repeat<0>(cell.lanes, groups, rows);
+      return Cell(lanes);
+    }
+    for (int64_t k = 0; k < groups * rows; ++k) {
+      std::memcpy(lanes + k * inner, cell.lanes + k / rows * inner, static_cast<size_t>(inner) * sizeof *lanes);
+    }
+    return Cell(lanes);
+  }
+
+  template <int rows_known>
+  void repeat(const typename Cell::Lane* from, int64_t groups, int64_t given_rows) {
+    const int64_t rows = rows_known ? rows_known : given_rows;
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t i = 0; i < rows; ++i) lanes[g * rows + i] = from[g];
+    }
+  }
+};
+
 // ---- a dense leaf: rows of `inner` cells one after another --------------------------------------------------------
 
 constexpr int n_dense = 512;  // lanes after the first level: leaf / 8 * inner
+
+// Rows h apart are folded first: as many lanes as h * inner.
+inline int64_t first_level_rows(int64_t rows) { return rows <= 8 ? 1 : rows <= 64 ? 8 : rows <= 512 ? 64 : 512; }
 
 // (rows, inner) cells -> inner values. 64 is where Near ends.
 template <class SumType, bool is_masked>
 struct DenseLeaf {
   using Near = typename SumType::Near;
   using Far = typename SumType::Far;
-  using Streams = CellStreams<typename SumType::Cell, is_masked>;
+  using Cell = typename SumType::Cell;
+  using Streams = CellStreams<Cell, is_masked>;
 
   Room<Near, n_dense> near_512;
   Room<Near, n_dense / 8> near_64;
   Room<Far, n_dense / 8> far_8;
+  Pattern<Cell> pattern;
 
-  static constexpr int64_t cell_bytes = sizeof(typename SumType::Cell::Raw);
+  static constexpr int64_t cell_bytes = sizeof(typename Cell::Raw);
 
   void operator()(const unsigned char* cells_ptr, const unsigned char* mask_ptr, int64_t rows, int64_t inner,
-                  Lanes<Far> out) {
-    if (rows <= 8) return level(cells_ptr, mask_ptr, rows, 1, inner, out);
+                  Lanes<Far> out, const Cell& given) {
+    const Cell cell = pattern.of(given, 1, first_level_rows(rows), inner);
+    if (rows <= 8) return level(cells_ptr, mask_ptr, rows, 1, inner, out, cell);
     if (rows <= 64) {
-      level(cells_ptr, mask_ptr, rows, 8, inner, near_512.lanes());
+      level(cells_ptr, mask_ptr, rows, 8, inner, near_512.lanes(), cell);
       return again<Near>(near_512.lanes(), inner, out);
     }
     if (rows <= 512) {
-      level(cells_ptr, mask_ptr, rows, 64, inner, near_512.lanes());
+      level(cells_ptr, mask_ptr, rows, 64, inner, near_512.lanes(), cell);
       again<Near>(near_512.lanes(), 8 * inner, near_64.lanes());
       return again<Far>(near_64.lanes(), inner, out);
     }
-    level(cells_ptr, mask_ptr, rows, 512, inner, near_512.lanes());
+    level(cells_ptr, mask_ptr, rows, 512, inner, near_512.lanes(), cell);
     again<Near>(near_512.lanes(), 64 * inner, near_64.lanes());
     again<Far>(near_64.lanes(), 8 * inner, far_8.lanes());
     again<Far>(far_8.lanes(), inner, out);
@@ -134,10 +178,10 @@ struct DenseLeaf {
   // Rows i, i + h, i + 2h, ... for each i < h; the last of them may be there for the first rows only.
   template <class Value>
   void level(const unsigned char* cells_ptr, const unsigned char* mask_ptr, int64_t rows, int64_t h, int64_t inner,
-             Lanes<Value> out) {
+             Lanes<Value> out, const Cell& cell) {
     // What follows a leaf in memory is the next leaf, of this row or of the next.
     const int64_t step = h * inner, ahead = rows * inner;
-    const Streams streams{cells_ptr, mask_ptr, step * cell_bytes, step, ahead * cell_bytes, ahead};
+    const Streams streams{cells_ptr, mask_ptr, step * cell_bytes, step, ahead * cell_bytes, ahead, cell};
     const int64_t count = (rows + h - 1) / h;
     const int64_t n_last = (rows - (count - 1) * h) * inner;
     fold(streams, count, n_last, out);
@@ -154,9 +198,6 @@ struct DenseLeaf {
 
 constexpr int64_t n_short = 64;  // lanes of the first level from which DenseLeaf is a vector loop over wide cells
 
-// Rows h apart are folded first: as many lanes as h * inner.
-inline int64_t first_level_rows(int64_t rows) { return rows <= 8 ? 1 : rows <= 64 ? 8 : rows <= 512 ? 64 : 512; }
-
 inline bool is_short(int64_t rows, int64_t inner) { return first_level_rows(rows) * inner < n_short; }
 
 // Groups of (rows, inner) cells, many at once: widened as one run of cells, then folded, where all have one width. (The
@@ -168,11 +209,11 @@ struct ShortLeaves {
   using Near = typename SumType::Near;
   using Far = typename SumType::Far;
 
-  static constexpr int64_t n_wide = 2048;
   static_assert(n_wide >= 8 * n_short, "one group fits");
 
   Room<Wide, n_wide> wide;
   Room<Near, n_wide> eighths;
+  Pattern<Cell> pattern;
 
   void operator()(const CellStreams<Cell, is_masked>& group_streams, int64_t groups, int64_t rows, int64_t inner,
                   Lanes<Far> out) {
@@ -180,6 +221,7 @@ struct ShortLeaves {
     auto streams = group_streams;
     for (int64_t g = 0; g < groups; g += most) {
       const int64_t some = least(most, groups - g);
+      streams.cell = pattern.of(of_lane(group_streams.cell, g * inner), some, rows, inner);
       widen(streams, some, group_cells);
       fold_some(some, rows, inner, out.from(g * inner));
       streams.cells_ptr += some * streams.step_bytes;
@@ -194,6 +236,7 @@ struct ShortLeaves {
     }
     for (int64_t g = 0; g < groups; ++g) {
       fold_streams<1>(streams, group_cells, wide.lanes().from(g * group_cells));
+      streams.cell = of_lane(streams.cell, group_cells);
       streams.cells_ptr += streams.step_bytes;
       if (is_masked) streams.mask_ptr += streams.mask_step;
     }

@@ -10,9 +10,93 @@ namespace {
 
 #include "tree.hpp"
 
-#include "halving.hpp"
-
 #include "narrow.hpp"
+
+#include "fold.hpp"
+
+#include "walk.hpp"
+
+#include "leaves.hpp"
+
+// ---- deviations from the mean of a lane, and their squares --------------------------------------------------------
+
+struct Deviation {
+  double value;
+};
+
+struct Deviations {
+  double sum, squares;
+  Deviations() = default;
+  Deviations(double of_cells, double of_squares) : sum(of_cells), squares(of_squares) {}
+  explicit Deviations(Deviation cell) : sum(cell.value), squares(cell.value * cell.value) {}
+};
+
+ALWAYS_INLINE Deviations absorb(Deviations a, Deviations b) { return {a.sum + b.sum, a.squares + b.squares}; }
+ALWAYS_INLINE Deviations absorb(Deviation a, Deviation b) { return absorb(Deviations(a), Deviations(b)); }
+ALWAYS_INLINE Deviations absorb(Deviations a, Deviation b) { return absorb(a, Deviations(b)); }
+
+template <>
+struct Lanes<Deviation> {
+  double* value;
+  ALWAYS_INLINE Deviation get(int64_t j) const { return {value[j]}; }
+  ALWAYS_INLINE void set(int64_t j, Deviation cell) const { value[j] = cell.value; }
+  Lanes from(int64_t j) const { return {value + j}; }
+};
+
+template <>
+struct Lanes<Deviations> {
+  double *sum, *squares;
+  ALWAYS_INLINE Deviations get(int64_t j) const { return {sum[j], squares[j]}; }
+  ALWAYS_INLINE void set(int64_t j, Deviations of) const { sum[j] = of.sum, squares[j] = of.squares; }
+  Lanes from(int64_t j) const { return {sum + j, squares + j}; }
+};
+
+template <int n>
+struct Room<Deviation, n> {
+  alignas(64) double value[n];
+  Lanes<Deviation> lanes() { return {value}; }
+};
+
+template <int n>
+struct Room<Deviations, n> {
+  alignas(64) double sum[n], squares[n];
+  Lanes<Deviations> lanes() { return {sum, squares}; }
+};
+
+// Of int64 cells exact where doubles would have lost the low bits; their mean is an integer.
+ALWAYS_INLINE double deviation_of(Halves cell, int64_t mean) {
+  const double above = static_cast<double>(cell.high - (mean >> 32)) * 0x1p32;
+  return above + static_cast<double>(cell.low - (mean & 0xffffffff));
+}
+
+template <class Wide>
+ALWAYS_INLINE double deviation_of(Wide cell, double mean) {
+  return as_double(cell) - mean;
+}
+
+template <class Cell>
+struct DeviationCell : OfLanes {
+  using Raw = typename Cell::Raw;
+  using Wide = Deviation;
+  using Lane = std::conditional_t<std::is_same_v<Cell, I64Cell>, int64_t, double>;
+  const Lane* lanes;
+  DeviationCell() = default;
+  ALWAYS_INLINE explicit DeviationCell(const Lane* means) : lanes(means) {}
+
+  template <bool is_masked>
+  ALWAYS_INLINE Deviation widen(Raw raw, unsigned char keep) const {
+    const double deviation = deviation_of(Cell::widen(raw), lanes[0]);
+    if constexpr (!is_masked) return {deviation};
+    return {bits_as<double>(bits_as<uint64_t>(deviation) & -static_cast<uint64_t>(keep))};
+  }
+};
+
+template <class CellType>
+struct DeviationSum {
+  using Cell = DeviationCell<CellType>;
+  using Near = Deviations;
+  using Far = Deviations;
+};
 
 struct MomentsState {
   alignas(64) int64_t count[n_lanes];
@@ -40,126 +124,85 @@ struct MomentsState {
       count[j] = both;
     }
   }
+
+  void write(const Parts& parts, int64_t at, int64_t n) const {
+    copy_canonical(mean, n, static_cast<double*>(parts.part_ptr[0]) + at);
+    copy_canonical(low, n, static_cast<double*>(parts.part_ptr[1]) + at);
+    copy_canonical(m2, n, static_cast<double*>(parts.part_ptr[2]) + at);
+  }
 };
 
-ALWAYS_INLINE double at_least_one(int64_t count) { return static_cast<double>(count > 1 ? count : 1); }
+template <Dtype dtype, class CellType, bool masked>
+struct LeafMoments {
+  using State = MomentsState;
+  using Cell = DeviationCell<CellType>;
+  static constexpr bool is_masked = masked;
+  TileFold<DeviationSum<CellType>, is_masked> fold_tile;
+  Room<Deviations, n_lanes> sums;
+  alignas(64) int64_t whole[n_lanes];
+
+  void operator()(const Leaf& leaf, const int64_t* count, State& state) {
+    const int64_t n = leaf.tile.lanes();
+    if constexpr (std::is_same_v<CellType, DoubleCell>) {
+      leaf_means_of_doubles(leaf, count, state.mean);
+    } else {
+      leaf_means(dtype, leaf, count, state.mean);
+    }
+    if constexpr (dtype == Dtype::i64) {
+      for (int64_t l = 0; l < n; ++l) whole[l] = static_cast<int64_t>(state.mean[l]);
+      fold_tile(leaf, sums.lanes(), Cell(whole));
+    } else {
+      fold_tile(leaf, sums.lanes(), Cell(state.mean));
+    }
+    copy_lanes(count, n, state.count);
+    for (int64_t l = 0; l < n; ++l) {
+      const double error = sums.sum[l] + 0.0;
+      state.low[l] = error / at_least_one(count[l]);
+      const double m2 = (sums.squares[l] + 0.0) - error * state.low[l];
+      state.m2[l] = m2 < 0.0 ? 0.0 : m2;
+    }
+  }
+};
+
+template <Dtype dtype, class Cell>
+bool moments_route(const Block& block, const Parts& parts) {
+  return walk_route<LeafMoments<dtype, Cell, true>, LeafMoments<dtype, Cell, false>>(block, parts);
+}
+
+template <class LeafKernel>
+NEVER_INLINE void run_leaf(const Leaf& leaf, const int64_t* count, MomentsState& state) {
+  LeafKernel kernel;
+  kernel(leaf, count, state);
+}
+
+template <Dtype dtype, class Cell>
+void run_leaf(const Leaf& leaf, const int64_t* count, MomentsState& state) {
+  (leaf.keep.cells_ptr ? run_leaf<LeafMoments<dtype, Cell, true>> : run_leaf<LeafMoments<dtype, Cell, false>>)(
+      leaf, count, state);
+}
 
 struct MomentsRoom {
   alignas(64) double cells[n_tile];
-  alignas(64) double sums[n_tile];
-  alignas(64) double lows[n_tile];
   alignas(64) unsigned char keep[n_tile];
   alignas(64) double pattern[n_lanes];
-  alignas(64) int64_t whole_pattern[n_lanes];
+  alignas(64) int64_t count[n_lanes];
   LeafTree<MomentsState> tree;
 };
 
-// sums = the deviations of the valid cells from the mean; 0 under the mask.
-NEVER_INLINE void deviations(MomentsRoom& room, const Window& w, const unsigned char* keep_ptr, const double* mean) {
-  const int64_t lanes = w.lanes(), period = period_of(lanes);
-  spread(mean, lanes, period, room.pattern);
-  const double *const pattern = room.pattern, *const cells = room.cells;
-  double* const sums = room.sums;
-  if (!keep_ptr) {
-    each_cell(w.cells(), period, [=](int64_t p, int64_t j) { sums[j] = cells[j] - pattern[p]; });
-    return;
-  }
-  each_cell(w.cells(), period, [=](int64_t p, int64_t j) {
-    const uint64_t bits = bits_as<uint64_t>(cells[j] - pattern[p]);
-    sums[j] = bits_as<double>(bits & -static_cast<uint64_t>(keep_ptr[j]));
-  });
-}
-
-// Apart from the conversion to integers: GCC makes one truncation of the two, which keeps the sign of a zero.
-NEVER_INLINE void as_doubles(const int64_t* integers, int64_t n, double* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = static_cast<double>(integers[j]);
-}
-
-// The same of int64 cells, exact where doubles would have lost the low bits; the mean is rounded to an integer.
-NEVER_INLINE void integer_deviations(MomentsRoom& room, const Block& block, const Window& w,
-                                     const unsigned char* keep_ptr, MomentsState& state) {
-  const int64_t lanes = w.lanes(), period = period_of(lanes), n_cells = w.cells();
-  int64_t* const cells = reinterpret_cast<int64_t*>(room.cells);
-  gather_integers(block, w, keep_ptr, 0, cells);
-  int64_t* const high = reinterpret_cast<int64_t*>(room.sums);
-  int64_t* const low = reinterpret_cast<int64_t*>(room.lows);
-  alignas(64) int64_t high_sums[n_lanes], low_sums[n_lanes];
-  for (int64_t l = 0; l < lanes; ++l) high_sums[l] = low_sums[l] = 0;
-  for (int64_t j = 0; j < n_cells; ++j) high[j] = cells[j] >> 32, low[j] = cells[j] & 0xffffffff;
-  for (int64_t start = 0; start < n_cells; start += lanes) {
-    for (int64_t l = 0; l < lanes; ++l) high_sums[l] += high[start + l], low_sums[l] += low[start + l];
-  }
-  alignas(64) int64_t whole[n_lanes] = {};
-  for (int64_t l = 0; l < lanes; ++l) {
-    const int64_t total_high = high_sums[l] + (low_sums[l] >> 32), total_low = low_sums[l] & 0xffffffff;
-    const double total = static_cast<double>(total_high) * 0x1p32 + static_cast<double>(total_low);
-    double mean = total / at_least_one(state.count[l]);
-    mean = mean < -0x1p63 ? -0x1p63 : mean > 0x1p63 - 1024 ? 0x1p63 - 1024 : mean;
-    whole[l] = static_cast<int64_t>(mean);
-  }
-  as_doubles(whole, lanes, state.mean);
-  spread(whole, lanes, period, room.whole_pattern);
-  const int64_t* const pattern = room.whole_pattern;
-  double* const sums = room.sums;
-  each_cell(n_cells, period, [=](int64_t p, int64_t j) {
-    const int64_t cell = cells[j];
-    const double above = static_cast<double>((cell >> 32) - (pattern[p] >> 32)) * 0x1p32;
-    const double below = static_cast<double>((cell & 0xffffffff) - (pattern[p] & 0xffffffff));
-    const uint64_t keep = keep_ptr ? -static_cast<uint64_t>(keep_ptr[j]) : ~uint64_t{0};
-    sums[j] = bits_as<double>(bits_as<uint64_t>(above + below) & keep);
-  });
-}
-
-// The mean of f64 cells, by the pair and the exponent of a sum.
-NEVER_INLINE void pair_means(MomentsRoom& room, const Window& w, MomentsState& state) {
-  const int64_t lanes = w.lanes(), n_cells = w.cells();
-  std::memcpy(room.sums, room.cells, static_cast<size_t>(n_cells) * sizeof(double));
-  halve_pairs(room.sums, room.lows, w.rows, lanes);
-  bool all_finite = true;
-  for (int64_t l = 0; l < lanes; ++l) {
-    const double high = room.sums[l] + 0.0, low = room.lows[l] + 0.0;
-    all_finite &= is_finite(high) && is_finite(low);
-    state.mean[l] = (high + low) / at_least_one(state.count[l]);
-  }
-  if (all_finite) return;
-  alignas(64) bool lost[n_lanes];
-  for (int64_t l = 0; l < lanes; ++l) lost[l] = !(is_finite(room.sums[l]) && is_finite(room.lows[l]));
-  for (int64_t j = 0; j < n_cells; ++j) room.sums[j] = room.cells[j] * scale_down;
-  halve_pairs(room.sums, room.lows, w.rows, lanes);
-  for (int64_t l = 0; l < lanes; ++l) {
-    if (!lost[l]) continue;
-    const double high = room.sums[l] + 0.0, low = is_finite(high) ? room.lows[l] + 0.0 : 0.0;
-    state.mean[l] = (high + low) / at_least_one(state.count[l]) * 0x1p128;
-  }
-}
-
+// Of a leaf in any layout, gathered; the room keeps its cells.
 NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Window& w, MomentsState& state) {
-  const int64_t lanes = w.lanes(), n_cells = w.cells();
+  const int64_t lanes = w.lanes();
   const unsigned char* const keep_ptr = gather_keep(block, w, room.keep);
-  for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0;
-  count_window(keep_ptr, w, state.count);
+  for (int64_t l = 0; l < lanes; ++l) room.count[l] = 0;
+  count_window(keep_ptr, w, room.count);
+  const Leaf leaf = leaf_of_tile(w, room.cells, keep_ptr);
   if (block.dtype == Dtype::i64) {
-    integer_deviations(room, block, w, keep_ptr, state);
-  } else {
-    gather_doubles(block.dtype, block.data, w, keep_ptr, 0.0, room.cells);
-    if (block.dtype == Dtype::f64) {
-      pair_means(room, w, state);
-    } else {
-      halve_into(room.cells, w.rows, lanes, room.sums);
-      for (int64_t l = 0; l < lanes; ++l) state.mean[l] = (room.sums[l] + 0.0) / at_least_one(state.count[l]);
-    }
-    deviations(room, w, keep_ptr, state.mean);
+    gather_integers(block, w, keep_ptr, 0, reinterpret_cast<int64_t*>(room.cells));
+    return run_leaf<Dtype::i64, I64Cell>(leaf, room.count, state);
   }
-  double *const sums = room.sums, *const squares = room.lows;
-  for (int64_t j = 0; j < n_cells; ++j) squares[j] = sums[j] * sums[j];
-  halve(sums, w.rows, lanes);
-  halve(squares, w.rows, lanes);
-  for (int64_t l = 0; l < lanes; ++l) {
-    const double error = sums[l] + 0.0;
-    state.low[l] = error / at_least_one(state.count[l]);
-    const double m2 = (squares[l] + 0.0) - error * state.low[l];
-    state.m2[l] = m2 < 0.0 ? 0.0 : m2;
-  }
+  gather_doubles(block.dtype, block.data, w, keep_ptr, 0.0, room.cells);
+  if (block.dtype == Dtype::f64) return run_leaf<Dtype::f64, F64Cell>(leaf, room.count, state);
+  run_leaf<Dtype::f32, DoubleCell>(leaf, room.count, state);
 }
 
 const MomentsState& slice_moments(MomentsRoom& room, const Block& block, Window& w) {
@@ -191,16 +234,19 @@ const unsigned char* keep_defined(MomentsRoom& room, const Window& w, const unsi
 }  // namespace
 
 bool moments(const Block& block, const Options&, const Parts& parts) {
-  const std::unique_ptr<MomentsRoom> room = room_for(block);
-  each_window(block, block.leaf, [&](Window& w) {
-    const MomentsState& state = slice_moments(*room, block, w);
-    const int64_t at = w.o * block.inner + w.c;
-    copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
-    copy_canonical(state.mean, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);
-    copy_canonical(state.low, w.lanes(), static_cast<double*>(parts.part_ptr[1]) + at);
-    copy_canonical(state.m2, w.lanes(), static_cast<double*>(parts.part_ptr[2]) + at);
-  });
-  return true;
+  switch (block.dtype) {
+    case Dtype::f64: return moments_route<Dtype::f64, F64Cell>(block, parts);
+    case Dtype::f32: return moments_route<Dtype::f32, F32Cell>(block, parts);
+    case Dtype::f16: return moments_route<Dtype::f16, F16Cell>(block, parts);
+    case Dtype::bf16: return moments_route<Dtype::bf16, BF16Cell>(block, parts);
+    case Dtype::i8: return moments_route<Dtype::i8, I8Cell>(block, parts);
+    case Dtype::i16: return moments_route<Dtype::i16, I16Cell>(block, parts);
+    case Dtype::i32: return moments_route<Dtype::i32, I32Cell>(block, parts);
+    case Dtype::i64: return moments_route<Dtype::i64, I64Cell>(block, parts);
+    case Dtype::u8:
+    case Dtype::boolean: return moments_route<Dtype::u8, U8Cell>(block, parts);
+  }
+  return false;
 }
 
 // (cell - mean) / standard deviation; a slice of one leaf is read once.

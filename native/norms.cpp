@@ -14,6 +14,12 @@ namespace {
 
 #include "narrow.hpp"
 
+#include "fold.hpp"
+
+#include "walk.hpp"
+
+#include "leaves.hpp"
+
 #include "powers.hpp"
 
 #include "mantissas.hpp"
@@ -41,7 +47,7 @@ ALWAYS_INLINE double share_of(double own, double scale) {
 struct PowersState {
   alignas(64) int64_t count[n_lanes];
   alignas(64) double total[n_lanes], low[n_lanes], scale[n_lanes];
-  Order order;
+  Order order = Order::two;
 
   void clear(int64_t n) {
     const double nothing = order == Order::smallest ? infinity : 0.0;
@@ -81,6 +87,12 @@ struct PowersState {
       low[j] = is_finite(sum) ? error : 0.0;
       scale[j] = both;
     }
+  }
+
+  void write(const Parts& parts, int64_t at, int64_t n) const {
+    copy_canonical(total, n, static_cast<double*>(parts.part_ptr[0]) + at);
+    copy_lanes(low, n, static_cast<double*>(parts.part_ptr[1]) + at);
+    copy_lanes(scale, n, static_cast<double*>(parts.part_ptr[2]) + at);
   }
 };
 
@@ -159,45 +171,14 @@ void raise_sizes(Order order, const double* cells, int64_t n_cells, double* sums
   }
 }
 
-template <class Cell>
-struct Squared {
-  using Raw = typename Cell::Raw;
-  using Out = double;
-  using Bits = uint64_t;
-  double hidden = 0.0;
-  ALWAYS_INLINE double operator()(Raw raw) const {
-    const double cell = as_double(Cell::widen(raw));
-    return cell * cell;
-  }
-};
-
-// The squares of cells that need no scale, in one walk.
-void gather_squares(const Block& block, const Window& w, const unsigned char* keep_ptr, double* out) {
-  switch (block.dtype) {
-    case Dtype::f16: return gather(block.data, w, keep_ptr, Squared<F16Cell>(), out);
-    case Dtype::bf16: return gather(block.data, w, keep_ptr, Squared<BF16Cell>(), out);
-    case Dtype::i8: return gather(block.data, w, keep_ptr, Squared<I8Cell>(), out);
-    case Dtype::i16: return gather(block.data, w, keep_ptr, Squared<I16Cell>(), out);
-    case Dtype::i32: return gather(block.data, w, keep_ptr, Squared<I32Cell>(), out);
-    case Dtype::i64: return gather(block.data, w, keep_ptr, Squared<I64Cell>(), out);
-    case Dtype::u8:
-    case Dtype::boolean: return gather(block.data, w, keep_ptr, Squared<U8Cell>(), out);
-    default: return gather(block.data, w, keep_ptr, Squared<F32Cell>(), out);
-  }
-}
-
-// The room keeps the leaf's cells if `keeps_cells`, but for those of f64, which are scaled.
-NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& block, const Window& w, bool keeps_cells,
+// The room keeps the leaf's cells, but for those of f64, which are scaled.
+NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& block, const Window& w,
                                               PowersState& state) {
   const int64_t lanes = w.lanes(), n_cells = w.cells();
   const Order order = state.order;
   const unsigned char* const keep_ptr = gather_keep(block, w, room.keep);
-  const bool is_wide = block.dtype == Dtype::f64, squares_alone = order == Order::two && !is_wide && !keeps_cells;
-  if (squares_alone) {
-    gather_squares(block, w, keep_ptr, room.sums);
-  } else {
-    gather_doubles(block.dtype, block.data, w, keep_ptr, is_inverse(order) ? infinity : 0.0, room.cells);
-  }
+  const bool is_wide = block.dtype == Dtype::f64;
+  gather_doubles(block.dtype, block.data, w, keep_ptr, is_inverse(order) ? infinity : 0.0, room.cells);
   for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0, state.low[l] = 0.0, state.scale[l] = 1.0;
   count_window(keep_ptr, w, state.count);
   if (is_extreme(order)) {
@@ -205,7 +186,7 @@ NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& blo
     return keep_ptr;
   }
   if (is_wide && order != Order::zero && order != Order::half) scale_sizes(room, w, state);
-  if (!squares_alone) raise_sizes(order, room.cells, n_cells, room.sums);
+  raise_sizes(order, room.cells, n_cells, room.sums);
   if (!is_wide || order == Order::zero) {
     halve(room.sums, w.rows, lanes);
     for (int64_t l = 0; l < lanes; ++l) state.total[l] = room.sums[l] + 0.0;
@@ -220,11 +201,11 @@ NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& blo
 }
 
 const PowersState& slice_powers(PowersRoom& room, const Block& block, Window& w, Order order,
-                                bool keeps_cells, const unsigned char*& keep_ptr) {
+                                const unsigned char*& keep_ptr) {
   room.tree.next().order = order;
   each_leaf(block, w, [&] {
     room.tree.next().order = order;
-    keep_ptr = leaf_powers(room, block, w, keeps_cells, room.tree.next());
+    keep_ptr = leaf_powers(room, block, w, room.tree.next());
     room.tree.push(w.lanes());
   });
   return room.tree.finish(w.lanes());
@@ -236,21 +217,62 @@ std::unique_ptr<PowersRoom> room_for(const Block& block) {
   return room;
 }
 
+// ---- squares of cells that need no scale, straight from the cells --------------------------------------------------
+
+template <class CellType>
+struct SquareCell {
+  using Raw = typename CellType::Raw;
+  using Wide = Sum<double>;
+  static ALWAYS_INLINE Wide widen(Raw raw) {
+    const double cell = as_double(CellType::widen(raw));
+    return Wide(cell * cell);
+  }
+};
+
+template <class CellType>
+struct SquareSum : F32Sum {
+  using Cell = SquareCell<CellType>;
+};
+
+template <class SumType, bool masked>
+struct LeafSquares {
+  using State = PowersState;
+  static constexpr bool is_masked = masked;
+  TileFold<SumType, is_masked> fold_tile;
+
+  void operator()(const Leaf& leaf, const int64_t* count, State& state) {
+    const int64_t n = leaf.tile.lanes();
+    fold_tile(leaf, Lanes<Sum<double>>{state.total});
+    copy_lanes(count, n, state.count);
+    for (int64_t l = 0; l < n; ++l) state.total[l] += 0.0, state.low[l] = 0.0, state.scale[l] = 1.0;
+  }
+};
+
+bool squares(const Block& block, const Parts& parts) {
+  bool walked = false;
+  with_cell(block.dtype, [&](auto cell) {
+    using Squares = SquareSum<decltype(cell)>;
+    if constexpr (!std::is_same_v<decltype(cell), F64Cell>) {
+      walked = walk_route<LeafSquares<Squares, true>, LeafSquares<Squares, false>>(block, parts);
+    }
+  });
+  return walked;
+}
+
 }  // namespace
 
 bool powers(const Block& block, const Options& options, const Parts& parts) {
+  double* const ord = static_cast<double*>(parts.part_ptr[3]);
+  for (int64_t l = 0; l < block.outer * block.inner; ++l) ord[l] = options.ord;
+  if (order_of(options.ord) == Order::two && block.dtype != Dtype::f64) return squares(block, parts);
   const std::unique_ptr<PowersRoom> room = room_for(block);
   const Order order = order_of(options.ord);
   const unsigned char* keep_ptr = nullptr;
   each_window(block, block.leaf, [&](Window& w) {
-    const PowersState& state = slice_powers(*room, block, w, order, false, keep_ptr);
+    const PowersState& state = slice_powers(*room, block, w, order, keep_ptr);
     const int64_t at = w.o * block.inner + w.c;
     copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
-    copy_canonical(state.total, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);
-    copy_lanes(state.low, w.lanes(), static_cast<double*>(parts.part_ptr[1]) + at);
-    copy_lanes(state.scale, w.lanes(), static_cast<double*>(parts.part_ptr[2]) + at);
-    double* const ord = static_cast<double*>(parts.part_ptr[3]) + at;
-    for (int64_t l = 0; l < w.lanes(); ++l) ord[l] = options.ord;
+    state.write(parts, at, w.lanes());
   });
   return true;
 }
@@ -264,7 +286,7 @@ int normalize(const Block& block, const Options& options, const Filled& filled) 
   bool overflowed = false;
   each_window(block, block.leaf, [&](Window& w) {
     const int64_t lanes = w.lanes(), period = period_of(lanes);
-    const PowersState& state = slice_powers(*room, block, w, order, is_kept, keep_ptr);
+    const PowersState& state = slice_powers(*room, block, w, order, keep_ptr);
     alignas(64) double divisor[n_lanes];
     for (int64_t l = 0; l < lanes; ++l) {
       const double norm = norm_of(order, state.total[l], state.low[l], state.scale[l]);

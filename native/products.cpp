@@ -6,15 +6,15 @@ namespace maskserve {
 namespace MASKSERVE_ISA {
 namespace {
 
-#include "tiles.hpp"
-
 #include "tree.hpp"
 
-#include "halving.hpp"
+#include "fold.hpp"
+
+#include "walk.hpp"
+
+#include "leaves.hpp"
 
 #include "mantissas.hpp"
-
-constexpr int n_plain_levels = 9;  // mantissas of at least 1/2 multiply this deep before one is near float64's end
 
 struct Pair {
   double high, low;
@@ -42,12 +42,12 @@ ALWAYS_INLINE void normalize(double& high, double& low, int64_t& exponent) {
 ALWAYS_INLINE int64_t settled(double high, int64_t exponent) { return high == 0.0 || !is_finite(high) ? 0 : exponent; }
 
 struct ProductState {
-  alignas(64) int64_t count[n_lanes], exponent[n_lanes];
+  alignas(64) int64_t exponent[n_lanes];
   alignas(64) double high[n_lanes], low[n_lanes];
   alignas(64) uint64_t wrapped[n_lanes];  // of integers, modulo 2^64
 
   void clear(int64_t n) {
-    for (int64_t j = 0; j < n; ++j) count[j] = 0, exponent[j] = 1, high[j] = 0.5, low[j] = 0.0, wrapped[j] = 1;
+    for (int64_t j = 0; j < n; ++j) exponent[j] = 1, high[j] = 0.5, low[j] = 0.0, wrapped[j] = 1;
   }
 
   void join(const ProductState& right, int64_t n) {
@@ -57,138 +57,146 @@ struct ProductState {
       normalize(product.high, product.low, sum);
       high[j] = product.high, low[j] = product.low, exponent[j] = settled(product.high, sum);
       wrapped[j] *= right.wrapped[j];
-      count[j] += right.count[j];
     }
+  }
+
+  void write(const Parts& parts, int64_t at, int64_t n) const {
+    copy_canonical(high, n, static_cast<double*>(parts.part_ptr[0]) + at);
+    copy_lanes(low, n, static_cast<double*>(parts.part_ptr[1]) + at);
+    copy_lanes(exponent, n, static_cast<int64_t*>(parts.part_ptr[2]) + at);
+    if (parts.part_ptr[3]) copy_lanes(wrapped, n, static_cast<uint64_t*>(parts.part_ptr[3]) + at);
   }
 };
 
-struct ProductRoom {
-  alignas(64) double cells[n_tile];
-  alignas(64) double lows[n_tile];
-  alignas(64) int64_t whole[n_tile];
-  alignas(64) unsigned char keep[n_tile];
-  alignas(64) int64_t pattern[n_lanes];
-  LeafTree<ProductState> tree;
+// Factors of at least 1/2 multiply 64 cells deep, and from normal form on 64 times deeper, far from float64's end. A
+// `pair` has a low part; a `whole` one its integer too, modulo 2^64.
+template <bool is_pair, bool is_whole, bool is_normal>
+struct Factor {
+  double high, low;
+  int64_t exponent;
+  uint64_t wrapped;
+  Factor() = default;
+  explicit Factor(Factor<is_pair, is_whole, !is_normal> other)
+      : high(other.high), low(other.low), exponent(other.exponent), wrapped(other.wrapped) {
+    normalize(high, low, exponent);
+  }
 };
 
-// The cells' mantissas, in place; their exponents summed by lane.
-template <bool may_be_subnormal>
-NEVER_INLINE void split_cells(ProductRoom& room, int64_t n_cells, int64_t lanes, int64_t* exponent) {
-  const int64_t period = period_of(lanes);
-  int64_t* const pattern = room.pattern;
-  double* const cells = room.cells;
-  for (int64_t j = 0; j < period; ++j) pattern[j] = 0;
-  each_cell(n_cells, period, [=](int64_t p, int64_t j) {
-    const Mantissa m = mantissa_of<may_be_subnormal>(cells[j]);
-    cells[j] = m.mantissa;
-    pattern[p] += m.exponent;
-  });
-  for (int64_t l = 0; l < lanes; ++l) exponent[l] = 0;
-  for (int64_t k = 0; k < period; k += lanes) {
-    for (int64_t l = 0; l < lanes; ++l) exponent[l] += pattern[k + l];
-  }
-}
-
-NEVER_INLINE void absorb_factors(double* to, const double* given, int64_t n) {
-  const double* const from = given;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) to[j] *= from[j];
-}
-
-NEVER_INLINE void absorb_pairs(double* to, double* to_low, const double* given, const double* given_low, int64_t n) {
-  const double *const from = given, *const from_low = given_low;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    const Pair product = times(to[j], to_low[j], from[j], from_low[j]);
-    to[j] = product.high, to_low[j] = product.low;
-  }
-}
-
-// Mantissas multiplied by halving; the product is left in the first row, in normal form.
-NEVER_INLINE void multiply_rows(ProductRoom& room, int64_t rows, int64_t lanes, bool pairs, int64_t* exponent) {
-  double *const cells = room.cells, *const lows = room.lows;
-  const auto normalize_rows = [&](int64_t n_rows) {
-    for (int64_t start = 0; start < n_rows * lanes; start += lanes) {
-      for (int64_t l = 0; l < lanes; ++l) normalize(cells[start + l], lows[start + l], exponent[l]);
-    }
-  };
-  if (pairs) {
-    for (int64_t j = 0; j < rows * lanes; ++j) lows[j] = 0.0;
-  }
-  int level = 1;
-  for (int64_t h = rows > 1 ? first_half(rows) : 0; h > 0; rows = h, h /= 2, ++level) {
-    if (pairs) {
-      absorb_pairs(cells, lows, cells + h * lanes, lows + h * lanes, (rows - h) * lanes);
-    } else {
-      absorb_factors(cells, cells + h * lanes, (rows - h) * lanes);
-    }
-    if (level % n_plain_levels == 0) {
-      if (!pairs) std::memset(lows, 0, static_cast<size_t>(h * lanes) * sizeof(double));
-      normalize_rows(h);
-    }
-  }
-  if (!pairs) std::memset(lows, 0, static_cast<size_t>(lanes) * sizeof(double));
-  normalize_rows(1);
-}
-
-// The cells as doubles, and their product modulo 2^64.
-NEVER_INLINE void whole_product(ProductRoom& room, const Window& w, uint64_t* wrapped) {
-  const int64_t lanes = w.lanes(), period = period_of(lanes);
-  uint64_t* const pattern = reinterpret_cast<uint64_t*>(room.pattern);
-  const int64_t* const whole = room.whole;
-  double* const cells = room.cells;
-  for (int64_t j = 0; j < w.cells(); ++j) cells[j] = static_cast<double>(whole[j]);
-  for (int64_t j = 0; j < period; ++j) pattern[j] = 1;
-  each_cell(w.cells(), period, [=](int64_t p, int64_t j) { pattern[p] *= static_cast<uint64_t>(whole[j]); });
-  for (int64_t l = 0; l < lanes; ++l) wrapped[l] = 1;
-  for (int64_t k = 0; k < period; k += lanes) {
-    for (int64_t l = 0; l < lanes; ++l) wrapped[l] *= pattern[k + l];
-  }
-}
-
-NEVER_INLINE void leaf_product(ProductRoom& room, const Block& block, const Window& w, bool is_whole,
-                               ProductState& state) {
-  const int64_t lanes = w.lanes();
-  const unsigned char* const keep_ptr = gather_keep(block, w, room.keep);
-  for (int64_t l = 0; l < lanes; ++l) state.count[l] = 0;
-  count_window(keep_ptr, w, state.count);
-  if (is_whole) {
-    gather_integers(block, w, keep_ptr, 1, room.whole);
-    whole_product(room, w, state.wrapped);
+template <bool is_pair, bool is_whole, bool is_normal>
+ALWAYS_INLINE auto absorb(Factor<is_pair, is_whole, is_normal> a, Factor<is_pair, is_whole, is_normal> b) {
+  a.exponent += b.exponent;
+  if constexpr (is_whole) a.wrapped *= b.wrapped;
+  if constexpr (!is_pair) {
+    a.high *= b.high;
+    return a;
   } else {
-    gather_doubles(block.dtype, block.data, w, keep_ptr, 1.0, room.cells);
-    for (int64_t l = 0; l < lanes; ++l) state.wrapped[l] = 1;
-  }
-  const bool pairs = block.dtype == Dtype::f64;
-  (pairs ? split_cells<true> : split_cells<false>)(room, w.cells(), lanes, state.exponent);
-  multiply_rows(room, w.rows, lanes, pairs, state.exponent);
-  for (int64_t l = 0; l < lanes; ++l) {
-    state.high[l] = room.cells[l], state.low[l] = room.lows[l];
-    state.exponent[l] = settled(state.high[l], state.exponent[l]);
+    const Pair product = times(a.high, a.low, b.high, b.low);
+    a.high = product.high, a.low = product.low;
+    return a;
   }
 }
+
+template <bool is_pair, bool is_whole, bool is_normal>
+struct Lanes<Factor<is_pair, is_whole, is_normal>> {
+  double *high, *low;
+  int64_t* exponent;
+  uint64_t* wrapped;
+  ALWAYS_INLINE auto get(int64_t j) const {
+    Factor<is_pair, is_whole, is_normal> factor;
+    factor.high = high[j], factor.exponent = exponent[j];
+    factor.low = 0.0, factor.wrapped = 1;
+    if constexpr (is_pair) factor.low = low[j];
+    if constexpr (is_whole) factor.wrapped = wrapped[j];
+    return factor;
+  }
+  ALWAYS_INLINE void set(int64_t j, Factor<is_pair, is_whole, is_normal> factor) const {
+    high[j] = factor.high, exponent[j] = factor.exponent;
+    if constexpr (is_pair) low[j] = factor.low;
+    if constexpr (is_whole) wrapped[j] = factor.wrapped;
+  }
+  Lanes from(int64_t j) const {
+    return {high + j, is_pair ? low + j : nullptr, exponent + j, is_whole ? wrapped + j : nullptr};
+  }
+};
+
+template <bool is_pair, bool is_whole, bool is_normal, int n>
+struct Room<Factor<is_pair, is_whole, is_normal>, n> {
+  alignas(64) double high[n];
+  alignas(64) double low[is_pair ? n : 1];
+  alignas(64) int64_t exponent[n];
+  alignas(64) uint64_t wrapped[is_whole ? n : 1];
+  Lanes<Factor<is_pair, is_whole, is_normal>> lanes() { return {high, low, exponent, wrapped}; }
+};
+
+template <class T>
+ALWAYS_INLINE uint64_t whole_of(Sum<T> cell) {
+  return static_cast<uint64_t>(static_cast<int64_t>(cell.sum));
+}
+ALWAYS_INLINE uint64_t whole_of(Halves cell) {
+  return static_cast<uint64_t>(cell.high) << 32 | static_cast<uint64_t>(cell.low);
+}
+
+ALWAYS_INLINE uint64_t choose(uint64_t keep, uint64_t a, uint64_t b) { return (a & keep) | (b & ~keep); }
+
+template <class Cell, bool is_whole>
+struct FactorCell : Chooses {
+  static constexpr bool is_pair = std::is_same_v<Cell, F64Cell>;
+  using Raw = typename Cell::Raw;
+  using Wide = Factor<is_pair, is_whole, false>;
+
+  // 1 under the mask.
+  template <bool is_masked>
+  static ALWAYS_INLINE Wide widen(Raw raw, unsigned char keep_byte) {
+    const auto wide = Cell::widen(raw);
+    const uint64_t keep = -static_cast<uint64_t>(keep_byte);
+    double cell = as_double(wide);
+    if constexpr (is_masked) cell = bits_as<double>(choose(keep, bits_as<uint64_t>(cell), bits_as<uint64_t>(1.0)));
+    const Mantissa mantissa = mantissa_of<is_pair>(cell);
+    Wide factor;
+    factor.high = mantissa.mantissa, factor.low = 0.0, factor.exponent = mantissa.exponent, factor.wrapped = 1;
+    if constexpr (is_whole) factor.wrapped = is_masked ? choose(keep, whole_of(wide), 1) : whole_of(wide);
+    return factor;
+  }
+};
+
+template <class CellType>
+struct FactorSum {
+  static constexpr bool is_whole =
+      std::is_same_v<typename CellType::Wide, Sum<int32_t>> || std::is_same_v<CellType, I64Cell>;
+  using Cell = FactorCell<CellType, is_whole>;
+  using Near = typename Cell::Wide;
+  using Far = Factor<Cell::is_pair, is_whole, true>;
+};
+
+template <class SumType>
+struct LeafProduct {
+  using State = ProductState;
+  static constexpr bool is_masked = true;  // without a mask too: the code of all dtypes is long
+  TileFold<SumType, is_masked> fold_tile;
+  Room<typename SumType::Far, n_lanes> products;
+
+  void operator()(const Leaf& leaf, const int64_t*, State& state) {
+    fold_tile(leaf, products.lanes());
+    const auto lanes = products.lanes();
+    for (int64_t l = 0; l < leaf.tile.lanes(); ++l) {
+      auto product = lanes.get(l);
+      normalize(product.high, product.low, product.exponent);
+      state.high[l] = product.high, state.low[l] = product.low;
+      state.exponent[l] = settled(product.high, product.exponent);
+      state.wrapped[l] = product.wrapped;
+    }
+  }
+};
 
 }  // namespace
 
 bool product(const Block& block, const Options&, const Parts& parts) {
-  const std::unique_ptr<ProductRoom> room(new ProductRoom);
-  const bool is_float = block.dtype == Dtype::f64 || block.dtype == Dtype::f32 || block.dtype == Dtype::f16 ||
-                        block.dtype == Dtype::bf16;
-  room->tree.begin((block.n + block.leaf - 1) / block.leaf);
-  each_window(block, block.leaf, [&](Window& w) {
-    each_leaf(block, w, [&] {
-      leaf_product(*room, block, w, !is_float, room->tree.next());
-      room->tree.push(w.lanes());
-    });
-    const ProductState& state = room->tree.finish(w.lanes());
-    const int64_t at = w.o * block.inner + w.c;
-    copy_lanes(state.count, w.lanes(), parts.count_ptr + at);
-    copy_canonical(state.high, w.lanes(), static_cast<double*>(parts.part_ptr[0]) + at);
-    copy_lanes(state.low, w.lanes(), static_cast<double*>(parts.part_ptr[1]) + at);
-    copy_lanes(state.exponent, w.lanes(), static_cast<int64_t*>(parts.part_ptr[2]) + at);
-    if (!is_float) copy_lanes(state.wrapped, w.lanes(), static_cast<uint64_t*>(parts.part_ptr[3]) + at);
+  bool walked = false;
+  with_cell(block.dtype, [&](auto cell) {
+    using Kernel = LeafProduct<FactorSum<decltype(cell)>>;
+    walked = walk_route<Kernel, Kernel>(block, parts);
   });
-  return true;
+  return walked;
 }
 
 }  // namespace MASKSERVE_ISA

@@ -105,20 +105,9 @@ const unsigned char* gather_keep(const Block& block, const Window& w, unsigned c
   return copy_ptr;
 }
 
-void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr,
-                           double hidden, double* out) {
-  switch (dtype) {
-    case Dtype::f64: return gather_cells<F64Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::f32: return gather_cells<F32Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::f16: return gather_cells<F16Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::bf16: return gather_cells<BF16Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i8: return gather_cells<I8Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i16: return gather_cells<I16Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i32: return gather_cells<I32Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::i64: return gather_cells<I64Cell>(data, w, keep_ptr, hidden, out);
-    case Dtype::u8:
-    case Dtype::boolean: return gather_cells<U8Cell>(data, w, keep_ptr, hidden, out);
-  }
+void gather_doubles(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr, double hidden,
+                    double* out) {
+  with_cell(dtype, [&](auto cell) { gather_cells<decltype(cell)>(data, w, keep_ptr, hidden, out); });
 }
 
 void gather_floats(Dtype dtype, const Operand& data, const Window& w, const unsigned char* keep_ptr, float hidden,

@@ -210,23 +210,6 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
   });
 }
 
-// ---- cells as doubles -----------------------------------------------------------------------------------------------
-
-template <class T>
-ALWAYS_INLINE double as_double(Sum<T> value) {
-  return static_cast<double>(value.sum);
-}
-ALWAYS_INLINE double as_double(Lone value) { return value.value; }
-ALWAYS_INLINE double as_double(Halves value) {
-  return static_cast<double>(static_cast<int64_t>(static_cast<uint64_t>(value.high) << 32 |
-                                                  static_cast<uint64_t>(value.low)));
-}
-
-using I8Cell = IntCell<uint8_t, int8_t, int32_t>;
-using U8Cell = IntCell<uint8_t, uint8_t, int32_t>;
-using I16Cell = IntCell<uint16_t, int16_t, int32_t>;
-using I32Cell = IntCell<uint32_t, int32_t, int32_t>;
-
 // ---- lanes: loops over (rows, lanes) as a run of `period` values again and again ------------------------------------
 
 // A multiple of `lanes`, long enough for vector loops: lane values repeated to it are a pattern.

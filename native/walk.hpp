@@ -1,8 +1,6 @@
 // Walking a block: which of the layouts it has, and its tiles.
 // Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
 
-enum class Walk { dense, columns };
-
 // A block turned so that a walk at full speed exists; results stay in the order of the original.
 struct Route {
   bool found = false;
@@ -57,20 +55,22 @@ inline Route find_route(const Block& given) {
   return route;
 }
 
-// A leaf of some results: outer indices [o, o + groups), rows [i, i + rows), columns [c, c + columns).
-struct Tile {
-  int64_t o, groups, i, rows, c, columns;
-  int64_t lanes() const { return groups * columns; }
-};
+// A tile of doubles, (rows, lanes), as a leaf.
+inline Leaf leaf_of_tile(const Window& w, const void* cells, const unsigned char* keep_ptr) {
+  const int64_t lanes = w.lanes();
+  const Walk walk = first_level_rows(w.rows) * lanes <= n_dense ? Walk::dense : Walk::columns;
+  return {walk, w.rows, {0, 1, 0, w.rows, 0, lanes},
+          {static_cast<const unsigned char*>(cells), w.cells(), lanes, 1}, {keep_ptr, w.cells(), lanes, 1}};
+}
 
-inline const unsigned char* tile_ptr(const Operand& operand, const Tile& tile, int64_t cell_bytes) {
+inline const unsigned char* tile_ptr(const Operand& operand, const Window& tile, int64_t cell_bytes) {
   const int64_t at =
       tile.o * operand.stride_outer + tile.i * operand.stride_n + tile.c * operand.stride_inner;
   return operand.cells_ptr + at * cell_bytes;
 }
 
 // The mask of a tile, walkable as the data are; where its strides differ (a broadcast mask), copied out.
-inline Operand tile_mask(const Block& block, Walk walk, const Tile& tile, unsigned char* copy_ptr) {
+inline Operand tile_mask(const Block& block, Walk walk, const Window& tile, unsigned char* copy_ptr) {
   Operand mask = block.mask;
   mask.cells_ptr = tile_ptr(mask, tile, 1);
   const bool walkable = walk == Walk::columns ? mask.stride_inner == 1 : is_dense(block, mask);
@@ -100,7 +100,7 @@ NEVER_INLINE void keep_numbers(const ToNumber& given, const unsigned char* cells
 }
 
 // Which cells of a tile count: its mask, and no NaN where those are omitted.
-inline Operand tile_keep(const Block& block, Walk walk, const Tile& tile, unsigned char* copy_ptr) {
+inline Operand tile_keep(const Block& block, Walk walk, const Window& tile, unsigned char* copy_ptr) {
   const Operand mask = block.mask.cells_ptr ? tile_mask(block, walk, tile, copy_ptr) : Operand();
   if (!block.omits_nan) return mask;
   const int64_t bytes = cell_bytes(block.dtype), run_rows = walk == Walk::columns ? 1 : tile.rows;
@@ -124,8 +124,9 @@ inline Operand tile_keep(const Block& block, Walk walk, const Tile& tile, unsign
 // Folds a tile's cells to one value a lane; both operands start at the tile.
 template <class SumType, bool is_masked>
 struct TileFold {
+  using Cell = typename SumType::Cell;
   using Far = typename SumType::Far;
-  static constexpr int64_t cell_bytes = sizeof(typename SumType::Cell::Raw);
+  static constexpr int64_t cell_bytes = sizeof(typename Cell::Raw);
 
   // One at a time is used, and none is initialised.
   union {
@@ -136,24 +137,27 @@ struct TileFold {
   };
   TileFold() {}
 
-  void operator()(Walk walk, int64_t leaf, const Tile& tile, const Operand& data, const Operand& mask,
-                  Lanes<Far> out) {
-    if (walk == Walk::dense && is_short(tile.rows, tile.columns)) {
-      const CellStreams<typename SumType::Cell, is_masked> groups{
-          data.cells_ptr, mask.cells_ptr, data.stride_outer * cell_bytes, mask.stride_outer};
+  // The cells of lane l are read as of_lane(cell, l) reads them.
+  void operator()(const Leaf& leaf, Lanes<Far> out, const Cell& cell = Cell()) {
+    const Window& tile = leaf.tile;
+    const Operand &data = leaf.data, &keep = leaf.keep;
+    if (leaf.walk == Walk::dense && is_short(tile.rows, tile.columns)) {
+      const CellStreams<Cell, is_masked> groups{
+          data.cells_ptr, keep.cells_ptr, data.stride_outer * cell_bytes, keep.stride_outer, 0, 0, cell};
       return short_leaves(groups, tile.groups, tile.rows, tile.columns, out);
     }
     for (int64_t g = 0; g < tile.groups; ++g) {
       const unsigned char* cells_ptr = data.cells_ptr + g * data.stride_outer * cell_bytes;
-      const unsigned char* mask_ptr = is_masked ? mask.cells_ptr + g * mask.stride_outer : nullptr;
+      const unsigned char* keep_ptr = is_masked ? keep.cells_ptr + g * keep.stride_outer : nullptr;
       const Lanes<Far> out_g = out.from(g * tile.columns);
-      if (walk == Walk::dense) {
-        dense(cells_ptr, mask_ptr, tile.rows, tile.columns, out_g);
+      const Cell cell_g = of_lane(cell, g * tile.columns);
+      if (leaf.walk == Walk::dense) {
+        dense(cells_ptr, keep_ptr, tile.rows, tile.columns, out_g, cell_g);
         continue;
       }
-      const CellStreams<typename SumType::Cell, is_masked> rows{cells_ptr, mask_ptr, data.stride_n * cell_bytes,
-                                                                mask.stride_n};
-      if (leaf <= 64) {
+      const CellStreams<Cell, is_masked> rows{
+          cells_ptr, keep_ptr, data.stride_n * cell_bytes, keep.stride_n, 0, 0, cell_g};
+      if (leaf.most_rows <= 64) {
         near_columns(rows, tile.rows, tile.columns, out_g);
       } else {
         far_columns(rows, tile.rows, tile.columns, out_g);
