@@ -229,6 +229,18 @@ def test_a_large_tensor_in_blocks_has_the_bits_of_a_small_one(row: Row) -> None:
     assert_same_bits(whole, joined, row.name)
 
 
+@pytest.mark.parametrize("name", ["sum", "var", "norm", "prod", "logsumexp"])
+def test_blocks_of_a_wide_tensor_change_no_bit(name: str) -> None:
+    """More columns than are read at a time, more rows than a block of them has."""
+    data, mask = sample(dtypes.f32, (1, 1300, 4500), seed=7)
+    data = tame(OPS[name], data, mask)
+    plan = plan_of(OPS[name], data, dim=1)
+    expected = engine.run(plan, data, mask)
+    split = zip(data.split(70, 2), mask.split(70, 2), strict=True)
+    pieces = [engine.run(plan_of(OPS[name], d, dim=1), d, m) for d, m in split]
+    assert_same_bits(expected, tuple(torch.cat(part, 1) for part in zip(*pieces, strict=True)), name)
+
+
 FLOATS = [dtype for dtype in SERVED if dtype.is_float]
 EXTREMES = [OPS[name] for name in ("amax", "amin", "argmax", "argmin")]
 
