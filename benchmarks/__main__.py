@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import cases, gradients, timing
 from benchmarks.picture import draw
 from benchmarks.report import Run, report, rewrite
+from benchmarks.targets import TARGETS
 from maskserve.ops import find
 from maskserve.plan import SlicedRow
 
@@ -23,8 +24,10 @@ SAMPLE = ROOT / "examples" / "co2.safetensors"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, and with --write rewrites the page; 1 where a result of ours agrees with no peer."""
     given = parser().parse_args(arguments)
-    if given.gradients and (given.op or given.full):
-        parser().error("--gradients times a set of its own: leave --op and --full out")
+    if given.gradients and (given.op or given.full or given.targets):
+        parser().error("--gradients times a set of its own: leave --op, --full and --targets out")
+    if given.targets and given.full:
+        parser().error("--targets times a set of its own: leave --full out")
     if given.gradients:
         text = gradients.report("python -m benchmarks --gradients")
         print(text)
@@ -33,6 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     wanted = {find(word).name for word in given.op}
     rows = tuple(row for row in cases.rows() if not wanted or row.name in wanted)
+    if given.targets:
+        aimed = {op for target in TARGETS for op in target.ops}
+        rows = tuple(row for row in rows if row.name in aimed)
+        run = measured(cases.LARGE, rows, timing.LARGE, command="python -m benchmarks --targets", best_of=0)
+        print(text := report(run))
+        if given.write:
+            PAGE.write_text(rewrite(PAGE.read_text(), text, "targets"))
+        return 1 if run.wrong else 0
     groups = cases.FULL if given.full else cases.QUICK
     effort = timing.FULL if given.full else timing.QUICK
     run = measured(groups, rows, effort, command="python -m benchmarks" + (" --full" if given.full else ""))
@@ -47,10 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="tensors of 67 million cells; needs 16 GB and hours")
+    parser.add_argument(
+        "--targets", action="store_true", help="the ops with targets on 67 million cells, in ten minutes"
+    )
     parser.add_argument("--gradients", action="store_true", help="forward and backward of some ops, in two minutes")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--op", action="append", default=[], help="this op alone (repeatable)")
-    which.add_argument("--write", action="store_true", help="rewrite the figures and the picture of docs/performance.md")
+    which.add_argument(
+        "--write", action="store_true", help="rewrite the figures and the picture of docs/performance.md"
+    )
     return parser
 
 

@@ -194,6 +194,12 @@ FULL = (
     SMALL,
 )  # fmt: skip
 
+LARGE = (
+    Group(title=FULL[0].title, cells=(*FULL[0].cells, FULL[1].cells[0])),
+    Group(title=FULL[2].title, cells=FULL[2].cells),
+)
+"""What the targets are about: tensors beyond the caches of most machines, in every shape and dtype."""
+
 TINY = (
     Group(
         title="Tiny",

@@ -23,8 +23,8 @@ OURS, READ, PLAIN, UNMASKED = "maskserve", "one read", "plain torch", "unmasked 
 PEERS = (PLAIN, *LIBRARIES)
 
 
-def contenders(row: SlicedRow, cell: Cell, sample: Sample) -> dict[str, Call]:
-    """Every call to time for one op on one sample, by name."""
+def contenders(row: SlicedRow, cell: Cell, sample: Sample, *, among: tuple[str, ...] | None = None) -> dict[str, Call]:
+    """Every call to time for one op on one sample, by name: ours, one read, and the peers `among`, None all."""
     ours = getattr(ms, row.name)
     words = {"nan": "omit"} if cell.omits_nan else {"mask": sample.mask}
     calls: dict[str, Call | None] = {
@@ -33,8 +33,10 @@ def contenders(row: SlicedRow, cell: Cell, sample: Sample) -> dict[str, Call]:
         PLAIN: plain(row, cell, sample),
         **{name: library(row, cell, sample) for name, library in LIBRARIES.items()},
     }
+    if among is not None:
+        calls = {name: call for name, call in calls.items() if name in (OURS, READ, *among)}
     for name in COMPILED:
-        if (call := calls[name]) is not None:
+        if (call := calls.get(name)) is not None:
             with suppress(Exception):  # it fails again, and is named, where results are compared
                 call()
     return {name: call for name, call in calls.items() if call is not None}

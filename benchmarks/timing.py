@@ -22,7 +22,7 @@ from torch import Tensor
 import maskserve as ms
 from benchmarks import peers
 from benchmarks.cases import Cell, Group, fits, sample
-from benchmarks.libraries import Call
+from benchmarks.libraries import TORCH_MASKED, Call
 from benchmarks.peers import OURS, READ
 from maskserve.dtypes import DType
 from maskserve.plan import SlicedRow
@@ -35,16 +35,19 @@ TICK_S = 2e-4
 class Effort:
     """How long to measure: rounds of all contenders, each of them until it had its budget.
 
-    A contender whose first call took `once_s` is not called again: that call is its time.
+    A contender whose first call took `once_s` is not called again: that call is its time. `among` are the peers that
+    take part, None all.
     """
 
     rounds: int
     budget_s: float
     once_s: float = math.inf
+    among: tuple[str, ...] | None = None
 
 
 QUICK = Effort(rounds=7, budget_s=0.05, once_s=0.2)
 FULL = Effort(rounds=7, budget_s=0.5, once_s=1.0)
+LARGE = Effort(rounds=7, budget_s=0.4, once_s=0.6, among=(peers.PLAIN, TORCH_MASKED))
 LEAST = Effort(rounds=1, budget_s=0.0)
 
 
@@ -83,7 +86,7 @@ class Timing:
 def measure(row: SlicedRow, cell: Cell, effort: Effort, *, is_small: bool = False) -> Timing:
     """Results compared, then times taken; a contender that fails is left out and named."""
     drawn = sample(row, cell)
-    calls = peers.contenders(row, cell, drawn)
+    calls = peers.contenders(row, cell, drawn, among=effort.among)
     with quiet():
         results, first, failed = attempt(calls)
         results.pop(READ)
