@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from threading import Lock
 
 import numpy as np
@@ -12,6 +14,7 @@ from starlette.types import Receive
 
 from maskserve.errors import TooLargeError
 from maskserve.payload.format import Buffer
+from maskserve_api.coding import Coding, Stream
 from maskserve_api.errors import BusyError, Disconnected, FramingError
 
 
@@ -69,8 +72,12 @@ def too_large(max_body: int) -> TooLargeError:
     return TooLargeError(f"the body has more than {max_body} bytes, the most that are read", parameter="Content-Length")
 
 
-async def read_body(receive: Receive, n_bytes: int | None, max_body: int, claim: Claim) -> Buffer:
-    """The whole body: exactly `n_bytes`, or at most `max_body` where nothing was declared."""
+async def read_body(
+    receive: Receive, n_bytes: int | None, max_body: int, claim: Claim, coding: Coding | None = None
+) -> Buffer:
+    """The whole body: exactly `n_bytes`, or at most `max_body` where nothing was declared or it is compressed."""
+    if coding is not None:
+        return await read_coded(receive, coding, max_body, claim)
     return await (read_chunked(receive, max_body, claim) if n_bytes is None else read_exactly(receive, n_bytes, claim))
 
 
@@ -98,6 +105,23 @@ async def read_chunked(receive: Receive, max_body: int, claim: Claim) -> Buffer:
             raise too_large(max_body)
         claim.add(len(chunk))
         body += chunk
+    return body
+
+
+async def read_coded(receive: Receive, coding: Coding, max_body: int, claim: Claim) -> Buffer:
+    """The body that a compressed one expands to; between two pieces of it others get their turn."""
+    body, stream, more = bytearray(), Stream(coding), True
+    while more:
+        chunk, more = await next_chunk(receive)
+        for piece in chain(stream.pieces(chunk), () if more else stream.end()):
+            if len(body) + len(piece) > max_body:
+                raise TooLargeError(
+                    f"the body expands to more than {max_body} bytes, the most that are read",
+                    parameter="Content-Encoding",
+                )
+            claim.add(len(piece))
+            body += piece
+            await asyncio.sleep(0)
     return body
 
 

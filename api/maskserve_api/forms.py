@@ -1,4 +1,4 @@
-"""In which form a payload comes and goes: what Content-Type, Content-Encoding and Accept say."""
+"""In which form a payload comes and goes: what Content-Type and Accept say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from starlette.datastructures import Headers
 
-from maskserve_api.errors import MediaTypeError, NotAcceptableError
+from maskserve_api.errors import NotAcceptableError
 
 
 class Form(StrEnum):
@@ -19,17 +19,8 @@ class Form(StrEnum):
 
 def of_question(headers: Headers) -> Form:
     """JSON where the Content-Type says so, else safetensors: curl sends bytes under a form type."""
-    refuse_coding(headers)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     return Form.JSON if kind in (Form.JSON, "text/json") or kind.endswith("+json") else Form.SAFETENSORS
-
-
-def refuse_coding(headers: Headers) -> None:
-    codings = [word.strip().lower() for line in headers.getlist("content-encoding") for word in line.split(",")]
-    if any(coding not in ("", "identity") for coding in codings):
-        raise MediaTypeError(
-            "the body has a Content-Encoding: send it as it is, without one", parameter="Content-Encoding"
-        )
 
 
 def of_answer(headers: Headers, question: Form) -> Form:

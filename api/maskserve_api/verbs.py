@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from maskserve import requests
 from maskserve.errors import ParameterError
 from maskserve.payload.format import Buffer
-from maskserve_api import forms
+from maskserve_api import coding, forms
 from maskserve_api.body import Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
 from maskserve_api.forms import Form
@@ -50,6 +50,7 @@ class Verb:
             raise DrainingError("the service is shutting down; another replica, or a later try, may serve")
         question = forms.of_question(headers)
         answer = forms.of_answer(headers, question)
+        body_coding = coding.of_body(headers)
         n_bytes = declared_bytes(headers, self.service.max_body)
         request = requests.build(self.name, words_of(self.name, scope["query_string"]))
         timeout_s = timeout_of(headers, self.service.request_timeout_s)
@@ -59,7 +60,7 @@ class Verb:
             with stages.stage("read"):
                 try:
                     async with asyncio.timeout_at(deadline_s):
-                        body = await read_body(receive, n_bytes, self.service.max_body, claim)
+                        body = await read_body(receive, n_bytes, self.service.max_body, claim, body_coding)
                 except TimeoutError:
                     raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
             work = Work(request=request, body=body, question=question, answer=answer, stages=stages, admit=claim.add)

@@ -161,10 +161,13 @@ def _root(header: bytes, limits: Limits) -> dict[str, object]:
     return root
 
 
-def strict_json(text: str, what: str, *, max_objects: int | None = None, numbers: bool = False) -> tuple[object, int]:
+def strict_json(
+    text: str, what: str, *, max_objects: int | None = None, numbers: bool = False, constants: bool = False
+) -> tuple[object, int]:
     """The first JSON value in `text` and the index after it; duplicate keys, NaN and deep nesting are refused.
 
-    Without `numbers`, only the numbers of a header are legal: whole, not negative, and of at most 20 digits.
+    Without `numbers`, only the numbers of a header are legal: whole, not negative, and of at most 20 digits. With
+    `constants`, NaN, Infinity and -Infinity are read as the strings that spell them.
     """
     n_objects = 0
 
@@ -193,7 +196,7 @@ def strict_json(text: str, what: str, *, max_objects: int | None = None, numbers
         object_pairs_hook=unique,
         parse_int=None if numbers else whole,
         parse_float=None if numbers else refuse,
-        parse_constant=constant if numbers else refuse,
+        parse_constant=str if constants else constant if numbers else refuse,
     )
     try:
         return decoder.raw_decode(text)

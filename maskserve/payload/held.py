@@ -16,7 +16,7 @@ class HeldPayload(_Ranges):
     """Outputs as a payload, checked as strictly as one that came as bytes; each output is one buffer.
 
     `format` names what it was read from; `has_own_masks`: its rules made the masks, and no request may read them otherwise;
-    `notes` say what was left out or decided on the way, a line each.
+    `has_nulls`: nulls made a mask; `notes` say what was left out or decided on the way, a line each.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class HeldPayload(_Ranges):
         *,
         format: str,
         has_own_masks: bool = False,
+        has_nulls: bool = False,
         notes: tuple[str, ...] = (),
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
@@ -35,6 +36,7 @@ class HeldPayload(_Ranges):
         self.header = parse_header(lambda offset, n: head[offset : offset + n], self.n_bytes, limits)
         self.format = format
         self.has_own_masks = has_own_masks
+        self.has_nulls = has_nulls
         self.notes = notes
         filled = [output for output in ordered if self.info(output.name).n_bytes]
         self._starts = [self.header.data_start + self.info(output.name).begin for output in filled]
@@ -56,5 +58,5 @@ def refuse_other_masks(payload: Payload, mask: object, mask_means: object) -> No
             f"{word}: {payload.format} says itself what is missing; {word} is for safetensors, npz and torch files",
             parameter=word,
         )
-    if isinstance(payload, JsonPayload) and payload.has_nulls and mask_means == "missing":
+    if isinstance(payload, JsonPayload | HeldPayload) and payload.has_nulls and mask_means == "missing":
         raise ParameterError("mask_means: null says itself what is missing; leave mask_means=missing out", parameter=word)

@@ -7,7 +7,7 @@ would round. What is read becomes an ordinary payload, so that all that follows 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from maskserve.dtypes import BY_CODE, DType, Kind, boolean, f64, i64
@@ -57,8 +57,8 @@ def decode(text: bytes | str, limits: Limits = DEFAULT_LIMITS) -> JsonPayload:
     dims: dict[str, object] = {}
     for name, entry in root.items():
         check_name(name, limits)
-        cells = _explicit(name, entry, limits) if isinstance(entry, dict) else _plain(name, entry, limits)
-        outputs += _outputs(name, cells, root)
+        cells = explicit_cells(name, entry, limits) if isinstance(entry, dict) else _plain(name, entry, limits)
+        outputs += outputs_of(name, cells, root)
         if isinstance(entry, dict) and "dims" in entry:
             dims[name] = entry["dims"]
     if dims:
@@ -87,11 +87,12 @@ def _root(text: bytes | str, limits: Limits) -> dict[str, object]:
     return root
 
 
-def _outputs(name: str, cells: Cells, root: Mapping[str, object]) -> Iterator[Output]:
+def outputs_of(name: str, cells: Cells, names: Collection[str]) -> Iterator[Output]:
+    """The tensor of `cells` and, where one is null, its mask; `names` are those of all tensors that came."""
     yield Output(name, cells.dtype, cells.shape, cells.data)
     if cells.valid is not None:
         mask = f"{name}.{MASK}"
-        given = next((other for other in (mask, MASK) if other in root), None)
+        given = next((other for other in (mask, MASK) if other in names), None)
         if given is not None:
             raise PayloadError(
                 f"{shown(name)} has null values and a mask, {shown(given)}: say what is masked in one way",
@@ -119,7 +120,8 @@ def _kind(name: str, value: object) -> type:
     return _fail(name, "must hold numbers, true, false or null in its lists")
 
 
-def _explicit(name: str, entry: dict[str, object], limits: Limits) -> Cells:
+def explicit_cells(name: str, entry: dict[str, object], limits: Limits) -> Cells:
+    """The cells of an object that names the dtype; its values may be flat where it has a shape."""
     for field in entry:
         if field not in EXPLICIT_FIELDS:
             _fail(name, f"has the unknown field {shown(field)}{nearest(field, EXPLICIT_FIELDS)}")
