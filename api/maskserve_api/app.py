@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from maskserve.errors import UnknownOpError
 from maskserve.ops import find, verbs
-from maskserve_api import openapi, pages, table
+from maskserve_api import openapi, pages, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
@@ -44,6 +44,7 @@ def create_app(
     app.openapi = openapi.document  # type: ignore[method-assign]  # FastAPI's own way to give another document
     app.add_middleware(Edge, allowed_hosts=allowed_hosts)
     app.add_exception_handler(HTTPException, unrouted)
+    v2_models.add_routes(app, service)
     for verb in verbs():
         app.add_route(f"/v1/{verb}", Verb(verb, service), methods=["POST"])  # type: ignore[arg-type]  # ASGI endpoint
     app.add_route("/v1/ops", ops)

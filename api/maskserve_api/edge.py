@@ -18,7 +18,7 @@ from maskserve_api.problems import problem, status_of, translated
 log = logging.getLogger("maskserve.api")
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-HEALTH = frozenset({"/livez", "/readyz"})
+HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """A kubelet probes by IP: no guard stands before these."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DISCARDED_BYTES = 1 << 16

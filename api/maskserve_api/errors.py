@@ -13,7 +13,8 @@
     ├── MediaTypeError       unsupported_media_type
     ├── BusyError            busy
     ├── DrainingError        draining
-    └── DeadlineError        deadline_exceeded
+    ├── DeadlineError        deadline_exceeded
+    └── NotOfferedError      not_offered
 
 Their status stands in the one table, in problems.py.
 """
@@ -79,6 +80,12 @@ class DrainingError(ServiceError):
 
 class DeadlineError(ServiceError):
     code = "deadline_exceeded"
+
+
+class NotOfferedError(ServiceError):
+    """A part of a protocol that this service leaves out."""
+
+    code = "not_offered"
 
 
 class Disconnected(Exception):  # noqa: N818  # no error: nobody is left to be told

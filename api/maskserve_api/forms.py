@@ -15,6 +15,11 @@ class Form(StrEnum):
 
     SAFETENSORS = "application/vnd.safetensors"
     JSON = "application/json"
+    V2 = "application/octet-stream"
+
+
+NEGOTIATED = (Form.SAFETENSORS, Form.JSON)
+"""The forms that headers choose between; that of V2 is chosen by its paths."""
 
 
 def of_question(headers: Headers) -> Form:
@@ -28,10 +33,10 @@ def of_answer(headers: Headers, question: Form) -> Form:
     ranges = dict(media_ranges(headers.getlist("accept")))
     if not ranges:
         return question
-    best: Form = max((question, *Form), key=lambda form: quality(form, ranges))  # the first of equals wins
+    best: Form = max((question, *NEGOTIATED), key=lambda form: quality(form, ranges))  # the first of equals wins
     if quality(best, ranges) <= 0:
         raise NotAcceptableError(
-            f"an answer is {' or '.join(Form)}; Accept asks for neither", parameter="Accept", allowed=list(Form)
+            f"an answer is {' or '.join(NEGOTIATED)}; Accept asks for neither", parameter="Accept", allowed=NEGOTIATED
         )
     return best
 

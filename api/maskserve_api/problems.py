@@ -68,6 +68,7 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         service.BusyError: 503,
         service.DrainingError: 503,
         service.DeadlineError: 504,
+        service.NotOfferedError: 501,
     }
 )
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from maskserve import requests
 from maskserve.errors import ParameterError
 from maskserve.payload.format import Buffer
-from maskserve_api import coding, forms
+from maskserve_api import coding, forms, v2_question
 from maskserve_api.body import Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
 from maskserve_api.forms import Form
@@ -43,16 +43,20 @@ class Verb:
 
     name: str
     service: Service
+    form: Form | None = None
+    """The form that the path says; where it says none, headers do."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if self.service.draining:
             raise DrainingError("the service is shutting down; another replica, or a later try, may serve")
-        question = forms.of_question(headers)
-        answer = forms.of_answer(headers, question)
+        question = self.form or forms.of_question(headers)
+        answer = self.form or forms.of_answer(headers, question)
         body_coding = coding.of_body(headers)
         n_bytes = declared_bytes(headers, self.service.max_body)
-        request = requests.build(self.name, words_of(self.name, scope["query_string"]))
+        words = words_of(self.name, scope["query_string"])
+        head = v2_question.head(self.name, words, headers) if question is Form.V2 else None
+        request = None if head else requests.build(self.name, words)
         timeout_s = timeout_of(headers, self.service.request_timeout_s)
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         stages = Stages()
@@ -63,14 +67,19 @@ class Verb:
                         body = await read_body(receive, n_bytes, self.service.max_body, claim, body_coding)
                 except TimeoutError:
                     raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
-            work = Work(request=request, body=body, question=question, answer=answer, stages=stages, admit=claim.add)
+            work = Work(
+                request=request, body=body, question=question, answer=answer, stages=stages, head=head, admit=claim.add
+            )
             reply = await self.replied(work, receive, deadline_s)
-            await sent(reply, answer, stages, self.service.request_timeout_s, send)
+            await sent(reply, stages, self.service.request_timeout_s, send)
 
     async def replied(self, work: Work, receive: Receive, deadline_s: float) -> Reply:
         """The reply, computed here where that is cheaper than a hop to the lane's thread."""
         if work.is_small():
             return work.small_reply()
+        if not work.is_told():
+            await self.service.lane.run(work.payload, receive, deadline_s)
+        deadline_s = min(deadline_s, asyncio.get_running_loop().time() + work.timeout_s())
         submitted = time.perf_counter()
 
         def in_lane() -> Reply:
@@ -92,12 +101,13 @@ def timeout_of(headers: Headers, most_s: float) -> float:
     return min(float(asked), most_s)
 
 
-async def sent(reply: Reply, form: Form, stages: Stages, timeout_s: float, send: Send) -> None:
+async def sent(reply: Reply, stages: Stages, timeout_s: float, send: Send) -> None:
     """Sends a complete reply; who takes no byte for `timeout_s` is left."""
     headers = [
-        (b"content-type", form.encode()),
+        (b"content-type", reply.media_type.encode()),
         (b"content-length", str(reply.n_bytes).encode()),
         (b"server-timing", stages.header().encode()),
+        *reply.headers,
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     left = reply.n_bytes

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -19,11 +20,15 @@ from maskserve.ops.rows import Row
 from maskserve.payload import json
 from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload
 from maskserve.requests import Request
+from maskserve_api import v2_answer, v2_question
+from maskserve_api.coding import compressed
 from maskserve_api.errors import NotAcceptableError
 from maskserve_api.forms import Form
+from maskserve_api.v2_question import Head, V2Payload
 
+AnyPayload: TypeAlias = BytesPayload | V2Payload
 EXAMPLE = b'{"data": [1, 2, null]}'
-SMALL_BYTES = {Form.SAFETENSORS: 1 << 15, Form.JSON: 1 << 11}
+SMALL_BYTES = {Form.SAFETENSORS: 1 << 15, Form.JSON: 1 << 11, Form.V2: 1 << 15}
 """Bodies computed where they are read: the slowest op takes 1 ms for them, the median one 0.4 ms, both of which the
 loop can bear, and gradients 1 to 2 ms; a hop to the lane and back takes 0.1 to 0.2 ms (2 cores, reference back end, one
 tensor)."""
@@ -54,29 +59,56 @@ class Reply:
 
     n_bytes: int
     chunks: Sequence[Buffer]
+    media_type: str
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 @dataclass(slots=True, kw_only=True)
 class Work:
     """One request with its body; whoever calls `reply` computes it."""
 
-    request: Request
+    request: Request | None
+    """None where the body tells it: in V2."""
     body: Buffer
     question: Form
     answer: Form
     stages: Stages
     admit: Callable[[int], None] | None = None
     """Hears how many bytes the answer will have, and may refuse."""
-    _payload: BytesPayload | None = None
+    head: Head | None = None
+    """What the headers of V2 say."""
+    _payload: AnyPayload | None = None
 
     def is_small(self) -> bool:
         """Whether it takes less than a thread hop is worth: see SMALL_BYTES; decodes what may be small."""
-        return len(self.body) <= SMALL_BYTES[self.question] and len(self.payload().header.tensors) <= SMALL_TENSORS
+        if len(self.body) > SMALL_BYTES[self.question] or not self.is_told():
+            return False
+        payload = self.payload()
+        writes_json = isinstance(payload, V2Payload) and payload.asked.writes_json
+        return len(payload.header.tensors) <= SMALL_TENSORS and not (
+            writes_json and len(self.body) > SMALL_BYTES[Form.JSON]
+        )
 
-    def payload(self) -> BytesPayload:
+    def is_told(self) -> bool:
+        """Whether the request is known, or is after reading no more than a short JSON."""
+        return self.head is None or self.head.json_bytes(self.body) <= SMALL_BYTES[Form.JSON]
+
+    def asked(self) -> Request:
+        if self.request is None:
+            payload = self.payload()
+            assert isinstance(payload, V2Payload)
+            self.request = payload.asked.request
+        return self.request
+
+    def timeout_s(self) -> float:
+        """The seconds that the body grants; without end where it says nothing of them."""
+        payload = None if self.head is None else self.payload()
+        return payload.asked.timeout_s if isinstance(payload, V2Payload) else math.inf
+
+    def payload(self) -> AnyPayload:
         if self._payload is None:
             with self.stages.stage("decode"):
-                self._payload = decode(self.body, self.question)
+                self._payload = decode(self.body, self.question, self.head)
         return self._payload
 
     def small_reply(self) -> Reply:
@@ -92,12 +124,14 @@ class Work:
         """Everything that can fail has been done when it returns."""
         payload = self.payload()
         with self.stages.stage("compute"):
-            computed = answers.run(self.request, payload, admit=self.admit)
+            computed = answers.run(self.asked(), payload, admit=self.admit)
         with self.stages.stage("encode"):
             return ENCODERS[self.answer](computed, payload)
 
 
-def decode(body: Buffer, form: Form) -> BytesPayload:
+def decode(body: Buffer, form: Form, head: Head | None) -> AnyPayload:
+    if head is not None:
+        return v2_question.decode(body, head)
     if form is Form.JSON:
         if len(body) > DEFAULT_LIMITS.json_bytes:  # before the copy below
             raise TooLargeError(
@@ -116,12 +150,12 @@ def decode(body: Buffer, form: Form) -> BytesPayload:
         raise
 
 
-def as_safetensors(computed: Answer, payload: BytesPayload) -> Reply:
+def as_safetensors(computed: Answer, payload: AnyPayload) -> Reply:
     encoded = computed.encoded()
-    return Reply(encoded.n_bytes, list(encoded.chunks))
+    return Reply(encoded.n_bytes, list(encoded.chunks), Form.SAFETENSORS)
 
 
-def as_json(computed: Answer, payload: BytesPayload) -> Reply:
+def as_json(computed: Answer, payload: AnyPayload) -> Reply:
     """A plain question gets a plain answer; all others get one that names dtypes."""
     outputs = computed.outputs()
     n_bytes = computed.encoded().n_bytes
@@ -137,12 +171,27 @@ def as_json(computed: Answer, payload: BytesPayload) -> Reply:
         chunks = list(json.encode(outputs, computed.metadata, form))
     except NotComputableError as error:
         raise NotAcceptableError(error.message, parameter="Accept", allowed=[Form.SAFETENSORS]) from error
-    return Reply(sum(map(len, chunks)), chunks)
+    return Reply(sum(map(len, chunks)), chunks, Form.JSON)
 
 
-ENCODERS: dict[Form, Callable[[Answer, BytesPayload], Reply]] = {
+def as_v2(computed: Answer, payload: AnyPayload) -> Reply:
+    """JSON and the bytes behind it, compressed where the client takes nothing else."""
+    assert isinstance(payload, V2Payload)
+    text, data = v2_answer.encode(computed.outputs(), payload.asked)
+    headers = [(b"vary", b"accept-encoding")]
+    if data:
+        headers.append((v2_question.LENGTH.lower().encode(), str(len(text)).encode()))
+    chunks: list[Buffer] = [text, *data]
+    if packing := payload.asked.coding:
+        headers.append((b"content-encoding", packing.encode()))
+        chunks = list(compressed(chunks, packing))
+    return Reply(sum(memoryview(chunk).nbytes for chunk in chunks), chunks, Form.V2 if data else Form.JSON, headers)
+
+
+ENCODERS: dict[Form, Callable[[Answer, AnyPayload], Reply]] = {
     Form.SAFETENSORS: as_safetensors,
     Form.JSON: as_json,
+    Form.V2: as_v2,
 }
 
 

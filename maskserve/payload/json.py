@@ -57,7 +57,7 @@ def decode(text: bytes | str, limits: Limits = DEFAULT_LIMITS) -> JsonPayload:
     dims: dict[str, object] = {}
     for name, entry in root.items():
         check_name(name, limits)
-        cells = explicit_cells(name, entry, limits) if isinstance(entry, dict) else _plain(name, entry, limits)
+        cells = _explicit(name, entry, limits) if isinstance(entry, dict) else _plain(name, entry, limits)
         outputs += outputs_of(name, cells, root)
         if isinstance(entry, dict) and "dims" in entry:
             dims[name] = entry["dims"]
@@ -70,6 +70,14 @@ def decode(text: bytes | str, limits: Limits = DEFAULT_LIMITS) -> JsonPayload:
 
 
 def _root(text: bytes | str, limits: Limits) -> dict[str, object]:
+    root = document(text, "the payload", limits)
+    if not isinstance(root, dict):
+        raise PayloadError('the payload must be a JSON object of tensors, like {"data": [[1, 2, null]]}')
+    return root
+
+
+def document(text: bytes | str, what: str, limits: Limits = DEFAULT_LIMITS, *, constants: bool = False) -> object:
+    """The one JSON value that `text` is; `constants` as strict_json has it."""
     if len(text) > limits.json_bytes:
         raise TooLargeError(
             f"the JSON has {len(text)} bytes; at most {limits.json_bytes} are read: send large tensors as safetensors"
@@ -79,11 +87,9 @@ def _root(text: bytes | str, limits: Limits) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise PayloadError(f"the JSON is not UTF-8: bad byte at {error.start}") from None
     words = words.strip(" \t\r\n")
-    root, end = strict_json(words, "the payload", numbers=True)
+    root, end = strict_json(words, what, numbers=True, constants=constants)
     if end < len(words):
-        raise PayloadError(f"the payload goes on after its JSON value, which ends at character {end}")
-    if not isinstance(root, dict):
-        raise PayloadError('the payload must be a JSON object of tensors, like {"data": [[1, 2, null]]}')
+        raise PayloadError(f"{what} goes on after its JSON value, which ends at character {end}")
     return root
 
 
@@ -120,20 +126,25 @@ def _kind(name: str, value: object) -> type:
     return _fail(name, "must hold numbers, true, false or null in its lists")
 
 
-def explicit_cells(name: str, entry: dict[str, object], limits: Limits) -> Cells:
-    """The cells of an object that names the dtype; its values may be flat where it has a shape."""
+def _explicit(name: str, entry: dict[str, object], limits: Limits) -> Cells:
     for field in entry:
         if field not in EXPLICIT_FIELDS:
             _fail(name, f"has the unknown field {shown(field)}{nearest(field, EXPLICIT_FIELDS)}")
     if not entry.keys() >= REQUIRED_FIELDS:
         _fail(name, "must have the fields dtype and values")
     dtype = _dtype(name, entry["dtype"])
-    nested, values = _flatten(name, entry["values"], limits)
-    shape = _shape(name, entry.get("shape", list(nested)), limits)
+    shape = shape_of(name, entry["shape"], limits) if "shape" in entry else None
+    return shaped_cells(name, dtype, shape, entry["values"], limits)
+
+
+def shaped_cells(name: str, dtype: DType, shape: Shape | None, nested: object, limits: Limits = DEFAULT_LIMITS) -> Cells:
+    """The cells of nested lists, or, where the shape is known, of a flat one; null is a masked cell."""
+    found, values = _flatten(name, nested, limits)
+    shape = found if shape is None else shape
     check_shape(name, dtype, shape, limits)
     n_cells = TensorInfo(name, dtype, shape, 0, 0).n_cells
-    if len(values) != n_cells or (len(nested) > 1 and nested != shape and n_cells > 0):
-        _fail(name, f"has values of shape {shown_shape(nested)}; its shape says {shown_shape(shape)}")
+    if len(values) != n_cells or (len(found) > 1 and found != shape and n_cells > 0):
+        _fail(name, f"has values of shape {shown_shape(found)}; its shape says {shown_shape(shape)}")
     return cells_of(name, values, dtype, shape)
 
 
@@ -149,7 +160,8 @@ def _dtype(name: str, code: object) -> DType:
     return dtype
 
 
-def _shape(name: str, shape: object, limits: Limits) -> Shape:
+def shape_of(name: str, shape: object, limits: Limits = DEFAULT_LIMITS) -> Shape:
+    """A shape as JSON gives one, checked."""
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         _fail(name, "has a shape that is not a list of whole numbers")
     if len(shape) > limits.dims:
