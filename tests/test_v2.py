@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
+import shutil
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -418,6 +422,31 @@ def test_timeout_is_a_deadline_in_microseconds(service: Running, client: triton.
                 client.infer("reduce", inputs, parameters=MEAN, timeout=200_000)
         assert client.infer("reduce", inputs, parameters=MEAN, timeout=15_000_000).as_numpy("x").shape == (400,)
     assert service.service.lane.n_pending == 0
+
+
+# -- the page -----------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "v2.md").read_text()
+
+
+def block(language: str, service: Running) -> str:
+    """The one block of the page in a language, with the service's port."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return str(found).replace("localhost:8000", service.netloc)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_of_the_page_prints_what_it_says(service: Running) -> None:
+    serve, _, curl = block("sh", service).partition("\n")
+    assert serve.startswith("maskserve serve &")
+    shown = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.strip() == block("json", service).strip()
+
+
+def test_the_python_of_the_page_prints_what_it_says(service: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block("python", service)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == code.rpartition("  # ")[2].strip()
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A question of the Open Inference Protocol v2: JSON, then the bytes of those tensors whose cells are not in it.
 
-Where https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol is silent, Triton's extension
+Where https://github.com/kserve/open-inference-protocol is silent, Triton's extension
 for binary tensors speaks. What is read is a payload like any other, so that all that follows is the same code.
 """
 
