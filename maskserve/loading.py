@@ -46,9 +46,10 @@ def loaded_above(payload: Payload, above: Above, device: str, dtype: DType) -> t
 
 def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:
     """The mask, less the cells that hold the fill value; a value that the dtype cannot hold is in no cell."""
-    if fill is None or not dtype_of(data).holds(fill):
+    dtype = dtype_of(data)
+    if fill is None or not dtype.holds(fill):
         return mask
-    valid = data != (fill if data.dtype.is_floating_point else int(fill))
+    valid = data != (int(fill) if dtype.is_integral else float(fill))  # torch has no int beyond 64 bits
     return valid if mask is None else valid & mask
 
 

@@ -143,6 +143,7 @@ def test_where_as_a_method_takes_torchs_arguments() -> None:
         (torch.uint8, [241, 1, 255], "-9999", 3), (torch.uint8, [241, 1, 255], "-1", 3), (torch.int8, [44, 1], "300", 2),
         (torch.int32, [2147483600, 1], "2147483647.0", 2), (torch.int64, [-1000000001, 1], "-1e9", 2),
         (torch.float32, [1, math.inf], "1e300", 2), (torch.int64, [1, 2], "10000000000000000000000000000000", 2),
+        (torch.float32, [1e30, 1], "1" + "0" * 30, 1), (torch.float16, [1, 2], "1" + "0" * 30, 2),
         (torch.int16, [-9999, 1], "-9999", 1), (torch.float32, [-9999, 1], "-9999", 1), (torch.int64, [5, 1], "5.0", 1),
     ],
 )  # fmt: skip

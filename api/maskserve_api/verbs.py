@@ -1,4 +1,4 @@
-"""POST /v1/{verb}: the road of a request from its headers to the last byte of its answer."""
+"""POST /v1/{verb} and /v2/models/{verb}/infer: the road of a request from its headers to the last byte of its answer."""
 
 from __future__ import annotations
 
