@@ -422,7 +422,7 @@ def test_timeout_is_a_deadline_in_microseconds(
 ) -> None:
     inputs = [tensor("x", LARGE[:40], binary=binary)]
     release = threading.Event()
-    monkeypatch.setattr(work.answers, "run", lambda *_: release.wait(60))
+    monkeypatch.setattr(work.answers, "run", lambda *_, **__: release.wait(60))
     with pytest.raises(InferenceServerException, match=r"\[504\] the deadline passed"):
         client.infer("reduce", inputs, parameters=MEAN, timeout=200_000)
     monkeypatch.undo()
