@@ -47,9 +47,18 @@ class Claim:
         self.n_bytes = 0
 
     def add(self, n_bytes: int) -> None:
+        """Bytes of the body."""
+        self._hold(n_bytes, may_exceed=False)
+
+    def add_answer(self, n_bytes: int) -> None:
+        """Bytes of the answer, which may have nine times the body's: alone, it would wait for nobody."""
+        self._hold(n_bytes, may_exceed=True)
+
+    def _hold(self, n_bytes: int, *, may_exceed: bool) -> None:
         with self.memory.lock:
-            is_alone = self.memory.held_bytes == self.n_bytes  # to wait would help nobody; its answer may be larger
-            if self.memory.held_bytes + n_bytes > self.memory.limit_bytes and not is_alone:
+            held_bytes = self.memory.held_bytes
+            is_alone = held_bytes == self.n_bytes
+            if held_bytes + n_bytes > self.memory.limit_bytes and not (is_alone and may_exceed):
                 raise BusyError("the service holds as many bytes of requests as it may; try again")
             self.memory.held_bytes += n_bytes
             self.n_bytes += n_bytes

@@ -68,7 +68,7 @@ class Verb:
                 except TimeoutError:
                     raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
             work = Work(
-                request=request, body=body, question=question, answer=answer, stages=stages, head=head, admit=claim.add
+                request=request, body=body, question=question, answer=answer, stages=stages, head=head, admit=claim.add_answer
             )
             reply = await self.replied(work, receive, deadline_s)
             await sent(reply, stages, self.service.request_timeout_s, send)
