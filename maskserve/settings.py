@@ -119,6 +119,17 @@ def word(given: object) -> str:
     return given
 
 
+def one_of(*words: str) -> Callable[[object], str]:
+    """A reader of one of these words."""
+
+    def parse(given: object) -> str:
+        if given not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return str(given)
+
+    return parse
+
+
 ROWS = (
     Row(name="device", default="auto", help="where to compute: auto, cpu, cuda or cuda:N", parse=word),
     Row(name="threads", default=0, help="threads to compute with; 0: the CPUs this process may run on", parse=whole),
@@ -130,6 +141,10 @@ ROWS = (
     Row(name="serve_max_body", default="256MiB", help="largest request body that serve accepts", parse=size),
     Row(name="serve_request_timeout", default=60, help="seconds that a request may take", parse=seconds),
     Row(name="serve_grace", default=25, help="seconds that running requests get at SIGTERM", parse=seconds),
+    Row(
+        name="serve_log", default="json", help="a line for each request on stderr: json, text or off",
+        parse=one_of("json", "text", "off"),
+    ),
 )  # fmt: skip
 BY_NAME: Mapping[str, Row] = MappingProxyType({row.name: row for row in ROWS})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -248,7 +249,7 @@ def test_the_process_says_how_to_use_it_and_ends_with_0(sent: signal.Signals) ->
         child.send_signal(sent)
         assert child.wait(20) == 0
         assert child.stderr is not None
-        assert child.stderr.read() == ""
+        assert [json.loads(event)["status"] for event in child.stderr] == [200]
 
 
 def test_a_half_sent_body_keeps_no_process_beyond_its_grace() -> None:

@@ -16,6 +16,7 @@ from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
 from maskserve_api.lane import Lane
+from maskserve_api.metrics import Metrics
 from maskserve_api.verbs import Service, Verb
 
 MIB = 1 << 20
@@ -42,7 +43,8 @@ def create_app(
     app = FastAPI(title="maskserve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.openapi = openapi.document  # type: ignore[method-assign]  # FastAPI's own way to give another document
-    app.add_middleware(Edge, allowed_hosts=allowed_hosts)
+    app.state.metrics = metrics = Metrics(service.lane, service.memory)
+    app.add_middleware(Edge, allowed_hosts=allowed_hosts, metrics=metrics)
     app.add_exception_handler(HTTPException, unrouted)
     v2_models.add_routes(app, service)
     for verb in verbs():
@@ -51,6 +53,7 @@ def create_app(
     app.add_route("/v1/ops/{name}", op)
     app.add_route("/livez", livez)
     app.add_route("/readyz", readyz)
+    app.add_route("/metrics", metered)
     app.add_route("/openapi.json", document)
     app.add_route("/docs", docs)
     app.add_route("/docs/errors", errors)
@@ -92,6 +95,11 @@ async def readyz(request: Request) -> Response:
     if request.app.state.service.draining:
         raise DrainingError("the service is shutting down")
     return JSONResponse({"status": "ready"})
+
+
+async def metered(request: Request) -> Response:
+    page, media_type = request.app.state.metrics.page(request.headers.get("accept", ""))
+    return Response(page, headers={"content-type": media_type})
 
 
 async def document(request: Request) -> Response:

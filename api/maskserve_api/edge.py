@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, who may ask, and the one place where errors become problems. Pure ASGI."""
+"""The outermost layer: request ids, who may ask, where errors become problems, and what is recorded. Pure ASGI."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maskserve.errors import MaskserveError
+from maskserve_api import logs
 from maskserve_api.errors import CrossSiteError, Disconnected, DrainingError, FramingError, HostError
+from maskserve_api.metrics import Metrics
 from maskserve_api.problems import problem, status_of, translated
+from maskserve_api.record import RECORD, Record
+from maskserve_api.trace import trace_of
 
 log = logging.getLogger("maskserve.api")
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-"""A kubelet probes by IP: no guard stands before these."""
+HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"})
+"""A kubelet probes by IP, and Prometheus scrapes so: no guard stands before these, and a 200 of theirs is no news."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DISCARDED_BYTES = 1 << 16
 LINGER_S = 2.0
@@ -28,9 +32,10 @@ LINGER_S = 2.0
 class Edge:
     """Wraps an application; `allowed_hosts` None allows all."""
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None) -> None:
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None, metrics: Metrics) -> None:
         self.app = app
         self.allowed_hosts = allowed_hosts
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,11 +48,20 @@ class Edge:
                 check_origin(scope["method"], exchange.headers)
             await self.app(scope, exchange.receive, exchange.send)
         except Disconnected:
-            log.info("request %s: the client went away", exchange.request_id)
+            exchange.record.code = "disconnected"
         except asyncio.CancelledError:  # the grace of a shutdown is over
             await exchange.fail(DrainingError("the service is shutting down; try again"))
         except Exception as error:
             await exchange.fail(error)
+        finally:
+            self.ended(scope, exchange.record)
+
+    def ended(self, scope: Scope, record: Record) -> None:
+        """The one place where a request is counted and logged."""
+        seconds = record.seconds()
+        self.metrics.count(record, seconds)
+        if logs.requests.isEnabledFor(logging.INFO) and not (scope["path"] in HEALTH and record.status == 200):
+            logs.tell(record, record.event(scope, seconds))
 
 
 class Exchange:
@@ -57,12 +71,14 @@ class Exchange:
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
         self.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        self.record = scope[RECORD] = Record(self.request_id, trace_of(self.headers))
         self.is_started = False
         self._receive, self._send = receive, send
         self._is_read = "transfer-encoding" not in self.headers and self.headers.get("content-length", "0") == "0"
 
     async def receive(self) -> Message:
         message = await self._receive()
+        self.record.bytes_in += len(message.get("body", b""))
         if not message.get("more_body", False):
             self._is_read = True
         return message
@@ -70,19 +86,25 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.is_started = True
+            self.record.status = message["status"]
             message["headers"] = [
                 *message.get("headers", ()),
                 (b"x-request-id", self.request_id.encode()),
                 (b"x-content-type-options", b"nosniff"),
+                *self.record.trace.headers(),
             ]
+        else:
+            self.record.bytes_out += memoryview(message.get("body", b"")).nbytes
         await self._send(message)
 
     async def fail(self, error: Exception) -> None:
         """Tells of `error`, if it is not too late."""
         if self.is_started:  # the client sees a body that is too short
+            self.record.code = "broke_off"
             log.warning("request %s: the reply broke off: %s", self.request_id, type(error).__name__)
             return
         known = translated(error)
+        self.record.code = known.code
         if status_of(type(known)) == 500:
             log.error("request %s failed", self.request_id, exc_info=error)
         status, headers, body = problem(known, self.request_id)

@@ -10,9 +10,11 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import disable_created_metrics
 
 from maskserve.errors import SettingsError
 from maskserve.payload.header import shown
+from maskserve_api import logs
 from maskserve_api.app import create_app
 from maskserve_api.edge import LOOPBACK_HOSTS
 from maskserve_api.pages import curl
@@ -25,7 +27,14 @@ BACKLOG = 1024
 
 
 def serve(
-    *, host: str, port: int, max_body: int, request_timeout: float, grace: float, allow_anonymous: bool = False
+    *,
+    host: str,
+    port: int,
+    max_body: int,
+    request_timeout: float,
+    grace: float,
+    log: str = "json",
+    allow_anonymous: bool = False,
 ) -> int:
     """0 after SIGTERM or SIGINT, once running requests are done or `grace` seconds have passed.
 
@@ -39,10 +48,13 @@ def serve(
             "give --allow-anonymous to let everyone in, or --host 127.0.0.1",
             parameter="host",
         )
+    # a second series beside each, with the time of its first value
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types here
     app = create_app(
         max_body=max_body, request_timeout=request_timeout, allowed_hosts=LOOPBACK_HOSTS if is_local else None
     )
     sockets = [bound(family, address) for family, address in addresses]
+    logs.configure(log)
     try:
         rehearse()
         Server(app, host, grace).run(sockets=sockets)

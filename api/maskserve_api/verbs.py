@@ -20,6 +20,7 @@ from maskserve_api.errors import BodyTimeoutError, DrainingError
 from maskserve_api.forms import Form
 from maskserve_api.lane import Lane
 from maskserve_api.query import words_of
+from maskserve_api.record import record_of
 from maskserve_api.work import Reply, Stages, Work
 
 SEND_BYTES = 1 << 18
@@ -47,7 +48,8 @@ class Verb:
     """The form that the path says; where it says none, headers do."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers, record = Headers(scope=scope), record_of(scope)
+        record.verb = self.name
         if self.service.draining:
             raise DrainingError("the service is shutting down; another replica, or a later try, may serve")
         question = self.form or forms.of_question(headers)
@@ -57,9 +59,10 @@ class Verb:
         words = words_of(self.name, scope["query_string"])
         head = v2_question.head(self.name, words, headers) if question is Form.V2 else None
         request = None if head else requests.build(self.name, words)
+        record.op = request.row.name if request else ""
         timeout_s = timeout_of(headers, self.service.request_timeout_s)
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        stages = Stages()
+        stages = record.stages
         with self.service.memory.claim() as claim:
             with stages.stage("read"):
                 try:
@@ -71,6 +74,7 @@ class Verb:
                 request=request, body=body, question=question, answer=answer, stages=stages, head=head, admit=claim.add_answer
             )
             reply = await self.replied(work, receive, deadline_s)
+            record.op, record.cells = work.asked().row.name, reply.cells
             await sent(reply, stages, self.service.request_timeout_s, send)
 
     async def replied(self, work: Work, receive: Receive, deadline_s: float) -> Reply:
@@ -111,10 +115,11 @@ async def sent(reply: Reply, stages: Stages, timeout_s: float, send: Send) -> No
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     left = reply.n_bytes
-    for piece in pieces(reply.chunks):
-        left -= len(piece)
-        async with asyncio.timeout(timeout_s):
-            await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
+    with stages.stage("send"):
+        for piece in pieces(reply.chunks):
+            left -= len(piece)
+            async with asyncio.timeout(timeout_s):
+                await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
 
 
 def pieces(chunks: Iterable[Buffer]) -> Iterator[Buffer]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -55,12 +55,13 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer: its pieces, and their size together."""
+    """A complete answer: its pieces, and their size together; how many of its cells are valid and masked."""
 
     n_bytes: int
     chunks: Sequence[Buffer]
     media_type: str
     headers: Sequence[tuple[bytes, bytes]] = ()
+    cells: tuple[int, int] = (0, 0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,7 +127,14 @@ class Work:
         with self.stages.stage("compute"):
             computed = answers.run(self.asked(), payload, admit=self.admit)
         with self.stages.stage("encode"):
-            return ENCODERS[self.answer](computed, payload)
+            return replace(ENCODERS[self.answer](computed, payload), cells=cells_of(computed))
+
+
+def cells_of(computed: Answer) -> tuple[int, int]:
+    """How many cells are valid, and how many masked."""
+    masks = [result.mask for result in computed.results if result.mask is not None and not result.is_coordinate]
+    n_valid = sum(int(torch.count_nonzero(mask)) for mask in masks)
+    return n_valid, sum(mask.numel() for mask in masks) - n_valid
 
 
 def decode(body: Buffer, form: Form, head: Head | None) -> AnyPayload:

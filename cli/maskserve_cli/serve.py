@@ -23,6 +23,9 @@ def serve(
     grace: Annotated[
         str | None, typer.Option("--grace", metavar="S", help="seconds for running requests at SIGTERM; default: 25")
     ] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", metavar="FORM", help="a line for each request: json (default), text or off")
+    ] = None,
     allow_anonymous: Annotated[
         bool,
         typer.Option("--allow-anonymous", help="serve everyone who can reach a public address", show_default=False),
@@ -35,6 +38,7 @@ def serve(
         "serve_max_body": max_body,
         "serve_request_timeout": request_timeout,
         "serve_grace": grace,
+        "serve_log": log,
     }
     settings = settings_of(config, flags)
     from maskserve_api import server
@@ -46,6 +50,7 @@ def serve(
         max_body=settings["serve_max_body"],
         request_timeout=settings["serve_request_timeout"],
         grace=settings["serve_grace"],
+        log=settings["serve_log"],
         allow_anonymous=allow_anonymous,
     )
     raise typer.Exit(code)

@@ -1,0 +1,59 @@
+"""Prometheus metrics: a registry for each application, written once for each request."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from maskserve.version import version
+from maskserve_api.body import Memory
+from maskserve_api.lane import Lane
+from maskserve_api.record import Record
+
+BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60)
+
+
+class Metrics:
+    """What the service counts, and what it reads off the lane and the memory when it is asked."""
+
+    def __init__(self, lane: Lane, memory: Memory) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        Info("maskserve_build", "The version that runs", registry=registry).info({"version": version()})
+        self.requests = Counter(
+            "maskserve_requests",
+            "Requests that have ended, by what they asked for and the status they got",
+            ["verb", "op", "status"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "maskserve_request_duration_seconds",
+            "Seconds of each stage of a request; stage total is the whole request, not a further stage",
+            ["op", "stage"],
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.bytes_in = Counter("maskserve_request_bytes", "Bytes of request bodies that were read", registry=registry)
+        self.bytes_out = Counter("maskserve_reply_bytes", "Bytes of reply bodies that were sent", registry=registry)
+        self.cells = Counter("maskserve_elements", "Cells of answers, by validity", ["state"], registry=registry)
+        depth = Gauge("maskserve_queue_depth", "Requests in the lane, waiting or computed", registry=registry)
+        depth.set_function(lambda: lane.n_pending)
+        held = Gauge("maskserve_held_bytes", "Bytes of the bodies in flight", registry=registry)
+        held.set_function(lambda: memory.held_bytes)
+
+    def count(self, record: Record, seconds: dict[str, float]) -> None:
+        """Adds one request that has ended."""
+        self.requests.labels(record.verb, record.op, str(record.status)).inc()
+        for stage, s in seconds.items():
+            self.seconds.labels(record.op, stage).observe(s)
+        self.bytes_in.inc(record.bytes_in)
+        self.bytes_out.inc(record.bytes_out)
+        n_valid, n_masked = record.cells
+        self.cells.labels("valid").inc(n_valid)
+        self.cells.labels("masked").inc(n_masked)
+
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """All metrics, and the media type they are written in: OpenMetrics for who asks for it."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
