@@ -91,12 +91,12 @@ def test_an_op_that_is_not_there_is_a_404(service: Running) -> None:
 
 
 def test_the_pages_are_whole_without_a_network(service: Running) -> None:
-    for path in ("/docs", "/docs/errors"):
+    for path in ("/docs/ops", "/docs/errors"):
         response = service.http.get(path)
         assert response.headers["content-type"].startswith("text/html")
         assert "default-src 'none'" in response.headers["content-security-policy"]
         assert not re.search(r"<script|<link|src=|url\(", response.text)
-    page = service.http.get("/docs").text
+    page = service.http.get("/docs/ops").text
     for row in OPS.values():
         assert row.verb is None or f"<code>{row.name}</code>" in page
 
@@ -108,7 +108,7 @@ def test_the_type_of_every_problem_leads_somewhere(service: Running) -> None:
 
 def test_a_host_in_a_page_is_escaped() -> None:
     with running(allowed_hosts=None) as service:
-        assert "<b>" not in service.http.get("/docs", headers={"host": "<b>'\"&"}).text
+        assert "<b>" not in service.http.get("/docs/ops", headers={"host": "<b>'\"&"}).text
 
 
 def test_head_is_answered_where_get_is(service: Running) -> None:

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from maskserve.errors import UnknownOpError
 from maskserve.ops import find, verbs
-from maskserve_api import openapi, pages, table, v2_models
+from maskserve_api import openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
@@ -56,7 +56,10 @@ def create_app(
     app.add_route("/metrics", metered)
     app.add_route("/openapi.json", document)
     app.add_route("/docs", docs)
+    app.add_route("/docs/ops", ops_page)
     app.add_route("/docs/errors", errors)
+    for name in swagger.FILES:
+        app.add_route(f"/docs/{name}", asset)
     return app
 
 
@@ -107,6 +110,17 @@ async def document(request: Request) -> Response:
 
 
 async def docs(request: Request) -> Response:
+    return html(swagger.PAGE, swagger.POLICY)
+
+
+async def asset(request: Request) -> Response:
+    name = request.scope["path"].rpartition("/")[2]
+    return Response(
+        swagger.content(name), media_type=swagger.FILES[name], headers={"cache-control": "public, max-age=3600"}
+    )
+
+
+async def ops_page(request: Request) -> Response:
     return html(pages.docs(f"http://{request.headers.get('host', 'localhost')}"))
 
 
@@ -114,5 +128,5 @@ async def errors(request: Request) -> Response:
     return html(pages.errors())
 
 
-def html(text: str) -> Response:
-    return HTMLResponse(text, headers={"content-security-policy": pages.POLICY})
+def html(text: str, policy: str = pages.POLICY) -> Response:
+    return HTMLResponse(text, headers={"content-security-policy": policy})

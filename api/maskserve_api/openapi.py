@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from fastapi.openapi.models import OpenAPI
 
 from maskserve import requests
@@ -75,11 +77,11 @@ def document() -> Json:
 def operation(verb: str) -> Json:
     rows = requests.rows(verb)
     payload = {
-        Form.SAFETENSORS: {"schema": {"type": "string", "format": "binary"}},
-        Form.JSON: {
+        Form.JSON: {  # first: the form that a page can show and send
             "schema": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Tensor"}},
-            "example": EXAMPLE.decode(),
+            "example": json.loads(EXAMPLE),
         },
+        Form.SAFETENSORS: {"schema": {"type": "string", "format": "binary"}},
     }
     return {
         "operationId": verb,
@@ -101,11 +103,17 @@ def op(verb: str) -> Json:
 
 
 def in_query(verb: str, name: str) -> Json:
-    """A parameter of the union; required only if each op of the verb requires it."""
+    """A parameter of the union; required only if each op of the verb requires it.
+
+    Its default is told in words: a page would send one that the schema has, also to ops without the parameter.
+    """
     p = next(p for p in requests.parameters(verb) if p.name == name)
     own = [next((q for q in row.requestable if q.name == name), None) for row in requests.rows(verb)]
     is_required = all(q is not None and q.default is REQUIRED for q in own)
-    return {"name": name, "in": "query", "required": is_required, "description": p.help, "schema": value_schema(p)}
+    schema = value_schema(p)
+    default = schema.pop("default", None)
+    text = p.help if default is None else f"{p.help}; default: {json.dumps(default)}"
+    return {"name": name, "in": "query", "required": is_required, "description": text, "schema": schema}
 
 
 def in_path(name: str) -> Json:

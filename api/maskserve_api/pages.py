@@ -1,4 +1,4 @@
-"""The pages that people read, /docs and /docs/errors: generated, and whole without a network."""
+"""The pages that people read, /docs/ops and /docs/errors: generated, and whole without a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def curl(base: str) -> str:
 
 
 def docs(base: str) -> str:
-    """/docs: every verb with its ops and their parameters."""
+    """/docs/ops: every verb with its ops and their parameters."""
     body = [
         "<p>A payload in, a payload out: safetensors under any Content-Type, or JSON as application/json; "
         "the op and its parameters stand in the query.</p>",

@@ -59,7 +59,8 @@ class Verb:
         words = words_of(self.name, scope["query_string"])
         head = v2_question.head(self.name, words, headers) if question is Form.V2 else None
         request = None if head else requests.build(self.name, words)
-        record.op = request.row.name if request else ""
+        if request:
+            record.op = request.row.name
         timeout_s = timeout_of(headers, self.service.request_timeout_s)
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         stages = record.stages
