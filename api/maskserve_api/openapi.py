@@ -12,7 +12,7 @@ from maskserve.ops.parameters import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
 from maskserve_api.forms import Form
-from maskserve_api.problems import CONTENT_TYPE
+from maskserve_api.problems import CONTENT_TYPE, STATUS
 from maskserve_api.table import Json, value_schema
 from maskserve_api.work import EXAMPLE
 
@@ -44,10 +44,8 @@ PROBLEM: Json = {
         "request_id": {"type": "string"},
     },
 }
-FAILED: Json = {
-    "description": "a problem",
-    "content": {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-}
+NO_VERB = frozenset({404, 405})
+"""Statuses of paths that are not there."""
 
 
 def document() -> Json:
@@ -62,10 +60,10 @@ def document() -> Json:
             },
             "paths": {
                 **{f"/v1/{verb}": {"post": operation(verb)} for verb in verbs()},
-                "/v1/ops": {"get": getter("ops", "every op with its parameters and their exact JSON schema")},
-                "/v1/ops/{name}": {"get": getter("op", "one op") | {"parameters": [in_path("name")]}},
+                "/v1/ops": {"get": getter("ops", "every op with its parameters and their exact JSON schema", 403)},
+                "/v1/ops/{name}": {"get": getter("op", "one op", 403, 404) | {"parameters": [in_path("name")]}},
                 "/livez": {"get": getter("livez", "200 while the process lives")},
-                "/readyz": {"get": getter("readyz", "200 while requests are taken, else 503")},
+                "/readyz": {"get": getter("readyz", "200 while requests are taken, else 503", 503)},
             },
             "components": {"schemas": {"Problem": PROBLEM, "Tensor": TENSOR}},
         }
@@ -89,8 +87,16 @@ def operation(verb: str) -> Json:
         "description": verb_summary(verb),
         "parameters": [op(verb), *(in_query(verb, p.name) for p in requests.parameters(verb)), *HEADERS],
         "requestBody": {"required": True, "content": payload},
-        "responses": {"200": {"description": "the answer", "content": payload}, "default": FAILED},
+        "responses": {"200": {"description": "the answer", "content": payload}}
+        | failures(*sorted(set(STATUS.values()) - NO_VERB)),
     }
+
+
+def failures(*statuses: int) -> Json:
+    """The problems with these statuses, by the codes that they may have."""
+    codes = {status: ", ".join(kind.code for kind, its in STATUS.items() if its == status) for status in statuses}
+    content = {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {str(status): {"description": text, "content": content} for status, text in codes.items()}
 
 
 def op(verb: str) -> Json:
@@ -130,6 +136,6 @@ HEADERS = (
 )
 
 
-def getter(name: str, text: str) -> Json:
+def getter(name: str, text: str, *statuses: int) -> Json:
     ok: Json = {"description": "as said", "content": {"application/json": {"schema": {"type": "object"}}}}
-    return {"operationId": name, "summary": text, "responses": {"200": ok, "default": FAILED}}
+    return {"operationId": name, "summary": text, "responses": {"200": ok} | failures(*statuses)}
