@@ -60,7 +60,9 @@ def test_the_openapi_document_is_valid_and_names_every_verb_and_parameter(servic
         assert given.keys() == {"op", *(p.name for p in requests.parameters(verb))}
         assert all(p["description"] for p in given.values())
         assert set(given["op"]["schema"]["enum"]) >= {row.name for row in requests.rows(verb)}
-        assert "application/problem+json" in operation["responses"]["default"]["content"]
+        assert {"200", *map(str, problems.STATUS.values())} - {"404", "405"} == operation["responses"].keys()
+        problem_forms = [told["content"].keys() for status, told in operation["responses"].items() if status != "200"]
+        assert all(forms == {"application/problem+json"} for forms in problem_forms)
     assert set(document["components"]["schemas"]["Problem"]["required"]) == set(
         document["components"]["schemas"]["Problem"]["properties"]
     )
