@@ -21,3 +21,4 @@ long:
 generate:
 	$(PYTHON) -m maskserve.describe
 	$(PYTHON) -m maskserve.settings > configs/default.toml
+	$(PYTHON) -m maskserve_api.pages > docs/errors.md

@@ -1,11 +1,10 @@
 """What can be generated from the table and the trees: `python -m maskserve.describe` rewrites these files in a checkout.
 
-maskserve/__init__.pyi, docs/ops.md, docs/errors.md. A test keeps each of them true.
+maskserve/__init__.pyi, docs/ops.md, docs/coverage.svg. A test keeps each of them true.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -147,21 +146,8 @@ def error_classes(root: type[errors.MaskserveError] = errors.MaskserveError) -> 
             yield from error_classes(child)
 
 
-def errors_page() -> str:
-    """docs/errors.md: every code, its class, and the tree."""
-    tree = inspect.getdoc(errors) or ""
-    lines = [f"<!-- {NOTE} -->", "# Errors", "", "```", *tree.splitlines()[2:], "```", ""]
-    lines += ["A running service lists the HTTP status of each at /docs/errors; `maskserve --help` the exit codes.", ""]
-    lines += ["| code | class | also a |", "|---|---|---|"]
-    for cls in error_classes():
-        plain = [c.__name__ for c in cls.__mro__ if c.__module__ == "builtins"]
-        own = ", ".join(f"`{name}`" for name in plain if name not in ("Exception", "BaseException", "object"))
-        lines.append(f"| `{cls.code}` | `{cls.__name__}` | {own} |")
-    return "\n".join(lines) + "\n"
-
-
 FILES: Mapping[str, Callable[[], str]] = MappingProxyType(
-    {"maskserve/__init__.pyi": stub, "docs/ops.md": ops_page, "docs/errors.md": errors_page, "docs/coverage.svg": svg}
+    {"maskserve/__init__.pyi": stub, "docs/ops.md": ops_page, "docs/coverage.svg": svg}
 )
 
 

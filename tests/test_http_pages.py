@@ -14,7 +14,7 @@ import maskserve_api
 from maskserve import requests
 from maskserve.errors import MaskserveError
 from maskserve.ops import OPS, verbs
-from maskserve_api import problems
+from maskserve_api import pages, problems
 from maskserve_api.app import create_app
 from tests.http_service import Running, check_problem, running
 
@@ -33,6 +33,13 @@ def ours() -> list[type[MaskserveError]]:
 
 def test_every_error_class_has_a_status_of_its_own() -> None:
     assert {kind.__name__ for kind in ours()} == {kind.__name__ for kind in problems.STATUS}
+
+
+def test_docs_errors_md_is_the_generated_one() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
+    assert page == pages.errors_markdown(), "run python -m maskserve_api.pages > docs/errors.md"
+    for kind in ours():
+        assert f"| `{kind.code}` | {problems.STATUS[kind]} |" in page
 
 
 def test_every_code_is_of_one_class() -> None:
