@@ -6,7 +6,9 @@ Plain Python and tomllib: pydantic-settings takes 0.1 s to import, a third of wh
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,7 +33,7 @@ INJECTED = (f"{PREFIX}PORT", f"{PREFIX}SERVICE_")
 UNITS: Mapping[str, int] = MappingProxyType(
     {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 )
-Value: TypeAlias = str | int | float
+Value: TypeAlias = str | int | float | tuple[str, ...]
 Given: TypeAlias = Mapping[str, object]
 
 
@@ -56,6 +58,9 @@ class Setting:
     row: Row
     value: Value
     source: str
+
+    def __str__(self) -> str:
+        return ",".join(self.value) if isinstance(self.value, tuple) else str(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,17 @@ def seconds(given: object) -> float:
     return number
 
 
+def period(given: object) -> float:
+    """A finite number of seconds above 0."""
+    try:
+        number = seconds(given)
+    except ValueError:
+        number = 0.0
+    if number == 0:
+        raise ValueError("a number of seconds above 0")
+    return number
+
+
 def size(given: object) -> int:
     """Bytes from a number or a text with a unit; MB is 10^6, MiB 2^20.
 
@@ -130,6 +146,37 @@ def one_of(*words: str) -> Callable[[object], str]:
     return parse
 
 
+def switch(given: object) -> bool:
+    """true or false, of TOML or as a word; 1 and 0 in the environment."""
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(given).lower())
+    if found is None:
+        raise ValueError("true or false")
+    return found
+
+
+def file(given: object) -> str:
+    """The path of a file; empty for none."""
+    return "" if given == "" else word(given)
+
+
+def hosts(given: object) -> tuple[str, ...]:
+    """Names of hosts, from a list or between commas.
+
+    >>> hosts("a.example, [::1]"), hosts([])
+    (('a.example', '[::1]'), ())
+    """
+    names = given.split(",") if isinstance(given, str) else given
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(HOSTS)
+    found = tuple(name.strip().lower() for name in names if name.strip())
+    if not all(HOST.fullmatch(name) for name in found):
+        raise ValueError(HOSTS)
+    return found
+
+
+HOST = re.compile(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]")
+HOSTS = "names of hosts without ports, such as maskserve.example.org,10.1.2.3"
+
 ROWS = (
     Row(name="device", default="auto", help="where to compute: auto, cpu, cuda or cuda:N", parse=word),
     Row(name="threads", default=0, help="threads to compute with; 0: the CPUs this process may run on", parse=whole),
@@ -139,12 +186,19 @@ ROWS = (
     Row(name="serve_host", default="127.0.0.1", help="address that serve listens on", parse=word),
     Row(name="serve_port", default=8000, help="port that serve listens on; 0 lets the system choose", parse=port),
     Row(name="serve_max_body", default="256MiB", help="largest request body that serve accepts", parse=size),
-    Row(name="serve_request_timeout", default=60, help="seconds that a request may take", parse=seconds),
+    Row(name="serve_request_timeout", default=60, help="seconds that a request may take", parse=period),
+    Row(name="serve_queue", default=512, help="most requests that wait to be computed", parse=whole),
+    Row(name="serve_header_timeout", default=10, help="seconds that a request's headers may take", parse=period),
+    Row(name="serve_keep_alive", default=5, help="seconds that an idle connection stays open", parse=period),
+    Row(name="serve_drain_delay", default=0, help="seconds that serve listens on after SIGTERM, not ready", parse=seconds),
     Row(name="serve_grace", default=25, help="seconds that running requests get at SIGTERM", parse=seconds),
     Row(
         name="serve_log", default="json", help="a line for each request on stderr: json, text or off",
         parse=one_of("json", "text", "off"),
     ),
+    Row(name="serve_keys_file", default="", help="file of name:key lines; one of these keys is asked for", parse=file),
+    Row(name="serve_allow_anonymous", default=False, help="serve all who reach a public address, without keys", parse=switch),
+    Row(name="serve_allowed_host", default=(), help="Host names that are served; empty: all, or localhost's own", parse=hosts),
 )  # fmt: skip
 BY_NAME: Mapping[str, Row] = MappingProxyType({row.name: row for row in ROWS})
 
@@ -215,8 +269,7 @@ def default_toml() -> str:
         f"# A flag wins over the environment (MASKSERVE_ and the name), which wins over a file like this ({CONFIG}).",
     ]
     for row in ROWS:
-        value = f'"{row.default}"' if isinstance(row.default, str) else str(row.default)
-        lines += ["", f"# {row.help}", f"{row.name} = {value}"]
+        lines += ["", f"# {row.help}", f"{row.name} = {json.dumps(row.default)}"]  # what JSON writes here is TOML
     return "\n".join(lines) + "\n"
 
 

@@ -6,9 +6,10 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -53,19 +54,20 @@ class Running:
 
 
 @contextmanager
-def running(**options: Any) -> Iterator[Running]:
+def running(*, server: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Iterator[Running]:
+    """A service of an application with these `options`, on a server with those."""
     app = create_app(**{"max_body": MAX_BODY, "request_timeout": 20.0} | options)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(app, "127.0.0.1", grace=1.0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    served = Server(app, "127.0.0.1", grace=1.0, **server)
+    thread = threading.Thread(target=served.run, kwargs={"sockets": [listener]})
     thread.start()
-    wait_until(lambda: server.started)
+    wait_until(lambda: served.started)
     port = listener.getsockname()[1]
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
             yield Running(port, app.state.service, http)
     finally:
-        server.should_exit = True
+        served.should_exit = True
         thread.join()
 
 

@@ -41,6 +41,10 @@ def test_the_file_that_the_flag_names_beats_the_one_of_the_environment(tmp_path:
         ("threads = -1", "{file}: threads is -1; it must be a whole number, 0 or more"),
         ("threads = true", "{file}: threads is True; it must be a whole number, 0 or more"),
         ("serve_grace = 'inf'", "{file}: serve_grace is 'inf'; it must be a number of seconds, 0 or more"),
+        ("serve_header_timeout = 0", "{file}: serve_header_timeout is 0; it must be a number of seconds above 0"),
+        ("serve_allow_anonymous = 'yes'", "{file}: serve_allow_anonymous is 'yes'; it must be true or false"),
+        ("serve_allowed_host = ['a:80']", "{file}: serve_allowed_host is ['a:80']; it must be names of hosts without"),
+        ("serve_allowed_host = 1", "{file}: serve_allowed_host is 1; it must be names of hosts without ports"),
         ("serve_max_body = '1 XB'", "{file}: serve_max_body is '1 XB'; it must be a size in bytes"),
         ("= 1", "{file} is not TOML"),
     ],
@@ -82,9 +86,21 @@ def test_what_is_no_size_is_refused(text: object) -> None:
         size(text)
 
 
+@pytest.mark.parametrize("given", ["A.example, [::1],", ["a.example", "[::1]"], ("A.EXAMPLE", " [::1] ")])
+def test_a_list_comes_from_toml_from_flags_or_between_commas(given: object) -> None:
+    settings = load({"serve_allowed_host": given}, None, {"MASKSERVE_SERVE_ALLOWED_HOST": "b.example"})
+    assert settings["serve_allowed_host"] == ("a.example", "[::1]")
+    assert str(settings.rows["serve_allowed_host"]) == "a.example,[::1]"
+
+
+@pytest.mark.parametrize(("given", "value"), [("1", True), ("TRUE", True), (True, True), ("0", False), (False, False)])
+def test_a_switch_is_true_or_false(given: object, value: bool) -> None:
+    assert load({"serve_allow_anonymous": given}, None, {})["serve_allow_anonymous"] is value
+
+
 def test_every_default_passes_its_own_check_and_default_toml_sets_them_all() -> None:
     said = tomllib.loads(default_toml())
-    assert said == {row.name: row.default for row in ROWS}
+    assert said == {row.name: list(row.default) if isinstance(row.default, tuple) else row.default for row in ROWS}
     assert [load(None, None, {})[row.name] for row in ROWS] == [row.parse(row.default) for row in ROWS]
 
 

@@ -15,6 +15,7 @@ from maskserve_api import openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
+from maskserve_api.keys import Keys
 from maskserve_api.lane import Lane
 from maskserve_api.metrics import Metrics
 from maskserve_api.verbs import Service, Verb
@@ -29,10 +30,12 @@ def create_app(
     request_timeout: float = 60.0,
     queue: int = 512,
     allowed_hosts: Collection[str] | None = LOOPBACK_HOSTS,
+    keys: Keys | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; sizes in bytes, times in seconds.
 
-    `allowed_hosts` are the Host names served, without ports; None serves all. `app.state.service` is the Service.
+    `allowed_hosts` are the Host names served, without ports; None serves all. `keys` None asks for none.
+    `app.state.service` is the Service.
     """
     service = Service(
         max_body=max_body,
@@ -42,9 +45,10 @@ def create_app(
     )
     app = FastAPI(title="maskserve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
+    app.state.keys = keys
     app.openapi = openapi.document  # type: ignore[method-assign]  # FastAPI's own way to give another document
     app.state.metrics = metrics = Metrics(service.lane, service.memory)
-    app.add_middleware(Edge, allowed_hosts=allowed_hosts, metrics=metrics)
+    app.add_middleware(Edge, allowed_hosts=allowed_hosts, keys=keys, metrics=metrics)
     app.add_exception_handler(HTTPException, unrouted)
     v2_models.add_routes(app, service)
     for verb in verbs():
@@ -121,7 +125,8 @@ async def asset(request: Request) -> Response:
 
 
 async def ops_page(request: Request) -> Response:
-    return html(pages.docs(f"http://{request.headers.get('host', 'localhost')}"))
+    base = f"http://{request.headers.get('host', 'localhost')}"
+    return html(pages.docs(base, asks_key=request.app.state.keys is not None))
 
 
 async def errors(request: Request) -> Response:

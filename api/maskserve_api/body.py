@@ -68,8 +68,6 @@ def declared_bytes(headers: Headers, max_body: int) -> int | None:
     """The Content-Length, checked; None where the body is chunked."""
     declared = headers.get("content-length")
     if "transfer-encoding" in headers:
-        if declared is not None:  # two readers could see two bodies: the stuff of request smuggling
-            raise FramingError("the request has Content-Length and Transfer-Encoding; send one of them")
         return None
     n_bytes = int(declared or 0)
     if n_bytes > max_body:

@@ -13,28 +13,40 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maskserve.errors import MaskserveError
 from maskserve_api import logs
-from maskserve_api.errors import CrossSiteError, Disconnected, DrainingError, FramingError, HostError
+from maskserve_api.errors import (
+    CrossSiteError,
+    Disconnected,
+    DrainingError,
+    FramingError,
+    HeadersTooLargeError,
+    HostError,
+)
+from maskserve_api.keys import Keys
 from maskserve_api.metrics import Metrics
 from maskserve_api.problems import problem, status_of, translated
-from maskserve_api.record import RECORD, Record
+from maskserve_api.record import KEY, RECORD, Record
 from maskserve_api.trace import trace_of
 
 log = logging.getLogger("maskserve.api")
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"})
-"""A kubelet probes by IP, and Prometheus scrapes so: no guard stands before these, and a 200 of theirs is no news."""
+OPEN = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+"""A kubelet probes by IP and has no key, Prometheus too: no guard stands before these, and a 200 of theirs is no news."""
+MAX_HEADERS = 128
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DISCARDED_BYTES = 1 << 16
 LINGER_S = 2.0
 
 
 class Edge:
-    """Wraps an application; `allowed_hosts` None allows all."""
+    """Wraps an application; `allowed_hosts` None allows all, `keys` None asks for none."""
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] | None, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, allowed_hosts: Collection[str] | None, keys: Keys | None, metrics: Metrics
+    ) -> None:
         self.app = app
         self.allowed_hosts = allowed_hosts
+        self.keys = keys
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,9 +55,9 @@ class Edge:
             return
         exchange = Exchange(scope, receive, send)
         try:
-            if scope["path"] not in HEALTH:
-                check_host(exchange.headers, self.allowed_hosts)
-                check_origin(scope["method"], exchange.headers)
+            check_framing(scope["http_version"], exchange.headers)
+            if scope["path"] not in OPEN:  # the path that the router reads, too
+                self.admit(scope, exchange.headers)
             await self.app(scope, exchange.receive, exchange.send)
         except Disconnected:
             exchange.record.code = "disconnected"
@@ -60,8 +72,15 @@ class Edge:
         """The one place where a request is counted and logged."""
         seconds = record.seconds()
         self.metrics.count(record, seconds)
-        if logs.requests.isEnabledFor(logging.INFO) and not (scope["path"] in HEALTH and record.status == 200):
+        if logs.requests.isEnabledFor(logging.INFO) and not (scope["path"] in OPEN and record.status == 200):
             logs.tell(record, record.event(scope, seconds))
+
+    def admit(self, scope: Scope, headers: Headers) -> None:
+        """Refuses, before a byte of the body is read, who may not ask."""
+        check_host(headers, self.allowed_hosts)
+        check_origin(scope["method"], headers)
+        if self.keys is not None:
+            scope[KEY] = self.keys.name_of(headers)
 
 
 class Exchange:
@@ -131,6 +150,18 @@ class Exchange:
                     await self.receive()
         except TimeoutError:
             return
+
+
+def check_framing(http_version: str, headers: Headers) -> None:
+    """Refuses what a proxy may have read as another request than this one: the stuff of request smuggling."""
+    if len(headers) > MAX_HEADERS:
+        raise HeadersTooLargeError(f"the request has {len(headers)} headers; at most {MAX_HEADERS} are read")
+    if "transfer-encoding" not in headers:
+        return
+    if "content-length" in headers:
+        raise FramingError("the request has Content-Length and Transfer-Encoding; send one of them")
+    if http_version != "1.1":
+        raise FramingError("Transfer-Encoding belongs to HTTP/1.1; send a Content-Length")
 
 
 def check_host(headers: Headers, allowed: Collection[str] | None) -> None:

@@ -3,7 +3,9 @@
     ServiceError
     ├── InternalError        internal
     ├── ProtocolError        bad_http
+    ├── HeadersTooLargeError headers_too_large
     ├── FramingError         bad_framing
+    ├── UnauthorizedError    unauthorized
     ├── HostError            host_not_allowed
     ├── CrossSiteError       cross_site
     ├── UnknownPathError     unknown_path
@@ -36,8 +38,16 @@ class ProtocolError(ServiceError):
     code = "bad_http"
 
 
+class HeadersTooLargeError(ServiceError):
+    code = "headers_too_large"
+
+
 class FramingError(ServiceError):
     code = "bad_framing"
+
+
+class UnauthorizedError(ServiceError):
+    code = "unauthorized"
 
 
 class HostError(ServiceError):

@@ -46,6 +46,7 @@ PROBLEM: Json = {
 }
 NO_VERB = frozenset({404, 405})
 """Statuses of paths that are not there."""
+KEY: Json = {"type": "http", "scheme": "bearer", "description": "where the service was given a file of keys"}
 
 
 def document() -> Json:
@@ -65,7 +66,8 @@ def document() -> Json:
                 "/livez": {"get": getter("livez", "200 while the process lives")},
                 "/readyz": {"get": getter("readyz", "200 while requests are taken, else 503", 503)},
             },
-            "components": {"schemas": {"Problem": PROBLEM, "Tensor": TENSOR}},
+            "components": {"schemas": {"Problem": PROBLEM, "Tensor": TENSOR}, "securitySchemes": {"key": KEY}},
+            "security": [{"key": []}, {}],
         }
     )
     written: Json = api.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -28,18 +28,20 @@ STYLE = (
 )
 
 
-def curl(base: str) -> str:
-    """A command that works, from the table."""
+def curl(base: str, *, asks_key: bool) -> str:
+    """A command that works, from the table; with a key, where one is put for KEY."""
     row = example_row()
-    return f"curl -H 'Content-Type: application/json' -d '{EXAMPLE.decode()}' '{base}/v1/{row.verb}?op={row.name}'"
+    key = "-H 'Authorization: Bearer KEY' " if asks_key else ""
+    kind = "-H 'Content-Type: application/json'"
+    return f"curl {key}{kind} -d '{EXAMPLE.decode()}' '{base}/v1/{row.verb}?op={row.name}'"
 
 
-def docs(base: str) -> str:
+def docs(base: str, *, asks_key: bool) -> str:
     """/docs/ops: every verb with its ops and their parameters."""
     body = [
         "<p>A payload in, a payload out: safetensors under any Content-Type, or JSON as application/json; "
         "the op and its parameters stand in the query.</p>",
-        f"<pre>{escape(curl(base))}</pre>",
+        f"<pre>{escape(curl(base, asks_key=asks_key))}</pre>",
         '<p><a href="/openapi.json">/openapi.json</a> <a href="/v1/ops">/v1/ops</a> '
         '<a href="/docs/errors">/docs/errors</a></p>',
         *(part for verb in verbs() for part in verb_section(verb)),

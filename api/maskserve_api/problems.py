@@ -57,7 +57,9 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         service.ServiceError: 500,
         service.InternalError: 500,
         service.ProtocolError: 400,
+        service.HeadersTooLargeError: 431,
         service.FramingError: 400,
+        service.UnauthorizedError: 401,
         service.HostError: 403,
         service.CrossSiteError: 403,
         service.UnknownPathError: 404,
@@ -132,6 +134,8 @@ def headers(error: MaskserveError, status: int, n_bytes: int) -> Headers:
     given = [(b"content-type", CONTENT_TYPE.encode()), (b"content-length", str(n_bytes).encode())]
     if status == 503:
         given.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    if isinstance(error, service.UnauthorizedError):
+        given.append((b"www-authenticate", b'Bearer realm="maskserve"'))
     if isinstance(error, service.MethodError):
         given.append((b"allow", ", ".join(error.allowed).encode("ascii", "replace")))
     return given

@@ -1,31 +1,96 @@
-"""The h11 protocol of uvicorn with what a middleware comes too late for: a deadline on receiving headers."""
+"""The h11 protocol of uvicorn with what a middleware comes too late for: how headers, chunks and connections may come."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from maskserve.errors import MaskserveError, TooLargeError
 from maskserve_api.edge import log
-from maskserve_api.errors import ProtocolError
+from maskserve_api.errors import HeadersTooLargeError, ProtocolError
 from maskserve_api.problems import problem
 
-HEADERS_S = 10.0
 MAX_HEADER_BYTES = 16384
+FREE_CHUNKS = 4096
+MIN_CHUNK_BYTES = 256
+"""What a chunk must hold on average beyond the free ones: each costs the loop 5 µs, however small it is."""
+BARE_LF = re.compile(rb"(?<!\r)\n")
+
+FAULTS: dict[int, Callable[[], MaskserveError]] = {
+    413: lambda: TooLargeError(f"the body comes in too many chunks: send at least {MIN_CHUNK_BYTES} bytes in each"),
+    431: lambda: HeadersTooLargeError(f"the headers have more than {MAX_HEADER_BYTES} bytes, the most that are read"),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Connections:
+    """What the connections of a server share: their bounds, and which of them have no request, the longest first."""
+
+    most: int
+    header_timeout_s: float
+    idle: dict[Protocol, None] = field(default_factory=dict)
+
+    def make_room(self, n_open: int) -> None:
+        """Closes the connection that has been idle the longest where there are more than `most`."""
+        if n_open > self.most and self.idle:
+            next(iter(self.idle)).close()
+
+
+class Connection(h11.Connection):
+    """h11 with less patience: headers end in CR LF, and chunks are not tiny; `fault` is what it ended with."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEADER_BYTES)
+        self.fault: h11.RemoteProtocolError | None = None
+        self.n_chunks = self.n_chunked_bytes = 0
+
+    def next_event(self) -> Any:
+        try:
+            if self.their_state is h11.IDLE:
+                check_line_ends(self.trailing_data[0])
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                self.n_chunks = self.n_chunked_bytes = 0
+            elif isinstance(event, h11.Data):
+                self.count(event)
+            return event
+        except h11.RemoteProtocolError as fault:
+            self.fault = fault
+            raise
+
+    def count(self, event: h11.Data) -> None:
+        self.n_chunks += event.chunk_start
+        self.n_chunked_bytes += len(event.data)
+        if self.n_chunks > FREE_CHUNKS + self.n_chunked_bytes // MIN_CHUNK_BYTES:
+            raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
+
+
+def check_line_ends(received: bytes) -> None:
+    """Refuses headers with a bare LF, which h11 takes for the end of a line and a proxy may not."""
+    head, _, _ = received.partition(b"\r\n\r\n")
+    if BARE_LF.search(head):
+        raise h11.RemoteProtocolError("a line ends in LF alone")
 
 
 class Protocol(H11Protocol):
-    """Closes a connection whose next request is not complete in its headers after HEADERS_S, or that is silent."""
+    """Closes a connection whose next request is not complete in its headers in time, or that is silent."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn: Connection = Connection()
+        self.bounds = connections
         self.headers_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn types it
         super().connection_made(transport)
         self.await_headers()
+        self.bounds.make_room(len(self.connections))
 
     def data_received(self, data: bytes) -> None:
         # h11 checks its limit only where headers are incomplete, and one read may bring 256 KiB of complete ones
@@ -42,29 +107,45 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self.await_headers()
+        if self.is_without_request() and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.bounds.idle[self] = None  # and uvicorn's own clock, that of keep-alive, runs
+        else:
+            self.await_headers()
+
+    def is_without_request(self) -> bool:
+        """Whether a request is due: none has begun, or the rest of one is read for nothing."""
+        return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
 
     def await_headers(self) -> None:
-        """Runs the clock while a request is due: none has begun, or the rest of one is read for nothing."""
-        if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
+        """Runs the clock while a request is due."""
+        if not self.is_without_request():
             self.stop_waiting()
         elif self.headers_deadline is None and not self.transport.is_closing():
-            self.headers_deadline = self.loop.call_later(HEADERS_S, self.transport.close)
+            self.headers_deadline = self.loop.call_later(self.bounds.header_timeout_s, self.close)
+            self.bounds.idle.setdefault(self)
 
     def stop_waiting(self) -> None:
+        self.bounds.idle.pop(self, None)
         if self.headers_deadline is not None:
             self.headers_deadline.cancel()
             self.headers_deadline = None
+
+    def close(self) -> None:
+        self.stop_waiting()
+        self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets a problem, unless an answer is under way."""
         log.info("not HTTP, or headers too large")
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            status, headers, body = problem(
-                ProtocolError("the request is not HTTP/1.1, or its headers are too large"), ""
-            )
+            hint = self.conn.fault.error_status_hint if self.conn.fault else 400
+            error = FAULTS.get(hint, lambda: ProtocolError("the request is not HTTP/1.1 as RFC 9112 has it"))()
+            status, headers, body = problem(error, "")
             headers.append((b"connection", b"close"))
             response = h11.Response(status_code=status, headers=headers, reason=b"Bad Request")
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # whoever works on this request has nobody left to tell
+            self.cycle.message_event.set()
         self.transport.close()

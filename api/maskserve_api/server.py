@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
-import math
+import resource
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -16,14 +22,19 @@ from maskserve.errors import SettingsError
 from maskserve.payload.header import shown
 from maskserve_api import logs
 from maskserve_api.app import create_app
-from maskserve_api.edge import LOOPBACK_HOSTS
+from maskserve_api.edge import LOOPBACK_HOSTS, log
+from maskserve_api.keys import Keys
 from maskserve_api.pages import curl
-from maskserve_api.protocol import MAX_HEADER_BYTES, Protocol
+from maskserve_api.protocol import Connections, Protocol
 from maskserve_api.verbs import Service
 from maskserve_api.work import rehearse
 
-KEEP_ALIVE_S = 5
 BACKLOG = 1024
+SPARE_FILES = 128
+"""What the process opens besides connections."""
+MOST_CONNECTIONS = 1 << 14
+SETTLING_TURNS = 8
+"""Turns of the loop from a signal to the refusal of work: one accepts what the system holds, the next reads it."""
 
 
 def serve(
@@ -33,72 +44,148 @@ def serve(
     max_body: int,
     request_timeout: float,
     grace: float,
-    log: str = "json",
+    queue: int = 512,
+    header_timeout: float = 10.0,
+    keep_alive: float = 5.0,
+    drain_delay: float = 0.0,
+    keys_file: str = "",
     allow_anonymous: bool = False,
+    allowed_host: Sequence[str] = (),
+    log: str = "json",
 ) -> int:
     """0 after SIGTERM or SIGINT, once running requests are done or `grace` seconds have passed.
 
-    SettingsError where the address cannot be bound, or is open to others and anonymous use was not allowed.
+    SettingsError where the address cannot be bound, or is open to others and neither keys nor anonymous use were given.
     """
     addresses = resolved(host, port)
     is_local = all(ipaddress.ip_address(address[0]).is_loopback for _, address in addresses)
-    if not (is_local or allow_anonymous):
-        raise SettingsError(
-            f"{shown(host)} can be reached from other machines, and this service asks for no keys: "
-            "give --allow-anonymous to let everyone in, or --host 127.0.0.1",
-            parameter="host",
-        )
+    keys = keys_of(host, keys_file, is_local=is_local, allow_anonymous=allow_anonymous)
+    own_hosts = {*LOOPBACK_HOSTS, netloc(host.lower()), *(netloc(address[0]) for _, address in addresses)}
     # a second series beside each, with the time of its first value
     disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types here
     app = create_app(
-        max_body=max_body, request_timeout=request_timeout, allowed_hosts=LOOPBACK_HOSTS if is_local else None
+        max_body=max_body,
+        request_timeout=request_timeout,
+        queue=queue,
+        allowed_hosts={*allowed_host, *(own_hosts if is_local else ())} or None,
+        keys=keys,
     )
     sockets = [bound(family, address) for family, address in addresses]
     logs.configure(log)
     try:
         rehearse()
-        Server(app, host, grace).run(sockets=sockets)
+        if not is_local:
+            say(f"{shown(host)} is served without TLS: put a proxy that terminates TLS in front (docs/security.md)")
+        server = Server(app, host, grace, drain_delay=drain_delay, header_timeout=header_timeout, keep_alive=keep_alive)
+        server.run(sockets=sockets)
     finally:
         for listener in sockets:
             listener.close()
     return 0
 
 
+def keys_of(host: str, path: str, *, is_local: bool, allow_anonymous: bool) -> Keys | None:
+    """The keys that requests must bring, None where they need none; who may reach the service must be let in by word."""
+    if path and allow_anonymous:
+        raise SettingsError("--keys-file and --allow-anonymous exclude each other: give one", parameter="keys_file")
+    if path:
+        return Keys(path)
+    if not (is_local or allow_anonymous):
+        raise SettingsError(
+            f"{shown(host)} can be reached from other machines, and no keys are asked for: "
+            "give --keys-file FILE, --allow-anonymous to let everyone in, or --host 127.0.0.1",
+            parameter="host",
+        )
+    return None
+
+
+def say(line: str) -> None:
+    print(f"maskserve: {line}", file=sys.stderr, flush=True)
+
+
+def file_limit() -> int:
+    """How many files this process may have open, once it has asked for as many as it may ask for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS says "unlimited" and does not grant it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS + SPARE_FILES if soft == resource.RLIM_INFINITY else soft
+
+
 class Server(uvicorn.Server):
     """uvicorn, except that a signal it has heeded is not raised again: a drained service ends with 0."""
 
-    def __init__(self, app: FastAPI, host: str, grace: float) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        host: str,
+        grace: float,
+        *,
+        drain_delay: float = 0.0,
+        header_timeout: float = 10.0,
+        keep_alive: float = 5.0,
+        most_connections: int = MOST_CONNECTIONS,
+    ) -> None:
+        most = max(1, min(most_connections, file_limit() - SPARE_FILES))
+        connections = Connections(most=most, header_timeout_s=header_timeout)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=partial(Protocol, connections),  # type: ignore[arg-type]  # called as the class is
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # its warnings are a line for each broken request, with nothing in it
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, math.ceil(grace)),
+                timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # asyncio takes any number of seconds
+                timeout_graceful_shutdown=grace,  # type: ignore[arg-type]  # the same
                 backlog=BACKLOG,
             )
         )
         self.host = host
+        self.drain_delay_s = drain_delay
         self.service: Service = app.state.service
+        self.keys: Keys | None = app.state.keys
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.draining: asyncio.Task[None] | None = None
+        self.is_signalled = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        if self.keys is not None and threading.current_thread() is threading.main_thread():
+            self.loop.add_signal_handler(signal.SIGHUP, self.reload_keys, self.keys)
         await super().startup(sockets=sockets)
         if self.started and sockets:
             base = f"http://{netloc(self.host, sockets[0].getsockname()[1])}"
-            print(f"maskserve listens on {base}; try: {curl(base)}", file=sys.stderr, flush=True)
+            command = curl(base, asks_key=self.keys is not None)
+            print(f"maskserve listens on {base}; try: {command}", file=sys.stderr, flush=True)
+
+    def reload_keys(self, keys: Keys) -> None:
+        try:
+            keys.reload()
+        except SettingsError as error:
+            log.error("the keys stay as they were: %s", error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second does not wait."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        if self.is_signalled or self.loop is None:
+            self.force_exit, self.should_exit = self.is_signalled, True
+            return
+        self.is_signalled = True
+        self.loop.call_soon_threadsafe(self.begin_drain, self.drain_delay_s if sig == signal.SIGTERM else 0.0)
+
+    def begin_drain(self, delay_s: float) -> None:
+        self.draining = asyncio.ensure_future(self.drain(delay_s))
+
+    async def drain(self, delay_s: float) -> None:
+        """Refuses work from here on, except what was sent before the signal, and listens for `delay_s` more."""
+        for _ in range(SETTLING_TURNS):
+            await asyncio.sleep(0)
         self.service.draining = True
+        await asyncio.sleep(delay_s)
+        self.should_exit = True
 
 
 def resolved(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
@@ -123,10 +210,11 @@ def bound(family: socket.AddressFamily, address: tuple[str, int]) -> socket.sock
         ) from cause
 
 
-def netloc(host: str, port: int) -> str:
-    """ "host:port" as a URL writes it.
+def netloc(host: str, port: int | None = None) -> str:
+    """ "host:port", or the host alone, as a URL writes it.
 
-    >>> netloc("::1", 80)
-    '[::1]:80'
+    >>> netloc("::1", 80), netloc("::1")
+    ('[::1]:80', '[::1]')
     """
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    name = f"[{host}]" if ":" in host else host
+    return name if port is None else f"{name}:{port}"

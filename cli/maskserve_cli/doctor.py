@@ -108,5 +108,5 @@ def lines(report: Report, settings: Settings) -> Iterator[str]:
             yield f"    not {', '.join(names)}: {reason}"
     yield ""
     yield "settings"
-    rows = [["name", "value", "from"], *([s.row.name, str(s.value), s.source] for s in settings.rows.values())]
+    rows = [["name", "value", "from"], *([s.row.name, str(s), s.source] for s in settings.rows.values())]
     yield from columns(rows, indent="  ")
