@@ -6,12 +6,14 @@ import asyncio
 import logging
 import re
 import secrets
+import traceback
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maskserve.errors import MaskserveError
+from maskserve.payload.header import shown
 from maskserve_api import logs
 from maskserve_api.errors import (
     CrossSiteError,
@@ -33,6 +35,7 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 OPEN = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """A kubelet probes by IP and has no key, Prometheus too: no guard stands before these, and a 200 of theirs is no news."""
 MAX_HEADERS = 128
+TRACED_FRAMES, TRACED_CHARS = 32, 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DISCARDED_BYTES = 1 << 16
 LINGER_S = 2.0
@@ -61,8 +64,8 @@ class Edge:
             await self.app(scope, exchange.receive, exchange.send)
         except Disconnected:
             exchange.record.code = "disconnected"
-        except asyncio.CancelledError:  # the grace of a shutdown is over
-            await exchange.fail(DrainingError("the service is shutting down; try again"))
+        except asyncio.CancelledError:  # the grace of a shutdown is over, and with it the time to linger
+            await exchange.fail(DrainingError("the service is shutting down; try again"), lingers=False)
         except Exception as error:
             await exchange.fail(error)
         finally:
@@ -116,7 +119,7 @@ class Exchange:
             self.record.bytes_out += memoryview(message.get("body", b"")).nbytes
         await self._send(message)
 
-    async def fail(self, error: Exception) -> None:
+    async def fail(self, error: Exception, *, lingers: bool = True) -> None:
         """Tells of `error`, if it is not too late."""
         if self.is_started:  # the client sees a body that is too short
             self.record.code = "broke_off"
@@ -125,14 +128,15 @@ class Exchange:
         known = translated(error)
         self.record.code = known.code
         if status_of(type(known)) == 500:
-            log.error("request %s failed", self.request_id, exc_info=error)
+            log.error("request %s failed: %s", self.request_id, traced(error))
         status, headers, body = problem(known, self.request_id)
         must_close = self._must_close(known)
         if must_close:
             headers.append((b"connection", b"close"))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body, "more_body": must_close})
-        if must_close:
+        lingers = lingers and must_close
+        await self.send({"type": "http.response.body", "body": body, "more_body": lingers})
+        if lingers:
             await self._linger()
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -150,6 +154,12 @@ class Exchange:
                     await self.receive()
         except TimeoutError:
             return
+
+
+def traced(error: Exception) -> str:
+    """Where `error` was raised, and its message, which may hold what a client sent: on one line, escaped and cut."""
+    frames = "".join(traceback.format_tb(error.__traceback__, limit=-TRACED_FRAMES))
+    return f"{type(error).__name__}: {shown(str(error), TRACED_CHARS)}\n{frames}"
 
 
 def check_framing(http_version: str, headers: Headers) -> None:

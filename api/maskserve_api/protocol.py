@@ -6,13 +6,14 @@ import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from maskserve.errors import MaskserveError, TooLargeError
-from maskserve_api.edge import log
+from maskserve_api.edge import LINGER_S, log
 from maskserve_api.errors import HeadersTooLargeError, ProtocolError
 from maskserve_api.problems import problem
 
@@ -53,7 +54,7 @@ class Connection(h11.Connection):
     def next_event(self) -> Any:
         try:
             if self.their_state is h11.IDLE:
-                check_line_ends(self.trailing_data[0])
+                check_head(self.trailing_data[0])
             event = super().next_event()
             if isinstance(event, h11.Request):
                 self.n_chunks = self.n_chunked_bytes = 0
@@ -71,9 +72,11 @@ class Connection(h11.Connection):
             raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
 
 
-def check_line_ends(received: bytes) -> None:
-    """Refuses headers with a bare LF, which h11 takes for the end of a line and a proxy may not."""
+def check_head(received: bytes) -> None:
+    """Refuses long headers, also where they are complete, and a bare LF, which ends a line for h11 but not for all."""
     head, _, _ = received.partition(b"\r\n\r\n")
+    if len(head) > MAX_HEADER_BYTES:
+        raise h11.RemoteProtocolError("too many bytes", error_status_hint=431)
     if BARE_LF.search(head):
         raise h11.RemoteProtocolError("a line ends in LF alone")
 
@@ -86,6 +89,7 @@ class Protocol(H11Protocol):
         self.conn: Connection = Connection()
         self.bounds = connections
         self.headers_deadline: asyncio.TimerHandle | None = None
+        self.is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn types it
         super().connection_made(transport)
@@ -93,13 +97,9 @@ class Protocol(H11Protocol):
         self.bounds.make_room(len(self.connections))
 
     def data_received(self, data: bytes) -> None:
-        # h11 checks its limit only where headers are incomplete, and one read may bring 256 KiB of complete ones
-        while len(data) > MAX_HEADER_BYTES and self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            super().data_received(data[:MAX_HEADER_BYTES])
-            data = data[MAX_HEADER_BYTES:]
-        if not self.transport.is_closing():
+        if not self.is_refused:
             super().data_received(data)
-        self.await_headers()
+            self.await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.stop_waiting()
@@ -142,10 +142,13 @@ class Protocol(H11Protocol):
             error = FAULTS.get(hint, lambda: ProtocolError("the request is not HTTP/1.1 as RFC 9112 has it"))()
             status, headers, body = problem(error, "")
             headers.append((b"connection", b"close"))
-            response = h11.Response(status_code=status, headers=headers, reason=b"Bad Request")
+            reason = HTTPStatus(status).phrase.encode()
+            response = h11.Response(status_code=status, headers=headers, reason=reason)
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:
             self.cycle.disconnected = True  # whoever works on this request has nobody left to tell
             self.cycle.message_event.set()
-        self.transport.close()
+        self.is_refused = True
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.close)  # closed at once, it would be reset and take the problem with it

@@ -21,6 +21,7 @@ from prometheus_client import disable_created_metrics
 from maskserve.errors import SettingsError
 from maskserve.payload.header import shown
 from maskserve_api import logs
+from maskserve_api.addresses import BACKLOG, bound, is_awaited, netloc, resolved
 from maskserve_api.app import create_app
 from maskserve_api.edge import LOOPBACK_HOSTS, log
 from maskserve_api.keys import Keys
@@ -29,12 +30,13 @@ from maskserve_api.protocol import Connections, Protocol
 from maskserve_api.verbs import Service
 from maskserve_api.work import rehearse
 
-BACKLOG = 1024
 SPARE_FILES = 128
 """What the process opens besides connections."""
 MOST_CONNECTIONS = 1 << 14
+END_S = 1.0
+"""What the process takes of its grace to tell the requests that were too slow, and to end."""
 SETTLING_TURNS = 8
-"""Turns of the loop from a signal to the refusal of work: one accepts what the system holds, the next reads it."""
+"""Turns of the loop from a connection's being accepted to its first request's being read, and some more."""
 
 
 def serve(
@@ -53,7 +55,7 @@ def serve(
     allowed_host: Sequence[str] = (),
     log: str = "json",
 ) -> int:
-    """0 after SIGTERM or SIGINT, once running requests are done or `grace` seconds have passed.
+    """0 after SIGTERM or SIGINT, once running requests are done, and before `drain_delay` and `grace` have passed.
 
     SettingsError where the address cannot be bound, or is open to others and neither keys nor anonymous use were given.
     """
@@ -140,7 +142,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # asyncio takes any number of seconds
-                timeout_graceful_shutdown=grace,  # type: ignore[arg-type]  # the same
+                timeout_graceful_shutdown=max(grace - END_S, grace / 2),  # type: ignore[arg-type]  # the same
                 backlog=BACKLOG,
             )
         )
@@ -149,11 +151,12 @@ class Server(uvicorn.Server):
         self.service: Service = app.state.service
         self.keys: Keys | None = app.state.keys
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.listeners: Sequence[socket.socket] = ()
         self.draining: asyncio.Task[None] | None = None
         self.is_signalled = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.listeners = asyncio.get_running_loop(), sockets or ()
         if self.keys is not None and threading.current_thread() is threading.main_thread():
             self.loop.add_signal_handler(signal.SIGHUP, self.reload_keys, self.keys)
         await super().startup(sockets=sockets)
@@ -181,40 +184,16 @@ class Server(uvicorn.Server):
 
     async def drain(self, delay_s: float) -> None:
         """Refuses work from here on, except what was sent before the signal, and listens for `delay_s` more."""
-        for _ in range(SETTLING_TURNS):
-            await asyncio.sleep(0)
+        await self.settle()
         self.service.draining = True
         await asyncio.sleep(delay_s)
         self.should_exit = True
 
-
-def resolved(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
-    """The addresses of `host`, each once."""
-    try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError, OverflowError) as cause:
-        raise SettingsError(f"{shown(host)}:{port} is not an address to listen on", parameter="host") from cause
-    addresses = {(family, (str(address[0]), int(address[1]))) for family, _, _, _, address in found}
-    return sorted(addresses, key=lambda item: (item[0], item[1]))
-
-
-def bound(family: socket.AddressFamily, address: tuple[str, int]) -> socket.socket:
-    try:
-        return socket.create_server(address, family=family, backlog=BACKLOG)
-    except OSError as cause:
-        where = netloc(*address)
-        raise SettingsError(
-            f"{where} cannot be listened on: {(cause.strerror or 'no such port').lower()}; "
-            "stop what uses it, or give another --port (0 picks a free one)",
-            parameter="port",
-        ) from cause
-
-
-def netloc(host: str, port: int | None = None) -> str:
-    """ "host:port", or the host alone, as a URL writes it.
-
-    >>> netloc("::1", 80), netloc("::1")
-    ('[::1]:80', '[::1]')
-    """
-    name = f"[{host}]" if ":" in host else host
-    return name if port is None else f"{name}:{port}"
+    async def settle(self) -> None:
+        """Takes in what the system holds: the requests that were sent before this call have begun when it returns."""
+        for _ in range(BACKLOG):  # uvloop accepts one connection a turn
+            if not is_awaited(self.listeners):
+                break
+            await asyncio.sleep(0)
+        for _ in range(SETTLING_TURNS):
+            await asyncio.sleep(0)

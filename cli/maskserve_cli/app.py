@@ -184,11 +184,11 @@ def build_app() -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `argv` and returns the exit code; without `argv`, runs the process's words, and a verb ends the process."""
+    """Runs `argv` and returns the exit code; without `argv`, runs the process's words, and what computes ends it."""
     if argv is not None:
         return outcome(list(argv))
     code = outcome(sys.argv[1:])
-    if sys.argv[1:2] and sys.argv[1] in verbs():
+    if sys.argv[1:2] and sys.argv[1] in (*verbs(), "serve"):
         leave(code)
     return code
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +15,9 @@ from maskserve.settings import Settings
 from maskserve_cli import outputs
 from maskserve_cli.command import AsJson, Config, settings_of
 from maskserve_cli.table import columns
+
+ENOUGH_FILES = 4096
+"""A connection is an open file: serve raises the soft limit to the hard one, and below this that is little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,7 @@ class Report:
     torch: str
     platform: str
     cpus: int
+    open_files: int
     devices: list[str]
     backends: list[BackendReport]
 
@@ -61,6 +66,7 @@ def examined() -> Report:
         torch=str(torch.__version__),
         platform=f"{platform.system()} {platform.machine()}",
         cpus=len(os.sched_getaffinity(0)),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         devices=["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(n_gpus))],
         backends=backend_reports(),
     )
@@ -100,6 +106,8 @@ def lines(report: Report, settings: Settings) -> Iterator[str]:
     """The report for people."""
     yield f"maskserve {report.maskserve}, Python {report.python}, torch {report.torch}, {report.platform}"
     yield f"devices: {', '.join(report.devices)} ({report.cpus} CPUs)"
+    if 0 <= report.open_files < ENOUGH_FILES:
+        yield f"open files: at most {report.open_files}, so serve takes few connections; raise it: ulimit -Hn {ENOUGH_FILES}"
     yield ""
     yield "back ends, in order of preference, for f32 on the CPU"
     for backend in report.backends:
