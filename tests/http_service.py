@@ -33,6 +33,7 @@ class Running:
     port: int
     service: Service
     http: httpx.Client
+    open_connections: Callable[[], int]
 
     @property
     def netloc(self) -> str:
@@ -65,7 +66,7 @@ def running(*, server: Mapping[str, Any] = MappingProxyType({}), **options: Any)
     port = listener.getsockname()[1]
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            yield Running(port, app.state.service, http)
+            yield Running(port, app.state.service, http, lambda: len(served.server_state.connections))
     finally:
         served.should_exit = True
         thread.join()

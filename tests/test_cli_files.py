@@ -138,6 +138,12 @@ def test_doctor_says_what_there_is_and_where_settings_come_from(
     assert record["settings"]["threads"] == {"value": 3, "source": "MASKSERVE_THREADS"}
 
 
+def test_doctor_says_where_few_files_may_be_open(maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch) -> None:
+    for hard, is_low in ((1024, True), (20000, False), (-1, False)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, hard=hard: (hard, hard))
+        assert ("open files: at most 1024" in maskserve("doctor").text) is is_low
+
+
 def test_a_variable_that_sets_nothing_is_warned_of(maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASKSERVE_THRAEDS", "3")
     monkeypatch.setenv("MASKSERVE_SERVICE_PORT", "8000")

@@ -423,6 +423,16 @@ def test_where_all_connections_are_taken_the_longest_idle_one_makes_room() -> No
         assert idle[0].recv(1) == b""
 
 
+def test_who_takes_no_answer_keeps_no_connection() -> None:
+    question = payload(data=np.ones(1 << 20, np.int8))  # the answer has 8 MiB, more than the system holds for a socket
+    with running(request_timeout=1.0) as service, ExitStack() as stack:
+        for _ in range(2):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+            one.sendall(head(service, f"Content-Length: {len(question)}", path="/v1/scan?op=cumsum&dim=0") + question)
+        wait_until(lambda: service.open_connections() == 2)
+        wait_until(lambda: service.open_connections() == 0)
+
+
 @contextmanager
 def process(*argv: str, soft_files: int | None = None) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A real `maskserve serve`, once it listens, and its port."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -36,11 +36,19 @@ class Connections:
     most: int
     header_timeout_s: float
     idle: dict[Protocol, None] = field(default_factory=dict)
+    closing: dict[asyncio.Transport, float] = field(default_factory=dict)
 
     def make_room(self, n_open: int) -> None:
         """Closes the connection that has been idle the longest where there are more than `most`."""
         if n_open > self.most and self.idle:
             next(iter(self.idle)).close()
+
+    def drop_stuck(self, transports: Iterable[asyncio.Transport], now_s: float, after_s: float) -> None:
+        """Ends connections that were closed `after_s` ago: close waits for ever until the client takes the last bytes."""
+        self.closing = {t: self.closing.get(t, now_s) for t in transports if t.is_closing()}
+        for transport, since_s in self.closing.items():
+            if now_s - since_s > after_s:
+                transport.abort()
 
 
 class Connection(h11.Connection):

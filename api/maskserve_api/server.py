@@ -147,6 +147,7 @@ class Server(uvicorn.Server):
             )
         )
         self.host = host
+        self.connections = connections
         self.drain_delay_s = drain_delay
         self.service: Service = app.state.service
         self.keys: Keys | None = app.state.keys
@@ -164,6 +165,12 @@ class Server(uvicorn.Server):
             base = f"http://{netloc(self.host, sockets[0].getsockname()[1])}"
             command = curl(base, asks_key=self.keys is not None)
             print(f"maskserve listens on {base}; try: {command}", file=sys.stderr, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            transports = [connection.transport for connection in self.server_state.connections]
+            self.connections.drop_stuck(transports, asyncio.get_running_loop().time(), self.service.request_timeout_s)
+        return await super().on_tick(counter)
 
     def reload_keys(self, keys: Keys) -> None:
         try:
