@@ -125,7 +125,7 @@ def test_the_name_of_the_key_is_there_for_logs_and_the_key_is_not(tmp_path: Path
     seen = []
 
     async def app(scope: dict[str, object], receive: object, send: object) -> None:
-        seen.append(scope[edge.KEY_NAME])
+        seen.append(scope[edge.KEY])
 
     keys = Keys(keys_file(tmp_path, f"alice:{ALICE}\nbob:{BOB}"))
     scope = {"type": "http", "path": "/x", "method": "GET", "http_version": "1.1"}
