@@ -2,45 +2,52 @@
 // Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
 
 constexpr int64_t n_tile_cells = 1 << 16;  // a tile of many short rows stays in L2
+constexpr int64_t n_gathered = 1 << 15;    // and so does one with its cells gathered
 
 // Tiles whose leaves are folded in turns: a row is then read in runs as long as a page, which the processor prefetches.
 // Tile by tile over all rows, 8192 x 1024 float32 took twice as long.
 constexpr int64_t n_strip_tiles = 8;
 
-// Short rows share a tile; a wide block is cut into columns.
-inline Window first_tile(const Block& block) {
-  const int64_t columns = least(block.inner, n_lanes);
+// Short rows share a tile; a wide block is cut into columns, 16 of them at least.
+inline Window first_tile(const Block& block, int64_t most_cells) {
+  const int64_t rows = least(block.n, block.leaf), most = n_lanes * rows <= most_cells ? n_lanes : most_cells / rows;
+  const int64_t columns = least(block.inner, most_cells == n_tile_cells ? n_lanes : most < 16 ? 16 : most);
   const int64_t group_cells = block.n * block.inner;
   int64_t groups = columns < block.inner ? 1 : n_lanes / columns;
-  if (groups * group_cells > n_tile_cells) groups = group_cells > n_tile_cells ? 1 : n_tile_cells / group_cells;
+  if (groups * group_cells > most_cells) groups = group_cells > most_cells ? 1 : most_cells / group_cells;
   return {0, least(groups, block.outer), 0, 0, 0, columns};
 }
 
 ALWAYS_INLINE double at_least_one(int64_t count) { return static_cast<double>(count > 1 ? count : 1); }
 
-// LeafKernel(leaf, the counts of its valid cells, state) for each leaf. One that is masked serves a block with no mask
-// too, by a mask of ones.
+// LeafKernel(leaf, the counts of its valid cells, state) for each leaf, of cells of its own dtype: others, which it has
+// all values of, are gathered.
 template <class LeafKernel>
 struct BlockWalk {
   using State = typename LeafKernel::State;
-  static constexpr bool is_masked = LeafKernel::is_masked;
+  static constexpr Dtype dtype = LeafKernel::dtype;
   static constexpr bool counts_cells = std::is_same_v<State, CountState>;
 
   const Block& block;
   const Walk walk;
   const Parts& parts;
   LeafTree<State> trees[n_strip_tiles];
-  std::unique_ptr<unsigned char[]> keep_copy;
+  std::unique_ptr<unsigned char[]> keep_copy, gathered;
   LeafKernel kernel;
   CountState counts;
 
-  BlockWalk(const Block& given, Walk how, const Parts& to, const Window& tile) : block(given), walk(how), parts(to) {
-    const int64_t n_cells = tile.lanes() * least(given.leaf, given.n);
-    if (is_masked) keep_copy.reset(new unsigned char[n_cells]);
-    if (is_masked && !block.is_masked()) std::memset(keep_copy.get(), 1, static_cast<size_t>(n_cells));
+  BlockWalk(const Block& given, Walk how, const Parts& to) : block(given), walk(how), parts(to) {}
+
+  void operator()() {
+    const bool gathers = block.dtype != dtype;
+    const Window first = first_tile(block, gathers ? n_gathered : n_tile_cells);
+    const int64_t n_cells = first.lanes() * least(block.leaf, block.n);
+    if (block.is_masked()) keep_copy.reset(new unsigned char[n_cells]);
+    if (gathers) gathered.reset(new unsigned char[n_cells * cell_bytes(dtype)]);
+    walk_tiles(first);
   }
 
-  void operator()(const Window& first) {
+  void walk_tiles(const Window& first) {
     Window tile = first;
     for (tile.o = 0; tile.o < block.outer; tile.o += first.groups) {
       tile.groups = least(first.groups, block.outer - tile.o);
@@ -71,14 +78,11 @@ struct BlockWalk {
   void walk_leaf(const Window& tile, LeafTree<State>& tree) {
     Leaf leaf{walk, block.leaf, tile, block.data, Operand()};
     leaf.data.cells_ptr = tile_ptr(block.data, tile, cell_bytes(block.dtype));
+    if (gathered) leaf.data = gather_tile(leaf);
     const bool is_first = tile.i == 0;
     int64_t* const count = is_first ? tree.count.count : counts.count;
-    if (is_masked && !block.is_masked()) {
-      leaf.keep = {keep_copy.get(), tile.rows * tile.columns, tile.columns, 1};
-    } else if (is_masked) {
-      leaf.keep = tile_keep(block, walk, tile, keep_copy.get());
-    }
     if (block.is_masked()) {
+      leaf.keep = tile_keep(block, walk, tile, keep_copy.get());
       count_leaf(leaf, count);
     } else {
       for (int64_t l = 0; l < tile.lanes(); ++l) count[l] = tile.rows;
@@ -86,6 +90,28 @@ struct BlockWalk {
     kernel(leaf, count, tree.next());
     if (!is_first) tree.count.join(counts, tile.lanes());
     tree.push(tile.lanes());
+  }
+
+  // The cells as the walk goes, group by group, or all at once where they are one run.
+  Operand gather_tile(const Leaf& leaf) {
+    const int64_t n_group = leaf.tile.rows * leaf.tile.columns;
+    Window w{0, 1, 0, leaf.tile.rows, 0, leaf.tile.columns};
+    int64_t groups = leaf.tile.groups;
+    if (walk == Walk::dense && leaf.data.stride_outer == n_group) w.rows *= groups, groups = 1;
+    Block cells = block;
+    cells.data = leaf.data;
+    unsigned char* to_ptr = gathered.get();
+    for (int64_t g = 0; g < groups; ++g, to_ptr += n_group * cell_bytes(dtype)) {
+      if constexpr (dtype == Dtype::f32) {
+        gather_floats(block.dtype, cells.data, w, nullptr, 0.0f, reinterpret_cast<float*>(to_ptr));
+      } else if constexpr (dtype == Dtype::f64) {
+        gather_doubles(block.dtype, cells.data, w, nullptr, 0.0, reinterpret_cast<double*>(to_ptr));
+      } else {
+        gather_integers(cells, w, nullptr, 0, reinterpret_cast<int64_t*>(to_ptr));
+      }
+      cells.data.cells_ptr += leaf.data.stride_outer * cell_bytes(block.dtype);
+    }
+    return {gathered.get(), n_group, leaf.tile.columns, 1};
   }
 
   void write(const Window& tile, LeafTree<State>& tree) {
@@ -103,12 +129,11 @@ struct BlockWalk {
 
 template <class LeafKernel>
 NEVER_INLINE void walk_block(const Block& block, Walk walk, const Parts& parts) {
-  const Window first = first_tile(block);
-  BlockWalk<LeafKernel>(block, walk, parts, first)(first);
+  BlockWalk<LeafKernel>(block, walk, parts)();
 }
 
 // False, with nothing written, where no route is found.
-template <class MaskedKernel, class Kernel>
+template <class LeafKernel>
 bool walk_route(const Block& given, const Parts& given_parts) {
   if (given.outer == 0 || given.inner == 0) return true;
   Route route = find_route(given);
@@ -116,7 +141,7 @@ bool walk_route(const Block& given, const Parts& given_parts) {
   Parts parts = given_parts;
   const int64_t n_results = route.block.outer * route.block.inner;
   for (int64_t r = 0; r < route.repeats; ++r) {
-    (route.block.is_masked() ? walk_block<MaskedKernel> : walk_block<Kernel>)(route.block, route.walk, parts);
+    walk_block<LeafKernel>(route.block, route.walk, parts);
     if (route.block.mask.cells_ptr) route.block.mask.cells_ptr += route.mask_repeat;
     route.block.data.cells_ptr += route.data_repeat * cell_bytes(given.dtype);
     parts.count_ptr += n_results;

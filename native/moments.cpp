@@ -132,18 +132,19 @@ struct MomentsState {
   }
 };
 
-template <Dtype dtype, class CellType, bool masked>
+// Cells of `dtype`; `is_short`: they are no wider in truth, and their sums need no low part.
+template <class CellType, Dtype of, bool is_short = false>
 struct LeafMoments {
   using State = MomentsState;
   using Cell = DeviationCell<CellType>;
-  static constexpr bool is_masked = masked;
-  TileFold<DeviationSum<CellType>, is_masked> fold_tile;
+  static constexpr Dtype dtype = of;
+  TileFold<DeviationSum<CellType>> fold_tile;
   Room<Deviations, n_lanes> sums;
   alignas(64) int64_t whole[n_lanes];
 
   void operator()(const Leaf& leaf, const int64_t* count, State& state) {
     const int64_t n = leaf.tile.lanes();
-    if constexpr (std::is_same_v<CellType, DoubleCell>) {
+    if constexpr (is_short) {
       leaf_means_of_doubles(leaf, count, state.mean);
     } else {
       leaf_means(dtype, leaf, count, state.mean);
@@ -164,21 +165,15 @@ struct LeafMoments {
   }
 };
 
-template <Dtype dtype, class Cell>
-bool moments_route(const Block& block, const Parts& parts) {
-  return walk_route<LeafMoments<dtype, Cell, true>, LeafMoments<dtype, Cell, false>>(block, parts);
-}
+using F32Moments = LeafMoments<F32Cell, Dtype::f32>;
+using F64Moments = LeafMoments<F64Cell, Dtype::f64>;
+using I64Moments = LeafMoments<I64Cell, Dtype::i64>;
+using ShortMoments = LeafMoments<F64Cell, Dtype::f64, true>;
 
 template <class LeafKernel>
 NEVER_INLINE void run_leaf(const Leaf& leaf, const int64_t* count, MomentsState& state) {
   LeafKernel kernel;
   kernel(leaf, count, state);
-}
-
-template <Dtype dtype, class Cell>
-void run_leaf(const Leaf& leaf, const int64_t* count, MomentsState& state) {
-  (leaf.keep.cells_ptr ? run_leaf<LeafMoments<dtype, Cell, true>> : run_leaf<LeafMoments<dtype, Cell, false>>)(
-      leaf, count, state);
 }
 
 struct MomentsRoom {
@@ -198,11 +193,11 @@ NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Wind
   const Leaf leaf = leaf_of_tile(w, room.cells, keep_ptr);
   if (block.dtype == Dtype::i64) {
     gather_integers(block, w, keep_ptr, 0, reinterpret_cast<int64_t*>(room.cells));
-    return run_leaf<Dtype::i64, I64Cell>(leaf, room.count, state);
+    return run_leaf<I64Moments>(leaf, room.count, state);
   }
   gather_doubles(block.dtype, block.data, w, keep_ptr, 0.0, room.cells);
-  if (block.dtype == Dtype::f64) return run_leaf<Dtype::f64, F64Cell>(leaf, room.count, state);
-  run_leaf<Dtype::f32, DoubleCell>(leaf, room.count, state);
+  if (block.dtype == Dtype::f64) return run_leaf<F64Moments>(leaf, room.count, state);
+  run_leaf<ShortMoments>(leaf, room.count, state);
 }
 
 const MomentsState& slice_moments(MomentsRoom& room, const Block& block, Window& w) {
@@ -235,18 +230,11 @@ const unsigned char* keep_defined(MomentsRoom& room, const Window& w, const unsi
 
 bool moments(const Block& block, const Options&, const Parts& parts) {
   switch (block.dtype) {
-    case Dtype::f64: return moments_route<Dtype::f64, F64Cell>(block, parts);
-    case Dtype::f32: return moments_route<Dtype::f32, F32Cell>(block, parts);
-    case Dtype::f16: return moments_route<Dtype::f16, F16Cell>(block, parts);
-    case Dtype::bf16: return moments_route<Dtype::bf16, BF16Cell>(block, parts);
-    case Dtype::i8: return moments_route<Dtype::i8, I8Cell>(block, parts);
-    case Dtype::i16: return moments_route<Dtype::i16, I16Cell>(block, parts);
-    case Dtype::i32: return moments_route<Dtype::i32, I32Cell>(block, parts);
-    case Dtype::i64: return moments_route<Dtype::i64, I64Cell>(block, parts);
-    case Dtype::u8:
-    case Dtype::boolean: return moments_route<Dtype::u8, U8Cell>(block, parts);
+    case Dtype::f64: return walk_route<F64Moments>(block, parts);
+    case Dtype::i32: return walk_route<ShortMoments>(block, parts);
+    case Dtype::i64: return walk_route<I64Moments>(block, parts);
+    default: return walk_route<F32Moments>(block, parts);
   }
-  return false;
 }
 
 // (cell - mean) / standard deviation; a slice of one leaf is read once.

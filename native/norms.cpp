@@ -234,11 +234,11 @@ struct SquareSum : F32Sum {
   using Cell = SquareCell<CellType>;
 };
 
-template <class SumType, bool masked>
+template <class CellType, Dtype of>
 struct LeafSquares {
   using State = PowersState;
-  static constexpr bool is_masked = masked;
-  TileFold<SumType, is_masked> fold_tile;
+  static constexpr Dtype dtype = of;
+  TileFold<SquareSum<CellType>> fold_tile;
 
   void operator()(const Leaf& leaf, const int64_t* count, State& state) {
     const int64_t n = leaf.tile.lanes();
@@ -249,14 +249,9 @@ struct LeafSquares {
 };
 
 bool squares(const Block& block, const Parts& parts) {
-  bool walked = false;
-  with_cell(block.dtype, [&](auto cell) {
-    using Squares = SquareSum<decltype(cell)>;
-    if constexpr (!std::is_same_v<decltype(cell), F64Cell>) {
-      walked = walk_route<LeafSquares<Squares, true>, LeafSquares<Squares, false>>(block, parts);
-    }
-  });
-  return walked;
+  const bool is_long = block.dtype == Dtype::i32 || block.dtype == Dtype::i64;
+  return (is_long ? walk_route<LeafSquares<DoubleCell, Dtype::f64>> : walk_route<LeafSquares<F32Cell, Dtype::f32>>)(
+      block, parts);
 }
 
 }  // namespace

@@ -128,18 +128,11 @@ struct Room<Factor<is_pair, is_whole, is_normal>, n> {
   Lanes<Factor<is_pair, is_whole, is_normal>> lanes() { return {high, low, exponent, wrapped}; }
 };
 
-template <class T>
-ALWAYS_INLINE uint64_t whole_of(Sum<T> cell) {
-  return static_cast<uint64_t>(static_cast<int64_t>(cell.sum));
-}
-ALWAYS_INLINE uint64_t whole_of(Halves cell) {
-  return static_cast<uint64_t>(cell.high) << 32 | static_cast<uint64_t>(cell.low);
-}
-
 ALWAYS_INLINE uint64_t choose(uint64_t keep, uint64_t a, uint64_t b) { return (a & keep) | (b & ~keep); }
 
-template <class Cell, bool is_whole>
+template <class Cell>
 struct FactorCell : Chooses {
+  static constexpr bool is_whole = std::is_same_v<Cell, I64Cell>;
   static constexpr bool is_pair = std::is_same_v<Cell, F64Cell>;
   using Raw = typename Cell::Raw;
   using Wide = Factor<is_pair, is_whole, false>;
@@ -147,33 +140,30 @@ struct FactorCell : Chooses {
   // 1 under the mask.
   template <bool is_masked>
   static ALWAYS_INLINE Wide widen(Raw raw, unsigned char keep_byte) {
-    const auto wide = Cell::widen(raw);
     const uint64_t keep = -static_cast<uint64_t>(keep_byte);
-    double cell = as_double(wide);
+    double cell = as_double(Cell::widen(raw));
     if constexpr (is_masked) cell = bits_as<double>(choose(keep, bits_as<uint64_t>(cell), bits_as<uint64_t>(1.0)));
     const Mantissa mantissa = mantissa_of<is_pair>(cell);
     Wide factor;
     factor.high = mantissa.mantissa, factor.low = 0.0, factor.exponent = mantissa.exponent, factor.wrapped = 1;
-    if constexpr (is_whole) factor.wrapped = is_masked ? choose(keep, whole_of(wide), 1) : whole_of(wide);
+    if constexpr (is_whole) factor.wrapped = is_masked ? choose(keep, raw, 1) : raw;
     return factor;
   }
 };
 
 template <class CellType>
 struct FactorSum {
-  static constexpr bool is_whole =
-      std::is_same_v<typename CellType::Wide, Sum<int32_t>> || std::is_same_v<CellType, I64Cell>;
-  using Cell = FactorCell<CellType, is_whole>;
+  using Cell = FactorCell<CellType>;
   using Near = typename Cell::Wide;
-  using Far = Factor<Cell::is_pair, is_whole, true>;
+  using Far = Factor<Cell::is_pair, Cell::is_whole, true>;
 };
 
-template <class SumType>
+template <class CellType, Dtype of>
 struct LeafProduct {
   using State = ProductState;
-  static constexpr bool is_masked = true;  // without a mask too: the code of all dtypes is long
-  TileFold<SumType, is_masked> fold_tile;
-  Room<typename SumType::Far, n_lanes> products;
+  static constexpr Dtype dtype = of;
+  TileFold<FactorSum<CellType>> fold_tile;
+  Room<typename FactorSum<CellType>::Far, n_lanes> products;
 
   void operator()(const Leaf& leaf, const int64_t*, State& state) {
     fold_tile(leaf, products.lanes());
@@ -191,12 +181,13 @@ struct LeafProduct {
 }  // namespace
 
 bool product(const Block& block, const Options&, const Parts& parts) {
-  bool walked = false;
-  with_cell(block.dtype, [&](auto cell) {
-    using Kernel = LeafProduct<FactorSum<decltype(cell)>>;
-    walked = walk_route<Kernel, Kernel>(block, parts);
-  });
-  return walked;
+  switch (block.dtype) {
+    case Dtype::f64: return walk_route<LeafProduct<F64Cell, Dtype::f64>>(block, parts);
+    case Dtype::f32:
+    case Dtype::f16:
+    case Dtype::bf16: return walk_route<LeafProduct<F32Cell, Dtype::f32>>(block, parts);
+    default: return walk_route<LeafProduct<I64Cell, Dtype::i64>>(block, parts);
+  }
 }
 
 }  // namespace MASKSERVE_ISA

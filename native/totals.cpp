@@ -54,11 +54,11 @@ inline void settle_scaled(Lanes<Twofold> sums, int64_t n, TwofoldState& state) {
   }
 }
 
-template <class SumType, bool masked>
+template <class SumType, Dtype of>
 struct LeafSum {
   using State = typename SumType::State;
-  static constexpr bool is_masked = masked;
-  TileFold<SumType, is_masked> fold_tile;
+  static constexpr Dtype dtype = of;
+  TileFold<SumType> fold_tile;
   Room<typename SumType::Far, n_lanes> sums;
 
   void operator()(const Leaf& leaf, const int64_t*, State& state) {
@@ -70,28 +70,11 @@ struct LeafSum {
   }
 
   NEVER_INLINE void again_scaled(const Leaf& leaf, State& state) {
-    TileFold<ScaledF64Sum, is_masked> fold_scaled;
+    TileFold<ScaledF64Sum> fold_scaled;
     fold_scaled(leaf, sums.lanes());
     settle_scaled(sums.lanes(), leaf.tile.lanes(), state);
   }
 };
-
-// visit(what a dtype sums).
-template <class Visit>
-void with_sum(Dtype dtype, const Visit& visit) {
-  switch (dtype) {
-    case Dtype::f64: return visit(F64Sum());
-    case Dtype::f32: return visit(F32Sum());
-    case Dtype::f16: return visit(F16Sum());
-    case Dtype::bf16: return visit(BF16Sum());
-    case Dtype::i8: return visit(I8Sum());
-    case Dtype::i16: return visit(I16Sum());
-    case Dtype::i32: return visit(I32Sum());
-    case Dtype::i64: return visit(I64Sum());
-    case Dtype::u8:
-    case Dtype::boolean: return visit(U8Sum());
-  }
-}
 
 // ---- means ---------------------------------------------------------------------------------------------------------
 
@@ -120,41 +103,50 @@ inline void make_whole(double* mean, int64_t n) {
   }
 }
 
-template <class SumType, bool is_masked>
+template <class SumType, Dtype dtype>
 NEVER_INLINE void means(const Leaf& leaf, const int64_t* count, double* mean) {
-  LeafSum<SumType, is_masked> sum;
+  LeafSum<SumType, dtype> sum;
   typename SumType::State state;
   sum(leaf, count, state);
   divide(state, count, leaf.tile.lanes(), mean);
-  if (std::is_same_v<SumType, I64Sum>) make_whole(mean, leaf.tile.lanes());
+  if (dtype == Dtype::i64) make_whole(mean, leaf.tile.lanes());
 }
 
 }  // namespace
 
 void count_leaf(const Leaf& leaf, int64_t* count) {
-  TileFold<MaskSum, false> fold;
+  TileFold<MaskSum> fold;
   Leaf keep = leaf;
   keep.data = leaf.keep;
   fold(keep, Lanes<Sum<int64_t>>{count});
 }
 
 void leaf_means(Dtype dtype, const Leaf& leaf, const int64_t* count, double* mean) {
-  with_sum(dtype, [&](auto sum) {
-    using SumType = decltype(sum);
-    (leaf.keep.cells_ptr ? means<SumType, true> : means<SumType, false>)(leaf, count, mean);
-  });
+  switch (dtype) {
+    case Dtype::f64: return means<F64Sum, Dtype::f64>(leaf, count, mean);
+    case Dtype::i64: return means<I64Sum, Dtype::i64>(leaf, count, mean);
+    default: return means<F32Sum, Dtype::f32>(leaf, count, mean);
+  }
 }
 
 void leaf_means_of_doubles(const Leaf& leaf, const int64_t* count, double* mean) {
-  (leaf.keep.cells_ptr ? means<DoubleSum, true> : means<DoubleSum, false>)(leaf, count, mean);
+  means<DoubleSum, Dtype::f64>(leaf, count, mean);
 }
 
-bool total(const Block& block, const Options&, const Parts& parts) {
-  bool walked = false;
-  with_sum(block.dtype, [&](auto sum) {
-    walked = walk_route<LeafSum<decltype(sum), true>, LeafSum<decltype(sum), false>>(block, parts);
-  });
-  return walked;
+bool total(const Block& given, const Options&, const Parts& parts) {
+  Block block = given;
+  if (block.dtype == Dtype::boolean) block.dtype = Dtype::u8;
+  switch (block.dtype) {
+    case Dtype::f64: return walk_route<LeafSum<F64Sum, Dtype::f64>>(block, parts);
+    case Dtype::f32:
+    case Dtype::f16:
+    case Dtype::bf16: return walk_route<LeafSum<F32Sum, Dtype::f32>>(block, parts);
+    case Dtype::i8: return walk_route<LeafSum<I8Sum, Dtype::i8>>(block, parts);
+    case Dtype::i16: return walk_route<LeafSum<I16Sum, Dtype::i16>>(block, parts);
+    case Dtype::i32: return walk_route<LeafSum<I32Sum, Dtype::i32>>(block, parts);
+    case Dtype::i64: return walk_route<LeafSum<I64Sum, Dtype::i64>>(block, parts);
+    default: return walk_route<LeafSum<U8Sum, Dtype::u8>>(block, parts);
+  }
 }
 
 // The count is the sum of the mask's own bytes; without a mask it is n.
@@ -168,7 +160,7 @@ bool count(const Block& block, const Options&, const Parts& parts) {
   mask_block.data = block.mask;
   mask_block.mask = Operand();
   mask_block.dtype = Dtype::boolean;
-  return walk_route<LeafSum<MaskSum, false>, LeafSum<MaskSum, false>>(mask_block, parts);
+  return walk_route<LeafSum<MaskSum, Dtype::boolean>>(mask_block, parts);
 }
 
 }  // namespace MASKSERVE_ISA

@@ -122,7 +122,7 @@ inline Operand tile_keep(const Block& block, Walk walk, const Window& tile, unsi
 }
 
 // Folds a tile's cells to one value a lane; both operands start at the tile.
-template <class SumType, bool is_masked>
+template <class SumType>
 struct TileFold {
   using Cell = typename SumType::Cell;
   using Far = typename SumType::Far;
@@ -130,10 +130,10 @@ struct TileFold {
 
   // One at a time is used, and none is initialised.
   union {
-    DenseLeaf<SumType, is_masked> dense;
-    ShortLeaves<SumType, is_masked> short_leaves;
-    ColumnLeaf<SumType, is_masked, 2> near_columns;
-    ColumnLeaf<SumType, is_masked, 4> far_columns;
+    DenseLeaf<SumType> dense;
+    ShortLeaves<SumType> short_leaves;
+    ColumnLeaf<SumType, 2> near_columns;
+    ColumnLeaf<SumType, 4> far_columns;
   };
   TileFold() {}
 
@@ -142,26 +142,34 @@ struct TileFold {
     const Window& tile = leaf.tile;
     const Operand &data = leaf.data, &keep = leaf.keep;
     if (leaf.walk == Walk::dense && is_short(tile.rows, tile.columns)) {
-      const CellStreams<Cell, is_masked> groups{
-          data.cells_ptr, keep.cells_ptr, data.stride_outer * cell_bytes, keep.stride_outer, 0, 0, cell};
-      return short_leaves(groups, tile.groups, tile.rows, tile.columns, out);
+      return is_of_mask<SumType> || !keep.cells_ptr ? fold_short<false>(leaf, out, cell)
+                                                    : fold_short<!is_of_mask<SumType>>(leaf, out, cell);
     }
     for (int64_t g = 0; g < tile.groups; ++g) {
       const unsigned char* cells_ptr = data.cells_ptr + g * data.stride_outer * cell_bytes;
-      const unsigned char* keep_ptr = is_masked ? keep.cells_ptr + g * keep.stride_outer : nullptr;
+      const unsigned char* keep_ptr = keep.cells_ptr ? keep.cells_ptr + g * keep.stride_outer : nullptr;
       const Lanes<Far> out_g = out.from(g * tile.columns);
       const Cell cell_g = of_lane(cell, g * tile.columns);
       if (leaf.walk == Walk::dense) {
         dense(cells_ptr, keep_ptr, tile.rows, tile.columns, out_g, cell_g);
         continue;
       }
-      const CellStreams<Cell, is_masked> rows{
-          cells_ptr, keep_ptr, data.stride_n * cell_bytes, keep.stride_n, 0, 0, cell_g};
+      const typename ColumnLeaf<SumType, 1>::Streams rows{
+          cells_ptr, keep_ptr ? keep_ptr : ones.bytes, data.stride_n * cell_bytes, keep_ptr ? keep.stride_n : 0,
+          0, 0, cell_g};
       if (leaf.most_rows <= 64) {
         near_columns(rows, tile.rows, tile.columns, out_g);
       } else {
         far_columns(rows, tile.rows, tile.columns, out_g);
       }
     }
+  }
+
+  template <bool is_masked>
+  void fold_short(const Leaf& leaf, Lanes<Far> out, const Cell& cell) {
+    const CellStreams<Cell, is_masked> groups{
+        leaf.data.cells_ptr, leaf.keep.cells_ptr, leaf.data.stride_outer * cell_bytes, leaf.keep.stride_outer, 0, 0,
+        cell};
+    short_leaves(groups, leaf.tile.groups, leaf.tile.rows, leaf.tile.columns, out);
   }
 };
