@@ -302,12 +302,6 @@ struct F32Sum {
   using Far = Sum<double>;
   using State = PlainState;
 };
-struct F16Sum : F32Sum {
-  using Cell = F16Cell;
-};
-struct BF16Sum : F32Sum {
-  using Cell = BF16Cell;
-};
 struct DoubleSum : F32Sum {
   using Cell = DoubleCell;
 };

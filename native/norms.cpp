@@ -249,9 +249,11 @@ struct LeafSquares {
 };
 
 bool squares(const Block& block, const Parts& parts) {
-  const bool is_long = block.dtype == Dtype::i32 || block.dtype == Dtype::i64;
-  return (is_long ? walk_route<LeafSquares<DoubleCell, Dtype::f64>> : walk_route<LeafSquares<F32Cell, Dtype::f32>>)(
-      block, parts);
+  switch (block.dtype) {
+    case Dtype::i32: return walk_route<LeafSquares<I32Cell, Dtype::i32>>(block, parts);
+    case Dtype::i64: return walk_route<LeafSquares<DoubleCell, Dtype::f64>>(block, parts);
+    default: return walk_route<LeafSquares<F32Cell, Dtype::f32>>(block, parts);
+  }
 }
 
 }  // namespace
