@@ -132,7 +132,7 @@ def test_what_a_form_of_the_log_tells(form: str, capsys: pytest.CaptureFixture[s
         root.handlers = []
         logs.configure(form)
         logs.requests.info("request", extra={"path": "\x1b[31m", "ms": {"read": 1}})
-        logging.getLogger("uvicorn.error").warning("careful")
+        logging.getLogger("uvicorn.error").error("careful")
         ours.getChild("api").error("request %s failed", "a", exc_info=ValueError("why"))
     finally:
         root.handlers, root.level, ours.level = before
@@ -143,7 +143,7 @@ def test_what_a_form_of_the_log_tells(form: str, capsys: pytest.CaptureFixture[s
     assert "ValueError: why" in told
     assert "\x1b" not in told
     if form == "json":
-        assert [event["level"] for event in events(told)] == ["info", "warning", "error"]
+        assert [event["level"] for event in events(told)] == ["info", "error", "error"]
 
 
 # -- traces -------------------------------------------------------------------------------------------------------

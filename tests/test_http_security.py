@@ -20,7 +20,10 @@ import pytest
 from maskserve.errors import SettingsError
 from maskserve.settings import BY_NAME
 from maskserve_api import edge, server
+from maskserve_api.body import Memory
 from maskserve_api.keys import Keys
+from maskserve_api.lane import Lane
+from maskserve_api.metrics import Metrics
 from maskserve_api.problems import MAX_BYTES
 from tests.command_line import (
     COMMAND,
@@ -128,11 +131,12 @@ def test_the_name_of_the_key_is_there_for_logs_and_the_key_is_not(tmp_path: Path
         seen.append(scope[edge.KEY])
 
     keys = Keys(keys_file(tmp_path, f"alice:{ALICE}\nbob:{BOB}"))
+    metrics = Metrics(Lane(1), Memory(1))
     scope = {"type": "http", "path": "/x", "method": "GET", "http_version": "1.1"}
     for key in (BOB, ALICE):
         given = {**scope, "headers": [(b"authorization", f"Bearer {key}".encode())]}
         with suppress(StopIteration):
-            edge.Edge(app, None, keys)(given, None, None).send(None)  # type: ignore[arg-type]  # nothing is received
+            edge.Edge(app, None, keys, metrics)(given, None, None).send(None)  # type: ignore[arg-type]  # nothing is received
     assert seen == ["bob", "alice"]
     assert ALICE not in str(vars(keys))
 
@@ -437,7 +441,7 @@ def test_who_takes_no_answer_keeps_no_connection() -> None:
 def process(*argv: str, soft_files: int | None = None) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A real `maskserve serve`, once it listens, and its port."""
     limit = f"ulimit -Sn {soft_files} && " if soft_files else ""
-    command = ["bash", "-c", f'{limit}exec "$@"', "serve", *COMMAND, "serve", "--port", "0", *argv]
+    command = ["bash", "-c", f'{limit}exec "$@"', "serve", *COMMAND, "serve", "--port", "0", "--log", "off", *argv]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment()) as child:
         try:
             assert child.stderr is not None
