@@ -47,7 +47,7 @@ class Effort:
 
 QUICK = Effort(rounds=7, budget_s=0.05, once_s=0.2)
 FULL = Effort(rounds=7, budget_s=0.5, once_s=1.0)
-LARGE = Effort(rounds=7, budget_s=0.4, once_s=0.6, among=(peers.PLAIN, TORCH_MASKED))
+LARGE = Effort(rounds=5, budget_s=0.25, once_s=0.25, among=(peers.PLAIN, TORCH_MASKED))
 LEAST = Effort(rounds=1, budget_s=0.0)
 
 
