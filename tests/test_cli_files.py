@@ -164,7 +164,7 @@ def test_serve_hands_its_settings_to_the_service(maskserve: Maskserve, monkeypat
     assert given == {
         "host": "127.0.0.1", "port": 0, "max_body": 2**20, "request_timeout": 60.0, "grace": 1.5, "queue": 512,
         "header_timeout": 10.0, "keep_alive": 5.0, "drain_delay": 0.0, "keys_file": "", "allow_anonymous": False,
-        "allowed_host": ("a.example", "b.example"),
+        "allowed_host": ("a.example", "b.example"), "log": "json",
     }  # fmt: skip
 
 
