@@ -304,7 +304,10 @@ NEVER_INLINE bool best_columns(const Block& block, const Parts& parts, const Key
       for (int64_t l = 0; l < columns; ++l) out[l] = key.cell(room->best[l]);
       if (!with_at) continue;
       auto* const at = static_cast<int64_t*>(parts.part_ptr[1]) + result;
-      for (int64_t l = 0; l < columns; ++l) at[l] = room->at[l] >= 0 ? room->at[l] : count_ptr[l] ? first_valid(block, o, c + l) : 0;
+      for (int64_t l = 0; l < columns; ++l) {
+        const bool is_found = room->at[l] >= 0 || !count_ptr[l];
+        at[l] = is_found ? (room->at[l] > 0 ? room->at[l] : 0) : first_valid(block, o, c + l);
+      }
     }
   }
   return true;

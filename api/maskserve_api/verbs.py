@@ -72,7 +72,8 @@ class Verb:
                 except TimeoutError:
                     raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
             work = Work(
-                request=request, body=body, question=question, answer=answer, stages=stages, head=head, admit=claim.add_answer
+                request=request, body=body, question=question, answer=answer, stages=stages, head=head,
+                admit=claim.add_answer,
             )
             reply = await self.replied(work, receive, deadline_s)
             record.op, record.cells = work.asked().row.name, reply.cells
