@@ -1,4 +1,4 @@
-"""Who is timed beside maskserve: other libraries, the best of plain torch, and one read of the same bytes.
+"""Who is timed beside maskserve: other libraries, the best of plain torch, and reads and copies of the same bytes.
 
 Each contender is a call without arguments that gives values, or (values, valid); a peer without the op is left out.
 """
@@ -19,22 +19,25 @@ from maskserve.ops.passes import COUNT
 from maskserve.ops.rows import Reduction
 from maskserve.plan import SlicedRow
 
-OURS, READ, PLAIN, UNMASKED = "maskserve", "one read", "plain torch", "unmasked torch"
+OURS, READ, COPY, PLAIN, UNMASKED = "maskserve", "one read", "one copy", "plain torch", "unmasked torch"
+BOUNDS = (READ, COPY)
+"""What only moves bytes: it has no result to compare."""
 PEERS = (PLAIN, *LIBRARIES)
 
 
 def contenders(row: SlicedRow, cell: Cell, sample: Sample, *, among: tuple[str, ...] | None = None) -> dict[str, Call]:
-    """Every call to time for one op on one sample, by name: ours, one read, and the peers `among`, None all."""
+    """Every call to time for one op on one sample, by name: ours, the bounds, and the peers `among`, None all."""
     ours = getattr(ms, row.name)
     words = {"nan": "omit"} if cell.omits_nan else {"mask": sample.mask}
     calls: dict[str, Call | None] = {
         OURS: partial(ours, sample.data, *arguments(row, cell), **words),
-        READ: one_read(row, sample),
+        READ: one_read(row, cell, sample),
+        COPY: one_copy(row, cell, sample),
         PLAIN: plain(row, cell, sample),
         **{name: library(row, cell, sample) for name, library in LIBRARIES.items()},
     }
     if among is not None:
-        calls = {name: call for name, call in calls.items() if name in (OURS, READ, *among)}
+        calls = {name: call for name, call in calls.items() if name in (OURS, *BOUNDS, *among)}
     for name in COMPILED:
         if (call := calls.get(name)) is not None:
             with suppress(Exception):  # it fails again, and is named, where results are compared
@@ -42,19 +45,32 @@ def contenders(row: SlicedRow, cell: Cell, sample: Sample, *, among: tuple[str, 
     return {name: call for name, call in calls.items() if call is not None}
 
 
-# -- one read -----------------------------------------------------------------------------------------------------
+# -- bounds -------------------------------------------------------------------------------------------------------
 
 
-def one_read(row: SlicedRow, sample: Sample) -> Call:
-    """The bytes that `row` must read, once, with all cores; for a result as large as the data, as many written too."""
+def one_read(row: SlicedRow, cell: Cell, sample: Sample) -> Call:
+    """The bytes that `row` must read, once, with all cores; a result as large as the data is written, to memory at hand."""
     reads_data = not (isinstance(row, Reduction) and row.passes == (COUNT,))
     mask = None if sample.mask is None else words(sample.mask)
     data = words(sample.data) if reads_data or mask is None else None
     if isinstance(row, Reduction):
         tensors = [tensor for tensor in (data, mask) if tensor is not None]
         return lambda: [tensor.sum() for tensor in tensors]
-    written = torch.empty_like(sample.data)
+    written = torch.empty(sample.data.shape, dtype=result_dtype(row, cell))
     return lambda: (written.copy_(sample.data), mask is None or mask.sum())
+
+
+def one_copy(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
+    """The same into fresh memory, which the system clears: what a result as large as the data costs at the least."""
+    if isinstance(row, Reduction):
+        return None
+    mask, dtype = None if sample.mask is None else words(sample.mask), result_dtype(row, cell)
+    return lambda: (sample.data.to(dtype, copy=True), mask is None or mask.sum())
+
+
+def result_dtype(row: SlicedRow, cell: Cell) -> torch.dtype:
+    found: torch.dtype = getattr(torch, row.result(cell.dtype, {}).torch)
+    return found
 
 
 def words(tensor: Tensor) -> Tensor:

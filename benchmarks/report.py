@@ -69,6 +69,9 @@ def parts(run: Run) -> Iterator[str]:
             continue
         yield "Our time in plain reads of the same bytes (less is better):"
         yield grid(group.cells, timings, lambda t: number(t.reads))
+        if copied := [t for t in timings if t.copies is not None]:
+            yield "Our time in copies of the same bytes into fresh memory, for results as large as the data:"
+            yield grid(group.cells, copied, lambda t: number(t.copies))
         yield "Times faster than torch.masked:"
         yield grid(group.cells, timings, versus_torch_masked)
         letters = ", ".join(f"{letter} {name}" for name, letter in INITIALS.items())
@@ -127,8 +130,9 @@ def calls(timings: Sequence[Timing]) -> str:
 
 
 def summary(run: Run) -> str:
-    """Geometric mean and worst cell against one read and each peer, over all cells but the small ones."""
+    """Geometric mean and worst cell against one read, one copy and each peer, over all cells but the small ones."""
     lines = [summary_line("one read (our time / its)", run.large, lambda t: t.reads, worst=max)]
+    lines.append(summary_line("one copy (our time / its)", run.large, lambda t: t.copies, worst=max))
     lines += [summary_line(f"{peer} (its time / ours)", run.large, partial(lead, peer), worst=min) for peer in PEERS]
     text = table(["against", "cells", "geomean", "worst", "where"], [line for line in lines if line])
     if run.wrong:

@@ -23,7 +23,7 @@ import maskserve as ms
 from benchmarks import peers
 from benchmarks.cases import Cell, Group, fits, sample
 from benchmarks.libraries import TORCH_MASKED, Call
-from benchmarks.peers import OURS, READ
+from benchmarks.peers import BOUNDS, COPY, OURS, READ
 from maskserve.dtypes import DType
 from maskserve.plan import SlicedRow
 
@@ -78,6 +78,11 @@ class Timing:
         """Our time in reads of the same bytes."""
         return self.ratio(OURS, READ)
 
+    @property
+    def copies(self) -> float | None:
+        """Our time in copies of the same bytes into fresh memory."""
+        return self.ratio(OURS, COPY)
+
     def lead(self, peer: str) -> float | None:
         """How many times faster than `peer` we are."""
         return self.ratio(peer, OURS)
@@ -89,7 +94,8 @@ def measure(row: SlicedRow, cell: Cell, effort: Effort, *, is_small: bool = Fals
     calls = peers.contenders(row, cell, drawn, among=effort.among)
     with quiet():
         results, first, failed = attempt(calls)
-        results.pop(READ)
+        for bound in BOUNDS:
+            results.pop(bound, None)
         if OURS in failed:
             raise RuntimeError(f"maskserve cannot compute {row.name} of {cell}: {failed[OURS]}")
         ours = results.pop(OURS)
