@@ -107,9 +107,9 @@ def prod(x: Tensor, m: Tensor | None, dim: int) -> Any:
 
 
 def norm(x: Tensor, m: Tensor | None, dim: int, ord: float) -> Any:
-    """vector_norm, but for one long slice: of 8 million float32 cells it gives less than four digits."""
+    """vector_norm, but for slices of a million cells: of 3 million in float32 it gives less than four digits."""
     cells = zeroed(floated(x), m)
-    if x.ndim == 1:
+    if x.shape[dim] >= 1 << 20:
         return cells.abs().pow_(ord).sum(dim).pow(1 / ord), some(x, m, dim)
     return torch.linalg.vector_norm(cells, ord, dim), some(x, m, dim)
 
