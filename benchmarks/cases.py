@@ -147,6 +147,7 @@ QUICK = (
             Cell(label="99 %", shape=(2048, 1024), dim=1, mask="99 %"),
             Cell(label="1 %", shape=(2048, 1024), dim=1, mask="1 %"),
             Cell(label="blocky", shape=(2048, 1024), dim=1, mask="blocky"),
+            Cell(label="lengths", shape=(16, 128, 1024), dim=1, mask="lengths"),
             Cell(label="no mask", shape=(2048, 1024), dim=1, mask="none"),
             Cell(label="nan omit", shape=(2048, 1024), dim=1, mask="nan"),
         ),
@@ -186,9 +187,12 @@ FULL = (
     ),
     Group(
         title="Masks of f32, (8192, 8192) along the last dim",
-        cells=tuple(
-            Cell(label=mask, shape=(N, N), dim=1, mask=mask)
-            for mask in ("99 %", "1 %", "blocky", "broadcast", "none", "nan")
+        cells=(
+            *(
+                Cell(label=mask, shape=(N, N), dim=1, mask=mask)
+                for mask in ("99 %", "1 %", "blocky", "broadcast", "none", "nan")
+            ),
+            Cell(label="lengths", shape=(64, 1024, 1024), dim=1, mask="lengths"),
         ),
     ),
     SMALL,
@@ -197,6 +201,15 @@ FULL = (
 LARGE = (
     Group(title=FULL[0].title, cells=(*FULL[0].cells, FULL[1].cells[0])),
     Group(title=FULL[2].title, cells=tuple(cell for cell in FULL[2].cells if cell.dtype in (f64, f16, i32, i8))),
+    Group(
+        title="f32 without a mask of its size, 67 million cells: NaN for missing; lengths of (64, 1024, 1024)",
+        cells=(
+            Cell(label="nan last", shape=(N, N), dim=1, mask="nan"),
+            Cell(label="nan first", shape=(N, N), dim=0, mask="nan"),
+            Cell(label="nan all", shape=(N, N), dim=None, mask="nan"),
+            Cell(label="lengths", shape=(64, 1024, 1024), dim=1, mask="lengths"),
+        ),
+    ),
 )
 """What the targets are about: tensors beyond the caches of most machines."""
 LARGE_OPS = ("sum", "amax", "argmax", "count", "any", "var", "norm", "prod", "logsumexp", "softmax")
@@ -258,10 +271,16 @@ def make_factors(shape: Shape, dtype: DType, generator: torch.Generator) -> Tens
 
 
 def make_mask(kind: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    """True = valid: a share of the cells ("70 %"; "nan" too), "blocky" prefixes of rows, or "broadcast" (one row)."""
+    """True = valid: a share of the cells ("70 %"; "nan" too), "blocky" prefixes of rows, or one row for all, "broadcast".
+
+    "lengths" are those of (B, T, D) data, one for each of B.
+    """
     if kind == "blocky":  # what padding leaves: the valid prefix of each row
         lengths = torch.randint(0, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
         return torch.arange(shape[-1]) < lengths
+    if kind == "lengths":
+        lengths = torch.randint(0, shape[1] + 1, shape[:1], generator=generator)
+        return torch.arange(shape[1])[:, None] < lengths[:, None, None]  # (B, T, 1), as from_lengths keeps it
     share = float(kind.removesuffix("%")) / 100 if kind.endswith("%") else 0.7
     drawn = (*(1 for _ in shape[:-1]), shape[-1]) if kind == "broadcast" else shape
     return torch.rand(drawn, generator=generator) < share

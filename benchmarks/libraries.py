@@ -164,13 +164,13 @@ def pyarrow(row: SlicedRow, cell: Cell, sample: Sample) -> Call | None:
     return lambda: call().as_py()
 
 
-TORCH_MASKED = "torch.masked"
+TORCH_MASKED, BOTTLENECK = "torch.masked", "bottleneck"
 LIBRARIES: dict[str, Library] = {
     TORCH_MASKED: torch_masked,
     "numpy.ma": numpy_ma,
     "numpy where=": numpy_where,
     "JAX where=": jax_where,
-    "bottleneck": bottleneck,
+    BOTTLENECK: bottleneck,
     "numbagg": numbagg,
     "pyarrow": pyarrow,
 }

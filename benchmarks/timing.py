@@ -22,7 +22,7 @@ from torch import Tensor
 import maskserve as ms
 from benchmarks import peers
 from benchmarks.cases import Cell, Group, fits, sample
-from benchmarks.libraries import TORCH_MASKED, Call
+from benchmarks.libraries import BOTTLENECK, TORCH_MASKED, Call
 from benchmarks.peers import BOUNDS, COPY, OURS, READ
 from maskserve.dtypes import DType
 from maskserve.plan import SlicedRow
@@ -47,7 +47,7 @@ class Effort:
 
 QUICK = Effort(rounds=7, budget_s=0.05, once_s=0.2)
 FULL = Effort(rounds=7, budget_s=0.5, once_s=1.0)
-LARGE = Effort(rounds=5, budget_s=0.25, once_s=0.25, among=(peers.PLAIN, TORCH_MASKED))
+LARGE = Effort(rounds=5, budget_s=0.25, once_s=0.25, among=(peers.PLAIN, TORCH_MASKED, BOTTLENECK))
 LEAST = Effort(rounds=1, budget_s=0.0)
 
 
