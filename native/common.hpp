@@ -84,7 +84,18 @@ bool write_doubles(const Filled& filled, const Window& w, const double* cells, c
 
 namespace {
 
+constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+
 ALWAYS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The number of a window's first cell in an operand, and where it lies.
+ALWAYS_INLINE int64_t first_cell(const Operand& operand, const Window& w) {
+  return w.o * operand.stride_outer + w.i * operand.stride_n + w.c * operand.stride_inner;
+}
+ALWAYS_INLINE const unsigned char* window_ptr(const Operand& operand, const Window& w, int64_t cell_bytes) {
+  return operand.cells_ptr + first_cell(operand, w) * cell_bytes;
+}
 
 #include "states.hpp"
 

@@ -92,6 +92,6 @@ ALWAYS_INLINE double logarithm_rest(double x, double& large) {
 ALWAYS_INLINE double logarithm(double x) {
   double large;
   const double rest = logarithm_rest(x, large), value = large + rest;
-  const double end = x == 0.0 ? -std::numeric_limits<double>::infinity() : x;  // inf and NaN stay
+  const double end = x == 0.0 ? -infinity : x;  // inf and NaN stay
   return (x > 0.0) & (x <= std::numeric_limits<double>::max()) ? value : end;
 }

@@ -77,7 +77,7 @@ struct BlockWalk {
 
   void walk_leaf(const Window& tile, LeafTree<State>& tree) {
     Leaf leaf{walk, block.leaf, tile, block.data, Operand()};
-    leaf.data.cells_ptr = tile_ptr(block.data, tile, cell_bytes(block.dtype));
+    leaf.data.cells_ptr = window_ptr(block.data, tile, cell_bytes(block.dtype));
     if (gathered) leaf.data = gather_tile(leaf);
     const bool is_first = tile.i == 0;
     int64_t* const count = is_first ? tree.count.count : counts.count;

@@ -3,7 +3,7 @@
 
 struct ToF64 {
   using Raw = uint64_t;
-  static constexpr double overflow = std::numeric_limits<double>::infinity();
+  static constexpr double overflow = infinity;
   static ALWAYS_INLINE Raw narrow(double v) { return v == v ? bits_as<uint64_t>(v) : 0x7ff8000000000000u; }
 };
 
@@ -50,7 +50,7 @@ struct ToBF16 {
 
 struct ToI64 {
   using Raw = uint64_t;
-  static constexpr double overflow = std::numeric_limits<double>::infinity();
+  static constexpr double overflow = infinity;
   static ALWAYS_INLINE Raw narrow(int64_t v) { return static_cast<uint64_t>(v); }
 };
 

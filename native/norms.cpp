@@ -24,8 +24,6 @@ namespace {
 
 #include "mantissas.hpp"
 
-constexpr double infinity = std::numeric_limits<double>::infinity();
-
 // The larger or the smaller one; NaN wins.
 template <bool is_larger>
 ALWAYS_INLINE double farther(double a, double b) {
@@ -111,14 +109,10 @@ NEVER_INLINE void farthest_of_lanes(PowersRoom& room, int64_t n_cells, int64_t l
   double* const pattern = room.pattern;
   const double* const cells = room.cells;
   for (int64_t j = 0; j < period; ++j) pattern[j] = is_larger ? 0.0 : infinity;
-  each_cell(n_cells, period, [=](int64_t p, int64_t j) { pattern[p] = farther<is_larger>(pattern[p], size_of(cells[j])); });
-  for (int64_t rows = period / lanes; rows > 1;) {
-    const int64_t half = (rows + 1) / 2;
-    const double* const rest = pattern + half * lanes;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < (rows - half) * lanes; ++j) pattern[j] = farther<is_larger>(pattern[j], rest[j]);
-    rows = half;
-  }
+  each_cell(n_cells, period, [=](int64_t p, int64_t j) {
+    pattern[p] = farther<is_larger>(pattern[p], size_of(cells[j]));
+  });
+  fold_pattern(pattern, period, lanes, [](double a, double b) { return farther<is_larger>(a, b); });
   copy_lanes(pattern, lanes, reach);
 }
 
@@ -130,8 +124,7 @@ ALWAYS_INLINE int64_t scale_exponent(double reach) {
   return is_finite(reach) && reach != 0.0 ? (within + 1024) / 64 * 64 - 1024 : 0;
 }
 
-
-// cells = |cells| / scale. By two factors, for 2^-1024 has no inverse; what the first one makes subnormal is 0 after both.
+// cells = |cells| / scale. By two factors, for 2^-1024 has no inverse; what the first makes subnormal is 0 after both.
 NEVER_INLINE void scale_sizes(PowersRoom& room, const Window& w, PowersState& state) {
   const int64_t lanes = w.lanes(), period = period_of(lanes), n_cells = w.cells();
   alignas(64) double reach[n_lanes], factor[n_lanes];

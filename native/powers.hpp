@@ -10,8 +10,8 @@ inline Order order_of(double ord) {
   if (ord == 3.0) return Order::three;
   if (ord == -1.0) return Order::inverse;
   if (ord == -2.0) return Order::inverse_square;
-  if (ord == std::numeric_limits<double>::infinity()) return Order::largest;
-  if (ord == -std::numeric_limits<double>::infinity()) return Order::smallest;
+  if (ord == infinity) return Order::largest;
+  if (ord == -infinity) return Order::smallest;
   return Order::two;
 }
 

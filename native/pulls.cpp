@@ -16,8 +16,6 @@ namespace {
 
 #include "pulls.hpp"
 
-constexpr double infinity = std::numeric_limits<double>::infinity();
-constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t n_strip = 4096;  // cells: a page of f32, and what is made of them stays in L2
 constexpr int n_numbers = 3;       // of a slice
 

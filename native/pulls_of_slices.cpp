@@ -21,9 +21,6 @@ namespace {
 
 #include "pulls.hpp"
 
-constexpr double infinity = std::numeric_limits<double>::infinity();
-constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
-
 constexpr int n_numbers = 6;  // of a slice: two from its state, two sums along it, and two more
 
 struct Numbers {

@@ -14,8 +14,6 @@ namespace {
 
 #include "scan.hpp"
 
-constexpr double infinity = std::numeric_limits<double>::infinity();
-
 // step(lane's value, cell) for every cell.
 template <class Step>
 ALWAYS_INLINE void each_with(const ScanTile& tile, const double* of_lanes, double* pattern, const Step& given) {

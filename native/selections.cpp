@@ -90,8 +90,6 @@ NEVER_INLINE void values_of(const double* low, const double* high, const double*
   }
 }
 
-constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
-
 // ---- short slices: columns in order ---------------------------------------------------------------------------------
 
 template <class Order>

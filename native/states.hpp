@@ -11,7 +11,7 @@ ALWAYS_INLINE void copy_lanes(const T* from, int64_t n, void* to) {
 // A NaN's sign and payload depend on the order of an addition's operands, which compilers choose.
 inline void copy_canonical(const double* from, int64_t n, void* to) {
   double* out = static_cast<double*>(to);
-  for (int64_t j = 0; j < n; ++j) out[j] = from[j] == from[j] ? from[j] : std::numeric_limits<double>::quiet_NaN();
+  for (int64_t j = 0; j < n; ++j) out[j] = from[j] == from[j] ? from[j] : not_a_number;
 }
 
 struct CountState {

@@ -50,7 +50,7 @@ template <class To>
 bool narrow_tile(const Filled& filled, const Window& w, const double* cells, const unsigned char* keep_ptr,
                  bool may_overflow) {
   narrow_cells<To>(filled, w, cells, keep_ptr);
-  if (!may_overflow || To::overflow == std::numeric_limits<double>::infinity()) return false;
+  if (!may_overflow || To::overflow == infinity) return false;
   const auto overflows = [](double cell) {
     const double size = bits_as<double>(bits_as<uint64_t>(cell) & 0x7fffffffffffffffu);
     return static_cast<int64_t>(size >= To::overflow) & static_cast<int64_t>(size <= std::numeric_limits<double>::max());
@@ -69,7 +69,7 @@ const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned 
   if (!mask.cells_ptr) return nullptr;
   const unsigned char* dense_ptr = nullptr;
   if (is_run(mask, w)) {
-    turn(mask.cells_ptr + w.o * mask.stride_outer + w.i * mask.stride_n + w.c * mask.stride_inner, w, copy_ptr);
+    turn(window_ptr(mask, w, 1), w, copy_ptr);
     return copy_ptr;
   }
   each_run(mask, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {

@@ -66,7 +66,7 @@ inline Runs runs_of(const Operand& operand, const Window& w) {
 // Calls run(first cell, its place in the tile, cells, stride, stride in the tile) for the runs of a window.
 template <class Run>
 ALWAYS_INLINE void each_run(const Operand& operand, const Window& w, const Run& run) {
-  const int64_t first = w.o * operand.stride_outer + w.i * operand.stride_n + w.c * operand.stride_inner;
+  const int64_t first = first_cell(operand, w);
   const Runs runs = runs_of(operand, w);
   for (int64_t a = 0; a < runs.n_a; ++a) {
     for (int64_t b = 0; b < runs.n_b; ++b) {
@@ -164,7 +164,8 @@ NEVER_INLINE void repeat_cell(const unsigned char* from_ptr, const unsigned char
     return;
   }
   for (int64_t j = 0; j < n; ++j) {
-    out[j] = bits_as<typename Convert::Out>(choose<Bits>(static_cast<Bits>(-static_cast<Bits>(keep_ptr[j])), bits, hidden));
+    const Bits keep = static_cast<Bits>(-static_cast<Bits>(keep_ptr[j]));
+    out[j] = bits_as<typename Convert::Out>(choose<Bits>(keep, bits, hidden));
   }
 }
 
@@ -176,8 +177,7 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
     using Out = typename Convert::Out;
     using Bits = typename Convert::Bits;
     alignas(64) Out cells[n_tile];
-    const int64_t first = w.o * data.stride_outer + w.i * data.stride_n + w.c * data.stride_inner;
-    convert_run<Convert, false, true>(data.cells_ptr + first * cell_bytes, nullptr, w.cells(), 1, 1, convert, cells);
+    convert_run<Convert, false, true>(window_ptr(data, w, cell_bytes), nullptr, w.cells(), 1, 1, convert, cells);
     turn(cells, w, out);
     if (!keep_ptr) return;
     const Bits hidden = bits_as<Bits>(convert.hidden);
@@ -202,7 +202,8 @@ void gather(const Operand& data, const Window& w, const unsigned char* keep_ptr,
       prefetch(from_ptr + j * cell_bytes + ahead_bytes, some * cell_bytes);
       if (keep_ptr) {
         prefetch(run_keep_ptr + j + n_ahead, some);
-        convert_run<Convert, true, true>(from_ptr + j * cell_bytes, run_keep_ptr + j, some, 1, 1, convert, out + at + j);
+        convert_run<Convert, true, true>(from_ptr + j * cell_bytes, run_keep_ptr + j, some, 1, 1, convert,
+                                         out + at + j);
       } else {
         convert_run<Convert, false, true>(from_ptr + j * cell_bytes, nullptr, some, 1, 1, convert, out + at + j);
       }
@@ -220,6 +221,18 @@ void spread(const T* values, int64_t lanes, int64_t period, T* pattern) {
   std::memcpy(pattern, values, static_cast<size_t>(lanes) * sizeof(T));
   for (int64_t n = lanes; n < period; n *= 2) {
     std::memcpy(pattern + n, pattern, static_cast<size_t>(least(n, period - n)) * sizeof(T));
+  }
+}
+
+// pattern[lane] = join of the values of the lane, by halves: one after another, each would wait for the last.
+template <class T, class Join>
+ALWAYS_INLINE void fold_pattern(T* pattern, int64_t period, int64_t lanes, const Join& join) {
+  for (int64_t rows = period / lanes; rows > 1;) {
+    const int64_t half = (rows + 1) / 2;
+    const T* const rest = pattern + half * lanes;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < (rows - half) * lanes; ++j) pattern[j] = join(pattern[j], rest[j]);
+    rows = half;
   }
 }
 

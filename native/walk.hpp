@@ -63,16 +63,10 @@ inline Leaf leaf_of_tile(const Window& w, const void* cells, const unsigned char
           {static_cast<const unsigned char*>(cells), w.cells(), lanes, 1}, {keep_ptr, w.cells(), lanes, 1}};
 }
 
-inline const unsigned char* tile_ptr(const Operand& operand, const Window& tile, int64_t cell_bytes) {
-  const int64_t at =
-      tile.o * operand.stride_outer + tile.i * operand.stride_n + tile.c * operand.stride_inner;
-  return operand.cells_ptr + at * cell_bytes;
-}
-
 // The mask of a tile, walkable as the data are; where its strides differ (a broadcast mask), copied out.
 inline Operand tile_mask(const Block& block, Walk walk, const Window& tile, unsigned char* copy_ptr) {
   Operand mask = block.mask;
-  mask.cells_ptr = tile_ptr(mask, tile, 1);
+  mask.cells_ptr = window_ptr(mask, tile, 1);
   const bool walkable = walk == Walk::columns ? mask.stride_inner == 1 : is_dense(block, mask);
   if (walkable) return mask;
   unsigned char* to_ptr = copy_ptr;
@@ -90,7 +84,8 @@ inline Operand tile_mask(const Block& block, Walk walk, const Window& tile, unsi
 }
 
 template <class ToNumber>
-NEVER_INLINE void keep_numbers(const ToNumber& given, const unsigned char* cells_ptr, int64_t n, unsigned char* keep_ptr) {
+NEVER_INLINE void keep_numbers(const ToNumber& given, const unsigned char* cells_ptr, int64_t n,
+                               unsigned char* keep_ptr) {
   const ToNumber is_number = given;
   for (int64_t j = 0; j < n; ++j) {
     typename ToNumber::Raw raw;
@@ -105,7 +100,7 @@ inline Operand tile_keep(const Block& block, Walk walk, const Window& tile, unsi
   if (!block.omits_nan) return mask;
   const int64_t bytes = cell_bytes(block.dtype), run_rows = walk == Walk::columns ? 1 : tile.rows;
   const int64_t run = run_rows * tile.columns;  // cells that lie side by side
-  const unsigned char* const cells_ptr = tile_ptr(block.data, tile, bytes);
+  const unsigned char* const cells_ptr = window_ptr(block.data, tile, bytes);
   unsigned char* to_ptr = copy_ptr;
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int64_t i = 0; i < tile.rows; i += run_rows, to_ptr += run) {
