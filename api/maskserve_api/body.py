@@ -17,6 +17,9 @@ from maskserve.payload.format import Buffer
 from maskserve_api.coding import Coding, Stream
 from maskserve_api.errors import BusyError, Disconnected, FramingError
 
+ALIGNMENT = 64
+"""Of cells in memory, in bytes: a cache line."""
+
 
 class Memory:
     """The bytes of all requests in flight and of their answers, bounded.
@@ -80,18 +83,35 @@ def too_large(max_body: int) -> TooLargeError:
 
 
 async def read_body(
-    receive: Receive, n_bytes: int | None, max_body: int, claim: Claim, coding: Coding | None = None
+    receive: Receive,
+    n_bytes: int | None,
+    max_body: int,
+    claim: Claim,
+    coding: Coding | None = None,
+    cells_at: int = 0,
 ) -> Buffer:
-    """The whole body: exactly `n_bytes`, or at most `max_body` where nothing was declared or it is compressed."""
+    """The whole body: exactly `n_bytes`, or at most `max_body` where nothing was declared or it is compressed.
+
+    From `cells_at` on it holds cells, to which the first kind gives an aligned address: others are copied when computed on.
+    """
     if coding is not None:
         return await read_coded(receive, coding, max_body, claim)
-    return await (read_chunked(receive, max_body, claim) if n_bytes is None else read_exactly(receive, n_bytes, claim))
+    if n_bytes is None:
+        return await read_chunked(receive, max_body, claim)
+    return await read_exactly(receive, aligned(n_bytes, cells_at), claim)
 
 
-async def read_exactly(receive: Receive, n_bytes: int, claim: Claim) -> Buffer:
+def aligned(n_bytes: int, cells_at: int) -> memoryview:
+    """New memory of which the byte at `cells_at` has an address that suits each dtype."""
     # a bytearray would be written with zeros first: 0.1 s of the loop and all of its memory, for a promised 256 MiB
-    body = np.empty(n_bytes, np.uint8).data
-    at, more = 0, True
+    room = np.empty(n_bytes + ALIGNMENT - 1, np.uint8)
+    start = -(room.ctypes.data + cells_at) % ALIGNMENT
+    return room.data[start : start + n_bytes]
+
+
+async def read_exactly(receive: Receive, body: memoryview, claim: Claim) -> Buffer:
+    """Fills `body`, which is as long as the body was declared to be."""
+    n_bytes, at, more = len(body), 0, True
     while more:
         chunk, more = await next_chunk(receive)
         if at + len(chunk) > n_bytes:

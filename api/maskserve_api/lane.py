@@ -36,10 +36,10 @@ class Lane:
         task = self.submit(work)
         done = asyncio.wrap_future(task.future)
         gone = asyncio.ensure_future(receive())
+        either: list[asyncio.Future[Any]] = [done, gone]
         try:
             left_s = deadline_s - asyncio.get_running_loop().time()
-            waiting: set[asyncio.Future[Any]] = {done, gone}
-            await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if done.done():
                 return done.result()
             if gone.done():
@@ -50,6 +50,7 @@ class Lane:
             done.cancel()
             task.cancel()
             gone.cancel()
+            del done, task, either  # an error holds this frame: in a cycle, bodies would wait for the collector
 
     def submit(self, work: Callable[[], T]) -> Task[T]:
         task = Task(work, self.turns)
@@ -72,22 +73,22 @@ class Task(Generic[T]):
         self.future: Future[T] = Future()
         self.turns, self.turn = turns, Turn()
         self._work: Callable[[], T] | None = work
-        self.future.add_done_callback(self._forget)
 
     def cancel(self) -> None:
-        self.future.cancel()
+        if self.future.cancel():
+            self._work = None
         self.turns.cancel(self.turn)
-
-    def _forget(self, future: Future[T]) -> None:
-        self._work = None
 
     def run(self) -> None:
         if not self.future.set_running_or_notify_cancel():
             return
         assert self._work is not None
+        work, self._work = self._work, None
+        future, turns, turn = self.future, self.turns, self.turn
         try:
-            with self.turns.taken(self.turn), using(checkpoint=lambda: self.turns.checkpoint(self.turn)):
-                result = self._work()
-            self.future.set_result(result)
+            with turns.taken(turn), using(checkpoint=lambda: turns.checkpoint(turn)):
+                result = work()
+            future.set_result(result)
         except BaseException as error:  # the thread serves all requests: whatever one raises is that one's
-            self.future.set_exception(error)
+            future.set_exception(error)
+            del self, future  # as in Lane.run: the error holds this frame

@@ -45,6 +45,11 @@ class Head:
     declared: int | None
     coding: Coding | None
 
+    @property
+    def cells_at(self) -> int:
+        """Where the bytes of tensors begin."""
+        return self.declared or 0
+
     def json_bytes(self, body: Buffer) -> int:
         """The bytes of `body` that are JSON: all where nothing was declared."""
         n_bytes = len(body) if self.declared is None else self.declared

@@ -68,7 +68,8 @@ class Verb:
             with stages.stage("read"):
                 try:
                     async with asyncio.timeout_at(deadline_s):
-                        body = await read_body(receive, n_bytes, self.service.max_body, claim, body_coding)
+                        cells_at = head.cells_at if head else 0
+                        body = await read_body(receive, n_bytes, self.service.max_body, claim, body_coding, cells_at)
                 except TimeoutError:
                     raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
             work = Work(
