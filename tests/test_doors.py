@@ -1,23 +1,32 @@
-"""Every row that a verb serves, through three doors: the same request gives the same bytes, and the same refusal."""
+"""Every row that a verb serves, through four doors: the same request gives the same bytes, and the same refusal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import maskserve as ms
-from maskserve.errors import MaskserveError
+from maskserve import dtypes, requests
+from maskserve.errors import MaskserveError, ParameterError
 from maskserve.ops import OPS, served
 from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.ops.rows import GRAD, Row
-from maskserve.payload.format import to_bytes
+from maskserve.payload.format import BytesPayload, to_bytes
 from maskserve.payload.tensors import output
-from maskserve_cli.app import main
-from tests.http_service import Running, running
+from maskserve_api.v2_tensors import DTYPES
+from maskserve_cli.app import UsageError, main, prepared, run
+from tests.http_service import Running, check_problem, running
+from tests.samples import cells
+from tests.test_v2 import ask, asking, entry
 
 SERVED = [row for row in OPS.values() if row.verb]
 DIFFERENTIABLE = served(GRAD)
@@ -220,3 +229,161 @@ def test_a_gradient_that_is_not_there_is_the_same_refusal_through_every_door(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert refused.value.message in line
+
+
+# -- the law ------------------------------------------------------------------------------------------------------
+
+ASKED = [(verb, row) for row in OPS.values() for verb in row.verbs]
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+TEXTS: dict[Type, tuple[str, ...]] = {
+    Type.DIMS: ("0", "1", "-1", "0,1", "1,0", *["0", "-1"] * 5, "0,0", "9", "time", "", "1.0"),
+    Type.DIM: ("0", "-1", "1", *["0", "-1"] * 5, "9", "time", "0,1", ""),
+    Type.FLAG: ("true", "false", "maybe"),
+    Type.COUNT: ("0", "1", "3", "-1", "two"),
+    Type.NUMBER: ("0", "1", "0.5", "nan", "x"),
+    Type.REAL: ("2", "0.5", "inf", "-inf", "1e999"),
+    Type.CELL: ("3", "1", "0.5", "-1", "inf", "x"),
+    Type.NUMBERS: ("0.25,0.5", "0.5", "0", "2", "0.5,", ""),
+    Type.RANGE: ("0,1", "-inf,0.5", "1,0", "3", "x,y"),
+    Type.DTYPE: ("f64", "f32", "i64", "f99"),
+    Type.WORD: ("x", "nope"),
+    Type.WORDS: ("x", "nope"),
+    Type.TENSOR: ("x", "nope"),
+}
+"""What a request may say for a parameter of a type, right and wrong."""
+MASKS = ("none", *["mask", "x.mask"] * 3, "wrong shape", "orphan", "wrong dtype")
+
+
+@st.composite
+def requests_of(draw: st.DrawFn, verb: str, row: Row) -> dict[str, str]:
+    """Words for a row: all that it needs, some of what it takes, and now and then what it does not."""
+    words = {"op": row.name}
+    for p in (*row.requestable, *requests.COMMON):
+        is_wanted = p.default is REQUIRED or p.name == "dim" or draw(st.integers(0, 9)) == 0
+        if is_wanted:
+            words[p.name] = draw(st.sampled_from((*p.choices, *TEXTS.get(p.type, ("3", "nope")))))
+    slip = draw(st.sampled_from([{}] * 18 + [{"op": "nope"}, {"nonsense": "1"}]))
+    return words | slip
+
+
+@st.composite
+def tensors_of(draw: st.DrawFn, row: Row) -> dict[str, torch.Tensor]:
+    """x with a mask, or with what is none."""
+    dtype = draw(st.sampled_from(list(DTYPES.values())))
+    sample = cells(
+        dtype, draw(st.sampled_from([(3, 4), (2, 0), (), (5, 3, 2), (130, 70)])), draw(st.integers(0, 99)), row=row
+    )
+    match draw(st.sampled_from(MASKS)):
+        case "none":
+            return {"x": sample.data}
+        case "wrong shape":
+            return {"x": sample.data, "mask": torch.ones(7, 7) > 0}
+        case "orphan":
+            return {"x": sample.data, "y.mask": sample.mask}
+        case "wrong dtype":
+            return {"x": sample.data, "x.mask": sample.mask.int()}
+        case name:
+            return {"x": sample.data, name: sample.mask}
+
+
+def option(row: Row, name: str, text: str) -> list[str]:
+    """A parameter as the command line spells it."""
+    flag = f"--{name.replace('_', '-')}"
+    kind = next((p.type for p in (*row.requestable, *requests.COMMON) if p.name == name), None)
+    if kind is Type.FLAG and text in ("true", "false"):
+        return [flag] if text == "true" else []
+    return [flag, text]
+
+
+def by_python(verb: str, words: Mapping[str, str], question: Path) -> bytes | str:
+    """The answer, or the code of the refusal; so by each door."""
+    try:
+        return ms.compute(verb, question, **words).to_bytes()
+    except MaskserveError as error:
+        return error.code
+
+
+def by_terminal(verb: str, row: Row, words: Mapping[str, str], question: Path) -> bytes | str:
+    out = question.with_name("law.answer.safetensors")
+    options = [word for name, text in words.items() for word in option(row, name, text)]
+    try:
+        with prepared():
+            assert run([verb, *options, str(question), "-o", str(out), "--force"]) == 0
+        return out.read_bytes()
+    except MaskserveError as error:
+        return error.code
+    except UsageError:  # typer's own, of an option that no op of the verb has
+        return ParameterError.code
+
+
+def by_http(reply: httpx.Response) -> bytes | str:
+    if reply.status_code == 200:
+        return reply.content
+    told = check_problem(reply, reply.status_code, reply.json()["code"])
+    assert reply.status_code < 500
+    return str(told["code"])
+
+
+def v2_question(tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> tuple[dict[str, Any], bytes]:
+    outputs = [output(name, cells) for name, cells in tensors.items()]
+    data = [bytes(out.chunks) for out in outputs]  # type: ignore[arg-type]  # one buffer each
+    inputs = [
+        entry(out.name, list(out.shape), CODES[out.dtype], parameters={"binary_data_size": len(part)})
+        for out, part in zip(outputs, data, strict=True)
+    ]
+    return asking(inputs, {**words, "binary_data_output": True}), b"".join(data)
+
+
+def v2_outputs(response: httpx.Response) -> dict[str, tuple[str, list[int], bytes]]:
+    at = n = int(response.headers["inference-header-content-length"])
+    found = {}
+    for out in json.loads(response.content[:n])["outputs"]:
+        size = out["parameters"]["binary_data_size"]
+        found[out["name"]] = (out["datatype"], out["shape"], response.content[at : at + size])
+        at += size
+    assert at == len(response.content)
+    return found
+
+
+def outputs_of(answer: bytes) -> dict[str, tuple[str, list[int], bytes]]:
+    payload = BytesPayload(answer)
+    return {
+        name: (CODES[info.dtype], list(info.shape), bytes(payload.read(name)))
+        for name, info in payload.header.tensors.items()
+    }
+
+
+def check_law(
+    verb: str, row: Row, words: dict[str, str], tensors: dict[str, torch.Tensor], folder: Path, service: Running
+) -> None:
+    path = folder / "law.safetensors"
+    path.write_bytes(to_bytes([output(name, t) for name, t in tensors.items()], {}))
+    python = by_python(verb, words, path)
+    assert by_terminal(verb, row, words, path) == python
+    v1 = service.http.post(f"/v1/{verb}", params=words, content=path.read_bytes())
+    assert by_http(v1) == python
+    v2 = ask(service, *v2_question(tensors, words), path=f"/v2/models/{verb}/infer")
+    if isinstance(python, bytes) and v2.status_code == 200:
+        assert v2_outputs(v2) == outputs_of(python)
+    else:
+        assert by_http(v2) == python
+        assert (v2.json()["parameter"], v2.json()["detail"]) == (v1.json()["parameter"], v1.json()["detail"])
+
+
+@given(asked=st.sampled_from(ASKED), data=st.data())
+@settings(max_examples=int(os.environ.get("EXAMPLES", "40")))
+def test_one_law_at_every_door(
+    asked: tuple[str, Row], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, service: Running
+) -> None:
+    """The same request has the same bytes or the same refusal by Python, the command line, /v1 and /v2."""
+    words, tensors = data.draw(requests_of(*asked)), data.draw(tensors_of(asked[1]))
+    check_law(*asked, words, tensors, tmp_path_factory.getbasetemp(), service)
+
+
+@pytest.mark.parametrize(("verb", "row"), ASKED, ids=lambda value: getattr(value, "name", value))
+def test_every_row_keeps_the_law(verb: str, row: Row, tmp_path: Path, service: Running) -> None:
+    words = {p.name: WORDS[p.type] for p in row.requestable if p.default is REQUIRED or p.name == "dim"}
+    numbered = {name: "0" if text == "year" else text for name, text in words.items()}
+    sample = cells(dtypes.f32, (4, 5), 7, row=row)
+    tensors = {"x": sample.data, "x.mask": sample.mask}
+    check_law(verb, row, {"op": row.name} | numbered, tensors, tmp_path, service)

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2: an unmodified tritonclient works, and answers are those of /v1."""
+"""The Open Inference Protocol v2: an unmodified tritonclient works; test_doors has that answers are those of /v1."""
 
 from __future__ import annotations
 
@@ -17,24 +17,17 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from hypothesis import given
-from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
-from maskserve import dtypes
-from maskserve.dtypes import DType
 from maskserve.ops import OPS, verbs
 from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.ops.rows import Row
-from maskserve.payload.format import BytesPayload, to_bytes
-from maskserve.payload.tensors import output
+from maskserve.payload.format import BytesPayload
 from maskserve_api import work
 from maskserve_api.v2_tensors import DTYPES
 from tests.http_service import JSON, MAX_BODY, Running, check_problem, payload, running
-from tests.samples import cells
 from tests.test_http_limits import lane_blocked
 
 BINARY = "application/octet-stream"
@@ -599,80 +592,3 @@ def test_an_answer_too_large_for_json_is_sent_as_bytes_alone(service: Running) -
     )
     asked["parameters"]["binary_data_output"] = True
     assert ask(service, asked, data.tobytes(), path=path).status_code == 200
-
-
-# -- the same as /v1 ----------------------------------------------------------------------------------------------
-
-PAIRS = [(verb, row) for row in OPS.values() for verb in row.verbs]
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-WORDS = {Type.NUMBERS: "0.25,0.5", Type.CELL: "3", Type.DIM: "0", Type.DIMS: "0,1"}
-FAULTS: dict[str, dict[str, Any]] = {
-    "none": {}, "dim": {"dim": "9"}, "op": {"op": "nope"}, "word": {"nope": "1"}, "tensor": {"tensor": "nope"},
-    "name": {"dim": "time"}, "flag": {"keepdim": "maybe"}, "dtype": {"dtype": "f99"},
-}  # fmt: skip
-
-
-def v2_question(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
-    outputs = [output(name, cells) for name, cells in tensors.items()]
-    data = [bytes(out.chunks) for out in outputs]  # type: ignore[arg-type]  # one buffer each
-    inputs = [
-        entry(out.name, list(out.shape), CODES[out.dtype], parameters={"binary_data_size": len(part)})
-        for out, part in zip(outputs, data, strict=True)
-    ]
-    return asking(inputs, {**parameters, "binary_data_output": True}), b"".join(data)
-
-
-def v2_outputs(response: httpx.Response) -> dict[str, tuple[str, list[int], bytes]]:
-    n = int(response.headers["inference-header-content-length"])
-    at, found = n, {}
-    for out in json.loads(response.content[:n])["outputs"]:
-        size = out["parameters"]["binary_data_size"]
-        found[out["name"]] = (out["datatype"], out["shape"], response.content[at : at + size])
-        at += size
-    assert at == len(response.content)
-    return found
-
-
-def check_same_answer(
-    service: Running, verb: str, row: Row, dtype: DType, shape: tuple[int, ...], mask: str, fault: str, seed: int
-) -> None:
-    sample = cells(dtype, shape, seed, row=row)
-    tensors = {"x": sample.data}
-    if mask != "none":
-        name = {"wrong shape": "mask", "orphan": "y.mask"}.get(mask, mask)
-        tensors[name] = sample.mask[1:] if mask == "wrong shape" else sample.mask
-    words = {p.name: WORDS[p.type] for p in row.requestable if p.default is REQUIRED or p.name == "dim"}
-    words = {"op": row.name} | words | FAULTS[fault]
-    one = service.http.post(
-        f"/v1/{verb}", params=words, content=to_bytes([output(n, t) for n, t in tensors.items()], {})
-    )
-    other = ask(service, *v2_question(tensors, words), path=f"/v2/models/{verb}/infer")
-    if one.status_code == 200 and other.status_code == 200:
-        answer = BytesPayload(one.content)
-        assert v2_outputs(other) == {
-            name: (CODES[info.dtype], list(info.shape), bytes(answer.read(name)))
-            for name, info in answer.header.tensors.items()
-        }
-    else:
-        assert one.status_code < 500
-        assert (one.status_code, one.json()["code"]) == (other.status_code, other.json()["code"])
-        assert (one.json()["parameter"], one.json()["detail"]) == (other.json()["parameter"], other.json()["detail"])
-
-
-@given(
-    pair=st.sampled_from(PAIRS),
-    dtype=st.sampled_from(list(DTYPES.values())),
-    shape=st.sampled_from([(3, 4), (2, 0), (5, 3, 2), (130, 70)]),
-    mask=st.sampled_from(["none", "mask", "x.mask", "wrong shape", "orphan"]),
-    fault=st.sampled_from(["none"] * 3 + sorted(FAULTS)),
-    seed=st.integers(0, 2**32),
-)
-def test_the_same_request_has_the_same_answer_in_v1_and_v2(
-    service: Running, pair: tuple[str, Row], dtype: DType, shape: tuple[int, ...], mask: str, fault: str, seed: int
-) -> None:
-    check_same_answer(service, *pair, dtype, shape, mask, fault, seed)
-
-
-@pytest.mark.parametrize(("verb", "row"), PAIRS, ids=lambda value: getattr(value, "name", value))
-def test_every_row_has_the_same_answer_in_v1_and_v2(service: Running, verb: str, row: Row) -> None:
-    check_same_answer(service, verb, row, dtypes.f32, (4, 5), "x.mask", "none", 7)
