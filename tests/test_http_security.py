@@ -585,6 +585,20 @@ def test_nothing_a_client_sends_reaches_a_log_unescaped_or_unbounded(
         assert len(message) < 20_000
 
 
+def test_a_reply_that_breaks_off_is_one_warning_with_its_request_and_no_other_line() -> None:
+    question = payload(data=np.ones(1 << 20, np.int8))  # the answer has 8 MiB, more than the system holds for a socket
+    lines = (f"Content-Length: {len(question)}", "X-Request-Id: mine")
+    with process("--request-timeout", "1", "--grace", "1") as (child, port):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            text = "\r\n".join(["POST /v1/scan?op=cumsum&dim=0 HTTP/1.1", "Host: localhost", *lines, "", ""])
+            connection.sendall(text.encode() + question)
+            assert child.stderr is not None
+            assert "request mine: the reply broke off: TimeoutError" in child.stderr.readline()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+        assert child.stderr.read() == ""
+
+
 # -- what docs/security.md says -----------------------------------------------------------------------------------
 
 

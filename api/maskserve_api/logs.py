@@ -15,12 +15,15 @@ from maskserve_api.record import Record
 requests = logging.getLogger("maskserve.requests")
 FIRST = ("time", "level", "event")
 TEXT_LENGTH = 1024
+TOLD = "ASGI callable returned without completing response."
+"""uvicorn's line where a reply broke off, as for who takes no byte of it: ours has told that, with the request's id."""
 
 
 def configure(form: str) -> None:
     """Writes what this process logs as "json" or "text"; "off" leaves out requests, and no warning."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(form))
+    handler.addFilter(lambda record: record.msg != TOLD)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("maskserve").setLevel(logging.WARNING if form == "off" else logging.INFO)
     requests.disabled = form == "off"
