@@ -22,7 +22,7 @@ from maskserve_api.server import Server
 from maskserve_api.verbs import Service
 
 MAX_BODY = 1 << 22
-SAFETENSORS, JSON = "application/vnd.safetensors", "application/json"
+SAFETENSORS, JSON, BINARY = "application/vnd.safetensors", "application/json", "application/octet-stream"
 FIELDS = {"type", "title", "status", "code", "detail", "error", "parameter", "allowed", "request_id"}
 
 

@@ -14,7 +14,7 @@ import maskserve_api
 from maskserve import requests
 from maskserve.errors import MaskserveError
 from maskserve.ops import OPS, verbs
-from maskserve_api import pages, problems
+from maskserve_api import pages, problems, v2_models
 from maskserve_api.app import create_app
 from tests.http_service import Running, check_problem, running
 
@@ -75,10 +75,23 @@ def test_the_openapi_document_is_valid_and_names_every_verb_and_parameter(servic
     )
 
 
+def test_the_document_has_every_path_of_v2_that_is_offered(service: Running) -> None:
+    routes = [getattr(route, "path", "") for route in create_app().routes]
+    of_models = {path for path in routes if path.startswith("/v2") and "/versions/" not in path}
+    offered = of_models - set(v2_models.NOT_OFFERED) - {f"/v2/models/{verb}/infer" for verb in verbs()}
+    document = service.http.get("/openapi.json").json()["paths"]
+    assert {path for path in document if path.startswith("/v2")} == offered
+    operation = document["/v2/models/{model}/infer"]["post"]
+    model = next(p["schema"]["default"] for p in operation["parameters"] if p["name"] == "model")
+    example = operation["requestBody"]["content"]["application/json"]["example"]
+    assert service.http.post(f"/v2/models/{model}/infer", json=example).status_code == 200
+
+
 def test_every_path_of_the_document_is_served(service: Running) -> None:
     for path, operations in service.http.get("/openapi.json").json()["paths"].items():
         for method in operations:
-            response = service.http.request(method, path.replace("{name}", next(iter(OPS))))
+            named = path.replace("{name}", next(iter(OPS))).replace("{model}", verbs()[0])
+            response = service.http.request(method, named)
             assert response.status_code not in (404, 405, 500), path
 
 

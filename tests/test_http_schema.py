@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +20,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from maskserve_api.openapi import document
-from tests.http_service import SAFETENSORS, Running, payload, running
+from maskserve_api.v2_openapi import example
+from tests.http_service import BINARY, SAFETENSORS, Running, payload, running
 
 CHECKS = [
     not_a_server_error,
@@ -30,6 +32,7 @@ CHECKS = [
 ]
 QUESTION = payload(data=np.arange(6, dtype=np.float32).reshape(2, 3), mask=np.arange(6).reshape(2, 3) % 4 > 0)
 openapi.media_type(SAFETENSORS, st.binary(max_size=64) | st.just(QUESTION))
+openapi.media_type(BINARY, st.binary(max_size=64) | st.just(json.dumps(example()).encode()))
 schema = openapi.from_dict(document())
 
 

@@ -27,10 +27,9 @@ from maskserve.ops.rows import Row
 from maskserve.payload.format import BytesPayload
 from maskserve_api import work
 from maskserve_api.v2_tensors import DTYPES
-from tests.http_service import JSON, MAX_BODY, Running, check_problem, payload, running
+from tests.http_service import BINARY, JSON, MAX_BODY, Running, check_problem, payload, running
 from tests.test_http_limits import lane_blocked
 
-BINARY = "application/octet-stream"
 DATA = np.arange(12, dtype=np.float32).reshape(3, 4)
 MASK = DATA % 5 != 1
 LARGE = np.random.default_rng(3).normal(size=(300, 400)).astype(np.float32)

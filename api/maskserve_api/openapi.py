@@ -11,8 +11,10 @@ from maskserve.ops import default, verb_summary, verbs
 from maskserve.ops.parameters import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
+from maskserve_api import v2_openapi
 from maskserve_api.forms import Form
-from maskserve_api.problems import CONTENT_TYPE, STATUS
+from maskserve_api.operations import HEADERS, PROBLEM, failures, getter, in_path
+from maskserve_api.problems import STATUS
 from maskserve_api.table import Json, value_schema
 from maskserve_api.work import EXAMPLE
 
@@ -27,22 +29,6 @@ TENSOR: Json = {
             "properties": {field: {} for field in sorted(EXPLICIT_FIELDS)},
         },
     ],
-}
-PROBLEM: Json = {
-    "type": "object",
-    "description": "RFC 9457; `error` repeats `detail`",
-    "required": ["type", "title", "status", "code", "detail", "error", "parameter", "allowed", "request_id"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "code": {"type": "string"},
-        "detail": {"type": "string"},
-        "error": {"type": "string"},
-        "parameter": {"type": ["string", "null"]},
-        "allowed": {"type": "array", "items": {"type": "string"}},
-        "request_id": {"type": "string"},
-    },
 }
 NO_VERB = frozenset({404, 405})
 """Statuses of paths that are not there."""
@@ -65,8 +51,12 @@ def document() -> Json:
                 "/v1/ops/{name}": {"get": getter("op", "one op", 403, 404) | {"parameters": [in_path("name")]}},
                 "/livez": {"get": getter("livez", "200 while the process lives")},
                 "/readyz": {"get": getter("readyz", "200 while requests are taken, else 503", 503)},
+                **v2_openapi.paths(),
             },
-            "components": {"schemas": {"Problem": PROBLEM, "Tensor": TENSOR}, "securitySchemes": {"key": KEY}},
+            "components": {
+                "schemas": {"Problem": PROBLEM, "Tensor": TENSOR, **v2_openapi.SCHEMAS},
+                "securitySchemes": {"key": KEY},
+            },
             "security": [{"key": []}, {}],
         }
     )
@@ -94,13 +84,6 @@ def operation(verb: str) -> Json:
     }
 
 
-def failures(*statuses: int) -> Json:
-    """The problems with these statuses, by the codes that they may have."""
-    codes = {status: ", ".join(kind.code for kind, its in STATUS.items() if its == status) for status in statuses}
-    content = {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {str(status): {"description": text, "content": content} for status, text in codes.items()}
-
-
 def op(verb: str) -> Json:
     rows = requests.rows(verb)
     words = [word for row in rows for word in (row.name, *row.aliases)]
@@ -122,22 +105,3 @@ def in_query(verb: str, name: str) -> Json:
     default = schema.pop("default", None)
     text = p.help if default is None else f"{p.help}; default: {json.dumps(default)}"
     return {"name": name, "in": "query", "required": is_required, "description": text, "schema": schema}
-
-
-def in_path(name: str) -> Json:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-
-
-def in_header(name: str, text: str, kind: str) -> Json:
-    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": kind}}
-
-
-HEADERS = (
-    in_header("X-Request-Id", "kept if it is 1 to 128 letters, digits, dots, dashes and underscores", "string"),
-    in_header("X-Request-Timeout", "seconds after which the request is given up", "number"),
-)
-
-
-def getter(name: str, text: str, *statuses: int) -> Json:
-    ok: Json = {"description": "as said", "content": {"application/json": {"schema": {"type": "object"}}}}
-    return {"operationId": name, "summary": text, "responses": {"200": ok} | failures(*statuses)}
