@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -36,10 +37,9 @@ SECONDS = 3.0
 LENGTH = re.compile(rb"content-length: ([0-9]+)")
 
 
-def serve(listener: socket.socket) -> None:
+def with_peer() -> FastAPI:
     """The service with a route more: PEER reads as a web framework does, and replies with 100 bytes."""
     from maskserve_api.app import create_app
-    from maskserve_api.server import Server
 
     async def read(request: Request) -> Response:
         async for _ in request.stream():
@@ -48,7 +48,13 @@ def serve(listener: socket.socket) -> None:
 
     app = create_app(max_body=MOST_BYTES, request_timeout=600)
     app.add_route(PEER, read, methods=["POST"])
-    Server(app, HOST, grace=1.0).run(sockets=[listener])
+    return app
+
+
+def serve(listener: socket.socket) -> None:
+    from maskserve_api.server import Server
+
+    Server(with_peer(), HOST, grace=1.0).run(sockets=[listener])
 
 
 @contextmanager

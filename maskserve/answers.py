@@ -36,6 +36,8 @@ VALUE = "value"
 """What an answer calls the result that gradients are of."""
 NOTHING: Payloads = MappingProxyType({})
 SMALL_ANSWER = 1 << 20
+REMEMBERED = 8
+"""Requests whose steps one header remembers."""
 GROWTH = 9
 """An i64 and its mask for each byte: what an answer may be of a question without dims of size 0."""
 
@@ -178,9 +180,7 @@ def run(
     `others` are payloads by the word that the request has for them in place of a tensor's name; `admit` hears the bytes
     of the answer before they are computed, and may raise.
     """
-    variables = resolved(request, payload, others)
-    planned = steps(request, variables, payload, others)
-    refuse_growth(planned, payload)
+    variables, planned = prepared(request, payload, others)
     if admit:
         admit(sum(step.bytes_written for step in planned))
     if request.is_gradient:
@@ -195,6 +195,23 @@ def run(
     line = {"maskserve": version(), **request.canonical(), **elsewhere}
     metadata = answer_metadata(payload.header.metadata, named, line, version())
     return Answer(results=tuple(results), metadata=metadata)
+
+
+def prepared(request: Request, payload: Payload, others: Payloads) -> tuple[Variables, tuple[Step, ...]]:
+    """The variables and the steps of a request, remembered with the header: what it decides, it decides again."""
+    refuse_other_masks(payload, request.common.get("mask"), request.common.get("mask_means"))
+    memo = payload.header.memo
+    known: tuple[Variables, tuple[Step, ...]] | None = memo.get(request)
+    if known is not None and not others:
+        return known
+    variables = resolved(request, payload, others)
+    planned = steps(request, variables, payload, others)
+    refuse_growth(planned, payload)
+    if not others and not any(step.sides for step in planned):  # a side holds its payload
+        if len(memo) >= REMEMBERED:
+            memo.clear()
+        memo[request] = variables, planned
+    return variables, planned
 
 
 def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:

@@ -38,7 +38,7 @@ RUNNING: tuple[Parameter, ...] = (
 """How a request runs; neither changes what it means, and neither is part of its history."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
     """One checked request: its verb and row, the op's parameters that were given, and the common and running ones."""
 

@@ -50,9 +50,9 @@ def create_app(
     app.state.metrics = metrics = Metrics(service.lane, service.memory)
     app.add_middleware(Edge, allowed_hosts=allowed_hosts, keys=keys, metrics=metrics)
     app.add_exception_handler(HTTPException, unrouted)
-    v2_models.add_routes(app, service)
-    for verb in verbs():
+    for verb in verbs():  # first: routes are tried one after the other, at 3 µs each
         app.add_route(f"/v1/{verb}", Verb(verb, service), methods=["POST"])  # type: ignore[arg-type]  # ASGI endpoint
+    v2_models.add_routes(app, service)
     app.add_route("/v1/ops", ops)
     app.add_route("/v1/ops/{name}", op)
     app.add_route("/livez", livez)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
@@ -34,9 +36,11 @@ class Metrics:
             buckets=BUCKETS_S,
             registry=registry,
         )
+        self.requests_of, self.seconds_of = cache(self.requests.labels), cache(self.seconds.labels)  # labels take 5 µs
         self.bytes_in = Counter("maskserve_request_bytes", "Bytes of request bodies that were read", registry=registry)
         self.bytes_out = Counter("maskserve_reply_bytes", "Bytes of reply bodies that were sent", registry=registry)
         self.cells = Counter("maskserve_elements", "Cells of answers, by validity", ["state"], registry=registry)
+        self.cells_of = cache(self.cells.labels)
         depth = Gauge("maskserve_queue_depth", "Requests in the lane, waiting or computed", registry=registry)
         depth.set_function(lambda: lane.n_pending)
         held = Gauge("maskserve_held_bytes", "Bytes of the bodies in flight", registry=registry)
@@ -44,14 +48,14 @@ class Metrics:
 
     def count(self, record: Record, seconds: dict[str, float]) -> None:
         """Adds one request that has ended."""
-        self.requests.labels(record.verb, record.op, str(record.status)).inc()
+        self.requests_of(record.verb, record.op, str(record.status)).inc()
         for stage, s in seconds.items():
-            self.seconds.labels(record.op, stage).observe(s)
+            self.seconds_of(record.op, stage).observe(s)
         self.bytes_in.inc(record.bytes_in)
         self.bytes_out.inc(record.bytes_out)
         n_valid, n_masked = record.cells
-        self.cells.labels("valid").inc(n_valid)
-        self.cells.labels("masked").inc(n_masked)
+        self.cells_of("valid").inc(n_valid)
+        self.cells_of("masked").inc(n_masked)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """All metrics, and the media type they are written in: OpenMetrics for who asks for it."""

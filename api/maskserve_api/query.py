@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -11,8 +11,11 @@ from maskserve.errors import ParameterError
 from maskserve.ops import OPS
 from maskserve.ops.parameters import Type
 from maskserve.payload.header import shown
+from maskserve.requests import Request
 
 MAX_FIELDS = 256
+KNOWN_BYTES = 512
+"""Up to which a query is remembered with the request that it spells: most clients ask the same again and again."""
 REPEATABLE = frozenset({Type.DIMS, Type.WORDS, Type.NUMBERS})
 
 
@@ -20,6 +23,18 @@ REPEATABLE = frozenset({Type.DIMS, Type.WORDS, Type.NUMBERS})
 def repeatable_of(verb: str, n_ops: int) -> frozenset[str]:
     """The parameters that may come more than once, in the table of `n_ops` rows: rows are only ever added."""
     return frozenset(p.name for p in requests.parameters(verb) if p.type in REPEATABLE)
+
+
+def request_of(verb: str, query: bytes) -> Request:
+    """The checked request that a query spells."""
+    return (_known if len(query) <= KNOWN_BYTES else _request)(verb, query, len(OPS))
+
+
+def _request(verb: str, query: bytes, n_ops: int) -> Request:
+    return requests.build(verb, words_of(verb, query))
+
+
+_known = lru_cache(maxsize=256)(_request)
 
 
 def words_of(verb: str, query: bytes) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from maskserve import requests
 from maskserve.errors import ParameterError
 from maskserve.payload.format import Buffer
 from maskserve_api import coding, forms, v2_question
@@ -19,7 +18,7 @@ from maskserve_api.body import Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
 from maskserve_api.forms import Form
 from maskserve_api.lane import Lane
-from maskserve_api.query import words_of
+from maskserve_api.query import request_of, words_of
 from maskserve_api.record import record_of
 from maskserve_api.work import Reply, Stages, Work
 
@@ -56,10 +55,11 @@ class Verb:
         answer = self.form or forms.of_answer(headers, question)
         body_coding = coding.of_body(headers)
         n_bytes = declared_bytes(headers, self.service.max_body)
-        words = words_of(self.name, scope["query_string"])
-        head = v2_question.head(self.name, words, headers) if question is Form.V2 else None
-        request = None if head else requests.build(self.name, words)
-        if request:
+        query, head, request = scope["query_string"], None, None
+        if question is Form.V2:
+            head = v2_question.head(self.name, words_of(self.name, query), headers)
+        else:
+            request = request_of(self.name, query)
             record.op = request.row.name
         timeout_s = timeout_of(headers, self.service.request_timeout_s)
         deadline_s = asyncio.get_running_loop().time() + timeout_s

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 from maskserve.errors import GradientError, UnknownOpError, nearest
 from maskserve.ops import (
     contractions,
@@ -24,10 +28,7 @@ OPS.add(*wholes.ROWS, *elementwise.ROWS, *contractions.ROWS, *moves.ROWS)
 
 def find(word: str, *, verb: str | None = None) -> Row:
     """The row that `word` names or is an alias of, among the rows of `verb`."""
-    known = [row for row in OPS.values() if row.verb and (verb is None or verb in row.verbs)]
-    words = {w: row for row in known for w in (row.name, *row.aliases)}
-    if verb is None:
-        words |= {row.name: row for row in OPS.values() if row.name not in words}  # a word that requests may say wins
+    words = _words(verb, len(OPS))
     if word not in words:
         if word in OPS and OPS[word].verb is None:
             raise UnknownOpError(f"{word} is for Python: call maskserve.{word}", parameter="op", allowed=words)
@@ -45,6 +46,16 @@ def find(word: str, *, verb: str | None = None) -> Row:
             allowed=served,
         )
     return words[word]
+
+
+@cache
+def _words(verb: str | None, n_rows: int) -> Mapping[str, Row]:
+    """The rows of `verb` by name and alias, in the table of `n_rows`: rows are only ever added."""
+    known = [row for row in OPS.values() if row.verb and (verb is None or verb in row.verbs)]
+    words = {w: row for row in known for w in (row.name, *row.aliases)}
+    if verb is None:
+        words |= {row.name: row for row in OPS.values() if row.name not in words}  # a word that requests may say wins
+    return MappingProxyType(words)
 
 
 def no_gradient(row: Row) -> GradientError:

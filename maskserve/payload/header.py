@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from maskserve.dtypes import BY_CODE, DType
 from maskserve.errors import NotComputableError, PayloadError, TooLargeError
@@ -23,6 +24,7 @@ FORMAT_HEADER_BYTES = 100_000_000  # the format's own cap
 NOT_A_LENGTH = 2**48  # beyond any file: the first 8 bytes are something else, for example a big-endian number
 LARGEST_BYTES = 2**63 - 1  # torch and numpy count bytes and strides in int64
 ECHO = 128  # the most that a message repeats of what was sent
+KNOWN_BYTES = 2048  # up to which a header is remembered: requests that follow each other mostly have the same
 METADATA = "__metadata__"
 FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
@@ -91,6 +93,8 @@ class Header:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     data_start: int
+    memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What others worked out from the header alone, by what for: as a header is remembered, so is this."""
 
 
 def shown(text: object, limit: int = ECHO) -> str:
@@ -114,14 +118,22 @@ def parse_header(read: Callable[[int, int], Buffer], total_bytes: int, limits: L
     first = bytes(read(0, 8))
     n = int.from_bytes(first, "little")
     _check_length(n, first, total_bytes, limits)
-    root = _root(bytes(read(8, n)), limits)
+    text = bytes(read(8, n))
+    return (_known if n <= KNOWN_BYTES else _parsed)(text, total_bytes - 8 - n, limits)
+
+
+def _parsed(text: bytes, data_bytes: int, limits: Limits) -> Header:
+    root = _root(text, limits)
     metadata = check_metadata(root.pop(METADATA, {}), limits)
     if len(root) > limits.tensors:
         raise TooLargeError(f"the payload has {len(root)} tensors; at most {limits.tensors} are read")
     infos = [_tensor(name, entry, limits) for name, entry in root.items()]
     infos.sort(key=lambda info: (info.begin, info.end, info.name))
-    _check_coverage(infos, total_bytes - 8 - n)
-    return Header(MappingProxyType({info.name: info for info in infos}), MappingProxyType(metadata), 8 + n)
+    _check_coverage(infos, data_bytes)
+    return Header(MappingProxyType({info.name: info for info in infos}), MappingProxyType(metadata), 8 + len(text))
+
+
+_known = lru_cache(maxsize=256)(_parsed)
 
 
 def is_text(first: bytes) -> bool:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 
 from maskserve.dtypes import DType
 from maskserve.errors import NotComputableError, ShapeError
-from maskserve.payload.header import METADATA, Buffer, Shape, check_metadata, check_name, check_shape, shown
+from maskserve.payload.header import (
+    KNOWN_BYTES,
+    METADATA,
+    Buffer,
+    Shape,
+    check_metadata,
+    check_name,
+    check_shape,
+    shown,
+)
 
+KNOWN_TENSORS = 8  # up to which a header is remembered; the size of its metadata and of each name is bounded too
 DATA_ALIGNMENT = 8  # as the safetensors library: 64 would gain nothing, since the tensors that follow are packed
 
 
@@ -36,7 +48,7 @@ def encode(outputs: Iterable[Output], metadata: Mapping[str, str]) -> Encoded:
     """The payload of `outputs`, by width of dtype (widest first), then name: the same content gives the same bytes."""
     ordered = sorted(outputs, key=lambda output: (-output.dtype.n_bytes, output.name))
     header = encode_header(ordered, metadata)
-    sizes = [check_shape(output.name, output.dtype, output.shape) for output in ordered]
+    sizes = [math.prod(output.shape) * output.dtype.n_bytes for output in ordered]
     for output, n_bytes in zip(ordered, sizes, strict=True):
         if isinstance(output.chunks, Buffer):
             _check_size(output, memoryview(output.chunks).nbytes, n_bytes)
@@ -47,22 +59,29 @@ def encode(outputs: Iterable[Output], metadata: Mapping[str, str]) -> Encoded:
 
 def encode_header(ordered: Iterable[Output], metadata: Mapping[str, str]) -> bytes:
     """The length and the header of `ordered`, padded so that the data starts at a multiple of 8."""
+    said, tensors = tuple(metadata.items()), tuple([(o.name, o.dtype, o.shape) for o in ordered])
+    is_short = len(tensors) <= KNOWN_TENSORS and sum(len(key) + len(text) for key, text in said) <= KNOWN_BYTES
+    return (_known if is_short else _written)(said, tensors)
+
+
+def _written(said: tuple[tuple[str, str], ...], tensors: tuple[tuple[str, DType, Shape], ...]) -> bytes:
     root: dict[str, object] = {}
-    if metadata:
-        root[METADATA] = dict(sorted(check_metadata(dict(metadata)).items()))
+    if said:
+        root[METADATA] = dict(sorted(check_metadata(dict(said)).items()))
     at = 0
-    for output in ordered:
-        check_name(output.name)
-        if output.name in root or output.name == METADATA:
-            raise NotComputableError(
-                f"two tensors would be written as {shown(output.name)}; rename one", parameter=shown(output.name)
-            )
-        end = at + check_shape(output.name, output.dtype, output.shape)
-        root[output.name] = {"dtype": output.dtype.code, "shape": list(output.shape), "data_offsets": [at, end]}
+    for name, dtype, shape in tensors:
+        check_name(name)
+        if name in root or name == METADATA:
+            raise NotComputableError(f"two tensors would be written as {shown(name)}; rename one", parameter=shown(name))
+        end = at + check_shape(name, dtype, shape)
+        root[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(root, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % DATA_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+_known = lru_cache(maxsize=256)(_written)
 
 
 def to_bytes(outputs: Iterable[Output], metadata: Mapping[str, str]) -> bytes:
