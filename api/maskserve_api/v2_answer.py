@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from maskserve.dtypes import DType
 from maskserve.errors import UnknownTensorError, nearest
 from maskserve.payload.format import DEFAULT_LIMITS, Buffer, Output
 from maskserve.payload.header import shown
+from maskserve.payload.texts import numbers_of
 from maskserve_api.errors import NotAcceptableError
 from maskserve_api.table import Json
 from maskserve_api.v2_question import Asked
@@ -86,7 +85,4 @@ def values(name: str, dtype: DType, data: Buffer) -> str:
             f"{shown(name)} is {CODES[dtype]}, which JSON does not hold: ask for it with binary_data",
             parameter=shown(name),
         )
-    cells = np.frombuffer(data, dtype.torch)
-    if dtype.is_float:  # str is the shortest text that reads back alike, also of float32
-        return ", ".join(str(cell) if math.isfinite(cell) else "null" for cell in cells)
-    return json.dumps(cells.tolist())[1:-1]
+    return ", ".join(numbers_of(dtype, data))

@@ -204,8 +204,8 @@ class Part:
 
 def part_of(first: Shown) -> Part:
     from maskserve.dtypes import boolean
-    from maskserve.payload.cells import texts_of
     from maskserve.payload.format import Output
+    from maskserve.payload.texts import texts_of
 
     part = first.cells.shape
     mask = None if first.valid is None else Output("", boolean, part, first.valid.tobytes())

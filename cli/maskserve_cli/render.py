@@ -85,8 +85,8 @@ def text_lines(answer: Answer) -> Iterator[str]:
 
     Each of several variables comes after a line with its name. Digits are those that read back as the same number.
     """
-    from maskserve.payload.cells import texts_of
     from maskserve.payload.json import refuse_complex
+    from maskserve.payload.texts import texts_of
 
     computed = [result for result in answer.results if not result.is_coordinate]
     for result in computed:

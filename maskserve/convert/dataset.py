@@ -11,7 +11,7 @@ import numpy as np
 
 from maskserve.dtypes import BY_TORCH, DType, bf16, f8_e4m3, f8_e5m2, f32
 from maskserve.errors import NotComputableError
-from maskserve.payload.cells import _widened
+from maskserve.payload.cells import decoded
 from maskserve.payload.header import shown
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -119,7 +119,7 @@ def widened(variables: Iterable[DataVariable], target: str, *lacking: DType) -> 
     for variable in variables:
         if variable.dtype in foreign:
             said.append(f"{shown(variable.name)} ({variable.dtype.name})")
-            wide = _widened(variable.cells, variable.dtype) if variable.dtype in FOREIGN_TO_NUMPY else variable.cells
+            wide = decoded(variable.cells, variable.dtype) if variable.dtype in FOREIGN_TO_NUMPY else variable.cells
             variable = replace(variable, dtype=f32, cells=wide.astype(np.float32))
         result.append(variable)
     return result, [

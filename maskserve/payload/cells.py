@@ -1,4 +1,4 @@
-"""Cells as JSON writes them: Python values to the bytes of a dtype, and bytes to the shortest text. Imports no torch.
+"""Cells as JSON spells them, to the bytes of a dtype; texts.py goes the other way. Imports no torch.
 
 The floats that numpy lacks (bf16, fp8) go through a table of their values: the codes of positive floats are in order.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -17,8 +17,6 @@ from maskserve.payload.header import Shape, shown
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from maskserve.payload.format import Output
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -112,13 +110,13 @@ def _rounded(name: str, wide: Array, dtype: DType) -> bytes:
             cells = wide.astype(dtype.torch)
         lost: Array = np.isinf(cells) & ~np.isinf(wide)
     else:
-        cells, lost = _codes(wide, dtype)
+        cells, lost = codes_of(wide, dtype)
     if lost.any():
         _fail(name, f"holds a number beyond {dtype.code}")
     return cells.tobytes()
 
 
-def _codes(wide: Array, dtype: DType) -> tuple[Array, Array]:
+def codes_of(wide: Array, dtype: DType) -> tuple[Array, Array]:
     """The nearest code of each value, and where there is none."""
     import numpy as np
 
@@ -134,12 +132,12 @@ def _codes(wide: Array, dtype: DType) -> tuple[Array, Array]:
     if dtype is f8_e4m3:
         lost |= np.isinf(wide)  # it has no infinity
     code |= np.signbit(wide).astype(np.int64) << (dtype.n_bytes * 8 - 1)
-    code = np.where(np.isnan(wide), _NAN_CODE[dtype], code)
-    return code.astype(_CODE_TYPE[dtype.n_bytes]), lost
+    code = np.where(np.isnan(wide), NAN_CODE[dtype], code)
+    return code.astype(CODE_TYPE[dtype.n_bytes]), lost
 
 
-_NAN_CODE = {bf16: 0x7FC0, f8_e5m2: 0x7E, f8_e4m3: 0x7F}
-_CODE_TYPE = {1: "<u1", 2: "<u2"}
+NAN_CODE = {bf16: 0x7FC0, f8_e5m2: 0x7E, f8_e4m3: 0x7F}
+CODE_TYPE = {1: "<u1", 2: "<u2"}
 _N_FINITE = {bf16: 0x7F80, f8_e5m2: 0x7C, f8_e4m3: 0x7F}
 
 
@@ -148,10 +146,10 @@ def _positive(dtype: DType) -> Array:
     """The finite values from 0 up, by code, in float64."""
     import numpy as np
 
-    return _widened(np.arange(_N_FINITE[dtype]), dtype)
+    return decoded(np.arange(_N_FINITE[dtype]), dtype)
 
 
-def _widened(codes: Array, dtype: DType) -> Array:
+def decoded(codes: Array, dtype: DType) -> Array:
     import numpy as np
 
     if dtype is bf16:
@@ -163,53 +161,6 @@ def _widened(codes: Array, dtype: DType) -> Array:
     size = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7))
     size = np.where(codes & 127 == 127, np.nan, size)
     return np.where(codes & 128, -size, size)
-
-
-def texts_of(dtype: DType, shape: Shape, data: Any, mask: Output | None) -> Iterator[str]:
-    """The cells in row-major order as JSON: masked ones as null, floats as the shortest text that reads back alike."""
-    import numpy as np
-
-    stored = _CODE_TYPE[dtype.n_bytes] if dtype in _NAN_CODE else dtype.torch
-    cells = np.frombuffer(data, stored)
-    spell = _spelling(dtype, cells)
-    if mask is None:
-        return map(spell, cells)
-    valid = np.frombuffer(mask.chunks, np.bool_).reshape(mask.shape)  # type: ignore[arg-type]  # one buffer by now
-    flat = np.broadcast_to(valid, shape).reshape(-1)
-    return (spell(cell) if is_valid else "null" for cell, is_valid in zip(cells, flat, strict=True))
-
-
-def _spelling(dtype: DType, cells: Array) -> Callable[[Any], str]:
-    import numpy as np
-
-    if dtype is boolean:
-        return lambda cell: "true" if cell else "false"
-    if not dtype.is_float:
-        return lambda cell: str(cell) if abs(int(cell)) <= EXACT_IN_DOUBLE else f'"{cell}"'
-    if dtype in _NAN_CODE:
-        texts = _shortest(np.unique(cells), dtype)
-        return lambda code: texts[int(code)]
-    return lambda cell: str(cell) if math.isfinite(cell) else _not_finite(float(cell))
-
-
-def _shortest(codes: Array, dtype: DType) -> dict[int, str]:
-    """For each code the text with the fewest digits whose nearest value in `dtype` is that code's."""
-    import numpy as np
-
-    values = _widened(codes, dtype)
-    texts = {int(code): _not_finite(float(value)) for code, value in zip(codes, values, strict=True)}
-    left = np.isfinite(values)
-    for digits in range(1, 10):  # bf16 needs 4, fp8 fewer
-        near = np.array([float(f"{value:.{digits}g}") for value in values[left]], np.float64)
-        back, lost = _codes(near, dtype)
-        same = (back == codes[left]) & ~lost
-        texts.update({int(c): repr(float(v)) for c, v in zip(codes[left][same], near[same], strict=True)})
-        left[np.flatnonzero(left)[same]] = False
-    return texts
-
-
-def _not_finite(value: float) -> str:
-    return '"NaN"' if math.isnan(value) else '"Infinity"' if value > 0 else '"-Infinity"'
 
 
 def _fail(name: str, what: str) -> NoReturn:

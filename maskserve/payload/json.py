@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from maskserve.dtypes import BY_CODE, DType, Kind, boolean, f64, i64
 from maskserve.errors import NotComputableError, PayloadError, TooLargeError, nearest
-from maskserve.payload.cells import Cells, cells_of, texts_of
+from maskserve.payload.cells import Cells, cells_of
 from maskserve.payload.format import BytesPayload, Output, to_bytes
 from maskserve.payload.header import (
     DEFAULT_LIMITS,
@@ -29,6 +30,7 @@ from maskserve.payload.header import (
     strict_json,
 )
 from maskserve.payload.metadata import KEY_DIMS, dim_names
+from maskserve.payload.texts import texts_of
 from maskserve.payload.variables import MASK, Variables, resolve
 
 Form: TypeAlias = Literal["plain", "explicit"]
@@ -228,7 +230,7 @@ def _nested(shape: Shape, texts: Iterator[str]) -> Iterator[bytes]:
         yield b"["
         for start in range(0, shape[0], CELLS_PER_CHUNK):
             n = min(CELLS_PER_CHUNK, shape[0] - start)
-            yield ((", " if start else "") + ", ".join(next(texts) for _ in range(n))).encode()
+            yield ((", " if start else "") + ", ".join(islice(texts, n))).encode()
         yield b"]"
     else:
         for row in range(shape[0]):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maskserve.dtypes import DType, boolean
 from maskserve.errors import MaskDtypeError, MaskError, PayloadError
-from maskserve.payload.cells import _CODE_TYPE, _NAN_CODE, _widened
+from maskserve.payload.cells import CODE_TYPE, NAN_CODE, decoded
 from maskserve.payload.format import Buffer, Payload
 from maskserve.payload.header import Shape, TensorInfo, shown
 from maskserve.payload.variables import MaskKind, MaskSource, Variable
@@ -35,12 +35,12 @@ def stored(buffer: Buffer, dtype: DType) -> Array:
     """The cells of `buffer` as they are stored; a float that numpy lacks stays a code until `numbers` widens it."""
     import numpy as np
 
-    return np.frombuffer(buffer, _CODE_TYPE[dtype.n_bytes] if dtype in _NAN_CODE else dtype.torch)
+    return np.frombuffer(buffer, CODE_TYPE[dtype.n_bytes] if dtype in NAN_CODE else dtype.torch)
 
 
 def numbers(cells: Array, dtype: DType) -> Array:
     """`cells` as numbers that numpy computes with."""
-    return _widened(cells, dtype) if dtype in _NAN_CODE else cells
+    return decoded(cells, dtype) if dtype in NAN_CODE else cells
 
 
 def blocks(payload: Payload, variable: Variable) -> Iterator[tuple[Array, Array | None]]:
