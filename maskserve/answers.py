@@ -180,9 +180,10 @@ def run(
     `others` are payloads by the word that the request has for them in place of a tensor's name; `admit` hears the bytes
     of the answer before they are computed, and may raise.
     """
-    variables, planned = prepared(request, payload, others)
+    prepared = prepare(request, payload, others)
+    variables, planned = prepared.variables, prepared.steps
     if admit:
-        admit(sum(step.bytes_written for step in planned))
+        admit(prepared.bytes_written)
     if request.is_gradient:
         results = [r for step in planned for r in gradient_results(request, payload, step)]
     else:
@@ -190,28 +191,47 @@ def run(
         alive = {dim for step in planned for dim in step.dims_alive}
         results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
         results += labels(planned, {r.name for r in results})
+    if prepared.metadata is None:
+        prepared.metadata = metadata_of(request, payload, others, results)
+    return Answer(results=tuple(results), metadata=dict(prepared.metadata))
+
+
+def metadata_of(request: Request, payload: Payload, others: Payloads, results: list[Result]) -> dict[str, str]:
+    """What an answer says of itself: a line of history, and the names of dims."""
     named = {r.name: r.dims for r in results if r.dims is not None}
     elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
     line = {"maskserve": version(), **request.canonical(), **elsewhere}
-    metadata = answer_metadata(payload.header.metadata, named, line, version())
-    return Answer(results=tuple(results), metadata=metadata)
+    return answer_metadata(payload.header.metadata, named, line, version())
 
 
-def prepared(request: Request, payload: Payload, others: Payloads) -> tuple[Variables, tuple[Step, ...]]:
-    """The variables and the steps of a request, remembered with the header: what it decides, it decides again."""
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """All of an answer that its question's header decides."""
+
+    variables: Variables
+    steps: tuple[Step, ...]
+    bytes_written: int
+    metadata: dict[str, str] | None = None
+    """None until the first answer is there, which names its dims."""
+
+
+def prepare(request: Request, payload: Payload, others: Payloads) -> Prepared:
+    """What a request does, remembered with the header: it would be the same again."""
     refuse_other_masks(payload, request.common.get("mask"), request.common.get("mask_means"))
     memo = payload.header.memo
-    known: tuple[Variables, tuple[Step, ...]] | None = memo.get(request)
+    known: Prepared | None = memo.get(request)
     if known is not None and not others:
         return known
     variables = resolved(request, payload, others)
     planned = steps(request, variables, payload, others)
     refuse_growth(planned, payload)
+    bytes_written = sum(step.bytes_written for step in planned)
+    prepared = Prepared(variables=variables, steps=planned, bytes_written=bytes_written)
     if not others and not any(step.sides for step in planned):  # a side holds its payload
         if len(memo) >= REMEMBERED:
             memo.clear()
-        memo[request] = variables, planned
-    return variables, planned
+        memo[request] = prepared
+    return prepared
 
 
 def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:

@@ -59,7 +59,11 @@ def using(
     given: dict[str, Any] = {
         "backend": backend, "threads": threads, "block_cells": block_cells, "checkpoint": checkpoint
     }  # fmt: skip
-    token = _execution.set(replace(execution(), **{k: v for k, v in given.items() if v is not None}))
+    said = {k: v for k, v in given.items() if v is not None}
+    if not said:  # as every small request has it
+        yield
+        return
+    token = _execution.set(replace(execution(), **said))
     try:
         yield
     finally:
