@@ -24,6 +24,7 @@ from maskserve_api.server import Server
 
 SIZES = {"100 B": 8, "1 kB": 160, "10 kB": 2000}
 ROUNDS = 7
+PROFILED = 100
 
 
 class Wire(asyncio.Transport):
@@ -83,14 +84,12 @@ async def seconds_each(server: Server, path: str, body: bytes, n: int) -> float:
 
 
 @contextmanager
-def profiled(is_on: bool) -> Iterator[None]:
+def profiled() -> Iterator[None]:
     profile = cProfile.Profile(time.thread_time)
-    if is_on:
-        profile.enable()
+    profile.enable()
     yield
-    if is_on:
-        profile.disable()
-        pstats.Stats(profile).sort_stats("cumtime").print_stats(150)
+    profile.disable()
+    pstats.Stats(profile).sort_stats("cumtime").print_stats(PROFILED)
 
 
 async def measured(server: Server, label: str, n: int, path: str) -> list[str]:
@@ -114,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server = Server(with_peer(), "127.0.0.1", grace=1.0)
     sizes = given.size or tuple(SIZES)
     if given.profile:
-        with profiled(True):
+        with profiled():
             asyncio.run(seconds_each(server, given.path, question(SIZES[sizes[0]]), 2000))
         return 0
     lines = [asyncio.run(measured(server, label, given.requests, given.path)) for label in sizes]
