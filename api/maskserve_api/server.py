@@ -20,7 +20,7 @@ from prometheus_client import disable_created_metrics
 
 from maskserve.errors import SettingsError
 from maskserve.payload.header import shown
-from maskserve_api import logs
+from maskserve_api import allocator, logs
 from maskserve_api.addresses import BACKLOG, bound, is_awaited, netloc, resolved
 from maskserve_api.app import create_app
 from maskserve_api.edge import LOOPBACK_HOSTS, log
@@ -74,6 +74,7 @@ def serve(
     )
     sockets = [bound(family, address) for family, address in addresses]
     logs.configure(log)
+    allocator.keep_little()
     try:
         rehearse()
         if not is_local:
