@@ -60,6 +60,11 @@ PLAIN_FORMS: Mapping[str, Form] = {
     "std": lambda x, m, dim: var(x, m, dim).sqrt(),
     "amax": lambda x, m, dim: shown(x, m, -torch.inf).amax(dim),
     "norm": lambda x, m, dim: torch.linalg.vector_norm(shown(x, m), 2, dim),
+    "prod": lambda x, m, dim: shown(x, m, 1.0).prod(dim),
+    "ptp": lambda x, m, dim: shown(x, m, -torch.inf).amax(dim) - shown(x, m, torch.inf).amin(dim),
+    "norm of order 1": lambda x, m, dim: torch.linalg.vector_norm(shown(x, m), 1, dim),
+    "norm of order 3": lambda x, m, dim: torch.linalg.vector_norm(shown(x, m), 3, dim),
+    "norm of order inf": lambda x, m, dim: torch.linalg.vector_norm(shown(x, m), torch.inf, dim),
     "logsumexp": lambda x, m, dim: shown(x, m, -torch.inf).logsumexp(dim),
     "softmax": lambda x, m, dim: shown(shown(x, m, -torch.inf).softmax(dim), m),
     "log_softmax": lambda x, m, dim: shown(shown(x, m, -torch.inf).log_softmax(dim), m),
@@ -67,6 +72,7 @@ PLAIN_FORMS: Mapping[str, Form] = {
 }
 """The ops that are timed, and how they are written without a library."""
 WITHOUT_DIM = ("exp", "sin", "square", "sigmoid")
+ORDERS = {"norm": 2, "norm of order 1": 1, "norm of order 3": 3, "norm of order inf": torch.inf}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +106,14 @@ def measure(op: str, cell: Cell, effort: Effort) -> Timing:
 
 def contenders(op: str, cell: Cell, data: Tensor, mask: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Forward and backward, giving the gradient as a plain tensor."""
-    given = () if op in WITHOUT_DIM else (2, cell.dim) if op == "norm" else (cell.dim,)
+    given = () if op in WITHOUT_DIM else (ORDERS[op], cell.dim) if op in ORDERS else (cell.dim,)
+    word = "norm" if op in ORDERS else op
     leaf, ours, form = data.clone().requires_grad_(), ms.masked_tensor(data, mask, requires_grad=True), PLAIN_FORMS[op]
     assert cell.dim is not None
     above = torch.ones_like(form(data, mask, cell.dim))
 
     def by_maskserve() -> Tensor:
-        getattr(ms, op)(ours, *given).backward(above)
+        getattr(ms, word)(ours, *given).backward(above)
         gradient = ours.grad
         ours.grad = None
         assert gradient is not None
@@ -123,7 +130,7 @@ def contenders(op: str, cell: Cell, data: Tensor, mask: Tensor) -> dict[str, Cal
             getattr(torch, op)(theirs).sum().backward()
             gradient: Tensor = theirs.grad.to_tensor(0.0)
             return gradient
-        getattr(import_module("torch.masked"), op)(leaf, *given, mask=mask).backward(above)
+        getattr(import_module("torch.masked"), word)(leaf, *given, mask=mask).backward(above)
         return taken(leaf)
 
     return {OURS: by_maskserve, PLAIN: by_hand, TORCH_MASKED: by_torch_masked}

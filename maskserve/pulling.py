@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.cpu import empty
-from maskserve.backends.pulls import Launch, count_ties, launch, pull_block
+from maskserve.backends.pulls import N_PARTS, Launch, count_ties, launch, pull_block
+from maskserve.backends.reference.cells import Parts
 from maskserve.blocks import Cells, Folded, cut
 from maskserve.engine import joined
 from maskserve.execution import backend_of, execution, in_parallel
@@ -55,7 +56,7 @@ class Walk:
     """One gradient, block by block."""
 
     def __init__(self, how: Launch, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], made: Pulled) -> None:
-        self.how, self.plan = how, how.states
+        self.how, self.plan, self.data, self.mask = how, how.states, data, mask
         self.cells = Cells(self.plan, data, mask, policy=self.plan.params["nan"])
         self.above = [self.folded(result) for result in above]
         self.made = [None if part is None else part.view(self.cells.shape) for part in made]
@@ -101,32 +102,65 @@ class Walk:
 
     def block_states(self, data: Tensor, mask: Tensor | None, above: Sequence[Tensor]) -> list[Tensor]:
         """What the kernel reads of each slice of a block, (outer, inner)."""
-        if self.how.pull.counts_ties:
-            return [self.ties(data, mask, above)]
-        if self.how.pull.step is None:
-            return []
-        return list(backend_of(self.plan).lift(self.plan, data, mask).values())
 
-    def ties(self, data: Tensor, mask: Tensor | None, above: Sequence[Tensor]) -> Tensor:
-        count = torch.empty((data.shape[0], data.shape[2]), dtype=torch.int64)
-        count_ties(self.how, data, mask, above, count)
-        return count
+        def lifted(kept: Tensor | None) -> Parts:
+            return backend_of(self.plan).lift(self.plan, data, kept)
+
+        def tied(found: Tensor | None) -> Tensor:
+            return self.ties(data, mask, above[2] if found is None else found.unsqueeze(1))
+
+        return self.read(self.spared(lifted, data, mask), tied)
 
     def all_states(self) -> list[Tensor]:
         """The same of every slice, before its cells are read again."""
-        if self.how.pull.counts_ties:
-            return [self.all_ties()]
-        return [] if self.how.pull.step is None else list(joined(self.plan, self.cells).values())
 
-    def all_ties(self) -> Tensor:
+        def lifted(kept: Tensor | None) -> Parts:
+            return joined(self.plan, Cells(self.plan, self.data, kept, policy=self.plan.params["nan"]))
+
+        def tied(found: Tensor | None) -> Tensor:
+            return self.all_ties(self.above[2] if found is None else self.folded(found))
+
+        return self.read(self.spared(lifted, self.data, self.mask), tied)
+
+    def spared(self, lifted: Callable[[Tensor | None], Parts], data: Tensor, mask: Tensor | None) -> Parts:
+        """The states, none without a pass. Where cells of 0 are left out, those of the others and how many are 0."""
+        if self.how.pull.step is None:
+            return {}
+        states = lifted(mask)
+        if not self.how.pull.spares_zeros:
+            return states
+        if not (states["high"] == 0).any():
+            return states | {"count": torch.zeros_like(states["count"])}
+        others = data != 0
+        spared = lifted(others if mask is None else others & mask)
+        return spared | {"count": states["count"] - spared["count"]}
+
+    def read(self, states: Parts, tied: Callable[[Tensor | None], Tensor]) -> list[Tensor]:
+        """The parts of states and the counts of ties that the kernel reads, in its order."""
+        names = self.how.pull.ties
+        if states and not names:
+            names = tuple(part.name for part in self.plan.passes[0].parts(self.plan.dtype))[:N_PARTS]
+            return [states[name] for name in names]
+        if not states:
+            return [tied(None)] if names else []
+        found = [states[name] for name in names]
+        return found + [tied(part) for part in found]
+
+    def ties(self, data: Tensor, mask: Tensor | None, found: Tensor) -> Tensor:
+        count = torch.empty((data.shape[0], data.shape[2]), dtype=torch.int64)
+        dtype = self.plan.result if self.how.pull.step is None else self.plan.dtype
+        count_ties(self.how, data, mask, found, dtype, count)
+        return count
+
+    def all_ties(self, found: Folded) -> Tensor:
         outer, _, inner = self.cells.shape
         blocks = cut(self.plan, self.cells.shape, BLOCK_CELLS)
         counts = torch.empty((outer, len(blocks.runs), inner), dtype=torch.int64)
 
         def task(rows: slice, index: int, run: slice, columns: slice) -> Callable[[], None]:
             def count_block() -> None:
-                above = [result[rows, slice(0, 1), columns] for result in self.above]
-                counts[rows, index, columns] = self.ties(*self.cells.block(rows, run, columns), above)
+                data, mask = self.cells.block(rows, run, columns)
+                counts[rows, index, columns] = self.ties(data, mask, found[rows, slice(0, 1), columns])
 
             return count_block
 

@@ -237,13 +237,13 @@ int pull(int kernel, const Options& options, const nb::tuple& given) {
 }
 
 // A block, what comes from above, then where the counts go.
-void ties(const nb::tuple& given) {
+void ties(bool of_sizes, const nb::tuple& given) {
   Numbers numbers(given);
   const Block block = block_of(numbers);
   const Above above = above_of(numbers);
   int64_t* const count_ptr = address<int64_t>(numbers.next());
   nb::gil_scoped_release released;
-  maskserve::pull_variant().ties(block, above, count_ptr);
+  maskserve::pull_variant().ties(block, above, of_sizes, count_ptr);
 }
 
 // Dense cells where `keep` says so, 0 elsewhere; `reached`: it is a reach, else a mask.

@@ -25,8 +25,9 @@ struct Pulled {
 // A FillStatus.
 using Pull = int (*)(const Block&, const Options&, const Above&, const Pulled&);
 
-// (outer, inner) counts of the valid cells that equal the result of their slice, NaN being one with NaN.
-using Ties = void (*)(const Block&, const Above&, int64_t* count);
+// (outer, inner) counts of the valid cells, or `of_sizes` of their |cells|, that equal the result of their slice, NaN
+// being one with NaN.
+using Ties = void (*)(const Block&, const Above&, bool of_sizes, int64_t* count);
 
 // Dense cells of `cell_bytes` where they are kept, 0 elsewhere: where bytes are 1, or where reaches, bfloat16, are above 0.
 using Keep = void (*)(const unsigned char* cells_ptr, const void* keep_ptr, int64_t cell_bytes, int64_t n,
@@ -36,7 +37,7 @@ using Keep = void (*)(const unsigned char* cells_ptr, const void* keep_ptr, int6
 #define MASKSERVE_PULLS(each)                                                                             \
   each(pull_total) each(pull_mean) each(pull_var) each(pull_std) each(pull_logsumexp) each(pull_extreme)  \
   each(pull_norm) each(pull_softmax) each(pull_softmin) each(pull_log_softmax) each(pull_normalize)       \
-  each(pull_standardize) each(pull_cumsum)
+  each(pull_standardize) each(pull_cumsum) each(pull_norm_of_order) each(pull_extent) each(pull_product)
 
 #define MASKSERVE_NAME(kernel) #kernel,
 constexpr const char* pull_names[] = {MASKSERVE_PULLS(MASKSERVE_NAME)};

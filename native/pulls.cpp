@@ -16,8 +16,14 @@ namespace {
 
 #include "pulls.hpp"
 
+#include "powers.hpp"
+
+#include "mantissas.hpp"
+
+#include "exponents.hpp"
+
 constexpr int64_t n_strip = 4096;  // cells: a page of f32, and what is made of them stays in L2
-constexpr int n_numbers = 3;       // of a slice
+constexpr int n_numbers = 4;       // of a slice
 
 struct StripRoom {
   alignas(64) double cells[n_strip];
@@ -37,7 +43,8 @@ struct SliceReader {
   void g(double* out) const { read_lanes(above.dtype, above.g, w, out); }
   void result(double* out) const { read_lanes(above.dtype, above.out, w, out); }
   void count(double* out) const { read_lanes(Dtype::i64, above.part[0], w, out); }
-  void part(int k, double* out) const { read_lanes(Dtype::f64, above.part[k], w, out); }
+  void part(int k, double* out) const { part(Dtype::f64, k, out); }
+  void part(Dtype dtype, int k, double* out) const { read_lanes(dtype, above.part[k], w, out); }
 };
 
 // ---- rows: number() makes the numbers of each slice, gradient() that of a cell ------------------------------------------
@@ -155,6 +162,98 @@ struct NormRow {
   static ALWAYS_INLINE double gradient(double x, double factor, double, double) { return x * factor; }
 };
 
+// The largest or the smallest |cell|: those that have it share g evenly, each with its sign.
+struct FarthestRow : ExtremeRow {
+  static ALWAYS_INLINE double gradient(double x, double found, double share, double) {
+    const double size = size_of(x), signed_share = x < 0.0 ? -share : share;
+    return size == found && size != 0.0 ? signed_share : 0.0;
+  }
+};
+
+struct AbsoluteRow {
+  static constexpr int n = 1;
+  static constexpr bool reads_cells = true;
+  void number(const SliceReader& slices, int64_t, Numbers to) const { slices.g(to.of[0]); }
+  static ALWAYS_INLINE double gradient(double x, double g, double, double) { return x > 0.0 ? g : x < 0.0 ? -g : 0.0; }
+};
+
+// Powers: count, total, its low part, scale. The sign times (|cell| / norm)^(ord - 1).
+template <Order order>
+struct PowerRow {
+  static constexpr int n = 2;
+  static constexpr bool reads_cells = true;
+
+  void number(const SliceReader& slices, int64_t lanes, Numbers to) const {
+    double *const norm = to.of[0], *const g = to.of[1], *const scale = to.of[2];
+    slices.part(1, norm), slices.part(2, g), slices.part(3, scale);
+    for (int64_t l = 0; l < lanes; ++l) norm[l] = norm_of(order, norm[l], g[l], scale[l]);
+    slices.g(g);
+    for (int64_t l = 0; l < lanes; ++l) {
+      const bool is_flat = norm[l] == 0.0 || (is_inverse(order) && norm[l] == infinity);
+      g[l] = is_flat ? 0.0 : g[l];
+      norm[l] = is_flat ? 1.0 : norm[l];
+    }
+  }
+  static ALWAYS_INLINE double gradient(double x, double norm, double g, double) {
+    const double size = size_of(x), with_sign = x < 0.0 ? -g : g;
+    const double ratio = order == Order::three ? size / norm : norm / size;
+    const double share = order == Order::half             ? __builtin_sqrt(ratio)
+                         : order == Order::inverse_square ? ratio * ratio * ratio
+                                                          : ratio * ratio;
+    return size == 0.0 ? 0.0 : with_sign * share;
+  }
+};
+
+// Extents: low, high, how many cells equal each.
+struct ExtentRow {
+  static constexpr int n = 4;
+  static constexpr bool reads_cells = true;
+  Dtype dtype;  // of the data
+
+  void number(const SliceReader& slices, int64_t lanes, Numbers to) const {
+    double *const g = to.of[0], *const low_share = to.of[2], *const high_share = to.of[3];
+    slices.g(g), slices.part(Dtype::i64, 2, low_share), slices.part(Dtype::i64, 3, high_share);
+    for (int64_t l = 0; l < lanes; ++l) {
+      low_share[l] = g[l] / at_least_one(low_share[l]), high_share[l] = g[l] / at_least_one(high_share[l]);
+    }
+    slices.part(dtype, 0, to.of[0]), slices.part(dtype, 1, to.of[1]);
+  }
+  static ALWAYS_INLINE double gradient(double x, double low, double high, double low_share, double high_share) {
+    return (is_same(x, high) ? high_share : 0.0) - (is_same(x, low) ? low_share : 0.0);
+  }
+};
+
+// The product of the cells that are not 0, over the cell; its state has the count of those that are in place of its own.
+// A lone 0 takes the product, and the others nothing; beside another 0 none takes any. Slices with inf or NaN are refused.
+template <bool is_short>
+struct ProductRow {
+  static constexpr int n = is_short ? 2 : 3;
+  static constexpr bool reads_cells = true;
+  bool* refused;
+
+  void number(const SliceReader& slices, int64_t lanes, Numbers to) const {
+    double *const factor = to.of[0], *const lone = to.of[1], *const exponent = to.of[2], *const zeros = to.of[3];
+    slices.g(factor), slices.part(1, lone), slices.part(Dtype::i64, 3, exponent), slices.count(zeros);
+    for (int64_t l = 0; l < lanes; ++l) {
+      *refused |= !is_finite(lone[l]);
+      double taken = 0.0;
+      const double g = split(factor[l], taken), product = g * lone[l];
+      exponent[l] += taken;
+      // beyond float64 nothing is left that a shorter dtype holds
+      const double found = is_short ? scaled_by(product, exponent[l]) : product;
+      factor[l] = zeros[l] == 0.0 ? found : 0.0;
+      lone[l] = zeros[l] == 1.0 ? found : 0.0;
+    }
+  }
+  static ALWAYS_INLINE double gradient(double x, double factor, double lone, double exponent) {
+    const double product = x == 0.0 ? lone : factor, divisor = x == 0.0 ? 1.0 : x;
+    if constexpr (is_short) return product / divisor;
+    double taken;
+    const double mantissa = split(divisor, taken);
+    return scaled_by(product / mantissa, exponent - taken);
+  }
+};
+
 // ---- strips: rows x columns of one group, or several short groups -------------------------------------------------------
 
 // (groups, columns) as (groups, rows, columns).
@@ -248,7 +347,7 @@ class Strips {
   // The numbers of the slices, laid out as their cells will be.
   void begin(const Window& w) {
     const int64_t lanes = w.lanes();
-    row.number(SliceReader{above, w}, lanes, Numbers{{room->lane[0], room->lane[1], room->lane[2]}});
+    row.number(SliceReader{above, w}, lanes, Numbers{{room->lane[0], room->lane[1], room->lane[2], room->lane[3]}});
     const unsigned char* const gate_ptr = above.gate.cells_ptr ? gather_mask(above.gate, first_row(w), room->gate) : room->ones;
     unsigned char every = 1;
     for (int64_t l = 0; l < lanes; ++l) every &= gate_ptr[l];
@@ -288,8 +387,11 @@ class Strips {
 
   NEVER_INLINE void compute(int64_t n_cells) {
     double* const cells = room->cells;
-    const double *const a = room->pattern[0], *const b = room->pattern[1], *const c = room->pattern[2];
-    if constexpr (Row::reads_cells) {
+    const auto& at = room->pattern;
+    const double *const a = at[0], *const b = at[1], *const c = at[2], *const d = at[3];
+    if constexpr (Row::n == 4) {
+      each_cell(n_cells, period, [=](int64_t p, int64_t j) { cells[j] = Row::gradient(cells[j], a[p], b[p], c[p], d[p]); });
+    } else if constexpr (Row::reads_cells) {
       each_cell(n_cells, period, [=](int64_t p, int64_t j) { cells[j] = Row::gradient(cells[j], a[p], b[p], c[p]); });
     }
   }
@@ -343,7 +445,34 @@ int pull_norm(const Block& block, const Options&, const Above& above, const Pull
   return refused ? fill_refused : fill_done;
 }
 
-void ties(const Block& block, const Above& above, int64_t* count) {
+int pull_norm_of_order(const Block& block, const Options& options, const Above& above, const Pulled& pulled) {
+  switch (order_of(options.ord)) {
+    case Order::half: return pull_strips(block, above, pulled, PowerRow<Order::half>());
+    case Order::one: return pull_strips(block, above, pulled, AbsoluteRow());
+    case Order::three: return pull_strips(block, above, pulled, PowerRow<Order::three>());
+    case Order::inverse: return pull_strips(block, above, pulled, PowerRow<Order::inverse>());
+    case Order::inverse_square: return pull_strips(block, above, pulled, PowerRow<Order::inverse_square>());
+    case Order::largest:
+    case Order::smallest: return pull_strips(block, above, pulled, FarthestRow());
+    default: return fill_refused;
+  }
+}
+
+int pull_extent(const Block& block, const Options&, const Above& above, const Pulled& pulled) {
+  return pull_strips(block, above, pulled, ExtentRow{block.dtype});
+}
+
+int pull_product(const Block& block, const Options&, const Above& above, const Pulled& pulled) {
+  bool refused = false;
+  if (is_short(block.dtype)) {
+    pull_strips(block, above, pulled, ProductRow<true>{&refused});
+  } else {
+    pull_strips(block, above, pulled, ProductRow<false>{&refused});
+  }
+  return refused ? fill_refused : fill_done;
+}
+
+void ties(const Block& block, const Above& above, bool of_sizes, int64_t* count) {
   const std::unique_ptr<TiesRoom> room(new TiesRoom);
   std::memset(room->ones, 1, sizeof room->ones);
   each_window(block, block.leaf, [&](Window& w) {
@@ -356,6 +485,9 @@ void ties(const Block& block, const Above& above, int64_t* count) {
       const unsigned char* own = gather_mask(block.mask, w, room->own);
       if (!own) own = room->ones;
       gather_doubles(block.dtype, block.data, w, nullptr, 0.0, room->cells);
+      if (of_sizes) {
+        for (int64_t j = 0; j < w.cells(); ++j) room->cells[j] = size_of(room->cells[j]);
+      }
       const double *const cells = room->cells, *const pattern = room->pattern;
       unsigned char* const same = room->same;
       each_cell(w.cells(), period, [=](int64_t p, int64_t j) {

@@ -10,6 +10,8 @@ namespace {
 
 #include "elementary.hpp"
 
+#include "exponents.hpp"
+
 #include "narrow.hpp"
 
 #include "scan.hpp"
@@ -68,29 +70,6 @@ struct MultiplyIntegers {
 
 ALWAYS_INLINE double size_of(double x) { return bits_as<double>(bits_as<uint64_t>(x) & 0x7fffffffffffffffu); }
 
-// frexp: x = mantissa * 2^exponent with the mantissa in [1/2, 1); 0, inf and NaN have exponent 0.
-ALWAYS_INLINE double split(double x, double& exponent) {
-  const bool is_tiny = size_of(x) < 0x1p-1022;
-  const double normal = is_tiny ? x * 0x1p54 : x;
-  const uint64_t bits = bits_as<uint64_t>(normal), biased = bits >> 52 & 0x7ffu;
-  const bool is_plain = biased == 0 || biased == 0x7ffu;
-  const double integer = bits_as<double>(biased | 0x4330000000000000u) - 0x1p52;
-  exponent = is_plain ? 0.0 : integer - (is_tiny ? 1076.0 : 1022.0);
-  return is_plain ? x : bits_as<double>((bits & 0x800fffffffffffffu) | 0x3fe0000000000000u);
-}
-
-// 2^k for integers |k| <= 1022.
-ALWAYS_INLINE double power(double k) {
-  return bits_as<double>((bits_as<uint64_t>(k + 0x1.8p52) + 1023) << 52);
-}
-
-// x * 2^exponent, rounded once, for 2^-600 < |x| < 1, 0, inf and NaN.
-ALWAYS_INLINE double scaled(double x, double exponent) {
-  const double within = exponent < -2000.0 ? -2000.0 : exponent > 2000.0 ? 2000.0 : exponent;
-  const double half = (within * 0.5 + 0x1.8p52) - 0x1.8p52;
-  return x * power(half) * power(within - half);
-}
-
 // The exact error of the rounded product of a and b (Dekker), 0 where it has none.
 ALWAYS_INLINE double product_error(double a, double b, double product) {
   constexpr double splitter = 134217729.0;
@@ -137,7 +116,7 @@ NEVER_INLINE void split_cells(double* cells, double* given_exponents, int64_t n)
 NEVER_INLINE void scale_products(double* products, const double* given_exponents, int64_t n) {
   const double* const exponents = given_exponents;
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) products[j] = scaled(products[j], exponents[j]);
+  for (int64_t j = 0; j < n; ++j) products[j] = scaled_by(products[j], exponents[j]);
 }
 
 // The running products of a tile's cells; with the exponents apart, which changes no digit, where they may leave
@@ -172,7 +151,7 @@ void run_products(ProductRoom& room, const ScanTile& tile, bool is_pair) {
     const double mantissa = split(room.product[l], shift), exponent = room.exponent[l] + shift;
     const bool is_settled = mantissa == 0.0 || !is_finite(mantissa);
     if (!is_settled && !(size_of(exponent) <= 800.0)) continue;
-    room.product[l] = is_settled ? mantissa : scaled(mantissa, exponent);
+    room.product[l] = is_settled ? mantissa : scaled_by(mantissa, exponent);
     room.exponent[l] = 0.0;
   }
 }

@@ -25,7 +25,7 @@ namespace maskserve {
   MASKSERVE_PULLS(MASKSERVE_PULL)                                                                             \
   int finish(Finish, const States&, const Options&, const Limits&, Dtype, unsigned char*, unsigned char*);    \
   void raise(const double*, double*, int64_t);                                                                \
-  void ties(const Block&, const Above&, int64_t*);                                                            \
+  void ties(const Block&, const Above&, bool of_sizes, int64_t*);                                             \
   void keep(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                             \
   void keep_reached(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                     \
   void to_reach(const unsigned char*, int64_t, unsigned char*);                                               \

@@ -6,6 +6,7 @@ differentiated again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from maskserve.backends.cpu import missing, native, number_of, options
-from maskserve.dtypes import FLOATING
+from maskserve.dtypes import FLOATING, DType
 from maskserve.ops import passes
 from maskserve.ops.rows import Pass, Reduction
 from maskserve.plan import Plan
@@ -25,6 +26,9 @@ ABSENT = (0, 0, 0, 0)
 N_PARTS = 4
 
 
+Params = Mapping[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
     """A native kernel, and what it reads beside cells, result and gradient from above."""
@@ -32,36 +36,52 @@ class Pull:
     kernel: str
     step: Pass | None = None
     """The pass whose states it reads."""
-    counts_ties: bool = False
-    """Whether it reads how many cells equal the result of their slice."""
+    ties: tuple[str, ...] = ()
+    """The states, or without a pass the result, whose ties it reads: how many cells of the slice equal each."""
+    of_sizes: bool = False
+    """Whether ties are of |cells|."""
+    spares_zeros: bool = False
+    """Whether its states leave out cells of 0, and their count is of those."""
     of_slices: bool = False
     """Whether it reads slices whole: each cell's gradient depends on g of the others."""
-    serves: Callable[[Mapping[str, Any]], bool] = lambda params: True
+    serves: Callable[[Params], bool] = lambda params: True
 
 
-def is_euclidean(params: Mapping[str, Any]) -> bool:
+def is_euclidean(params: Params) -> bool:
     """A result in another dtype may be 0 where the norm is not."""
     return bool(params["ord"] == 2) and params["dtype"] is None
 
 
-# by the name of the reference's formula
+def is_extreme(params: Params) -> bool:
+    return math.isinf(params["ord"]) and params["dtype"] is None
+
+
+RESULT = ("result",)
+# by the name of the reference's formula; the first that serves
 PULLS = {
-    ".gradients:total": Pull(kernel="pull_total"),
-    ".gradients:mean": Pull(kernel="pull_mean", step=passes.COUNT),
-    ".gradients:var": Pull(kernel="pull_var", step=passes.MOMENTS),
-    ".gradients:std": Pull(kernel="pull_std", step=passes.MOMENTS),
-    ".gradients:logsumexp": Pull(kernel="pull_logsumexp", step=passes.EXPONENTIALS),
-    ".gradients:extreme": Pull(kernel="pull_extreme", counts_ties=True),
-    ".gradients_of_orders:extreme_or_picked": Pull(
-        kernel="pull_extreme", counts_ties=True, serves=lambda params: params["dim"] is None
+    ".gradients:total": (Pull(kernel="pull_total"),),
+    ".gradients:mean": (Pull(kernel="pull_mean", step=passes.COUNT),),
+    ".gradients:var": (Pull(kernel="pull_var", step=passes.MOMENTS),),
+    ".gradients:std": (Pull(kernel="pull_std", step=passes.MOMENTS),),
+    ".gradients:logsumexp": (Pull(kernel="pull_logsumexp", step=passes.EXPONENTIALS),),
+    ".gradients:extreme": (Pull(kernel="pull_extreme", ties=RESULT),),
+    ".gradients:extent": (Pull(kernel="pull_extent", step=passes.EXTENT, ties=("low", "high")),),
+    ".gradients_of_orders:extreme_or_picked": (
+        Pull(kernel="pull_extreme", ties=RESULT, serves=lambda params: params["dim"] is None),
     ),
-    ".gradients_of_norms:norm": Pull(kernel="pull_norm", step=passes.MOMENTS, serves=is_euclidean),
-    ".gradients:softmax": Pull(kernel="pull_softmax", of_slices=True),
-    ".gradients:softmin": Pull(kernel="pull_softmin", of_slices=True),
-    ".gradients:log_softmax": Pull(kernel="pull_log_softmax", of_slices=True),
-    ".gradients_of_norms:normalize": Pull(kernel="pull_normalize", of_slices=True, serves=is_euclidean),
-    ".gradients:standardize": Pull(kernel="pull_standardize", step=passes.MOMENTS, of_slices=True),
-    ".gradients:cumsum": Pull(kernel="pull_cumsum", of_slices=True),
+    ".gradients_of_products:prod": (Pull(kernel="pull_product", step=passes.PRODUCT, spares_zeros=True),),
+    ".gradients_of_norms:norm": (
+        Pull(kernel="pull_norm", step=passes.MOMENTS, serves=is_euclidean),
+        Pull(kernel="pull_norm_of_order", serves=lambda params: params["ord"] == 1),
+        Pull(kernel="pull_norm_of_order", ties=RESULT, of_sizes=True, serves=is_extreme),
+        Pull(kernel="pull_norm_of_order", step=passes.POWERS, serves=lambda params: params["ord"] in (3, 0.5, -1, -2)),
+    ),
+    ".gradients:softmax": (Pull(kernel="pull_softmax", of_slices=True),),
+    ".gradients:softmin": (Pull(kernel="pull_softmin", of_slices=True),),
+    ".gradients:log_softmax": (Pull(kernel="pull_log_softmax", of_slices=True),),
+    ".gradients_of_norms:normalize": (Pull(kernel="pull_normalize", of_slices=True, serves=is_euclidean),),
+    ".gradients:standardize": (Pull(kernel="pull_standardize", step=passes.MOMENTS, of_slices=True),),
+    ".gradients:cumsum": (Pull(kernel="pull_cumsum", of_slices=True),),
 }
 
 
@@ -80,12 +100,13 @@ class Launch:
 @lru_cache(maxsize=1024)
 def launch(plan: Plan) -> Launch | None:
     """None where the reference's formula is needed: for other devices, dtypes and rows, and for weights."""
-    row, pull = plan.row, PULLS.get(plan.row.vjp)
+    row = plan.row
+    pull = next((pull for pull in PULLS.get(row.vjp, ()) if pull.serves(plan.params)), None)
     floats = plan.stored in FLOATING and plan.stored is plan.dtype and plan.result in FLOATING
     if pull is None or not floats or plan.device != "cpu" or plan.weighted or plan.labels is not None:
         return None
     reduces = isinstance(row, Reduction)
-    if not pull.serves(plan.params) or not (reduces or pull.of_slices) or missing() is not None:
+    if not (reduces or pull.of_slices) or missing() is not None:
         return None
     of = Reduction(
         name=row.name, summary=row.summary, parameters=row.parameters, accepts=row.accepts, result=row.result,
@@ -109,12 +130,14 @@ def strided(cells: Tensor | None) -> tuple[int, ...]:
     return (cells.data_ptr(), outer, n if cells.shape[1] > 1 else 0, inner)
 
 
-def numbers(plan: Plan, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], parts: Sequence[Tensor]) -> list[int]:
+def numbers(
+    plan: Plan, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], dtype: DType, parts: Sequence[Tensor]
+) -> list[int]:
     """A block and what comes from above (g, gate, result), as kernels read it."""
     made = [*strided(data), *strided(mask), number_of(plan.dtype.name), *data.shape, plan.leaf]
     for cells in above:
         made += strided(cells)
-    made.append(number_of(plan.result.name))
+    made.append(number_of(dtype.name))
     for part in parts:
         made += strided(part.unsqueeze(1))
     return made + list(ABSENT) * (N_PARTS - len(parts))
@@ -125,12 +148,13 @@ def pull_block(
     gradient: Tensor, reach: Tensor | None,
 ) -> bool:  # fmt: skip
     """The gradient of a block, and where it has reached, of the strides of `gradient`; False: it needs the formula."""
-    given = numbers(how.states, data, mask, above, parts)
+    given = numbers(how.states, data, mask, above, how.states.result, parts)
     given += (gradient.data_ptr(), 0 if reach is None else reach.data_ptr(), *gradient.stride())
     status: int = native().pull(how.kernel, how.options, tuple(given))
     return status == 0
 
 
-def count_ties(how: Launch, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], count: Tensor) -> None:
-    """How many cells of each slice equal its result: into (outer, inner) of `count`, dense."""
-    native().ties((*numbers(how.states, data, mask, above, ()), count.data_ptr()))
+def count_ties(how: Launch, data: Tensor, mask: Tensor | None, found: Tensor, dtype: DType, count: Tensor) -> None:
+    """How many cells of each slice equal what was found in it, (outer, 1, inner): into (outer, inner) of `count`, dense."""
+    given = numbers(how.states, data, mask, (found,) * 3, dtype, ())
+    native().ties(how.pull.of_sizes, (*given, count.data_ptr()))
