@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import maskserve as ms
-from benchmarks.cases import Cell, drawn
+from benchmarks.cases import PRODUCTS, Cell, drawn
 from benchmarks.report import number, table
 from benchmarks.timing import Effort, attempt, interleaved, quiet
 
@@ -69,6 +69,8 @@ PLAIN_FORMS: Mapping[str, Form] = {
     "softmax": lambda x, m, dim: shown(shown(x, m, -torch.inf).softmax(dim), m),
     "log_softmax": lambda x, m, dim: shown(shown(x, m, -torch.inf).log_softmax(dim), m),
     "cumsum": lambda x, m, dim: shown(shown(x, m).cumsum(dim), m),
+    "cumprod": lambda x, m, dim: shown(shown(x, m, 1.0).cumprod(dim), m),
+    "logcumsumexp": lambda x, m, dim: shown(shown(x, m, -1e30).logcumsumexp(dim), m),
 }
 """The ops that are timed, and how they are written without a library."""
 WITHOUT_DIM = ("exp", "sin", "square", "sigmoid")
@@ -86,7 +88,7 @@ class Timing:
 
 def measure(op: str, cell: Cell, effort: Effort) -> Timing:
     """Gradients compared at valid cells, then times."""
-    sample = drawn(cell.shape, cell.dtype, cell.mask, near_one=False)
+    sample = drawn(cell.shape, cell.dtype, cell.mask, near_one=op in PRODUCTS)
     assert sample.mask is not None
     calls = contenders(op, cell, sample.data, sample.mask)
     with quiet(), warnings.catch_warnings():

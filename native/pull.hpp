@@ -37,7 +37,8 @@ using Keep = void (*)(const unsigned char* cells_ptr, const void* keep_ptr, int6
 #define MASKSERVE_PULLS(each)                                                                             \
   each(pull_total) each(pull_mean) each(pull_var) each(pull_std) each(pull_logsumexp) each(pull_extreme)  \
   each(pull_norm) each(pull_softmax) each(pull_softmin) each(pull_log_softmax) each(pull_normalize)       \
-  each(pull_standardize) each(pull_cumsum) each(pull_norm_of_order) each(pull_extent) each(pull_product)
+  each(pull_standardize) each(pull_cumsum) each(pull_norm_of_order) each(pull_extent)                      \
+  each(pull_product) each(pull_cumprod) each(pull_logcumsumexp)
 
 #define MASKSERVE_NAME(kernel) #kernel,
 constexpr const char* pull_names[] = {MASKSERVE_PULLS(MASKSERVE_NAME)};

@@ -20,6 +20,8 @@ namespace {
 #include "narrow.hpp"
 
 #include "pulls.hpp"
+#include "scan.hpp"
+
 
 constexpr int n_numbers = 6;  // of a slice: two from its state, two sums along it, and two more
 
@@ -387,6 +389,203 @@ class RunningPull {
   }
 };
 
+// ---- running products and running sums of exponentials: what follows each cell times what stands before it ------------
+
+struct FollowRoom {
+  alignas(64) double cells[n_tile], g[n_tile], before[n_tile], follow[n_tile];
+  alignas(64) unsigned char ones[n_tile], own[n_tile], gate[n_tile], reached[n_tile];
+  alignas(64) double state[n_tile_lanes], next[n_tile_lanes];
+  alignas(64) unsigned char any[n_tile_lanes];
+
+  FollowRoom() { std::memset(ones, 1, sizeof ones); }
+};
+
+// The product of the cells before each one.
+struct Before {
+  using State = double;
+  const double* cells;
+  double *before, *product;
+  ALWAYS_INLINE State load(int64_t l) const { return product[l]; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { product[l] = state; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const { before[at] = state, state = state * cells[at]; }
+};
+
+// g and what follows: the next cell times what follows that.
+struct FollowProduct {
+  using State = double;
+  const double *cells, *g;
+  double *follow, *next;
+  ALWAYS_INLINE State load(int64_t l) const { return next[l]; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { next[l] = state; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const {
+    const double sum = g[at] + state;
+    follow[at] = sum, state = sum * cells[at];
+  }
+};
+
+// The valid result after each cell, inf beyond the last; inf stands for what is hidden.
+struct NextResult {
+  using State = double;
+  const double* results;
+  double *after, *next;
+  ALWAYS_INLINE State load(int64_t l) const { return next[l]; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { next[l] = state; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const {
+    after[at] = state, state = results[at] < infinity ? results[at] : state;
+  }
+};
+
+// g and the share of what follows.
+struct FollowShares {
+  using State = double;
+  const double *shares, *g;
+  double *follow, *sum;
+  ALWAYS_INLINE State load(int64_t l) const { return sum[l]; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { sum[l] = state; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const {
+    follow[at] = state = g[at] + shares[at] * state;
+  }
+};
+
+struct ReachBack {
+  using State = unsigned char;
+  const unsigned char* gate;
+  unsigned char *reached, *any;
+  ALWAYS_INLINE State load(int64_t l) const { return any[l]; }
+  ALWAYS_INLINE void store(int64_t l, State state) const { any[l] = state; }
+  ALWAYS_INLINE void operator()(State& state, int64_t at, int64_t) const { reached[at] = state = state | gate[at]; }
+};
+
+NEVER_INLINE bool all_finite(const double* cells, int64_t n) {
+  int64_t bad = 0;
+  for (int64_t j = 0; j < n; ++j) bad |= static_cast<int64_t>(!is_finite(cells[j]));
+  return !bad;
+}
+
+template <bool is_quick>
+ALWAYS_INLINE double raised(double below) {
+  if constexpr (is_quick) return below < -700.0 ? 0.0 : quick_exponential(below);
+  return exponential(below);
+}
+
+// Tiles of whole slices, from the last rows to the first. What is not finite is refused.
+class FollowPull {
+ public:
+  FollowPull(const Block& given, const Above& from_above, const Pulled& to)
+      : block(given), above(from_above), pulled(to), room(new FollowRoom) {}
+
+  int products() {
+    std::unique_ptr<double[]> before(new double[((block.n + 63) / 64 + 1) * most_lanes()]);
+    walk([&](const ScanTile& tile) {
+      for (int64_t l = 0; l < tile.w.lanes(); ++l) room->state[l] = 1.0, room->next[l] = 0.0;
+      ScanTile ahead = tile;
+      ahead.backwards = false;
+      const int64_t rows = rows_of(tile);
+      for (ahead.w.i = 0; ahead.w.i < block.n; ahead.w.i += rows) {
+        ahead.w.rows = least(rows, block.n - ahead.w.i);
+        copy_lanes(room->state, tile.w.lanes(), before.get() + ahead.w.i / rows * tile.w.lanes());
+        if (ahead.w.i + rows >= block.n) break;
+        load_cells(ahead, 1.0);
+        run_scan(Before{room->cells, room->before, room->state}, ahead);
+      }
+    }, [&](const ScanTile& tile) {
+      load_cells(tile, 1.0);
+      ScanTile ahead = tile;
+      ahead.backwards = false;
+      copy_lanes(before.get() + tile.w.i / rows_of(tile) * tile.w.lanes(), tile.w.lanes(), room->state);
+      run_scan(Before{room->cells, room->before, room->state}, ahead);
+      load_g(tile);
+      run_scan(FollowProduct{room->cells, room->g, room->follow, room->next}, tile);
+      refused |= !all_finite(room->before, tile.w.cells());
+      write(tile);
+    });
+    return refused ? fill_refused : fill_done;
+  }
+
+  template <bool is_quick>
+  int exponentials() {
+    walk([&](const ScanTile& tile) {
+      for (int64_t l = 0; l < tile.w.lanes(); ++l) room->state[l] = 0.0, room->next[l] = infinity;
+    }, [&](const ScanTile& tile) {
+      const int64_t n = tile.w.cells();
+      double *const results = room->before, *const after = room->follow, *const cells = room->cells;
+      load_cells(tile, 0.0);
+      each_part(above.out, tile, [&](const Window& w, int64_t at) {
+        gather_doubles(above.dtype, above.out, w, own_ptr + at, infinity, results + at);
+      });
+      load_g(tile);
+      run_scan(NextResult{results, after, room->next}, tile);
+      const unsigned char* const own = own_ptr;
+      int64_t bad = 0;
+      for (int64_t j = 0; j < n; ++j) bad |= static_cast<int64_t>(own[j]) & static_cast<int64_t>(!is_finite(results[j]));
+      refused |= bad != 0;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < n; ++j) {
+        const bool is_hidden = results[j] == infinity;
+        const double fall = is_hidden ? 0.0 : results[j] - after[j], below = is_hidden ? 0.0 : cells[j] - results[j];
+        cells[j] = raised<is_quick>(fall), results[j] = raised<is_quick>(below);
+      }
+      run_scan(FollowShares{cells, room->g, room->follow, room->state}, tile);
+      write(tile);
+    });
+    return refused ? fill_refused : fill_done;
+  }
+
+ private:
+  const Block& block;
+  const Above& above;
+  const Pulled& pulled;
+  const std::unique_ptr<FollowRoom> room;
+  const unsigned char* own_ptr = nullptr;
+  bool refused = false;
+
+  static constexpr int64_t most_rows = 512;
+
+  int64_t most_lanes() const { return least(n_tile_lanes, block.outer * block.inner); }
+
+  int64_t rows_of(const ScanTile& tile) const {
+    return tile.along ? least(most_rows, block.n) : least(most_rows, block.leaf);
+  }
+
+  template <class Begin, class Visit>
+  void walk(const Begin& begin, const Visit& visit) const {
+    each_scan_tile(block, most_rows, true, [&](const ScanTile& tile) {
+      for (int64_t l = 0; l < tile.w.lanes(); ++l) room->any[l] = 0;
+      begin(tile);
+    }, visit);
+  }
+
+  void load_cells(const ScanTile& tile, double hidden) {
+    own_ptr = scan_mask(block.mask, tile, room->own);
+    if (!own_ptr) own_ptr = room->ones;
+    scan_doubles(block, tile, own_ptr, hidden, room->cells);
+  }
+
+  // g, 0 where it has not been reached, and where it has from there on.
+  void load_g(const ScanTile& tile) const {
+    const unsigned char* gate_ptr = scan_mask(above.gate, tile, room->gate);
+    if (!gate_ptr) gate_ptr = room->ones;
+    each_part(above.g, tile, [&](const Window& w, int64_t at) {
+      gather_doubles(above.dtype, above.g, w, gate_ptr + at, 0.0, room->g + at);
+    });
+    run_scan(ReachBack{gate_ptr, room->reached, room->any}, tile);
+  }
+
+  void write(const ScanTile& tile) {
+    const int64_t n = tile.w.cells();
+    double *const before = room->before, *const follow = room->follow;
+    unsigned char* const reached = room->reached;
+    const unsigned char* const own = own_ptr;
+    refused |= !all_finite(follow, n);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) before[j] = before[j] * follow[j];
+    for (int64_t j = 0; j < n; ++j) reached[j] = reached[j] & own[j];
+    each_part(pulled.strides, tile, [&](const Window& w, int64_t at) {
+      write_pulled(pulled, block.dtype, w, before + at, reached + at);
+    });
+  }
+};
+
 // Whether 2^-34 of an exponential is less than what rounding to the dtype loses.
 bool is_short(Dtype dtype) { return dtype != Dtype::f64; }
 
@@ -413,6 +612,15 @@ int pull_normalize(const Block& block, const Options& options, const Above& abov
 
 int pull_standardize(const Block& block, const Options& options, const Above& above, const Pulled& pulled) {
   return pull_slices(block, above, pulled, StandardizeRow{options.correction});
+}
+
+int pull_cumprod(const Block& block, const Options&, const Above& above, const Pulled& pulled) {
+  return FollowPull(block, above, pulled).products();
+}
+
+int pull_logcumsumexp(const Block& block, const Options&, const Above& above, const Pulled& pulled) {
+  FollowPull pull(block, above, pulled);
+  return is_short(above.dtype) && is_short(block.dtype) ? pull.exponentials<true>() : pull.exponentials<false>();
 }
 
 int pull_cumsum(const Block& block, const Options&, const Above& above, const Pulled& pulled) {

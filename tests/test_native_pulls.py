@@ -289,7 +289,8 @@ def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
 def test_what_is_native() -> None:
     assert {case.name for case in NATIVE} >= {
         "sum", "mean", "var", "std", "logsumexp", "amax", "amin", "max", "min", "norm", "softmax", "softmin",
-        "log_softmax", "normalize", "standardize", "cumsum", "ptp", "prod", "norm-1", "norm-3", "norm-inf",
+        "log_softmax", "normalize", "standardize", "cumsum", "ptp", "prod",
+        "cumprod", "logcumsumexp", "norm-1", "norm-3", "norm-inf",
     }  # fmt: skip
     assert launch(plan_of(OPS["norm"], torch.zeros(2, 3), ord=2.5)) is None
     assert launch(plan_of(OPS["max"], torch.zeros(2, 3), dim=1)) is None

@@ -82,6 +82,8 @@ PULLS = {
     ".gradients_of_norms:normalize": (Pull(kernel="pull_normalize", of_slices=True, serves=is_euclidean),),
     ".gradients:standardize": (Pull(kernel="pull_standardize", step=passes.MOMENTS, of_slices=True),),
     ".gradients:cumsum": (Pull(kernel="pull_cumsum", of_slices=True),),
+    ".gradients_of_products:cumprod": (Pull(kernel="pull_cumprod", of_slices=True),),
+    ".gradients_of_products:logcumsumexp": (Pull(kernel="pull_logcumsumexp", of_slices=True),),
 }
 
 
