@@ -490,12 +490,14 @@ class FollowPull {
       }
     }, [&](const ScanTile& tile) {
       load_cells(tile, 1.0);
+      load_g(tile);
+      hide_unreached(room->cells, tile.w.cells(), 1.0);
       ScanTile ahead = tile;
       ahead.backwards = false;
       copy_lanes(before.get() + tile.w.i / rows_of(tile) * tile.w.lanes(), tile.w.lanes(), room->state);
       run_scan(Before{room->cells, room->before, room->state}, ahead);
-      load_g(tile);
       run_scan(FollowProduct{room->cells, room->g, room->follow, room->next}, tile);
+      hide_unreached(room->before, tile.w.cells(), 0.0);
       refused |= !all_finite(room->before, tile.w.cells());
       write(tile);
     });
@@ -514,10 +516,13 @@ class FollowPull {
         gather_doubles(above.dtype, above.out, w, own_ptr + at, infinity, results + at);
       });
       load_g(tile);
+      hide_unreached(results, n, infinity);
       run_scan(NextResult{results, after, room->next}, tile);
-      const unsigned char* const own = own_ptr;
+      const unsigned char *const own = own_ptr, *const reached = room->reached;
       int64_t bad = 0;
-      for (int64_t j = 0; j < n; ++j) bad |= static_cast<int64_t>(own[j]) & static_cast<int64_t>(!is_finite(results[j]));
+      for (int64_t j = 0; j < n; ++j) {
+        bad |= static_cast<int64_t>(own[j] & reached[j]) & static_cast<int64_t>(!is_finite(results[j]));
+      }
       refused |= bad != 0;
 #pragma GCC ivdep
       for (int64_t j = 0; j < n; ++j) {
@@ -569,6 +574,17 @@ class FollowPull {
       gather_doubles(above.dtype, above.g, w, gate_ptr + at, 0.0, room->g + at);
     });
     run_scan(ReachBack{gate_ptr, room->reached, room->any}, tile);
+  }
+
+  // Nothing that has been reached depends on cells behind it.
+  void hide_unreached(double* given, int64_t n, double hidden) const {
+    double* const cells = given;
+    const unsigned char* const reached = room->reached;
+    const uint64_t bits = bits_as<uint64_t>(hidden);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      cells[j] = bits_as<double>(choose<uint64_t>(-static_cast<uint64_t>(reached[j]), bits_as<uint64_t>(cells[j]), bits));
+    }
   }
 
   void write(const ScanTile& tile) {
