@@ -20,8 +20,8 @@ namespace {
 #include "narrow.hpp"
 
 #include "pulls.hpp"
-#include "scan.hpp"
 
+#include "scan.hpp"
 
 constexpr int n_numbers = 6;  // of a slice: two from its state, two sums along it, and two more
 
