@@ -14,13 +14,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from maskserve.errors import SettingsError
+from maskserve_api import work
+from maskserve_api.body import Memory
 from maskserve_api.server import serve
+from maskserve_api.turns import Cancelled
 from tests.http_service import FIELDS, Running, check_problem, payload, running, wait_until
 
 QUESTION = payload(data=np.ones(3, np.float32))
@@ -209,11 +213,57 @@ def test_a_client_that_takes_no_answer_is_left() -> None:
         assert alive(service)
 
 
+def test_a_thread_that_outlives_its_deadline_is_counted_until_it_ends_and_no_longer(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, decoding, release = service.service.memory, threading.Event(), threading.Event()
+    decode = work.decode
+
+    def slowly(*given: Any) -> Any:
+        decoding.set()
+        release.wait(30)
+        return decode(*given)
+
+    monkeypatch.setattr(work, "decode", slowly)
+    try:
+        check_problem(
+            service.post("/v1/scan?op=cumsum&dim=0", LARGE, x_request_timeout="0.3"), 504, "deadline_exceeded"
+        )
+        assert decoding.is_set()
+        assert memory.held_bytes == len(LARGE)
+    finally:
+        release.set()
+    wait_until(lambda: memory.held_bytes == 0)
+    monkeypatch.undo()
+    service.service.lane.submit(lambda: None).future.result(10)  # the thread that was given up has had its turn
+    assert memory.held_bytes == 0
+    assert alive(service)
+
+
+def test_a_claim_that_has_ended_takes_no_more() -> None:
+    memory = Memory(100)
+    with memory.claim() as claim:
+        claim.add(10)
+        thread = claim.held()
+        thread.__enter__()
+    assert memory.held_bytes == 10
+    with pytest.raises(Cancelled):
+        claim.add_answer(90)
+    thread.__exit__(None, None, None)
+    assert memory.held_bytes == 0
+    with pytest.raises(Cancelled), claim.held():
+        pass
+    assert memory.held_bytes == 0
+
+
 # -- the process --------------------------------------------------------------------------------------------------
 
 SERVE = """
 import sys
+from maskserve_api import work
+from maskserve_api.body import Memory
 from maskserve_api.server import serve
+from maskserve_api.turns import Cancelled
 sys.exit(serve(host=sys.argv[1], port=int(sys.argv[2]), max_body=1 << 22, request_timeout=20.0, grace=1.0))
 """
 

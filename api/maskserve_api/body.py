@@ -16,6 +16,7 @@ from maskserve.errors import TooLargeError
 from maskserve.payload.format import Buffer
 from maskserve_api.coding import Coding, Stream
 from maskserve_api.errors import BusyError, Disconnected, FramingError
+from maskserve_api.turns import Cancelled
 
 ALIGNMENT = 64
 """Of cells in memory, in bytes: a cache line."""
@@ -34,20 +35,37 @@ class Memory:
 
     @contextmanager
     def claim(self) -> Iterator[Claim]:
+        """What a request holds: counted until the claim has ended and no thread computes for it any more."""
         claim = Claim(self)
-        try:
+        with claim.held():
             yield claim
-        finally:
-            with self.lock:
-                self.held_bytes -= claim.n_bytes
 
 
 class Claim:
-    """What one request holds."""
+    """What one request holds. Ended, it takes no more: who gave it up may not hear of what a thread still computes."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.n_bytes = 0
+        self.n_holders = 0
+        self.is_ended = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The first to hold it ends it, the last to let go gives its bytes back: a thread that computes outlives a deadline."""
+        with self.memory.lock:
+            self._refuse_ended()
+            is_first = self.n_holders == 0
+            self.n_holders += 1
+        try:
+            yield
+        finally:
+            with self.memory.lock:
+                self.is_ended |= is_first
+                self.n_holders -= 1
+                if self.n_holders == 0:
+                    self.memory.held_bytes -= self.n_bytes
+                    self.n_bytes = 0
 
     def add(self, n_bytes: int) -> None:
         """Bytes of the body."""
@@ -59,12 +77,17 @@ class Claim:
 
     def _hold(self, n_bytes: int, *, may_exceed: bool) -> None:
         with self.memory.lock:
+            self._refuse_ended()
             held_bytes = self.memory.held_bytes
             is_alone = held_bytes == self.n_bytes
             if held_bytes + n_bytes > self.memory.limit_bytes and not (is_alone and may_exceed):
                 raise BusyError("the service holds as many bytes of requests as it may; try again")
             self.memory.held_bytes += n_bytes
             self.n_bytes += n_bytes
+
+    def _refuse_ended(self) -> None:
+        if self.is_ended:
+            raise Cancelled
 
 
 def declared_bytes(headers: Headers, max_body: int) -> int | None:

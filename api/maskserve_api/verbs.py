@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from maskserve.errors import ParameterError
 from maskserve.payload.format import Buffer
 from maskserve_api import coding, forms, v2_question
-from maskserve_api.body import Memory, declared_bytes, read_body
+from maskserve_api.body import Claim, Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
 from maskserve_api.forms import Form
 from maskserve_api.lane import Lane
@@ -22,6 +23,7 @@ from maskserve_api.query import request_of, words_of
 from maskserve_api.record import record_of
 from maskserve_api.work import Reply, Stages, Work
 
+T = TypeVar("T")
 SEND_BYTES = 1 << 18
 """The server copies each piece once on its way to the socket: pieces bound what that takes."""
 
@@ -76,16 +78,16 @@ class Verb:
                 request=request, body=body, question=question, answer=answer, stages=stages, head=head,
                 admit=claim.add_answer,
             )
-            reply = await self.replied(work, receive, deadline_s)
+            reply = await self.replied(work, claim, receive, deadline_s)
             record.op, record.cells = work.asked().row.name, reply.cells
             await sent(reply, stages, self.service.request_timeout_s, send)
 
-    async def replied(self, work: Work, receive: Receive, deadline_s: float) -> Reply:
+    async def replied(self, work: Work, claim: Claim, receive: Receive, deadline_s: float) -> Reply:
         """The reply, computed here where that is cheaper than a hop to the lane's thread."""
         if work.is_small():
             return work.small_reply()
         if not work.is_told():
-            await self.service.lane.run(work.payload, receive, deadline_s)
+            await self.service.lane.run(held(claim, work.payload), receive, deadline_s)
         deadline_s = min(deadline_s, asyncio.get_running_loop().time() + work.timeout_s())
         submitted = time.perf_counter()
 
@@ -93,7 +95,17 @@ class Verb:
             work.stages.seconds["queue"] = time.perf_counter() - submitted
             return work.reply()
 
-        return await self.service.lane.run(in_lane, receive, deadline_s)
+        return await self.service.lane.run(held(claim, in_lane), receive, deadline_s)
+
+
+def held(claim: Claim, work: Callable[[], T]) -> Callable[[], T]:
+    """`work`, whose memory is counted until it ends, though its client is gone."""
+
+    def working() -> T:
+        with claim.held():
+            return work()
+
+    return working
 
 
 def timeout_of(headers: Headers, most_s: float) -> float:
