@@ -12,7 +12,7 @@ import torch
 import maskserve as ms
 from maskserve.execution import in_turn, using
 from maskserve_api.lane import Lane
-from maskserve_api.turns import Cancelled
+from maskserve_api.turns import Cancelled, Turn, Turns
 from tests.http_service import wait_until
 
 BLOCK_S = 0.002
@@ -50,6 +50,35 @@ def test_equal_requests_share_alike() -> None:
     assert [task.future.result(60) for task in tasks] == names
     first_half = done[: len(done) // 2]
     assert all(first_half.count(name) >= 10 for name in names)
+
+
+@pytest.mark.parametrize("n_clients", [1, 3, 6])
+def test_short_requests_without_end_starve_no_long_one(n_clients: int) -> None:
+    """Each of them ends before its next block, and the next one is there at once."""
+    turns, stop, long = Turns(), threading.Event(), Turn()
+
+    def short_ones() -> None:
+        while not stop.is_set():
+            with turns.taken(Turn()):
+                time.sleep(BLOCK_S)
+
+    def long_one() -> None:
+        with turns.taken(long):
+            for _ in range(60):
+                turns.checkpoint(long)
+                time.sleep(BLOCK_S)
+
+    clients = [threading.Thread(target=short_ones, daemon=True) for _ in range(n_clients)]
+    for client in clients:
+        client.start()
+    slow = threading.Thread(target=long_one, daemon=True)
+    slow.start()
+    slow.join(30)
+    is_starved = slow.is_alive()
+    stop.set()
+    for thread in (*clients, slow):
+        thread.join(30)
+    assert not is_starved
 
 
 def test_one_block_at_a_time() -> None:

@@ -22,16 +22,17 @@ class Turns:
         self.changed = threading.Condition()
         self.holder: Turn | None = None
         self.waiting: list[Turn] = []
+        self.clock_s = 0.0
+        """The seconds due to a request that was here all along: an equal part of what any has had, ended ones too."""
+        self.charged_s = 0.0
 
     @contextmanager
     def taken(self, turn: Turn) -> Iterator[None]:
         """Waits for the first turn of a request, and gives the last one back."""
-        with self.changed:
-            # a newcomer has had as much as the one that has had least: no credit for coming late
-            others = [*self.waiting, *([self.holder] if self.holder else [])]
-            turn.had_s = min((other.had_s for other in others), default=0.0)
         try:
             with self.changed:
+                self._charge()
+                turn.had_s = self.clock_s  # no credit for coming late; short ones without end starve no long one
                 self._queue(turn)
             yield
         finally:
@@ -46,8 +47,9 @@ class Turns:
             return  # without the lock: at worst the change comes a block later
         with self.changed:
             if self.holder is turn:
-                self._charge(turn)
+                self._charge()
                 if min(other.had_s for other in (*self.waiting, turn)) == turn.had_s:
+                    turn.since_s = self.charged_s
                     return
                 self.holder = None
                 self._queue(turn)
@@ -74,20 +76,25 @@ class Turns:
         if turn in self.waiting:
             self.waiting.remove(turn)
         if self.holder is turn:
-            self._charge(turn)
+            self._charge()
             self.holder = None
             self._choose()
 
-    def _charge(self, turn: Turn) -> None:
+    def _charge(self) -> None:
+        """Counts what the holder has had since the last charge; each that is here was due a part of it."""
+        if self.holder is None:
+            return
         now_s = time.monotonic()
-        turn.had_s += now_s - turn.since_s
-        turn.since_s = now_s
+        had_s = now_s - self.charged_s
+        self.charged_s = now_s
+        self.holder.had_s += had_s
+        self.clock_s += had_s / (1 + len(self.waiting))
 
     def _choose(self) -> None:
         if self.holder is None and self.waiting:
             self.holder = min(self.waiting, key=lambda turn: turn.had_s)  # the first of equals: who waits longest
             self.waiting.remove(self.holder)
-            self.holder.since_s = time.monotonic()
+            self.holder.since_s = self.charged_s = time.monotonic()
             self.changed.notify_all()
 
 
