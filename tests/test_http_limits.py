@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from maskserve_api import work
 from maskserve_api.body import Memory
 from maskserve_api.server import serve
 from maskserve_api.turns import Cancelled
-from tests.http_service import FIELDS, Running, check_problem, payload, running, wait_until
+from tests.http_service import FIELDS, JSON, Running, check_problem, payload, running, wait_until
 
 QUESTION = payload(data=np.ones(3, np.float32))
 LARGE = payload(data=np.ones(1 << 18, np.float32))
@@ -34,7 +35,7 @@ LARGE = payload(data=np.ones(1 << 18, np.float32))
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Running]:
-    with running(queue=2) as it:
+    with running(queue=2, max_body=32 << 20) as it:
         yield it
 
 
@@ -123,7 +124,25 @@ def test_a_body_too_large_is_refused_before_it_is_asked_for(service: Running) ->
 
 
 def test_who_sends_on_after_a_refusal_still_hears_it(service: Running) -> None:
-    check_problem(service.post("/v1/reduce?op=sum", bytes(32 << 20)), 413, "too_large")
+    check_problem(service.post("/v1/reduce?op=sum", bytes(64 << 20)), 413, "too_large")
+
+
+@pytest.mark.parametrize("cell", [b"1", b"[]", b"{}", b'{"a":1}', b'""'])
+@pytest.mark.parametrize("path", ["/v1/reduce?op=sum", "/v2/models/reduce/infer"])
+def test_json_that_would_stop_all_others_while_it_is_parsed_is_refused(
+    service: Running, path: str, cell: bytes
+) -> None:
+    body = b'{"inputs": [' + (b"," + cell) * ((15 << 20) // (len(cell) + 1)) + b"]}"
+    told = service.post(path, gzip.compress(body, 1), content_type=JSON, content_encoding="gzip")
+    problem = check_problem(told, 413, "too_large")
+    assert "safetensors" in problem["detail"]
+
+
+def test_json_of_many_numbers_is_read() -> None:
+    with running(max_body=16 << 20) as service:
+        body = b'{"data": [0' + b",0.25" * ((1 << 21) - 16) + b"]}"
+        told = service.post("/v1/reduce?op=sum", body, content_type=JSON)
+        assert json.loads(told.content) == {"data": ((1 << 21) - 16) / 4}
 
 
 def test_a_body_that_never_comes_is_given_up(service: Running) -> None:

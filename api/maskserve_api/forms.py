@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import StrEnum
 
 from starlette.datastructures import Headers
 
+from maskserve.payload.header import DEFAULT_LIMITS
 from maskserve_api.errors import NotAcceptableError
 
 
@@ -18,6 +20,8 @@ class Form(StrEnum):
     V2 = "application/octet-stream"
 
 
+JSON_LIMITS = replace(DEFAULT_LIMITS, json_values=1 << 21)
+"""Of a request: Python's parser lets no other thread run until it ends, here after at most some 0.2 s."""
 NEGOTIATED = (Form.SAFETENSORS, Form.JSON)
 """The forms that headers choose between; that of V2 is chosen by its paths."""
 

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from maskserve import requests
 from maskserve.dtypes import f32
 from maskserve.errors import ParameterError, PayloadError, TooLargeError
-from maskserve.payload.format import DEFAULT_LIMITS, Buffer, Output
+from maskserve.payload.format import Buffer, Output
 from maskserve.payload.header import is_encodable, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.json import document
@@ -25,6 +25,7 @@ from maskserve.requests import Request
 from maskserve_api import coding
 from maskserve_api.coding import Coding
 from maskserve_api.errors import NotOfferedError
+from maskserve_api.forms import JSON_LIMITS
 from maskserve_api.v2_tensors import Json, names_of, objects, parameters_of, refuse_shared_memory, tensors
 
 LENGTH = "Inference-Header-Content-Length"
@@ -105,11 +106,11 @@ def decode(body: Buffer, head: Head) -> V2Payload:
     binary = memoryview(body).cast("B")[n_bytes:]
     if head.declared == 0:
         return raw(binary, head)
-    if n_bytes > DEFAULT_LIMITS.json_bytes:  # before the copy below
+    if n_bytes > JSON_LIMITS.json_bytes:  # before the copy below
         raise TooLargeError(
-            f"the JSON has {n_bytes} bytes; at most {DEFAULT_LIMITS.json_bytes} are read: send large tensors as binary data"
+            f"the JSON has {n_bytes} bytes; at most {JSON_LIMITS.json_bytes} are read: send large tensors as binary data"
         )
-    root = document(bytes(memoryview(body)[:n_bytes]), "the request", constants=True)
+    root = document(bytes(memoryview(body)[:n_bytes]), "the request", JSON_LIMITS, constants=True)
     if not isinstance(root, dict):
         raise PayloadError("the request must be a JSON object with a list of inputs")
     inputs = objects(root, "inputs")

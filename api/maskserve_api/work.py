@@ -18,12 +18,12 @@ from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED
 from maskserve.ops.rows import Row
 from maskserve.payload import json
-from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload
+from maskserve.payload.format import Buffer, BytesPayload
 from maskserve.requests import Request
 from maskserve_api import v2_answer, v2_question
 from maskserve_api.coding import compressed
 from maskserve_api.errors import NotAcceptableError
-from maskserve_api.forms import Form
+from maskserve_api.forms import JSON_LIMITS, Form
 from maskserve_api.v2_question import Head, V2Payload
 
 AnyPayload: TypeAlias = BytesPayload | V2Payload
@@ -151,12 +151,12 @@ def decode(body: Buffer, form: Form, head: Head | None) -> AnyPayload:
     if head is not None:
         return v2_question.decode(body, head)
     if form is Form.JSON:
-        if len(body) > DEFAULT_LIMITS.json_bytes:  # before the copy below
+        if len(body) > JSON_LIMITS.json_bytes:  # before the copy below
             raise TooLargeError(
-                f"the JSON has {len(body)} bytes; at most {DEFAULT_LIMITS.json_bytes} are read: "
+                f"the JSON has {len(body)} bytes; at most {JSON_LIMITS.json_bytes} are read: "
                 "send large tensors as safetensors"
             )
-        return json.decode(bytes(body))
+        return json.decode(bytes(body), JSON_LIMITS)
     try:
         return BytesPayload(body)
     except PayloadError as error:
@@ -177,9 +177,9 @@ def as_json(computed: Answer, payload: AnyPayload) -> Reply:
     """A plain question gets a plain answer; all others get one that names dtypes."""
     outputs = computed.outputs()
     n_bytes = computed.encoded().n_bytes
-    if n_bytes > DEFAULT_LIMITS.json_bytes:
+    if n_bytes > JSON_LIMITS.json_bytes:
         raise NotAcceptableError(
-            f"the answer has {n_bytes} bytes; as JSON at most {DEFAULT_LIMITS.json_bytes} are written: "
+            f"the answer has {n_bytes} bytes; as JSON at most {JSON_LIMITS.json_bytes} are written: "
             f"ask for {Form.SAFETENSORS}",
             parameter="Accept",
             allowed=[Form.SAFETENSORS],

@@ -62,6 +62,7 @@ class Limits:
     name_bytes: int = 256
     dim_size: int = 2**48
     json_bytes: int = 2**24  # a JSON list of empty lists takes some 20 times its text in memory
+    json_values: int | None = None  # a list, an object and a key count as four: so much longer takes their parsing
 
 
 DEFAULT_LIMITS = Limits()
