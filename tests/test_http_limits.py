@@ -183,7 +183,7 @@ def test_small_work_does_not_wait_for_the_lane(service: Running) -> None:
 def test_work_that_waits_beyond_its_deadline_is_a_504(service: Running) -> None:
     with lane_blocked(service):
         check_problem(service.post("/v1/reduce?op=sum", LARGE, x_request_timeout="0.3"), 504, "deadline_exceeded")
-    assert service.service.lane.n_pending == 0
+    wait_until(lambda: service.service.lane.n_pending == 0)
 
 
 async def held_up(service: Running, n: int) -> list[int]:
@@ -250,9 +250,10 @@ def test_a_thread_that_outlives_its_deadline_is_counted_until_it_ends_and_no_lon
         )
         assert decoding.is_set()
         assert memory.held_bytes == len(LARGE)
+        assert service.service.lane.n_pending == 1
     finally:
         release.set()
-    wait_until(lambda: memory.held_bytes == 0)
+    wait_until(lambda: memory.held_bytes == service.service.lane.n_pending == 0)
     monkeypatch.undo()
     service.service.lane.submit(lambda: None).future.result(10)  # the thread that was given up has had its turn
     assert memory.held_bytes == 0

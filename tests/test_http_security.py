@@ -568,7 +568,7 @@ def test_nothing_a_client_sends_reaches_a_log_unescaped_or_unbounded(
     def fail(*_: object) -> None:
         raise RuntimeError(evil)
 
-    monkeypatch.setattr("maskserve_api.work.Work.is_small", fail)
+    monkeypatch.setattr("maskserve_api.work.Work.decoded_small", fail)
     caplog.set_level(logging.DEBUG)
     response = ask(service, x_request_id="a b")
     told = check_problem(response, 500, "internal")

@@ -108,6 +108,27 @@ def test_an_error_gives_the_turn_away() -> None:
     assert lane.turns.holder is None
 
 
+def test_threads_end_after_a_while_without_work_and_new_ones_come() -> None:
+    lane = Lane(64, idle_s=0.05)
+    threads = set[threading.Thread]()
+
+    def work() -> int:
+        threads.add(threading.current_thread())
+        return sum(1 for _ in in_turn(range(3)))
+
+    for _ in range(3):
+        assert [task.future.result(60) for task in [lane.submit(work) for _ in range(20)]] == [3] * 20
+        wait_until(lambda: not any(thread.is_alive() for thread in threads))
+
+
+def test_work_comes_as_threads_end() -> None:
+    """None is lost between a thread that gives up waiting and one that is not begun."""
+    lane = Lane(64, idle_s=0.001)
+    for _ in range(300):
+        assert lane.submit(lambda: 1).future.result(30) == 1
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_a_real_request_ends_at_its_next_block(backend: str, threads: int) -> None:

@@ -27,7 +27,7 @@ from maskserve.ops.rows import Row
 from maskserve.payload.format import BytesPayload
 from maskserve_api import work
 from maskserve_api.v2_tensors import DTYPES
-from tests.http_service import BINARY, JSON, MAX_BODY, Running, check_problem, payload, running
+from tests.http_service import BINARY, JSON, MAX_BODY, Running, check_problem, payload, running, wait_until
 from tests.test_http_limits import lane_blocked
 
 DATA = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -420,7 +420,7 @@ def test_timeout_is_a_deadline_in_microseconds(
     monkeypatch.undo()
     release.set()
     assert client.infer("reduce", inputs, parameters=MEAN, timeout=2**70).as_numpy("x").shape == (400,)
-    assert service.service.lane.n_pending == 0
+    wait_until(lambda: service.service.lane.n_pending == 0)
 
 
 def test_the_lane_is_for_what_is_not_small(service: Running, client: triton.InferenceServerClient) -> None:

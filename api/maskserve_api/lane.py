@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from starlette.types import Receive
@@ -16,24 +16,29 @@ from maskserve_api.errors import BusyError, DeadlineError, Disconnected
 from maskserve_api.turns import Turn, Turns
 
 T = TypeVar("T")
+IDLE_S = 10.0
+"""After so long without work a thread ends: a burst leaves none behind."""
 
 
 class Lane:
-    """Runs at most `limit` requests. One that is cancelled ends before its next block, and gives the device away."""
+    """Runs at most `limit` requests. One that is cancelled ends before its next block, and counts until then."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, idle_s: float = IDLE_S) -> None:
+        self.limit, self.idle_s = limit, idle_s
         self.n_pending = 0
         self.turns = Turns()
+        self._lock = threading.Lock()
         self._tasks: SimpleQueue[Task[Any]] = SimpleQueue()
-        self._idle = threading.Semaphore(0)
+        self._n_idle = 0
 
     async def run(self, work: Callable[[], T], receive: Receive, deadline_s: float) -> T:
         """What `work` gives, unless the loop's clock reaches `deadline_s` or the client goes away before."""
         if self.n_pending >= self.limit:
             raise BusyError(f"{self.limit} requests are waiting, as many as may; try again")
-        self.n_pending += 1
+        with self._lock:
+            self.n_pending += 1
         task = self.submit(work)
+        task.future.add_done_callback(self._ended)
         done = asyncio.wrap_future(task.future)
         gone = asyncio.ensure_future(receive())
         either: list[asyncio.Future[Any]] = [done, gone]
@@ -46,24 +51,38 @@ class Lane:
                 raise Disconnected
             raise DeadlineError("the deadline passed before the result was there; ask for more time, or send less")
         finally:
-            self.n_pending -= 1
             done.cancel()
             task.cancel()
             gone.cancel()
             del done, task, either  # an error holds this frame: in a cycle, bodies would wait for the collector
 
+    def _ended(self, future: Future[Any]) -> None:
+        with self._lock:
+            self.n_pending -= 1
+
     def submit(self, work: Callable[[], T]) -> Task[T]:
         task = Task(work, self.turns)
-        self._tasks.put(task)
-        if not self._idle.acquire(blocking=False):
-            # a daemon: what still runs when the grace is over must not keep the process
-            threading.Thread(target=self._work, name="maskserve-lane", daemon=True).start()
+        with self._lock:
+            self._tasks.put(task)
+            if self._n_idle:
+                self._n_idle -= 1
+                return task
+        # a daemon: what still runs when the grace is over must not keep the process
+        threading.Thread(target=self._work, name="maskserve-lane", daemon=True).start()
         return task
 
     def _work(self) -> None:
         while True:
-            self._tasks.get().run()  # bound to no name: while it waits, this thread holds no request's memory
-            self._idle.release()
+            try:
+                self._tasks.get(timeout=self.idle_s).run()  # bound to no name: an idle thread holds no request's memory
+            except Empty:
+                with self._lock:
+                    if not self._n_idle:  # work is there for this thread: it comes between the two
+                        continue
+                    self._n_idle -= 1
+                return
+            with self._lock:
+                self._n_idle += 1
 
 
 class Task(Generic[T]):

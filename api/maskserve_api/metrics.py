@@ -43,7 +43,7 @@ class Metrics:
         self.cells_of = cache(self.cells.labels)
         depth = Gauge("maskserve_queue_depth", "Requests in the lane, waiting or computed", registry=registry)
         depth.set_function(lambda: lane.n_pending)
-        held = Gauge("maskserve_held_bytes", "Bytes of the bodies in flight", registry=registry)
+        held = Gauge("maskserve_held_bytes", "Bytes of the bodies in flight and of their answers", registry=registry)
         held.set_function(lambda: memory.held_bytes)
 
     def count(self, record: Record, seconds: dict[str, float]) -> None:

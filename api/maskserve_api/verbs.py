@@ -84,7 +84,7 @@ class Verb:
 
     async def replied(self, work: Work, claim: Claim, receive: Receive, deadline_s: float) -> Reply:
         """The reply, computed here where that is cheaper than a hop to the lane's thread."""
-        if work.is_small():
+        if work.decoded_small():
             return work.small_reply()
         if not work.is_told():
             await self.service.lane.run(held(claim, work.payload), receive, deadline_s)

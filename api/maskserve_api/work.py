@@ -90,8 +90,8 @@ class Work:
     """What the headers of V2 say."""
     _payload: AnyPayload | None = None
 
-    def is_small(self) -> bool:
-        """Whether it takes less than a thread hop is worth: see SMALL_BYTES; decodes what may be small."""
+    def decoded_small(self) -> bool:
+        """Decodes what may be small, and says whether it takes less than a thread hop is worth: see SMALL_BYTES."""
         if len(self.body) > SMALL_BYTES[self.question] or not self.is_told():
             return False
         payload = self.payload()
