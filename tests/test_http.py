@@ -263,6 +263,13 @@ def test_an_answer_too_large_for_json_is_refused_as_json_alone(service: Running)
     check_problem(service.post("/v1/scan?op=cumsum&dim=0", question, accept=JSON), 406, "not_acceptable")
 
 
+def test_an_answer_whose_text_is_too_long_for_json_is_refused_as_json_alone(service: Running) -> None:
+    question = payload(data=np.full((1900, 1900), 100, np.int8))  # "100, " a cell, for two bytes with its mask
+    assert service.post("/v1/fill?op=value&value=0", question).status_code == 200
+    problem = check_problem(service.post("/v1/fill?op=value&value=0", question, accept=JSON), 406, "not_acceptable")
+    assert "bytes of JSON" in problem["detail"]
+
+
 def test_an_answer_out_of_all_proportion_is_refused_before_it_is_made(service: Running) -> None:
     question = container({"x": entry("F32", [1 << 40, 0], 0, 0)})
     check_problem(service.post("/v1/reduce?op=sum&dim=1", question), 413, "too_large")

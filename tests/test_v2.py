@@ -580,6 +580,16 @@ def test_a_body_that_expands_is_bounded_here_too(service: Running) -> None:
     check_problem(ask(service, packed, content_encoding="br"), 415, "unsupported_media_type")
 
 
+def test_an_answer_whose_text_is_too_long_for_json_is_sent_as_bytes_alone(service: Running) -> None:
+    data = np.full((1900, 1900), 100, np.int8)
+    inputs = [entry("x", [1900, 1900], "INT8", parameters={"binary_data_size": data.size})]
+    asked = asking(inputs, words_for(first("fill")))
+    told = ask(service, asked, data.tobytes(), path="/v2/models/fill/infer")
+    assert "bytes of JSON" in check_problem(told, 406, "not_acceptable")["detail"]
+    asked["parameters"]["binary_data_output"] = True
+    assert ask(service, asked, data.tobytes(), path="/v2/models/fill/infer").status_code == 200
+
+
 def test_an_answer_too_large_for_json_is_sent_as_bytes_alone(service: Running) -> None:
     data = np.ones(1 << 21 | 1, np.int8)
     asked = asking(

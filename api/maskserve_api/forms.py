@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from enum import StrEnum
 
 from starlette.datastructures import Headers
 
+from maskserve.execution import in_turn
 from maskserve.payload.header import DEFAULT_LIMITS
 from maskserve_api.errors import NotAcceptableError
 
@@ -64,3 +65,17 @@ def media_ranges(lines: Iterable[str]) -> Iterable[tuple[str, float]]:
         q = next((word.removeprefix("q=") for word in parameters if word.startswith("q=")), "1")
         whole, _, rest = q.partition(".")
         yield name, float(q) if whole.isdecimal() and (rest == "" or rest.isdecimal()) and q.isascii() else 0.0
+
+
+def written(pieces: Iterable[bytes], parameter: str, instead: str, allowed: Iterable[str] = ()) -> Iterator[bytes]:
+    """The pieces of a JSON answer, each after a checkpoint, until they have more bytes than JSON may have."""
+    n_bytes = 0
+    for piece in in_turn(pieces):
+        n_bytes += len(piece)
+        if n_bytes > JSON_LIMITS.json_bytes:
+            raise NotAcceptableError(
+                f"the answer has more than {JSON_LIMITS.json_bytes} bytes of JSON, the most that are written: {instead}",
+                parameter=parameter,
+                allowed=allowed,
+            )
+        yield piece

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from maskserve.dtypes import DType
 from maskserve.errors import UnknownTensorError, nearest
 from maskserve.payload.format import DEFAULT_LIMITS, Buffer, Output
 from maskserve.payload.header import shown
+from maskserve.payload.json import CELLS_PER_CHUNK
 from maskserve.payload.texts import numbers_of
 from maskserve_api.errors import NotAcceptableError
+from maskserve_api.forms import written
 from maskserve_api.table import Json
 from maskserve_api.v2_question import Asked
 from maskserve_api.v2_tensors import BINARY_ONLY, DTYPES
@@ -25,20 +28,28 @@ def encode(outputs: Sequence[Output], asked: Asked) -> tuple[bytes, list[Buffer]
     """The JSON, and what follows it."""
     chosen = choose(outputs, asked)
     refuse_large([output for output, is_binary in chosen if not is_binary])
-    entries, data = [], []
+    data = [output.chunks for output, is_binary in chosen if is_binary and isinstance(output.chunks, Buffer)]
+    return b"".join(written(text(chosen, asked), "outputs", "ask for them with binary_data")), data
+
+
+def text(chosen: Sequence[tuple[Output, bool]], asked: Asked) -> Iterator[bytes]:
+    """The JSON in pieces."""
+    root = {"model_name": asked.request.verb, "model_version": VERSION}
+    if asked.id is not None:
+        root["id"] = asked.id
+    opening = f'{json.dumps(root)[:-1]}, "outputs": ['
     for output, is_binary in chosen:
         assert isinstance(output.chunks, Buffer)
         fields: Json = {"name": output.name, "datatype": code_of(output), "shape": list(output.shape)}
         if is_binary:
-            data.append(output.chunks)
             fields["parameters"] = {"binary_data_size": memoryview(output.chunks).nbytes}
-            entries.append(json.dumps(fields))
+            yield f"{opening}{json.dumps(fields)}".encode()
         else:
-            entries.append(f'{json.dumps(fields)[:-1]}, "data": [{values(output.name, output.dtype, output.chunks)}]}}')
-    root = {"model_name": asked.request.verb, "model_version": VERSION}
-    if asked.id is not None:
-        root["id"] = asked.id
-    return f'{json.dumps(root)[:-1]}, "outputs": [{", ".join(entries)}]}}'.encode(), data
+            yield f'{opening}{json.dumps(fields)[:-1]}, "data": ['.encode()
+            yield from values(output.name, output.dtype, output.chunks)
+            yield b"]}"
+        opening = ", "
+    yield b"]}" if chosen else f"{opening}]}}".encode()
 
 
 def choose(outputs: Sequence[Output], asked: Asked) -> list[tuple[Output, bool]]:
@@ -78,11 +89,14 @@ def code_of(output: Output) -> str:
     return code
 
 
-def values(name: str, dtype: DType, data: Buffer) -> str:
-    """The cells as JSON, those under a mask as they are, and null for what JSON has no number for."""
+def values(name: str, dtype: DType, data: Buffer) -> Iterator[bytes]:
+    """The cells as JSON in pieces, those under a mask as they are, and null for what JSON has no number for."""
     if dtype in BINARY_ONLY:
         raise NotAcceptableError(
             f"{shown(name)} is {CODES[dtype]}, which JSON does not hold: ask for it with binary_data",
             parameter=shown(name),
         )
-    return ", ".join(numbers_of(dtype, data))
+    texts, opening = numbers_of(dtype, data), ""
+    while piece := list(islice(texts, CELLS_PER_CHUNK)):
+        yield f"{opening}{', '.join(piece)}".encode()
+        opening = ", "

@@ -23,7 +23,7 @@ from maskserve.requests import Request
 from maskserve_api import v2_answer, v2_question
 from maskserve_api.coding import compressed
 from maskserve_api.errors import NotAcceptableError
-from maskserve_api.forms import JSON_LIMITS, Form
+from maskserve_api.forms import JSON_LIMITS, Form, written
 from maskserve_api.v2_question import Head, V2Payload
 
 AnyPayload: TypeAlias = BytesPayload | V2Payload
@@ -186,7 +186,8 @@ def as_json(computed: Answer, payload: AnyPayload) -> Reply:
         )
     form: Literal["plain", "explicit"] = payload.form if isinstance(payload, json.JsonPayload) else "explicit"
     try:
-        chunks = list(json.encode(outputs, computed.metadata, form))
+        pieces = json.encode(outputs, computed.metadata, form)
+        chunks = list(written(pieces, "Accept", f"ask for {Form.SAFETENSORS}", [Form.SAFETENSORS]))
     except NotComputableError as error:
         raise NotAcceptableError(error.message, parameter="Accept", allowed=[Form.SAFETENSORS]) from error
     return Reply(sum(map(len, chunks)), chunks, Form.JSON)

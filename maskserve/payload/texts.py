@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from maskserve.dtypes import DType, boolean, f32, f64
@@ -36,11 +37,10 @@ def numbers_of(dtype: DType, data: Any) -> Iterator[str]:
     import numpy as np
 
     cells = np.frombuffer(data, dtype.torch)
-    return _texts(dtype, cells, None, lambda _: "null") if dtype.is_float else map(_number, cells.tolist())
-
-
-def _number(cell: int) -> str:
-    return str(cell).lower() if isinstance(cell, bool) else str(cell)
+    if dtype.is_float or dtype is boolean:
+        return _texts(dtype, cells, None, lambda _: "null")
+    pieces = (cells[start : start + PIECE_CELLS].tolist() for start in range(0, len(cells), PIECE_CELLS))
+    return map(str, chain.from_iterable(pieces))
 
 
 def _texts(dtype: DType, cells: Array, valid: Array | None, other: Callable[[float], str]) -> Iterator[str]:
