@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,10 @@ def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tenso
     return valid if mask is None else valid & mask
 
 
+DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]?))?")
+"""Words for devices; torch wraps an index to 8 bits, and would take cuda:256 for the first GPU."""
+
+
 def device_of(word: str) -> str:
     """A device torch can compute on: "auto" is the first GPU, or the CPU where there is none.
 
@@ -61,12 +67,9 @@ def device_of(word: str) -> str:
     """
     if word == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(word)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not DEVICE.fullmatch(word):
         raise DeviceError(f"device {word[:64]!r} is not known: give auto, cpu, cuda or cuda:N", parameter="device")
+    device = torch.device(word)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"device {word} is not there: torch sees {torch.cuda.device_count()} GPUs; give auto or cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -154,16 +155,20 @@ def parse_dims(value: Any) -> tuple[int | str, ...]:
     dims: list[int | str] = []
     for item in items:
         if isinstance(item, bool) or not isinstance(item, int | str):
-            raise ValueError("give a dim's number or name, or several with commas")
+            raise ValueError(_ASK_DIMS)
         dims += [item] if isinstance(item, int) else [_dim(word) for word in item.split(",")]
+    if any(isinstance(dim, int) and abs(dim) > MOST_COUNT for dim in dims):
+        raise ValueError(_ASK_DIMS)
     return tuple(dims)
 
 
 def _dim(word: str) -> int | str:
     word = word.strip()
-    if not word:
-        raise ValueError("give a dim's number or name, or several with commas")
-    return int(word) if word.lstrip("+-").isascii() and word.lstrip("+-").isdigit() else word
+    digits = word[1:] if word[:1] in ("+", "-") else word
+    is_number = digits.isascii() and digits.isdigit()
+    if not word or _LIST.match(word) or (is_number and len(digits) > MOST_DIGITS):
+        raise ValueError(_ASK_DIMS)
+    return int(word) if is_number else word
 
 
 def parse_dim(value: Any) -> int | str:
@@ -174,11 +179,13 @@ def parse_dim(value: Any) -> int | str:
 
 
 def parse_dtype(value: Any) -> dtypes.DType:
+    if isinstance(value, int):
+        raise ValueError("give a dtype's name")
     return value if isinstance(value, dtypes.DType) else dtypes.parse(str(value))
 
 
 def parse_words(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def parse_real(value: Any) -> int | float:
@@ -193,6 +200,18 @@ def parse_real(value: Any) -> int | float:
     if number != number or (isinstance(number, int) and not f64.holds(number)):
         raise ValueError("give a number that float64 holds, and not NaN")
     return int(number) if number not in dtypes.INFINITIES and number == int(number) else number
+
+
+def parse_number(value: Any) -> int | float:
+    """A finite number.
+
+    >>> parse_number("-9999.0")
+    -9999
+    """
+    number = parse_real(value)
+    if number in dtypes.INFINITIES:
+        raise ValueError("give a finite number")
+    return number
 
 
 def _number(text: str) -> int | float:
@@ -248,6 +267,10 @@ def parse_range(value: Any) -> tuple[int | float, int | float]:
 
 MOST_NUMBERS = 256
 """Each may cost a pass over the data, and a query has room for thousands."""
+MOST_COUNT, MOST_DIGITS = 2**63 - 1, 19
+"""What torch counts with; a text of more digits is not even read, since Python takes the square of their number."""
+_ASK_DIMS = "give a dim's number or name, or several with commas: 0,1"
+_LIST = re.compile(r"[\[(]\s*[-+0-9]")
 INFINITE = {"inf": math.inf, "+inf": math.inf, "-inf": -math.inf}
 _REAL_SCHEMA = float | Literal["inf", "-inf"]
 _ANNOTATIONS: dict[Type, Any] = {
@@ -257,8 +280,8 @@ _ANNOTATIONS: dict[Type, Any] = {
     ],
     Type.DIM: Annotated[int | str, BeforeValidator(parse_dim, json_schema_input_type=int | str)],
     Type.FLAG: bool,
-    Type.COUNT: Annotated[int, Field(ge=0)],
-    Type.NUMBER: Annotated[int | float, Field(allow_inf_nan=False)],
+    Type.COUNT: Annotated[int, Field(ge=0, le=MOST_COUNT)],
+    Type.NUMBER: Annotated[Any, BeforeValidator(parse_number, json_schema_input_type=int | float)],
     Type.REAL: Annotated[Any, BeforeValidator(parse_real, json_schema_input_type=_REAL_SCHEMA)],
     Type.CELL: Annotated[Any, BeforeValidator(parse_real, json_schema_input_type=_REAL_SCHEMA)],
     Type.NUMBERS: Annotated[
@@ -284,7 +307,7 @@ _ANNOTATIONS: dict[Type, Any] = {
 
 def refused(row: Row, error: ValidationError) -> ParameterError:
     """The first thing that pydantic found, in our words."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     known = {p.name: p for p in (*row.requestable, *COMMON, *RUNNING)}
     if first["type"] == "extra_forbidden":
@@ -296,7 +319,23 @@ def refused(row: Row, error: ValidationError) -> ParameterError:
         )
     if first["type"] == "missing":
         return ParameterError(f"{row.name} needs {name}: {known[name].help}", parameter=name)
-    reason = first["msg"].removeprefix("Value error, ")
-    return ParameterError(
-        f"{row.name}: {name}: {reason[0].lower()}{reason[1:]}", parameter=name, allowed=known[name].choices
-    )
+    parameter = known[name]
+    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else asked(parameter, first["input"])
+    allowed = ("true", "false") if parameter.type is Type.FLAG else parameter.choices
+    return ParameterError(f"{row.name}: {name}: {reason}", parameter=name, allowed=allowed)
+
+
+def asked(parameter: Parameter, given: Any) -> str:
+    """What a parameter may be, and what it was."""
+    words = [*parameter.choices, *(["a number"] if parameter.type is Type.CHOICE_OR_NUMBER else [])]
+    ask = _ASKED.get(parameter.type) or (", ".join(words[:-1]) + " or " + words[-1] if words else "a text")
+    return f"give {ask}" + (f", not {given[:40]!r}" if isinstance(given, str) else "")
+
+
+_ASKED = {
+    Type.FLAG: "true or false",
+    Type.COUNT: "a whole number, 0 or more, of at most 64 bits",
+    Type.TENSOR: "a tensor's name",
+    Type.WORDS: "names",
+    Type.MEETING: "how many dims meet, or which ones",
+}

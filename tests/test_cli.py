@@ -63,7 +63,7 @@ from tests.command_line import (  # noqa: F401  # fixtures are found by name
         ("reduce --op mean rain.safetensors -o .", 73, "maskserve: . is not a regular file"),
         ("reduce --op mean rain.safetensors --config none.toml", 78, "maskserve: none.toml cannot be read"),
         ("reduce --op mean rain.safetensors --device tpu", 2, "maskserve: rain.safetensors: device 'tpu' is not known"),
-        ("reduce --op mean rain.safetensors --nan maybe", 2, "maskserve: mean: nan: input should be 'propagate'"),
+        ("reduce --op mean rain.safetensors --nan maybe", 2, "maskserve: mean: nan: give propagate, omit or raise, not 'maybe'"),
         ("reduce --op mean nan.safetensors --nan raise", 65, "maskserve: nan.safetensors: mean: a valid cell is NaN"),
         ("softmax rain.safetensors", 2, "maskserve: softmax needs dim: the dim to work along, by number"),
         ("head -n x rain.safetensors", 2, "maskserve: Invalid value for '-n' / '--rows'"),

@@ -59,5 +59,8 @@ class Metrics:
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """All metrics, and the media type they are written in: OpenMetrics for who asks for it."""
-        encode, media_type = choose_encoder(accept)
+        try:
+            encode, media_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # the library fails on a version that is no number
+            encode, media_type = choose_encoder("")
         return encode(self.registry), media_type

@@ -25,6 +25,12 @@ def repeatable_of(verb: str, n_ops: int) -> frozenset[str]:
     return frozenset(p.name for p in requests.parameters(verb) if p.type in REPEATABLE)
 
 
+@cache
+def flags_of(verb: str, n_ops: int) -> frozenset[str]:
+    """The parameters that may come bare, as on the command line."""
+    return frozenset(p.name for p in requests.parameters(verb) if p.type is Type.FLAG)
+
+
 def request_of(verb: str, query: bytes) -> Request:
     """The checked request that a query spells."""
     return (_known if len(query) <= KNOWN_BYTES else _request)(verb, query, len(OPS))
@@ -43,7 +49,7 @@ def words_of(verb: str, query: bytes) -> dict[str, Any]:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="replace")
     except ValueError:
         raise ParameterError(f"the query has more than {MAX_FIELDS} parameters") from None
-    repeatable = repeatable_of(verb, len(OPS))
+    repeatable, flags = repeatable_of(verb, len(OPS)), flags_of(verb, len(OPS))
     words: dict[str, Any] = {}
     for name, text in pairs:
         if name in repeatable:
@@ -51,5 +57,6 @@ def words_of(verb: str, query: bytes) -> dict[str, Any]:
         elif name in words:
             raise ParameterError(f"the query gives {shown(name, 64)} twice; give it once", parameter=shown(name, 64))
         else:
-            words[name] = text
+            is_bare = text == "" and name in flags and name.encode() in query.split(b"&")
+            words[name] = "true" if is_bare else text
     return words

@@ -1,0 +1,121 @@
+"""Whatever a client writes where a number, a flag or a name is due: a problem in our own words, never a 500."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from maskserve import requests
+from maskserve.errors import MaskserveError
+from maskserve.loading import device_of
+from tests.http_service import JSON, Running, check_problem, running
+
+CELLS = b'{"data": [[1, 2, null]]}'
+FOREIGN = re.compile("input should|unable to|set_int_max_str_digits|literal for int|torch|--[a-z]")
+ODD = [
+    "1" * 400,
+    "9" * 5000,
+    "-" + "1" * 400,
+    "1" * 400 + ".5",
+    "1e400",
+    "nan",
+    "abc",
+    "",
+    "--5",
+    "-+5",
+    "[0,1]",
+    "\u0663",
+]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Running]:
+    with running() as it:
+        yield it
+
+
+def every_parameter() -> Iterator[tuple[str, str, str]]:
+    """A verb, an op and a parameter, for each type of parameter and verb."""
+    for verb in ("reduce", "softmax", "scan", "fill", "mask"):
+        seen = set()
+        for row in requests.rows(verb):
+            for p in (*row.requestable, *requests.COMMON, *requests.RUNNING):
+                if (p.type, p.name) not in seen:
+                    seen.add((p.type, p.name))
+                    yield verb, row.name, p.name
+
+
+@pytest.mark.parametrize("given", ODD, ids=lambda text: f"{text[:6]}_{len(text)}")
+def test_no_text_for_a_parameter_is_a_fault_of_the_service(service: Running, given: str) -> None:
+    for verb, op, name in every_parameter():
+        response = service.http.post(
+            f"/v1/{verb}", params={"op": op, name: given}, content=CELLS, headers={"content-type": JSON}
+        )
+        assert response.status_code in (200, 400, 422), (verb, op, name, response.text)
+        assert response.status_code == 200 or not FOREIGN.search(response.json()["detail"]), (verb, name, response.text)
+
+
+@pytest.mark.parametrize(
+    "given", [10**400, -(10**400), 10**5000, [10**400], 2.5, True, {}], ids=lambda given: type(given).__name__
+)
+def test_no_value_for_a_parameter_is_more_than_refused(given: object) -> None:
+    said = []
+    for verb, op, name in every_parameter():
+        try:
+            requests.build(verb, {"op": op, name: given})
+        except MaskserveError as error:
+            said.append(error.message)
+    assert [message for message in said if FOREIGN.search(message)] == []
+
+
+@pytest.mark.parametrize("name", ["fill_value", "correction", "dim", "min_count"])
+def test_a_number_beyond_all_dtypes_in_v2_is_refused(service: Running, name: str) -> None:
+    body = {
+        "inputs": [{"name": "data", "shape": [2], "datatype": "FP32", "data": [1, 2]}],
+        "parameters": {"op": "var", name: 10**400},
+    }
+    told = check_problem(service.post("/v2/models/reduce/infer", json.dumps(body).encode()), 422, "bad_parameter")
+    assert told["parameter"] == name
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("keepdim=maybe", "sum: keepdim: give true or false, not 'maybe'"),
+        ("keepdim=", "sum: keepdim: give true or false, not ''"),
+        ("min_count=abc", "sum: min_count: give a whole number, 0 or more, of at most 64 bits, not 'abc'"),
+        ("dim=[0,1]", "sum: dim: give a dim's number or name, or several with commas: 0,1"),
+        ("nan=maybe", "sum: nan: give propagate, omit or raise, not 'maybe'"),
+    ],
+)
+def test_a_refusal_says_what_was_given_and_what_may_be(service: Running, query: str, says: str) -> None:
+    response = service.post(f"/v1/reduce?op=sum&{query}", CELLS, content_type=JSON)
+    assert check_problem(response, 422, "bad_parameter")["detail"] == says
+
+
+def test_a_bare_flag_means_true_as_on_the_command_line(service: Running) -> None:
+    response = service.post("/v1/reduce?op=sum&dim=1&keepdim", CELLS, content_type=JSON)
+    assert response.json()["data"] == [[3]]
+
+
+@pytest.mark.parametrize(
+    "word", ["cuda:128", "cuda:256", "cuda:99999", "cuda:" + "9" * 400, "cuda:-1", "cuda:01", "cpu:0"]
+)
+def test_a_device_is_one_that_is_there(service: Running, word: str) -> None:
+    response = service.post(f"/v1/reduce?op=sum&device={word}", CELLS, content_type=JSON)
+    assert check_problem(response, 422, "device_unavailable")["parameter"] == "device"
+    with pytest.raises(MaskserveError):
+        device_of(word)
+
+
+@pytest.mark.parametrize(
+    "accept",
+    ["text/plain;version=x", "application/openmetrics-text; version=abc", "application/openmetrics-text;version=1..0"],
+)
+def test_metrics_are_written_for_whoever_spells_a_version(service: Running, accept: str) -> None:
+    response = service.http.get("/metrics", headers={"accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
