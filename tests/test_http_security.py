@@ -271,6 +271,9 @@ def test_a_page_of_another_site_is_refused_and_gets_no_cors(service: Running, he
 LATER = "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SMUGGLED = {
     "two lengths": ("POST /v1/reduce HTTP/1.1", "Content-Length: 5", "Content-Length: 6"),
+    "a length twice": ("POST /v1/reduce HTTP/1.1", "Content-Length: 0", "content-length:0"),
+    "a folded line": ("GET /livez HTTP/1.1", "X: a", " b"),
+    "another version": ("GET /livez HTTP/2.0",),
     "length and chunks": ("POST /v1/reduce HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"),
     "length and chunks, to health": ("GET /livez HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"),
     "chunks of 1.0": ("POST /v1/reduce HTTP/1.0", "Connection: keep-alive", "Transfer-Encoding: chunked"),
@@ -294,6 +297,31 @@ def test_what_could_be_read_in_two_ways_is_refused_and_what_follows_is_not_read(
     assert told.startswith(b"HTTP/1.1 400 ")
     assert b'{"status":"alive"}' not in told
     assert b"connection: close" in told.lower()
+
+
+@pytest.mark.parametrize("chunks", ["2;e\r\r\n{}\r\n0\r\n\r\n", "2\r\n{}\r\n0;e;\rx\r\n\r\n", "0\r\nX: a\r\n b\r\n\r\n"])
+def test_chunks_and_trailers_that_could_be_read_in_two_ways_are_refused(service: Running, chunks: str) -> None:
+    start = head(service, "Transfer-Encoding: chunked", "Content-Type: application/json")
+    told = service.raw(start + chunks.encode() + LATER.encode())
+    assert b"HTTP/1.1 400 " in told
+    assert b'{"status":"alive"}' not in told
+
+
+def test_trailers_are_bounded_and_those_within_are_read(service: Running) -> None:
+    start = head(service, "Transfer-Encoding: chunked", "Content-Type: application/json", path="/v1/reduce?op=sum")
+    start += b'd\r\n{"data": [1]}\r\n0;ext=1\r\nX: y\r\n'
+    fine = LATER.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n").encode()
+    told = service.raw(start + b"\r\n" + fine)
+    assert re.findall(rb"HTTP/1.1 (\d+) ", told) == [b"200", b"200"]
+    told = service.raw(start + b"Y: " + b"y" * 20_000 + b"\r\n\r\n" + fine)
+    assert b"HTTP/1.1 431 " in told
+    assert b'{"status":"alive"}' not in told
+
+
+def test_an_empty_line_before_a_request_is_passed_over(service: Running) -> None:
+    last = LATER.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n")
+    told = service.raw(f"\r\n{LATER}\r\n{last}".encode())
+    assert told.count(b'{"status":"alive"}') == 2
 
 
 def test_a_bare_lf_is_refused_in_a_pipelined_request_too_and_is_fine_in_a_body(service: Running) -> None:

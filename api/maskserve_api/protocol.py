@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
+from h11._receivebuffer import ReceiveBuffer  # h11 has no other place to see a line before it is read
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from maskserve.errors import MaskserveError, TooLargeError
@@ -22,6 +23,8 @@ FREE_CHUNKS = 4096
 MIN_CHUNK_BYTES = 256
 """What a chunk must hold on average beyond the free ones: each costs the loop 5 µs, however small it is."""
 BARE_LF = re.compile(rb"(?<!\r)\n")
+FOLD = re.compile(rb"\r\n[ \t]")
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length[ \t]*:", re.IGNORECASE)
 
 FAULTS: dict[int, Callable[[], MaskserveError]] = {
     413: lambda: TooLargeError(f"the body comes in too many chunks: send at least {MIN_CHUNK_BYTES} bytes in each"),
@@ -51,20 +54,39 @@ class Connections:
                 transport.abort()
 
 
+class Lines(ReceiveBuffer):
+    """h11's buffer, whose lines are checked before they are read: those of headers, of trailers and of chunks."""
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        check_head(bytes(self))
+        return super().maybe_extract_lines()
+
+    def maybe_extract_next_line(self) -> bytearray | None:
+        line = super().maybe_extract_next_line()
+        if line is not None and b"\r" in line[:-2]:
+            raise h11.RemoteProtocolError("a CR in the line of a chunk's size")
+        return line
+
+
 class Connection(h11.Connection):
     """h11 with less patience: headers end in CR LF, and chunks are not tiny; `fault` is what it ended with."""
 
+    _receive_buffer: Lines
+
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEADER_BYTES)
+        self._receive_buffer = Lines()
         self.fault: h11.RemoteProtocolError | None = None
         self.n_chunks = self.n_chunked_bytes = 0
 
     def next_event(self) -> Any:
         try:
-            if self.their_state is h11.IDLE:
-                check_head(self.trailing_data[0])
+            if self.their_state is h11.IDLE and self.trailing_data[0].startswith(b"\r\n"):
+                self._receive_buffer.maybe_extract_at_most(2)  # an empty line before a request: RFC 9112, 2.2
             event = super().next_event()
             if isinstance(event, h11.Request):
+                if not event.http_version.startswith(b"1."):
+                    raise h11.RemoteProtocolError("another version of HTTP")
                 self.n_chunks = self.n_chunked_bytes = 0
             elif isinstance(event, h11.Data):
                 self.count(event)
@@ -81,12 +103,19 @@ class Connection(h11.Connection):
 
 
 def check_head(received: bytes) -> None:
-    """Refuses long headers, also where they are complete, and a bare LF, which ends a line for h11 but not for all."""
+    """Refuses long headers or trailers, also where they are complete, and what h11 reads as not all do.
+
+    A bare LF ends a line, a line that begins with a space goes on, and the same length may be said twice.
+    """
+    if received.startswith(b"\r\n"):  # no trailers, and perhaps another request
+        return
     head, _, _ = received.partition(b"\r\n\r\n")
     if len(head) > MAX_HEADER_BYTES:
         raise h11.RemoteProtocolError("too many bytes", error_status_hint=431)
     if BARE_LF.search(head):
         raise h11.RemoteProtocolError("a line ends in LF alone")
+    if FOLD.search(head) or len(CONTENT_LENGTH.findall(head)) > 1:
+        raise h11.RemoteProtocolError("a folded line, or two lengths")
 
 
 class Protocol(H11Protocol):
