@@ -19,7 +19,8 @@ from maskserve.dtypes import DType
 from maskserve.errors import BackendError, DimError, DtypeError, TooLargeError, nearest
 from maskserve.loading import device_of, loaded, loaded_above, on_device, without_fill
 from maskserve.ops.rows import GRAD, Masking, Normalization, Reduction, Scan
-from maskserve.payload.format import Encoded, Output, Payload, encode
+from maskserve.payload.format import DEFAULT_LIMITS, Encoded, Output, Payload, encode
+from maskserve.payload.header import shown
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load, output
 from maskserve.payload.variables import MASK, Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
@@ -163,13 +164,28 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
         means = request.common.get("mask_means")
         return tuple(sides.of_variable(request.row, request.params, variable, variables, payload, others, means))
 
-    planned = tuple(step(request, variable, device, over) for variable in variables)
+    check_names(variables)
+    hint = "; tensor (--tensor) picks the variables to compute on" if len(variables) > 1 else ""
+    planned = tuple(step(request, variable, device, over, hint) for variable in variables)
     if request.is_gradient:
         planned = tuple(with_gradient(s, variables) for s in planned)
     dims = request.params.get("dim")
     if dims is not None and all(s.passes_through for s in planned):
         raise no_such_dim(request, variables)
     return planned
+
+
+def check_names(variables: Variables) -> None:
+    """Refuses a name that leaves no room for that of the answer's mask."""
+    most = DEFAULT_LIMITS.name_bytes
+    for variable in variables:
+        n_bytes, n_more = (len(name.encode()) for name in (variable.name, answer_mask_name(variable, variables)))
+        if n_more > most:
+            raise TooLargeError(
+                f"a tensor's name has {n_bytes} bytes; at most {most - (n_more - n_bytes)} leave room for that of its mask, "
+                f"NAME.mask: {shown(variable.name, 40)}",
+                parameter=shown(variable.name),
+            )
 
 
 def run(
@@ -268,7 +284,9 @@ def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:
     )
 
 
-def step(request: Request, variable: Variable, device: str, over: Callable[[Variable], tuple[Side, ...]]) -> Step:
+def step(
+    request: Request, variable: Variable, device: str, over: Callable[[Variable], tuple[Side, ...]], hint: str
+) -> Step:
     """The plan for one variable; names of dims become numbers here and nowhere else."""
     params = {name: value for name, value in request.params.items() if name not in named_tensors(request)}
     asked = params.get("dim")
@@ -283,7 +301,7 @@ def step(request: Request, variable: Variable, device: str, over: Callable[[Vari
         try:
             masking.check(row, variable.info.dtype, params)
         except DtypeError as error:
-            error.message = f"{variable.name}: {error.message}; tensor (--tensor) picks the variables to compute on"
+            error.message = f"{variable.name}: {error.message}{hint}"
             raise
         return Step(variable=variable, dims=variable.dims, sides=laid, device=device)
     assert isinstance(row, Reduction | Normalization | Scan)
@@ -292,8 +310,8 @@ def step(request: Request, variable: Variable, device: str, over: Callable[[Vari
     try:
         planned = plan(row, tuple(params.items()), variable.info.shape, dtype, device)
     except DimError as error:
-        hint = f"{variable.name}: {error.message}; tensor (--tensor) picks the variables to compute on"
-        raise DimError(hint, parameter="dim", allowed=error.allowed) from None
+        message = f"{variable.name}: {error.message}{hint}"
+        raise DimError(message, parameter="dim", allowed=error.allowed) from None
     choice = choose(planned, request.running.get("backend"))
     dims = answer_dims(planned, variable)
     return Step(variable=variable, dims=dims, plan=planned, choice=choice, sides=laid, device=device)

@@ -171,7 +171,8 @@ def _plan(
     params = resolve(row, dict(given))
     check_cells(row, params, dtype)
     if (wrong := row.check(params)) is not None:
-        raise ParameterError(f"{row.name}: {wrong}")
+        word = wrong.partition(" ")[0]
+        raise ParameterError(f"{row.name}: {wrong}", parameter=word if word in params else None)
     dims = normalize_dims(row, params.get("dim"), shape)
     result = row.result(as_floats(dtype), params)
     check_result(row, as_floats(dtype), result)

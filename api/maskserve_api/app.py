@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from maskserve.errors import UnknownOpError
+from maskserve.errors import UnknownOpError, nearest
 from maskserve.ops import find, verbs
 from maskserve_api import openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
@@ -73,8 +73,9 @@ async def unrouted(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "").split(", ")
         raise MethodError(f"this path takes {' or '.join(allowed)}", allowed=allowed) from None
+    known = [path for route in request.app.routes if "{" not in (path := route.path)]
     raise UnknownPathError(
-        f"there is no such path; a request is a POST to {' or '.join(paths())}, and /docs tells more"
+        f"there is no such path{nearest(request.scope['path'][:64], known)}; a request is a POST to {' or '.join(paths())}, and /docs tells more"
     )
 
 

@@ -25,6 +25,11 @@ class Coding(StrEnum):
     DEFLATE = "deflate"
 
     @property
+    def format(self) -> str:
+        """What the name leaves open: many take deflate for the stream without zlib's header."""
+        return " (zlib's format, RFC 1950)" if self is Coding.DEFLATE else ""
+
+    @property
     def window_bits(self) -> int:
         """What zlib calls the format."""
         return zlib.MAX_WBITS | (16 if self is Coding.GZIP else 0)
@@ -69,7 +74,7 @@ class Stream:
             try:
                 piece = self._zlib.decompress(left, PIECE_BYTES)
             except zlib.error:
-                raise self._bad(f"is broken, or is no {self.coding}") from None
+                raise self._bad(f"is broken, or is no {self.coding}{self.coding.format}") from None
             left = self._zlib.unconsumed_tail or self._zlib.unused_data
             if piece:
                 yield piece

@@ -180,7 +180,10 @@ def check_host(headers: Headers, allowed: Collection[str] | None) -> None:
         return
     host = without_port(headers.get("host", "").lower())
     if host not in allowed:
-        raise HostError(f"this Host is not served here: use {', '.join(sorted(allowed))}", parameter="Host")
+        raise HostError(
+            f"this Host is not served here: use {', '.join(sorted(allowed))}; who runs the service adds others by --allowed-host",
+            parameter="Host",
+        )
 
 
 def without_port(netloc: str) -> str:
@@ -199,4 +202,7 @@ def check_origin(method: str, headers: Headers) -> None:
     origin = headers.get("origin")
     is_foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
     if is_foreign or (site not in ("none", "same-origin") and not is_link):
-        raise CrossSiteError("a page of another site may not use this service", parameter="Origin")
+        raise CrossSiteError(
+            "a page of another site may not use this service: serve it from the service's own host (--allowed-host names more)",
+            parameter="Origin",
+        )

@@ -34,13 +34,13 @@ def in_path(name: str) -> Json:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
-def in_header(name: str, text: str, kind: str) -> Json:
-    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": kind}}
+def in_header(name: str, text: str, kind: str, **bounds: float) -> Json:
+    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": kind} | bounds}
 
 
 HEADERS = (
     in_header("X-Request-Id", "kept if it is 1 to 128 letters, digits, dots, dashes and underscores", "string"),
-    in_header("X-Request-Timeout", "seconds after which the request is given up", "number"),
+    in_header("X-Request-Timeout", "seconds after which the request is given up", "number", exclusiveMinimum=0),
 )
 
 

@@ -73,7 +73,7 @@ class Verb:
                         cells_at = head.cells_at if head else 0
                         body = await read_body(receive, n_bytes, self.service.max_body, claim, body_coding, cells_at)
                 except TimeoutError:
-                    raise BodyTimeoutError(f"the body was not there after {timeout_s:g} s; send it faster") from None
+                    raise late(timeout_s, self.service.request_timeout_s) from None
             work = Work(
                 request=request, body=body, question=question, answer=answer, stages=stages, head=head,
                 admit=claim.add_answer,
@@ -118,6 +118,12 @@ def timeout_of(headers: Headers, most_s: float) -> float:
             "X-Request-Timeout must be a number of seconds above 0, such as 30", parameter="X-Request-Timeout"
         )
     return min(float(asked), most_s)
+
+
+def late(timeout_s: float, most_s: float) -> BodyTimeoutError:
+    """That a body took too long, and whose limit that was."""
+    more = f"give X-Request-Timeout more, up to {most_s:g}, or " if timeout_s < most_s else ""
+    return BodyTimeoutError(f"the body was not there after {timeout_s:g} s; {more}send it faster")
 
 
 async def sent(reply: Reply, stages: Stages, timeout_s: float, send: Send) -> None:

@@ -86,7 +86,7 @@ def output(name: str, tensor: torch.Tensor) -> Output:
 def _checked(cells: torch.Tensor, name: str) -> torch.Tensor:
     if _has_other_bytes(cells):
         raise MaskDtypeError(
-            f"{shown(name)} holds bytes other than 0 and 1; write it as bool, for example with mask.bool() in torch",
+            f"{shown(name)} holds bytes other than 0 and 1; write true and false (mask.bool() in torch)",
             parameter=shown(name),
         )
     return cells.view(torch.bool)

@@ -251,7 +251,7 @@ def _check_mask(of: TensorInfo, mask: MaskSource) -> None:
 
 def _check_bool(of: TensorInfo, mask: TensorInfo) -> None:
     if mask.dtype not in (boolean, u8):
-        _bad_dtype(mask, "a mask is BOOL, or U8 of 0 and 1; write it as bool, for example with mask.bool() in torch")
+        _bad_dtype(mask, "a mask is BOOL, or U8 of 0 and 1; write true and false (mask.bool() in torch)")
     if len(mask.shape) != len(of.shape):
         _bad_shape(of, mask, "a mask has as many dims as its tensor; write size 1 where it broadcasts")
     if any(m not in (n, 1) for m, n in zip(mask.shape, of.shape, strict=True)):
