@@ -1,6 +1,7 @@
 """`python -m benchmarks.soak --minutes 10`: a real service under full load; memory and descriptors end where they began.
 
-Sizes from 100 bytes to megabytes, every op of every verb, requests that are wrong, clients that vanish.
+Sizes from 100 bytes to megabytes, every op of every verb, requests that are wrong, clients that vanish. It began when all
+is warm: after 2 minutes, or a quarter of a shorter run. A line for each look goes to stderr, the result to stdout.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
-import httpx
 import numpy as np
+
+try:
+    import httpx
+except ModuleNotFoundError:
+    raise SystemExit("the service's benchmarks need httpx: pip install -e '.[test]'") from None
 
 from benchmarks.report import table
 from maskserve import requests
@@ -36,6 +41,8 @@ CELLS = (8, 8, 8, 2_000, 2_000, 50_000, 500_000)
 """Sizes to draw from: most requests are small."""
 CLIENTS = 8
 RSS_GROWTH_BYTES = 32 << 20
+MIB = 1 << 20
+LOOK_S = 30.0
 SETTLE_S = 30.0
 VANISHED = 0
 """Stands for the status of who did not wait for one."""
@@ -50,6 +57,10 @@ class Held:
     descriptors: int
     n_requests: int
 
+    def __str__(self) -> str:
+        rss, descriptors = f"{self.rss_bytes / MIB:.0f} MiB RSS", f"{self.descriptors} descriptors"
+        return f"{self.seconds:.0f} s: {self.n_requests} requests, {rss}, {descriptors}"
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -62,10 +73,14 @@ class Outcome:
     def faults(self) -> list[str]:
         first, last = self.held[0], self.held[-1]
         found = [f"{n} times status {status}" for status, n in sorted(self.statuses.items()) if status >= 500]
-        # a leak lifts every look; pages that the allocator keeps for a while lift one by up to 70 MiB
+        # a leak lifts every look; what is in use for a moment lifts one
         grown_bytes = min(held.rss_bytes for held in self.held[-3:]) - first.rss_bytes
         if grown_bytes > RSS_GROWTH_BYTES:
-            found.append(f"memory grew by {grown_bytes / (1 << 20):.0f} MiB")
+            found.append(
+                f"memory grew by {grown_bytes / MIB:.0f} MiB from {first.seconds:.0f} s to the least of the last three looks; "
+                f"at most {RSS_GROWTH_BYTES // MIB} are allowed: /proc/PID/smaps says where (anonymous maps of 64 MiB are "
+                "malloc's arenas)"
+            )
         if last.descriptors != first.descriptors:
             found.append(f"descriptors went from {first.descriptors} to {last.descriptors}")
         return found
@@ -75,30 +90,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what was held and answered; 1 where something leaked or failed."""
     given = parser().parse_args(arguments)
     seconds = given.seconds or given.minutes * 60
-    outcome = soaked(seconds, warm_up_s=given.warm_up or min(60.0, seconds / 4))
+    warm_up_s = given.warm_up or min(120.0, seconds / 4)
+    left_s = max(1.0, seconds - warm_up_s)
+    outcome = soaked(left_s, warm_up_s=warm_up_s, looks=max(3, round(left_s / LOOK_S)))
     print(report(outcome))
     return 1 if outcome.faults else 0
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the whole run; default: 10")
     parser.add_argument("--seconds", type=float, help="in place of minutes")
-    parser.add_argument("--warm-up", type=float, help="seconds before the first look; default: a quarter, at most 60")
+    parser.add_argument("--warm-up", type=float, help="seconds before the first look; default: a quarter, at most 120")
     return parser
 
 
-def soaked(seconds: float, *, warm_up_s: float, looks: int = 10) -> Outcome:
+def soaked(seconds: float, *, warm_up_s: float, looks: int) -> Outcome:
     """A service under load for `seconds` after the warm-up; each look at it is taken when nobody asks."""
     outcome = Outcome()
     with service() as (child, base):
         began = time.monotonic()
+        tell(f"the service has process id {child.pid}; the first look is after {warm_up_s:.0f} s")
         loaded(base, warm_up_s, outcome, seed=0)
         outcome.held.append(rested(child.pid, began, outcome))
+        tell(str(outcome.held[-1]))
         for look in range(1, looks + 1):
             loaded(base, seconds / looks, outcome, seed=look)
             outcome.held.append(rested(child.pid, began, outcome, like=outcome.held[0]))
+            tell(str(outcome.held[-1]))
     return outcome
+
+
+def tell(line: str) -> None:
+    print(f"soak: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -196,7 +220,7 @@ def rested(pid: int, began_s: float, outcome: Outcome, *, like: Held | None = No
 
 def report(outcome: Outcome) -> str:
     lines = [
-        [f"{held.seconds:.0f}", str(held.n_requests), f"{held.rss_bytes / (1 << 20):.0f}", str(held.descriptors)]
+        [f"{held.seconds:.0f}", str(held.n_requests), f"{held.rss_bytes / MIB:.0f}", str(held.descriptors)]
         for held in outcome.held
     ]
     names = {VANISHED: "vanished"}

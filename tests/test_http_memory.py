@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -109,3 +110,25 @@ def test_a_request_takes_its_body_and_its_answer_and_then_nothing() -> None:
             most = before + 1.1 * len(body) + n_bytes + CONSTANT
             assert held(child.pid, "VmHWM") <= most, (path, len(body), n_bytes)
             wait_until(lambda: held(child.pid) <= before + CONSTANT)  # noqa: B023  # called before the next
+
+
+def ask_in_all_sizes(port: int) -> None:
+    for n_rows in (20_000, 1_000_000, 100_000, 400_000) * 2:
+        cells = np.ones((n_rows, 4), np.float32)
+        for verb in VERBS[:2]:
+            words = words_for(first(verb))
+            answered(port, f"/v1/{verb}?{urlencode(words)}", payload(x=cells, x__mask=cells > 0), {})
+
+
+@needs_proc
+def test_many_threads_leave_little_more_than_one() -> None:
+    """Each thread of the lane allocates; without a bound, each keeps the most that it held: 300 MiB here."""
+    with process() as (child, port):
+        ask_in_all_sizes(port)
+        before = held(child.pid)
+        clients = [threading.Thread(target=ask_in_all_sizes, args=(port,)) for _ in range(12)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        wait_until(lambda: held(child.pid) - before < 128 * MIB)

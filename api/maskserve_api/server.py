@@ -20,8 +20,9 @@ from prometheus_client import disable_created_metrics
 
 from maskserve.errors import SettingsError
 from maskserve.payload.header import shown
-from maskserve_api import allocator, logs
+from maskserve_api import logs
 from maskserve_api.addresses import BACKLOG, bound, is_awaited, netloc, resolved
+from maskserve_api.allocator import bound_arenas
 from maskserve_api.app import create_app
 from maskserve_api.edge import LOOPBACK_HOSTS, log
 from maskserve_api.keys import Keys
@@ -59,6 +60,7 @@ def serve(
 
     SettingsError where the address cannot be bound, or is open to others and neither keys nor anonymous use were given.
     """
+    bound_arenas()
     addresses = resolved(host, port)
     is_local = all(ipaddress.ip_address(address[0]).is_loopback for _, address in addresses)
     keys = keys_of(host, keys_file, is_local=is_local, allow_anonymous=allow_anonymous)
@@ -74,7 +76,6 @@ def serve(
     )
     sockets = [bound(family, address) for family, address in addresses]
     logs.configure(log)
-    allocator.keep_little()
     try:
         rehearse()
         if not is_local:
