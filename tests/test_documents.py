@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import urlencode
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from tests.documents import BLOCK, PAGES, ROOT, environment, rewritten
 from tests.http_service import running
 
 README = (ROOT / "README.md").read_text()
+HTTP = (ROOT / "docs" / "http.md").read_text()
 MASKSERVE = str(Path(sys.executable).parent / "maskserve")
 
 
@@ -65,8 +69,9 @@ def test_the_first_commands_output_is_the_readmes() -> None:
     assert said == install.group(3).rstrip().splitlines()
 
 
-def test_the_curl_lines_work_verbatim_but_for_the_port(tmp_path: Path) -> None:
-    block = re.search(r"## HTTP\n\n```sh\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("text", [README, HTTP], ids=["README", "http"])
+def test_the_curl_lines_work_verbatim_but_for_the_port(text: str, tmp_path: Path) -> None:
+    block = re.search(r"# HTTP\n\n```sh\n(.*?)```", text, re.DOTALL)
     assert block
     serve, *curls = block.group(1).splitlines()
     assert serve.startswith("maskserve serve &")
@@ -84,7 +89,24 @@ def test_the_curl_lines_work_verbatim_but_for_the_port(tmp_path: Path) -> None:
             for line in curls
         ]
     assert ms.load(tmp_path / "mean.safetensors")["co2"].shape == (44,)
-    assert answers[1] == '{"data": [1.5, 4.0]}\n'
+    assert answers[-1] in ('{"data": [1.5, 4.0]}\n', '{"data": 1.5}\n')
+
+
+def test_dims_have_names_in_both_forms_as_the_page_says() -> None:
+    curl = re.search(r"^curl .*\"dims\".*$", HTTP, re.MULTILINE)
+    header = re.search(r"```json\n(\{\"__metadata__\".*?)```", HTTP, re.DOTALL)
+    assert curl
+    assert header
+    with running() as service:
+        command = curl[0].replace("localhost:8000", service.netloc)
+        told = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, check=True)
+        text = header[1].strip().encode()
+        cells = np.array([1, 2, 0, 4], "<f4").tobytes() + bytes([1, 1, 0, 1])
+        body = struct.pack("<Q", len(text)) + text + cells
+        sent = service.post("/v1/reduce?op=mean&dim=lat", body, accept="application/json")
+    for answer in (json.loads(told.stdout), sent.json()):
+        assert answer.get("rain") == {"dtype": "F32", "shape": [2], "dims": ["lon"], "values": [1.0, 3.0]}
+        assert "maskserve.history" in answer["__metadata__"]
 
 
 @pytest.mark.parametrize(

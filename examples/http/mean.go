@@ -10,6 +10,7 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 )
 
@@ -24,7 +25,7 @@ type problem struct {
 	Detail string `json:"detail"` // for people
 }
 
-func (p problem) Error() string { return p.Code }
+func (p problem) Error() string { return p.Code + ": " + p.Detail }
 
 // write gives safetensors: the length of the header (8 bytes, little-endian), the header, the cells one after the other.
 func write(rain []float32, valid []bool, shape ...int) []byte {
@@ -74,7 +75,7 @@ func ask(base, query string, body []byte) ([]byte, error) {
 func main() {
 	base := "http://localhost:8000"
 	if len(os.Args) > 1 {
-		base = os.Args[1]
+		base = strings.TrimRight(os.Args[1], "/")
 	}
 	rain := []float32{0.5, 1.5, 0, 4, 2, 0, 0, 0, 0, 0, 0, 0} // what lies under a mask does not matter
 	valid := []bool{true, true, false, true, true, false, false, true, false, false, false, false}

@@ -1,5 +1,5 @@
 // The mean of each station's hours of rain, some of which are missing: node mean.mjs [http://localhost:8000]
-const base = process.argv[2] ?? "http://localhost:8000";
+const base = (globalThis.process?.argv[2] ?? "http://localhost:8000").replace(/\/+$/, "");
 
 // safetensors: the length of the header (8 bytes, little-endian), the header, the cells one after the other
 function write(tensors) {
@@ -8,28 +8,32 @@ function write(tensors) {
   for (const [name, { dtype, shape, cells }] of Object.entries(tensors)) {
     header[name] = { dtype, shape, data_offsets: [at, (at += cells.byteLength)] };
   }
-  const text = Buffer.from(JSON.stringify(header));
-  const length = Buffer.alloc(8);
-  length.writeBigUInt64LE(BigInt(text.length));
-  const bytes = Object.values(tensors).map(({ cells }) => Buffer.from(cells.buffer, cells.byteOffset, cells.byteLength));
-  return Buffer.concat([length, text, ...bytes]);
+  const text = new TextEncoder().encode(JSON.stringify(header));
+  const length = new DataView(new ArrayBuffer(8));
+  length.setBigUint64(0, BigInt(text.length), true);
+  return new Blob([length, text, ...Object.values(tensors).map(({ cells }) => cells)]);
 }
 
+const kinds = {
+  F64: Float64Array, F32: Float32Array, F16: globalThis.Float16Array, BOOL: Uint8Array,
+  I64: BigInt64Array, I32: Int32Array, I16: Int16Array, I8: Int8Array,
+  U64: BigUint64Array, U32: Uint32Array, U16: Uint16Array, U8: Uint8Array,
+};
+
 function read(payload) {
-  const start = 8 + Number(payload.readBigUInt64LE(0));
-  const { __metadata__, ...header } = JSON.parse(payload.subarray(8, start));
-  const kinds = { F32: Float32Array, F64: Float64Array, I32: Int32Array, I64: BigInt64Array, BOOL: Uint8Array };
+  const start = 8 + Number(new DataView(payload).getBigUint64(0, true));
+  const { __metadata__, ...header } = JSON.parse(new TextDecoder().decode(payload.slice(8, start)));
   return Object.fromEntries(
     Object.entries(header).map(([name, { dtype, shape, data_offsets: [from, to] }]) => {
-      const copy = Uint8Array.from(payload.subarray(start + from, start + to)); // starts where any type may
-      return [name, { dtype, shape, cells: new kinds[dtype](copy.buffer) }];
+      if (!kinds[dtype]) throw new Error(`${name} is ${dtype}, which no typed array here holds: ask for another dtype`);
+      return [name, { dtype, shape, cells: new kinds[dtype](payload.slice(start + from, start + to)) }];
     }),
   );
 }
 
 async function ask(query, body) {
   const response = await fetch(`${base}/v1/reduce?${query}`, { method: "POST", body, signal: AbortSignal.timeout(30_000) });
-  if (response.ok) return read(Buffer.from(await response.arrayBuffer()));
+  if (response.ok) return read(await response.arrayBuffer());
   const problem = await response.json(); // `code` is stable, `detail` is for people
   throw Object.assign(new Error(problem.detail), problem);
 }
@@ -46,4 +50,4 @@ answer.rain.cells.forEach((mean, i) => {
   console.log(`station ${i + 1}: ${answer["rain.mask"].cells[i] ? mean : "no data"}`);
 });
 
-await ask("op=maen&dim=1", question).catch((problem) => console.log(`refused: ${problem.code}`));
+await ask("op=maen&dim=1", question).catch((problem) => console.log(`refused: ${problem.code}: ${problem.message}`));

@@ -2,6 +2,7 @@
 # The mean of each station's hours of rain, some of which are missing: sh mean.sh [http://localhost:8000]
 set -eu
 base=${1:-http://localhost:8000}
+base=${base%/}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -15,9 +16,12 @@ header='{"rain":{"dtype":"F32","shape":[3,4],"data_offsets":[0,48]},"rain.mask":
   printf '\1\1\0\1\1\0\0\1\0\0\0\0'                 # the mask: 1 is valid
 } >"$work/rain.safetensors"
 
-# --fail-with-body: a problem is saved too, and ends curl with 22
+# a problem is JSON: `code` is stable, `detail` is for people
 ask() {
-  curl -sS --fail-with-body --max-time 30 --data-binary "@$work/rain.safetensors" "$base/v1/reduce?$1" -o "$work/answer"
+  status=$(curl -sS --max-time 30 --data-binary "@$work/rain.safetensors" "$base/v1/reduce?$1" -o "$work/answer" -w '%{http_code}') || exit
+  [ "$status" = 200 ] && return
+  echo "refused: $(sed -E 's/.*"code": "([a-z_]*)", "detail": "(([^"\\]|\\.)*)".*/\1: \2/' "$work/answer")"
+  return 1
 }
 
 ask 'op=mean&dim=1'
@@ -29,5 +33,4 @@ for i in 1 2 3; do
   if [ "$(echo "$valid" | sed -n "${i}p" | tr -d ' ')" = 1 ]; then echo "station $i: $mean"; else echo "station $i: no data"; fi
 done
 
-# a problem is JSON: `code` is stable, `detail` is for people
-ask 'op=maen&dim=1' 2>/dev/null || echo "refused: $(grep -o '"code": "[a-z_]*"' "$work/answer" | cut -d '"' -f 4)"
+ask 'op=maen&dim=1' || true
