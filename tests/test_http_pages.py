@@ -16,6 +16,7 @@ from maskserve.errors import MaskserveError
 from maskserve.ops import OPS, verbs
 from maskserve_api import pages, problems, v2_models
 from maskserve_api.app import create_app
+from maskserve_api.edge import OPEN
 from tests.http_service import Running, check_problem, running
 
 SOURCES = sorted(Path(maskserve_api.__file__).parent.glob("*.py"))
@@ -93,6 +94,12 @@ def test_every_path_of_the_document_is_served(service: Running) -> None:
             named = path.replace("{name}", next(iter(OPS))).replace("{model}", verbs()[0])
             response = service.http.request(method, named)
             assert response.status_code not in (404, 405, 500), path
+
+
+def test_every_path_of_the_document_says_whether_it_asks_for_a_key(service: Running) -> None:
+    for path, operations in service.http.get("/openapi.json").json()["paths"].items():
+        for operation in operations.values():
+            assert ("401" in operation["responses"]) == (path not in OPEN), path
 
 
 def test_v1_ops_names_every_row_with_its_exact_schema(service: Running) -> None:

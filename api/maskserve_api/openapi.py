@@ -47,8 +47,8 @@ def document() -> Json:
             },
             "paths": {
                 **{f"/v1/{verb}": {"post": operation(verb)} for verb in verbs()},
-                "/v1/ops": {"get": getter("ops", "every op with its parameters and their exact JSON schema", 403)},
-                "/v1/ops/{name}": {"get": getter("op", "one op", 403, 404) | {"parameters": [in_path("name")]}},
+                "/v1/ops": {"get": getter("ops", "every op with its parameters and their exact JSON schema", 401, 403)},
+                "/v1/ops/{name}": {"get": getter("op", "one op", 401, 403, 404) | {"parameters": [in_path("name")]}},
                 "/livez": {"get": getter("livez", "200 while the process lives")},
                 "/readyz": {"get": getter("readyz", "200 while requests are taken, else 503", 503)},
                 **v2_openapi.paths(),

@@ -58,14 +58,16 @@ def paths() -> Json:
     """All but what is not offered, and but the same under /versions/1."""
     model = {"parameters": [a_model()]}
     return {
-        "/v2": {"get": getter("v2", "the server and its extensions", 403)},
+        "/v2": {"get": getter("v2", "the server and its extensions", 401, 403)},
         "/v2/health/live": {"get": getter("v2_live", "200 while the process lives")},
         "/v2/health/ready": {"get": getter("v2_ready", "200 while requests are taken, else 503", 503)},
         "/v2/repository/index": {"post": listed("v2_index", "the models, which are the verbs")},
-        MODELS: {"get": getter("v2_metadata", "a model's usual inputs and outputs", 403, 404) | model},
-        f"{MODELS}/ready": {"get": getter("v2_model_ready", "whether a model takes requests", 403, 404, 503) | model},
+        MODELS: {"get": getter("v2_metadata", "a model's usual inputs and outputs", 401, 403, 404) | model},
+        f"{MODELS}/ready": {
+            "get": getter("v2_model_ready", "whether a model takes requests", 401, 403, 404, 503) | model
+        },
         f"{MODELS}/config": {
-            "get": getter("v2_config", "a model in Triton's words, its ops among them", 403, 404) | model
+            "get": getter("v2_config", "a model in Triton's words, its ops among them", 401, 403, 404) | model
         },
         f"{MODELS}/infer": {"post": infer()},
     }
@@ -81,7 +83,7 @@ def listed(name: str, text: str) -> Json:
         "description": "as said",
         "content": {Form.JSON: {"schema": {"type": "array", "items": {"type": "object"}}}},
     }
-    return {"operationId": name, "summary": text, "responses": {"200": answer} | failures(403)}
+    return {"operationId": name, "summary": text, "responses": {"200": answer} | failures(401, 403)}
 
 
 def infer() -> Json:
