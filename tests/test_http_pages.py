@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,13 @@ def test_the_pages_are_whole_without_a_network(service: Running) -> None:
 def test_the_type_of_every_problem_leads_somewhere(service: Running) -> None:
     page = service.http.get("/docs/errors").text
     assert {kind.code for kind in ours()} <= set(re.findall(r'id="([a-z_]+)"', page))
+
+
+def test_every_error_says_when_it_is_raised_and_what_to_do(service: Running) -> None:
+    page = service.http.get("/docs/errors").text
+    for kind in ours():
+        assert kind.__doc__, f"{kind.__name__} has no docstring"
+        assert escape(pages.advice(kind)) in page
 
 
 def test_a_host_in_a_page_is_escaped() -> None:
