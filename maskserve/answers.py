@@ -19,8 +19,7 @@ from maskserve.dtypes import DType
 from maskserve.errors import BackendError, DimError, DtypeError, TooLargeError, nearest
 from maskserve.loading import device_of, loaded, loaded_above, on_device, without_fill
 from maskserve.ops.rows import GRAD, Masking, Normalization, Reduction, Scan
-from maskserve.payload.format import DEFAULT_LIMITS, Encoded, Output, Payload, encode
-from maskserve.payload.header import shown
+from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load, output
 from maskserve.payload.variables import MASK, Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
@@ -164,7 +163,8 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
         means = request.common.get("mask_means")
         return tuple(sides.of_variable(request.row, request.params, variable, variables, payload, others, means))
 
-    check_names(variables)
+    for variable in variables:
+        answer_mask_name(variable, variables)  # refuses a name that leaves no room for it, before anything is computed
     hint = "; tensor (--tensor) picks the variables to compute on" if len(variables) > 1 else ""
     planned = tuple(step(request, variable, device, over, hint) for variable in variables)
     if request.is_gradient:
@@ -173,19 +173,6 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
     if dims is not None and all(s.passes_through for s in planned):
         raise no_such_dim(request, variables)
     return planned
-
-
-def check_names(variables: Variables) -> None:
-    """Refuses a name that leaves no room for that of the answer's mask."""
-    most = DEFAULT_LIMITS.name_bytes
-    for variable in variables:
-        n_bytes, n_more = (len(name.encode()) for name in (variable.name, answer_mask_name(variable, variables)))
-        if n_more > most:
-            raise TooLargeError(
-                f"a tensor's name has {n_bytes} bytes; at most {most - (n_more - n_bytes)} leave room for that of its mask, "
-                f"NAME.mask: {shown(variable.name, 40)}",
-                parameter=shown(variable.name),
-            )
 
 
 def run(

@@ -75,7 +75,8 @@ async def unrouted(request: Request, error: Exception) -> Response:
         raise MethodError(f"this path takes {' or '.join(allowed)}", allowed=allowed) from None
     known = [path for route in request.app.routes if "{" not in (path := route.path)]
     raise UnknownPathError(
-        f"there is no such path{nearest(request.scope['path'][:64], known)}; a request is a POST to {' or '.join(paths())}, and /docs tells more"
+        f"there is no such path{nearest(request.scope['path'][:64], known)}; "
+        f"a request is a POST to {' or '.join(paths())}, and /docs tells more"
     )
 
 

@@ -25,9 +25,9 @@ class Coding(StrEnum):
     DEFLATE = "deflate"
 
     @property
-    def format(self) -> str:
-        """What the name leaves open: many take deflate for the stream without zlib's header."""
-        return " (zlib's format, RFC 1950)" if self is Coding.DEFLATE else ""
+    def explained(self) -> str:
+        """The name, and what it leaves open: many take deflate for the stream without zlib's header."""
+        return self + (" (zlib's format, RFC 1950)" if self is Coding.DEFLATE else "")
 
     @property
     def window_bits(self) -> int:
@@ -74,7 +74,7 @@ class Stream:
             try:
                 piece = self._zlib.decompress(left, PIECE_BYTES)
             except zlib.error:
-                raise self._bad(f"is broken, or is no {self.coding}{self.coding.format}") from None
+                raise self._bad(f"is broken, or is no {self.coding.explained}") from None
             left = self._zlib.unconsumed_tail or self._zlib.unused_data
             if piece:
                 yield piece

@@ -36,7 +36,8 @@ def find(word: str, *, verb: str | None = None) -> Row:
         if other is not None and verb == GRAD:
             raise no_gradient(other)
         if other is not None:
-            raise UnknownOpError(f"{word} is an op of {other.verb}, not of {verb}: ask {other.verb} (/v1/{other.verb})", parameter="op", allowed=words)
+            message = f"{word} is an op of the verb {other.verb}, not of {verb}: ask that verb"
+            raise UnknownOpError(message, parameter="op", allowed=words)
         served = [w for w in words if verb or words[w].verb]  # the rest are hundreds, which `maskserve ops` lists
         more = f" or one of {len(words) - len(served)} more" if len(served) < len(words) else ""
         raise UnknownOpError(

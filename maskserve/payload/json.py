@@ -31,7 +31,7 @@ from maskserve.payload.header import (
 )
 from maskserve.payload.metadata import KEY_DIMS, dim_names
 from maskserve.payload.texts import texts_of
-from maskserve.payload.variables import MASK, Variables, resolve
+from maskserve.payload.variables import MASK, Variables, mask_name, resolve
 
 Form: TypeAlias = Literal["plain", "explicit"]
 EXPLICIT_FIELDS = frozenset({"dtype", "shape", "dims", "values"})
@@ -111,7 +111,7 @@ def outputs_of(name: str, cells: Cells, names: Collection[str]) -> Iterator[Outp
     """The tensor of `cells` and, where one is null, its mask; `names` are those of all tensors that came."""
     yield Output(name, cells.dtype, cells.shape, cells.data)
     if cells.valid is not None:
-        mask = f"{name}.{MASK}"
+        mask = mask_name(name)
         given = next((other for other in (mask, MASK) if other in names), None)
         if given is not None:
             raise PayloadError(

@@ -20,10 +20,11 @@ from maskserve.errors import (
     NotComputableError,
     OrphanMaskError,
     ParameterError,
+    TooLargeError,
     UnknownTensorError,
     nearest,
 )
-from maskserve.payload.header import Header, TensorInfo, shown, shown_shape
+from maskserve.payload.header import DEFAULT_LIMITS, Header, TensorInfo, shown, shown_shape
 from maskserve.payload.metadata import (
     Dims,
     Means,
@@ -37,7 +38,7 @@ from maskserve.payload.metadata import (
 
 __all__ = [
     "MaskKind", "MaskSource", "Variable", "Variables", "resolve", "unknown",
-    "answer_mask_name", "answer_metadata",
+    "answer_mask_name", "answer_metadata", "mask_name",
     "Means", "Dims",
 ]  # fmt: skip
 
@@ -327,4 +328,17 @@ def answer_mask_name(variable: Variable, variables: Variables) -> str:
     """What the mask of `variable` is called in an answer: it comes in the form of its question."""
     alone = len(variables.computed) == 1
     said_mask = variable.mask is not None and variable.mask.info.name == MASK
-    return MASK if alone and (said_mask or variable.name == DATA) else f"{variable.name}.{MASK}"
+    return MASK if alone and (said_mask or variable.name == DATA) else mask_name(variable.name)
+
+
+def mask_name(name: str) -> str:
+    """What a mask beside the tensor `name` is called; TooLargeError where that is too long for a name."""
+    mask, most = f"{name}.{MASK}", DEFAULT_LIMITS.name_bytes
+    n_bytes, n_mask = len(name.encode()), len(mask.encode())
+    if n_mask > most:
+        raise TooLargeError(
+            f"a tensor's name has {n_bytes} bytes; at most {most - (n_mask - n_bytes)} leave room for that of its mask, "
+            f"NAME.mask: {shown(name, 40)}",
+            parameter=shown(name),
+        )
+    return mask
