@@ -178,7 +178,9 @@ def report(command: str) -> str:
 def parts(command: str, large: Sequence[Timing], small: Sequence[Timing], chained_us: float) -> Iterator[str]:
     yield f"`{command}`: forward and backward, f32, 70 % valid, {torch.get_num_threads()} threads."
     for peer in (PLAIN, TORCH_MASKED):
-        yield f"Times faster than {peer}" + (" (`!`: its gradient differs at valid cells):" if peer == TORCH_MASKED else ":")
+        yield f"Times faster than {peer}" + (
+            " (`!`: its gradient differs at valid cells):" if peer == TORCH_MASKED else ":"
+        )
         yield grid(large, peer)
     yield "Microseconds on 1,000 cells:"
     names = (OURS, PLAIN, TORCH_MASKED)

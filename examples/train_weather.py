@@ -309,7 +309,9 @@ def figure_of(made: Report) -> str:
         for i, of in enumerate(ratios):
             place = f'cy="{y + 5 * (i - 1)}" r="3.5" fill="{COLOURS[i]}" fill-opacity="0.7"'
             lines += [f'<circle cx="{across(ratio)}" {place}/>' for ratio in of[:, j].tolist()]
-    lines.append(f'<text x="{across(1.0)}" y="{bottom + 34}" text-anchor="middle" fill="#444">as the last measured</text>')
+    lines.append(
+        f'<text x="{across(1.0)}" y="{bottom + 34}" text-anchor="middle" fill="#444">as the last measured</text>'
+    )
     return "\n".join([*lines, "</svg>", ""])
 
 

@@ -251,7 +251,9 @@ def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:
 
 def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
     """Refuses an answer out of all proportion to its question: a dim of size 0 lets 70 bytes ask for terabytes."""
-    if all(info.n_bytes for info in payload.header.tensors.values()) and not any(s.plan and s.plan.labels for s in planned):
+    if all(info.n_bytes for info in payload.header.tensors.values()) and not any(
+        s.plan and s.plan.labels for s in planned
+    ):
         return  # no dim has size 0 and none is new, so no answer has more cells than its question has bytes
     n_bytes = sum(step.bytes_written for step in planned)
     most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)

@@ -64,7 +64,9 @@ def grad_by(
     )
     made = [gradient_of(source, [next(found) for _ in own]) for source, own in zip(sources, parts, strict=True)]
     return tuple(
-        checked_use(source, gradient, allow_unused=bool(allow_unused or materialize_grads), materialize=materialize_grads)
+        checked_use(
+            source, gradient, allow_unused=bool(allow_unused or materialize_grads), materialize=materialize_grads
+        )
         for source, gradient in zip(sources, made, strict=True)
     )
 
@@ -207,13 +209,17 @@ def vjp(function: Function, *primals: Any, has_aux: bool = False) -> tuple[Any, 
     value, aux = opened.closed(flat, extra)
 
     def pulled(cotangents: Any) -> tuple[Any, ...]:
-        leaves = paired("what the function gives", tree_leaves(value), "the gradient from above", tree_leaves(cotangents))
+        leaves = paired(
+            "what the function gives", tree_leaves(value), "the gradient from above", tree_leaves(cotangents)
+        )
         return opened.gradients(pull(tuple(seed for out, above in leaves for seed in seeds_of(out, above))))
 
     return (value, pulled, aux) if has_aux else (value, pulled)
 
 
-def jvp(function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False) -> tuple[Any, ...]:
+def jvp(
+    function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False
+) -> tuple[Any, ...]:
     """(what the function gives, how it changes along the tangents), as torch.func.jvp.
 
     A masked cell of a tangent adds nothing. A cell of the change is specified where it is valid and a path of valid
@@ -254,7 +260,9 @@ class Opened:
             if not isinstance(leaf, MaskedTensor | Tensor):
                 raise GradientError(f"a gradient is by tensors, and an argument has a {type(leaf).__name__}")
             if not (leaf.is_floating_point() or leaf.is_complex()):
-                raise GradientError(f"a gradient is by floats, and an argument is {leaf.dtype}; convert it first: .double()")
+                raise GradientError(
+                    f"a gradient is by floats, and an argument is {leaf.dtype}; convert it first: .double()"
+                )
 
     def flat(self, reach_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         """The leaves' parts; `reach_of(data)` where nobody asked so far."""
@@ -274,7 +282,10 @@ class Opened:
         for output in outputs:
             if not isinstance(output, MaskedTensor | Tensor):
                 raise GradientError(f"the function gives a {type(output).__name__} where a tensor has a gradient")
-        beside = [[mask_of(output) for output in outputs], *zip(*[(plain_of(o), mask_of(o)) for o in others], strict=True)]
+        beside = [
+            [mask_of(output) for output in outputs],
+            *zip(*[(plain_of(o), mask_of(o)) for o in others], strict=True),
+        ]
         self.beside = [[None if isinstance(part, Tensor) else (part,) for part in parts] for parts in beside]
         return (
             tuple(part for output in outputs for part in opened_parts(output, channel)),

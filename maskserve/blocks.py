@@ -35,9 +35,7 @@ class Cells:
         """The weights of a block, where there are any."""
         return () if self.weights is None else (self.weights[where],)
 
-    def block(
-        self, outer: slice, run: slice, inner: slice, *, negated: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+    def block(self, outer: slice, run: slice, inner: slice, *, negated: bool = True) -> tuple[Tensor, Tensor | None]:
         """Data and mask of a block, as kernels see them; the mask tells what counts, NaN policy included.
 
         The cells of a row that negates are `negated`, where the kernel does not do that itself.

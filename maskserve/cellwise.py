@@ -217,7 +217,9 @@ def in_range(row: Elementwise, operands: Sequence[Operand]) -> Sequence[Operand]
         return operands
     if row.beyond is Beyond.EXACT and kind is not u64 and all(i64.holds(value) for value in beyond):
         return [o._replace(value=o.value.to(torch.int64)) if isinstance(o.value, Tensor) else o for o in operands]
-    raise DtypeError(f"{row.name}: {beyond[0]} does not fit {kind.name}; convert the tensor first, to a dtype that holds it")
+    raise DtypeError(
+        f"{row.name}: {beyond[0]} does not fit {kind.name}; convert the tensor first, to a dtype that holds it"
+    )
 
 
 def nan_checked(row: Elementwise, operands: Sequence[Operand], nan: str) -> Sequence[Operand]:
@@ -241,7 +243,9 @@ def resolve(row: Elementwise, given: Mapping[str, Any]) -> dict[str, Any]:
     known_names = names_of(row)
     for name in given:
         if name not in known_names:
-            raise ParameterError(f"{row.name} has no parameter {name!r}; it takes {', '.join(known_names)}", parameter=name)
+            raise ParameterError(
+                f"{row.name} has no parameter {name!r}; it takes {', '.join(known_names)}", parameter=name
+            )
     for parameter in row.parameters:
         value = given.get(parameter.name, parameter.default)
         if parameter.type is not Type.NUMBER or not isinstance(value, int | float | complex):
@@ -266,7 +270,9 @@ def flow(
         chosen = torch.where(values[0], True if yes is None else yes, True if no is None else no)
         return values, chosen if condition is None else chosen & condition
     if policy is Policy.UNION and any(mask is not None for mask in masks):
-        return filled_with_identity(row, operands), union([m for m, v in zip(masks, values, strict=True) if v is not None])
+        return filled_with_identity(row, operands), union(
+            [m for m, v in zip(masks, values, strict=True) if v is not None]
+        )
     together = intersection(masks)
     if row.unsafe and together is not None:
         values = [safe(value, together) for value in values]

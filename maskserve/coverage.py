@@ -25,7 +25,9 @@ def who(row: SlicedRow, dtype: DType) -> str:
     needed = {p.name: SAMPLES[p.type] for p in row.parameters if p.default is REQUIRED and p.type in SAMPLES}
     if any(p.name == "dim" for p in row.parameters):
         needed["dim"] = 0
-    return {"cpu": "native"}.get(choose(plan(row, tuple(needed.items()), (2, 3), dtype, "cpu")).backend.name, "reference")
+    return {"cpu": "native"}.get(
+        choose(plan(row, tuple(needed.items()), (2, 3), dtype, "cpu")).backend.name, "reference"
+    )
 
 
 def svg() -> str:

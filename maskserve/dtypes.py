@@ -94,7 +94,25 @@ f8_e5m2 = DType(name="f8_e5m2", code="F8_E5M2", torch="float8_e5m2", n_bytes=1, 
 c128 = DType(name="c128", code="", torch="complex128", n_bytes=16, kind=Kind.COMPLEX)  # no payload holds it
 c64 = DType(name="c64", code="C64", torch="complex64", n_bytes=8, kind=Kind.COMPLEX)
 
-ALL: tuple[DType, ...] = (f64, f32, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean, f8_e4m3, f8_e5m2, c64, c128)
+ALL: tuple[DType, ...] = (
+    f64,
+    f32,
+    f16,
+    bf16,
+    i64,
+    i32,
+    i16,
+    i8,
+    u64,
+    u32,
+    u16,
+    u8,
+    boolean,
+    f8_e4m3,
+    f8_e5m2,
+    c64,
+    c128,
+)
 FLOATING = frozenset({f64, f32, f16, bf16})
 INTEGRAL = frozenset({i64, i32, i16, i8, u8, boolean})
 WIDENED: Mapping[DType, DType] = MappingProxyType({u16: i64, u32: i64, f8_e4m3: f32, f8_e5m2: f32})

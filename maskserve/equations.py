@@ -85,14 +85,18 @@ def linear(row: Contraction, shapes: Sequence[Shape], params: Mapping[str, Any])
     """The last dims meet; the weight is (out, in), or (in,) for one output."""
     batch = range(1 - at_least_one(row, 0, shapes[0]), 0)
     if len(shapes[1]) not in (1, 2):
-        raise ShapeError(f"{row.name}: weight has shape {shapes[1]}; it must have 2 dims, outputs and inputs, or inputs alone")
+        raise ShapeError(
+            f"{row.name}: weight has shape {shapes[1]}; it must have 2 dims, outputs and inputs, or inputs alone"
+        )
     outputs: Labels = ("j",)[: len(shapes[1]) - 1]
     return Equation(operands=((*batch, "k"), (*outputs, "k")), result=(*batch, *outputs), exact=frozenset("jk"))
 
 
 def at_least_one(row: Contraction, i: int, shape: Shape) -> int:
     if not shape:
-        raise ShapeError(f"{row.name}: {name_of(row, i)} has no dims; it must have at least 1 (mul multiplies by one number)")
+        raise ShapeError(
+            f"{row.name}: {name_of(row, i)} has no dims; it must have at least 1 (mul multiplies by one number)"
+        )
     return len(shape)
 
 
@@ -107,7 +111,9 @@ def tensordot(row: Contraction, shapes: Sequence[Shape], params: Mapping[str, An
             )
         dims = tuple(range(a - dims, a)), tuple(range(dims))
     if len(dims[0]) != len(dims[1]):
-        raise ParameterError(f"{row.name}: dims names {len(dims[0])} dims of a and {len(dims[1])} of b", parameter="dims")
+        raise ParameterError(
+            f"{row.name}: dims names {len(dims[0])} dims of a and {len(dims[1])} of b", parameter="dims"
+        )
     left: list[Label] = [f"a{dim}" for dim in range(a)]
     right: list[Label] = [f"b{dim}" for dim in range(b)]
     for labels, side, name in ((left, dims[0], "a"), (right, dims[1], "b")):

@@ -264,7 +264,7 @@ class ConversionWarning(UserWarning):
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """ '; did you mean "mean"?', or nothing when no allowed word is close.
+    """'; did you mean "mean"?', or nothing when no allowed word is close.
 
     >>> nearest("maen", ["mean", "sum"])
     '; did you mean mean?'

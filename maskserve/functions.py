@@ -105,7 +105,9 @@ def whole(row: Whole, tensor: Any, mask: Any, given: dict[str, Any]) -> Any:
 def several_of(name: str, made: dict[str, MaskedTensor]) -> Any:
     """A named tuple that pickle takes for the call that makes it: its class is in no module."""
     bare = namedtuple(name, made)  # type: ignore[misc]  # the names are those of the row
-    return type(name, (bare,), {"__slots__": (), "__reduce__": lambda self: (several_of, (name, self._asdict()))})(**made)
+    return type(name, (bare,), {"__slots__": (), "__reduce__": lambda self: (several_of, (name, self._asdict()))})(
+        **made
+    )
 
 
 def side_input(row: Row, given: Any, data: Tensor) -> Operand:
@@ -336,7 +338,9 @@ def has_nan_policy(row: Elementwise) -> bool:
 
 def takes_mask(row: Row) -> bool:
     """Whether a plain tensor may bring its mask along: there is one tensor that it can belong to."""
-    return not isinstance(row, Elementwise | Move | Contraction) or (isinstance(row, Elementwise) and len(row.operands) == 1)
+    return not isinstance(row, Elementwise | Move | Contraction) or (
+        isinstance(row, Elementwise) and len(row.operands) == 1
+    )
 
 
 def given(row: Row) -> str:
@@ -431,7 +435,9 @@ def docstring(row: Row) -> str:
     if isinstance(row, Elementwise):
         lines += ["policy: what different masks give: intersect (default), strict or union"]
         lines += [f"nan: {NAN.help} (propagate, omit, raise)"] if has_nan_policy(row) else []
-    lines += ["Takes torch's own arguments; any dtype."] if isinstance(row, Move) else [
-        f"Accepts {', '.join(sorted(dtype.name for dtype in row.accepts))}."
-    ]
+    lines += (
+        ["Takes torch's own arguments; any dtype."]
+        if isinstance(row, Move)
+        else [f"Accepts {', '.join(sorted(dtype.name for dtype in row.accepts))}."]
+    )
     return "\n".join(lines)

@@ -96,8 +96,12 @@ class Operation(ABC):
 def apply(operation: Operation, *operands: Operand) -> tuple[Operand, Tensor | None]:
     """(the result, the indices of picked cells), leaving a trace for autograd and for transforms."""
     parts = zip(*[operand[:3] for operand in operands], strict=True)
-    values, valid, reach, *indices = applied(Compute, operation, len(operands), *[part for kind in parts for part in kind])
-    asked = values.requires_grad or (operation.is_differentiable and any(operand.reach is not None for operand in operands))
+    values, valid, reach, *indices = applied(
+        Compute, operation, len(operands), *[part for kind in parts for part in kind]
+    )
+    asked = values.requires_grad or (
+        operation.is_differentiable and any(operand.reach is not None for operand in operands)
+    )
     return Operand(values, valid, reach if asked else None), indices[0] if indices else None
 
 
@@ -147,7 +151,9 @@ class Compute(torch.autograd.Function):
         if wanted:
             assert now is not None
             back = reached if gate is now else operation.reached(given, now)
-            reaches = tuple(as_cotangent(at) if wanted else None for at, wanted in zip(back, ctx.has_reach, strict=True))
+            reaches = tuple(
+                as_cotangent(at) if wanted else None for at, wanted in zip(back, ctx.has_reach, strict=True)
+            )
         return (None, None, *data, *[None] * ctx.n, *reaches)
 
     @staticmethod

@@ -39,7 +39,9 @@ class History(Attributes):
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """The tensor itself, from now on a leaf that collects a gradient in `.grad`, or none any more."""
         if requires_grad and not (self._data.is_floating_point() or self._data.is_complex()):
-            raise GradientError(f"a gradient is by floats, and the tensor is {self._data.dtype}; convert it first: .double()")
+            raise GradientError(
+                f"a gradient is by floats, and the tensor is {self._data.dtype}; convert it first: .double()"
+            )
         self._data.requires_grad_(requires_grad)
         if self._reach is not None and self._reach.is_leaf:
             self._reach.requires_grad_(requires_grad)  # kept: what was collected stays, and says where it is specified
@@ -96,7 +98,11 @@ class History(Attributes):
         if isinstance(gradient, Tensor):
             gradient = MaskedTensor._of(gradient, None)
         if not isinstance(gradient, MaskedTensor) or gradient.shape != self.shape:
-            given = f"one of shape {tuple(gradient.shape)}" if hasattr(gradient, "shape") else f"a {type(gradient).__name__}"
+            given = (
+                f"one of shape {tuple(gradient.shape)}"
+                if hasattr(gradient, "shape")
+                else f"a {type(gradient).__name__}"
+            )
             raise GradientError(f"a gradient is a tensor of shape {tuple(self.shape)}, or None, and not {given}")
         specified = gradient._full_mask() & self._full_mask()
         self._data.grad = select(gradient._data.detach(), specified)

@@ -82,7 +82,9 @@ def save(
     for name, given in tensors.items():
         tensor = as_masked_tensor(given)
         check_dims(name, tensor, named.get(name))
-        outputs.append(output(name, hidden_as_zero(tensor.get_data(), None if tensor._mask is None else tensor._full_mask())))
+        outputs.append(
+            output(name, hidden_as_zero(tensor.get_data(), None if tensor._mask is None else tensor._full_mask()))
+        )
         if named.get(name) != (name,) or tensor._mask is not None:  # a coordinate has a mask only if it needs one
             outputs.append(output(f"{name}.{MASK}", tensor.get_mask()))
     kept = dict(metadata if metadata is not None else getattr(tensors, "metadata", {}))

@@ -87,7 +87,9 @@ def by_kernel(row: Move, args: Arguments, kwargs: Keywords) -> Any:
         reach = source._reach if torch.is_grad_enabled() else None
         return Masked(source._data, None if source._mask is None else source._full_mask(), reach)
 
-    made: Masked = kernel(row.function)(pair(sources[0]), *map(pair, args[1:]), **{k: pair(v) for k, v in kwargs.items()})
+    made: Masked = kernel(row.function)(
+        pair(sources[0]), *map(pair, args[1:]), **{k: pair(v) for k, v in kwargs.items()}
+    )
     return placed(made.data, made.mask, made.reach, sources)
 
 

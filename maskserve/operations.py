@@ -182,7 +182,9 @@ class OfSlices(Operation):
                     return None
                 return self.kept(tensor).narrow(dim + self.batch_dim, start, n).reshape(block.plan.out_shape)
 
-            part = Given(tuple(map(own, given.operands)), tuple(map(own, given.masks)), Result(*map(made, given.result)))
+            part = Given(
+                tuple(map(own, given.operands)), tuple(map(own, given.masks)), Result(*map(made, given.result))
+            )
             yield span, block, part, Above(*map(made, above)), tuple(map(own, reached))
 
 
@@ -220,7 +222,9 @@ class OfProduct(Operation):
         """A pair whose product was not reached contributes nothing, whatever inf stands in it."""
         from_above = Operand(*above)
         a, b = (
-            Operand(operand.conj_physical().mT if operand.is_complex() else operand.mT, None if mask is None else mask.mT)
+            Operand(
+                operand.conj_physical().mT if operand.is_complex() else operand.mT, None if mask is None else mask.mT
+            )
             for operand, mask in zip(given.operands, given.masks, strict=True)
         )
         return apply(self, from_above, b)[0].value, apply(self, a, from_above)[0].value

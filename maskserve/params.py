@@ -40,7 +40,9 @@ def resolve(row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
     params = {name: check(row, p, given.get(name, p.default)) for name, p in known.items()}
     if params.get("unbiased") is not None:  # torch's older word for the same thing
         if "correction" in given and params["correction"] not in (known["correction"].default, int(params["unbiased"])):
-            raise ParameterError(f"{row.name}: unbiased and correction say the same thing; give one", parameter="unbiased")
+            raise ParameterError(
+                f"{row.name}: unbiased and correction say the same thing; give one", parameter="unbiased"
+            )
         params["correction"] = int(params["unbiased"])
     return params
 
@@ -75,7 +77,9 @@ def _is_count_like(value: Any) -> bool:
 def _check_dims(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     dims = value if isinstance(value, tuple) else (value,)
     fits = all(isinstance(d, int) and not isinstance(d, bool) for d in dims)
-    return ((dims,) if fits else ()), "a dim number or a tuple of them (maskserve.compute takes the names of a file's dims)"
+    return (
+        (dims,) if fits else ()
+    ), "a dim number or a tuple of them (maskserve.compute takes the names of a file's dims)"
 
 
 def _check_dim(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
@@ -125,7 +129,9 @@ def _check_meeting(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], s
         return ((value,) if value >= 0 else ()), "a number of dims from 0 on"
     sides = [(side,) if _is_whole(side) else side for side in value] if isinstance(value, list | tuple) else []
     fits = len(sides) == 2 and all(isinstance(side, list | tuple) and all(map(_is_whole, side)) for side in sides)
-    return ((tuple(map(tuple, sides)),) if fits else ()), "a number of dims, or the dims of the first and of the second tensor"
+    return (
+        (tuple(map(tuple, sides)),) if fits else ()
+    ), "a number of dims, or the dims of the first and of the second tensor"
 
 
 def _is_whole(value: Any) -> bool:

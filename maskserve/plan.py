@@ -205,7 +205,9 @@ def resized(row: Ordering, params: Mapping[str, Any], n: int) -> int:
     """How many cells the row gives of the `n` of a slice."""
     size = row.size(params, n)
     if size > n:
-        raise ParameterError(f"{row.name}: {size} cells are asked for, and a slice has {n}; give at most {n}", parameter="k")
+        raise ParameterError(
+            f"{row.name}: {size} cells are asked for, and a slice has {n}; give at most {n}", parameter="k"
+        )
     return size
 
 

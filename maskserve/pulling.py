@@ -69,7 +69,9 @@ class Walk:
     def folded(self, result: Tensor) -> Folded:
         """A result, or what belongs to it, in the folded shape of the data."""
         if self.how.reduces:
-            result = result.reshape(reduced_shape(self.plan.shape, self.plan.dims, keepdim=True)).expand(self.plan.shape)
+            result = result.reshape(reduced_shape(self.plan.shape, self.plan.dims, keepdim=True)).expand(
+                self.plan.shape
+            )
         return Folded(result, self.cells.shape)
 
     def __call__(self) -> bool:

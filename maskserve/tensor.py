@@ -101,7 +101,9 @@ class MaskedTensor(History):
             setattr(MaskedTensor, name, method(row.name))
             return getattr(self, name)
         if name.endswith("_") and method_of(name.rstrip("_")):
-            raise AttributeError(f"MaskedTensor has no {name}: write m[...] = m.{name.rstrip('_')}(...), or m += and the like")
+            raise AttributeError(
+                f"MaskedTensor has no {name}: write m[...] = m.{name.rstrip('_')}(...), or m += and the like"
+            )
         known = "torch.Tensor has it, but no masked operation is defined for it; " if hasattr(Tensor, name) else ""
         raise AttributeError(
             f"MaskedTensor has no attribute {name!r}"
@@ -146,7 +148,9 @@ class MaskedTensor(History):
     def _fitting(self, fill: float) -> Tensor:
         """`fill` in the data's dtype, or an error where it would change."""
         dtype = self._data.dtype
-        known = BY_TORCH.get(str(dtype).removeprefix("torch."), f64)  # what we compute nothing on, as complex128, is wide
+        known = BY_TORCH.get(
+            str(dtype).removeprefix("torch."), f64
+        )  # what we compute nothing on, as complex128, is wide
         kind = bool if dtype is torch.bool else int if known.is_integral else float | int
         if not isinstance(fill, kind) or not (known.holds(fill) or fill != fill):
             raise DtypeError(
@@ -194,7 +198,9 @@ class MaskedTensor(History):
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedTensor:
         """A leaf that collects a gradient is copied part by part, as torch's: what shares its data shares the copy's."""
         if not self.is_leaf:
-            raise GradientError("a deep copy of a tensor that was computed from a leaf would lose its history: detach() it first")
+            raise GradientError(
+                "a deep copy of a tensor that was computed from a leaf would lose its history: detach() it first"
+            )
         if not self.requires_grad:
             return self._moved("clone")
         data, mask, reach = copy.deepcopy((self._data, self._mask, self._reach), memo)
@@ -351,7 +357,9 @@ class MaskedTensor(History):
     def _replace(self, result: MaskedTensor, *, same_mask: bool) -> None:
         """Every cell takes the result's value and validity; `same_mask`: which are the tensor's own."""
         if torch.is_grad_enabled() and (self._data.requires_grad or result._data.requires_grad):
-            raise GradientError("an operation in place on or with a tensor that requires grad: write m = m + ..., not m += ...")
+            raise GradientError(
+                "an operation in place on or with a tensor that requires grad: write m = m + ..., not m += ..."
+            )
         if not same_mask or self._mask is None:
             self[...] = result
         elif _overlaps(self._data):

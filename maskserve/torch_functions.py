@@ -127,7 +127,9 @@ def uncovered(function: Callable[..., Any]) -> UncoveredFunctionError:
     """The error that names the function and a way out."""
     name = name_of(function).removeprefix("torch.")
     if getattr(torch.nn.functional, name, None) is function:
-        return UncoveredFunctionError(f"torch.nn.functional.{name} has no rule for a MaskedTensor: {WAY_OUT}{of_ops(name)}")
+        return UncoveredFunctionError(
+            f"torch.nn.functional.{name} has no rule for a MaskedTensor: {WAY_OUT}{of_ops(name)}"
+        )
     for row in OPS.values():
         if row.differs and name == row.name:
             return UncoveredFunctionError(f"{row.differs}: call maskserve.{row.name}")

@@ -148,7 +148,8 @@ def sampled(row: Elementwise) -> tuple[Tensor, ...] | None:
     """Cells where the row is smooth; None where its results are no floats."""
     for span in RANGES[row.name in POSITIVE :]:
         data = tuple(
-            draw(shape, span, row.name, i).requires_grad_() for i, shape in zip(range(len(wanted(row))), SHAPES, strict=False)
+            draw(shape, span, row.name, i).requires_grad_()
+            for i, shape in zip(range(len(wanted(row))), SHAPES, strict=False)
         )
         result = torchs(row)(*arguments(row, data, plain=True), **required(row))
         if not (result.is_floating_point() or result.is_complex()):

@@ -57,7 +57,13 @@ def test_imports_without_torch(module: str) -> None:
 def test_front_ends_name_no_op(folder: Path) -> None:
     """An op's name in a front end's code would be a second op list. Help texts come from rows."""
     names = set(OPS) - {"select", "view", "t", "where", "mask"}
-    parameters = {p.name for row in OPS.values() if row.verb for p in row.requestable} - {"dim", "dtype", "nan", "mask", "empty"}
+    parameters = {p.name for row in OPS.values() if row.verb for p in row.requestable} - {
+        "dim",
+        "dtype",
+        "nan",
+        "mask",
+        "empty",
+    }
     parameters -= {"q", "method", "value"}  # int64 to the array module, GET or POST to HTTP, a setting's value
     for path in folder.rglob("*.py"):
         words = {

@@ -515,4 +515,3 @@ def test_many_quantiles_do_not_outgrow_their_question() -> None:
     body = to_bytes([output("x", torch.zeros(200_000, 1))], {})
     with pytest.raises(TooLargeError, match="may have at most"):
         ms.compute("reduce", body, op="quantile", q=",".join(["0.5"] * 256), dim=1)
-

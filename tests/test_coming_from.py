@@ -138,4 +138,6 @@ def test_an_expression_gives_what_numpy_or_torch_gives(theirs: str, ours: str) -
     if not theirs.startswith("torch.masked.") or "masked_tensor" in theirs:  # torch.masked's functions have no mask
         assert torch.equal(got.get_mask(), expected.get_mask())
     assert both.any()
-    torch.testing.assert_close(got.get_data()[both].double(), expected.get_data()[both].double(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        got.get_data()[both].double(), expected.get_data()[both].double(), rtol=1e-12, atol=1e-13
+    )

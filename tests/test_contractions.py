@@ -235,7 +235,9 @@ def test_einsum_sums_over_every_choice_of_valid_cells(equation: Any, dtype: DTyp
     operands = []
     for i, (_, shape) in enumerate(terms):
         sample = cells(dtype, shape, seed=seed + i, share=0.6)
-        rounded = sample.data.real.clamp(-4, 4).round() if dtype.is_float or dtype in COMPLEX else sample.data.clamp(-4, 4)
+        rounded = (
+            sample.data.real.clamp(-4, 4).round() if dtype.is_float or dtype in COMPLEX else sample.data.clamp(-4, 4)
+        )
         operands.append(Masked(seed, rounded.to(sample.data.dtype), sample.mask))
     tensors = [masked(s) for s in operands]
     got = torch.einsum(words, *tensors)

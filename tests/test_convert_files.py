@@ -88,7 +88,11 @@ def test_orders_and_endings_of_arrays_do_not_matter(tmp_path: Path) -> None:
     fortran = np.asfortranarray(np.arange(6).reshape(2, 3))
     np.savez(tmp_path / "a.npz", f=fortran, big=np.arange(3, dtype=">i4"), s=np.float32(2.5))
     found = ms.load(tmp_path / "a.npz")
-    assert {name: of.tolist() for name, of in found.items()} == {"f": [[0, 1, 2], [3, 4, 5]], "big": [0, 1, 2], "s": 2.5}
+    assert {name: of.tolist() for name, of in found.items()} == {
+        "f": [[0, 1, 2], [3, 4, 5]],
+        "big": [0, 1, 2],
+        "s": 2.5,
+    }
 
 
 def test_a_masked_array_is_written_to_npy_with_a_fill_value(tmp_path: Path) -> None:
@@ -133,7 +137,9 @@ def test_a_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path) -> None:
     n = 50_000_000
     path = archive(tmp_path / "bomb.npz", ("x.npy", entry(np.zeros(n, "u1"))))
     assert path.stat().st_size < n / 500
-    with pytest.raises(TooLargeError, match=r"the archive, unpacked, would take 50000128 bytes of memory; at most 1000000"):
+    with pytest.raises(
+        TooLargeError, match=r"the archive, unpacked, would take 50000128 bytes of memory; at most 1000000"
+    ):
         open_foreign(path, memory=10**6)
 
 
@@ -177,7 +183,12 @@ def test_an_archive_that_is_not_numpys_is_refused(tmp_path: Path, entries: list[
 def test_a_tensor_alone_is_data_and_a_nested_dict_is_refused(tmp_path: Path) -> None:
     torch.save(torch.arange(3), tmp_path / "a.pt")
     assert ms.load(tmp_path / "a.pt")["data"].tolist() == [0, 1, 2]
-    for name, bad in (("b", {"x": {"y": torch.ones(1)}}), ("c", {"epoch": 3}), ("d", [torch.ones(1)]), ("e", {1: torch.ones(1)})):
+    for name, bad in (
+        ("b", {"x": {"y": torch.ones(1)}}),
+        ("c", {"epoch": 3}),
+        ("d", [torch.ones(1)]),
+        ("e", {1: torch.ones(1)}),
+    ):
         torch.save(bad, tmp_path / f"{name}.pt")
         with pytest.raises(PayloadError, match="flat dict of tensors by name"):
             open_foreign(tmp_path / f"{name}.pt")
@@ -247,7 +258,9 @@ def test_a_missing_library_is_a_line_that_says_what_to_install(
 @every_foreign
 def test_a_file_that_stands_is_left_skipped_or_replaced(tmp_path: Path, row: Format) -> None:
     path = example(tmp_path, row)
-    other = payload({"data": ((np.ones(3) if row.is_table else np.ones((1, 1))), np.ones(3 if row.is_table else (1, 1), bool))})
+    other = payload(
+        {"data": ((np.ones(3) if row.is_table else np.ones((1, 1))), np.ones(3 if row.is_table else (1, 1), bool))}
+    )
     (tmp_path / "other.safetensors").write_bytes(other)
     with pytest.raises(OutputExistsError):
         ms.convert_file(tmp_path / "other.safetensors", path)
@@ -312,7 +325,11 @@ def test_words_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         ("out.nc", {"to": "zarr"}, "is netcdf by its suffix, and to says zarr"),
         ("out.xyz", {"to": "netcfd"}, "the format netcfd is not known: .* did you mean netcdf"),
         ("out.nc", {"exists": "maybe"}, "exists is maybe; give one of error, replace, skip"),
-        ("out.nc", {"columns": ["a"]}, r"columns are those of a table \(csv, tsv, parquet, arrow\), not of safetensors"),
+        (
+            "out.nc",
+            {"columns": ["a"]},
+            r"columns are those of a table \(csv, tsv, parquet, arrow\), not of safetensors",
+        ),
     ]
     for name, words, said in cases:
         with pytest.raises(ParameterError, match=said):
@@ -321,7 +338,9 @@ def test_words_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     assert ms.convert_file(tmp_path / "in.safetensors", tmp_path / "plain").format == "safetensors"
 
 
-def test_the_memory_that_a_file_may_take_is_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_that_a_file_may_take_is_half_of_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 800 kB\n")
     (tmp_path / "limit").write_text("500000\n")
     (tmp_path / "no_limit").write_text("max\n")
@@ -342,15 +361,18 @@ def test_convert_says_what_it_wrote_and_what_stands_for_masked_cells(maskserve: 
         "maskserve: rain.nc: masked cells are written as _FillValue: rain 9.969209968386869e+36",
         "maskserve: wrote rain.nc: rain f32 (time 2, lat 3), 2 of 6 masked, netcdf",
     ]
-    assert maskserve("reduce", "--op", "mean", "--dim", "time", "rain.nc").text == maskserve(
-        "reduce", "--op", "mean", "--dim", "time", "rain.safetensors"
-    ).text
+    assert (
+        maskserve("reduce", "--op", "mean", "--dim", "time", "rain.nc").text
+        == maskserve("reduce", "--op", "mean", "--dim", "time", "rain.safetensors").text
+    )
 
 
 def test_every_command_reads_other_formats_by_their_suffix(maskserve: Maskserve) -> None:
     Path("t.csv").write_text("a,b,name\n1,2.5,x\n,3.5,y\n")
     ran = maskserve("info", "t.csv")
-    assert ran.lines[0] == "t.csv: csv, 34 bytes of cells and masks, 2 variables" or ran.lines[0].startswith("t.csv: csv, ")
+    assert ran.lines[0] == "t.csv: csv, 34 bytes of cells and masks, 2 variables" or ran.lines[0].startswith(
+        "t.csv: csv, "
+    )
     assert "a     i64   (row 2)" in ran.text
     assert "50 %" in ran.text
     assert one_line(ran) == "maskserve: t.csv: left out, not numbers: name (text)"
@@ -393,7 +415,9 @@ def json_counts(maskserve: Maskserve) -> dict[str, int]:
         ("reduce --op sum bad.nc", 65, "maskserve: bad.nc: it cannot be read as netcdf"),
     ],
 )  # fmt: skip
-def test_a_wrong_conversion_is_one_line_and_its_exit_code(maskserve: Maskserve, argv: str, code: int, line: str) -> None:
+def test_a_wrong_conversion_is_one_line_and_its_exit_code(
+    maskserve: Maskserve, argv: str, code: int, line: str
+) -> None:
     Path("t.csv").write_text("a,b,name\n1,2.5,x\n,3.5,y\n")
     Path("bad.nc").write_bytes(b"\x89HDF\r\n\x1a\n" + b"x" * 100)
     before = sorted(os.listdir())
@@ -424,8 +448,12 @@ def test_convert_options_reach_the_files(maskserve: Maskserve) -> None:
 def test_what_needs_no_torch_imports_none(maskserve: Maskserve, folder: Path, argv: str) -> None:
     Path("t.csv").write_text("a,b\n1,2.5\n")
     assert maskserve("convert", "rain.safetensors", "rain.nc").code == 0
-    code = "import sys\nfrom maskserve_cli.app import main\nsys.exit(main(sys.argv[1:]) or ('torch' in sys.modules) * 99)"
-    done = subprocess.run([sys.executable, "-c", code, *argv.split()], cwd=folder, env=environment(), timeout=60, check=False)
+    code = (
+        "import sys\nfrom maskserve_cli.app import main\nsys.exit(main(sys.argv[1:]) or ('torch' in sys.modules) * 99)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv.split()], cwd=folder, env=environment(), timeout=60, check=False
+    )
     assert done.returncode == 0
 
 

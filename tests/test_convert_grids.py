@@ -161,7 +161,9 @@ def test_names_of_groups_and_reserved_attributes_are_not_written(tmp_path: Path)
     given = payload({"x": one}, None, _NCProperties="x", **{"a/b": "x", "maskserve.attributes": forged})
     (tmp_path / "in.safetensors").write_bytes(given)
     for suffix in ("nc", "zarr"):
-        with pytest.raises(NotComputableError, match=r"has no / in names, and there is blk/0; rename it, or write \.npz"):
+        with pytest.raises(
+            NotComputableError, match=r"has no / in names, and there is blk/0; rename it, or write \.npz"
+        ):
             ms.convert_file(tmp_path / "slash.safetensors", tmp_path / f"slash.{suffix}")
         ms.convert_file(tmp_path / "in.safetensors", tmp_path / f"out.{suffix}")
         with xr.open_dataset(tmp_path / f"out.{suffix}", chunks=None) as found:
@@ -182,7 +184,9 @@ def test_declared_sizes_are_compared_with_memory_before_it_is_spent(tmp_path: Pa
 def test_units_time_and_packing_come_through_a_job(tmp_path: Path) -> None:
     path = tmp_path / "t.nc"
     time = xr.Variable(("time",), np.array([0, 1]), {"units": "days since 2000-01-01", "calendar": "standard"})
-    rain = xr.Variable(("time", "lat"), np.array([[1.0, 2.0], [np.nan, 4.0]]), {"units": "mm", "valid_min": np.int16(0)})
+    rain = xr.Variable(
+        ("time", "lat"), np.array([[1.0, 2.0], [np.nan, 4.0]]), {"units": "mm", "valid_min": np.int16(0)}
+    )
     encoding = {"rain": {"dtype": "i2", "scale_factor": 0.5, "_FillValue": -1}}
     xr.Dataset({"rain": rain, "time": time}, attrs={"title": "Rain", "version": 3}).to_netcdf(path, encoding=encoding)
     answer = ms.compute("reduce", path, op="sum", dim="lat")
@@ -283,7 +287,10 @@ PLACE = {"crs": "EPSG:32632", "transform": rasterio.Affine(30, 0, 5e5, 0, -30, 5
 def raster(path: Path, cells: Array, valid: Array | None = None, **profile: Any) -> Path:
     """A GeoTIFF of (band, y, x) cells, with a mask band where `valid` is given."""
     shape = {"count": len(cells), "height": cells.shape[1], "width": cells.shape[2], "dtype": cells.dtype}
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", "GTiff", **shape, **PLACE, **profile) as file:
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(path, "w", "GTiff", **shape, **PLACE, **profile) as file,
+    ):
         file.write(cells)
         if valid is not None:
             file.write_mask(valid)
@@ -317,7 +324,9 @@ def test_a_mask_band_masks(tmp_path: Path) -> None:
 
 def test_an_alpha_band_masks_and_is_no_data(tmp_path: Path) -> None:
     alpha = np.where(CELLS == 3, 0, np.where(CELLS == 4, 128, 255))
-    path = raster(tmp_path / "a.tif", np.concatenate([CELLS, CELLS, CELLS, alpha]).astype("u1"), photometric="RGB", alpha="YES")
+    path = raster(
+        tmp_path / "a.tif", np.concatenate([CELLS, CELLS, CELLS, alpha]).astype("u1"), photometric="RGB", alpha="YES"
+    )
     with rasterio.open(path) as file:
         assert file.colorinterp[-1] == ColorInterp.alpha
     found = ms.load(path)["data"]
@@ -336,7 +345,9 @@ def test_a_scale_that_is_not_applied_is_said(tmp_path: Path) -> None:
     assert open_foreign(path).notes == ()
     with rasterio.open(path, "r+") as file:
         file.scales, file.offsets = [0.5] * file.count, [2.0] * file.count
-    assert open_foreign(path).notes == ("band 1: its scale 0.5 and offset 2.0 are not applied, cells are as they are stored",)
+    assert open_foreign(path).notes == (
+        "band 1: its scale 0.5 and offset 2.0 are not applied, cells are as they are stored",
+    )
 
 
 def test_nodata_that_no_cell_can_hold_is_said(tmp_path: Path) -> None:
@@ -377,7 +388,9 @@ def test_a_written_raster_has_nodata_that_rasterio_reads(tmp_path: Path) -> None
 
 def test_a_raster_has_two_or_three_dims(tmp_path: Path) -> None:
     (tmp_path / "in.safetensors").write_bytes(payload({"x": (np.ones(3), np.ones(3, bool))}))
-    with pytest.raises(NotComputableError, match=r"tif holds \(y, x\) or \(band, y, x\), each at least 1, and x has shape"):
+    with pytest.raises(
+        NotComputableError, match=r"tif holds \(y, x\) or \(band, y, x\), each at least 1, and x has shape"
+    ):
         ms.convert_file(tmp_path / "in.safetensors", tmp_path / "out.tif")
 
 

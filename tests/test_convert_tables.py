@@ -277,7 +277,11 @@ def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
     )
     with pytest.warns(ConversionWarning):
         found = ms.load(path)
-    assert {name: of.tolist() for name, of in found.items()} == {"n": [1, None], "nothing": [None] * 2, "code": [5, None]}
+    assert {name: of.tolist() for name, of in found.items()} == {
+        "n": [1, None],
+        "nothing": [None] * 2,
+        "code": [5, None],
+    }
     assert refused(path, columns=["n", "text"]).startswith("the column text holds no numbers but text")
 
 

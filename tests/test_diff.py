@@ -137,7 +137,9 @@ def test_a_tolerance_is_absolute_and_relative_to_the_second(
 def test_integers_are_compared_with_all_their_bits(maskserve: Maskserve) -> None:
     low, high = -(2**63), 2**63 - 1
     written("a.safetensors", x=np.array([low, 2**62, 5]), u=np.array([0, 2**64 - 1], "u8"), b=np.array([True, False]))
-    written("b.safetensors", x=np.array([high, 2**62 + 1, 5]), u=np.array([2**64 - 1] * 2, "u8"), b=np.array([True] * 2))
+    written(
+        "b.safetensors", x=np.array([high, 2**62 + 1, 5]), u=np.array([2**64 - 1] * 2, "u8"), b=np.array([True] * 2)
+    )
     found = compared(maskserve)
     assert (found["x"]["values"], found["x"]["absolute"]) == (2, {"value": 2**64 - 1, "index": [0]})
     assert (found["u"]["values"], found["u"]["absolute"]["value"]) == (1, 2**64 - 1)

@@ -85,13 +85,19 @@ def test_cells_of_very_different_sizes_meet_in_one_norm() -> None:
     small = torch.full((9000,), 1e-200, dtype=f64)
     for ord in (2, 1, 3, 0.5):
         expected = 1e-200 * 9000 ** (1 / ord)
-        assert ms.norm(torch.cat([torch.zeros(5000, dtype=f64), small]), ord).item() == pytest.approx(expected, rel=1e-15)
+        assert ms.norm(torch.cat([torch.zeros(5000, dtype=f64), small]), ord).item() == pytest.approx(
+            expected, rel=1e-15
+        )
     assert ms.norm(torch.cat([t([1e-300]), torch.full((9000,), 1e300, dtype=f64)]), -2).item() == pytest.approx(1e-300)
     assert ms.norm(t([1e300, 1e-300]), 0.01).item() == pytest.approx(1e300 * (1 + 1e-6) ** 100)
-    assert ms.norm(torch.full((4097,), 1e-300, dtype=f64), 0.01).item() == pytest.approx(4097.0**50 * 1e-300 * 4097.0**50)
+    assert ms.norm(torch.full((4097,), 1e-300, dtype=f64), 0.01).item() == pytest.approx(
+        4097.0**50 * 1e-300 * 4097.0**50
+    )
 
 
-@pytest.mark.parametrize(("ord", "expected"), [(2, inf), (1, inf), (0.5, inf), (-1, 1), (-2, 1), (inf, inf), (-inf, 1), (0, 2)])
+@pytest.mark.parametrize(
+    ("ord", "expected"), [(2, inf), (1, inf), (0.5, inf), (-1, 1), (-2, 1), (inf, inf), (-inf, 1), (0, 2)]
+)
 def test_a_norm_of_an_infinite_cell(ord: float, expected: float) -> None:
     assert ms.norm(t([inf, 1.0]), ord).item() == expected
     assert ms.norm(torch.cat([t([inf, 1.0]), torch.full((9000,), inf, dtype=f64)]), ord).item() in (expected, 9002)
@@ -130,7 +136,9 @@ def product_of(cells: Sequence[float]) -> Any:
 @pytest.mark.parametrize("n", [1, 3, 64, 1000, 4097, 9001])
 def test_products_of_float64_are_within_an_ulp_of_exact(n: int, spread: float, inner: int) -> None:
     cells = (normal(n, n) * spread).exp() * normal(n, n + 1).sign()
-    cells[n // 2] *= (cells[: n // 2].abs().log().sum() + cells[n // 2 :].abs().log().sum()).neg().clamp(-600, 600).exp()
+    cells[n // 2] *= (
+        (cells[: n // 2].abs().log().sum() + cells[n // 2 :].abs().log().sum()).neg().clamp(-600, 600).exp()
+    )
     with mpmath.workdps(60):
         expected = product_of(cells.tolist())
         for got in ms.prod(cells.unsqueeze(1).repeat(1, inner), 0).tolist():
@@ -175,7 +183,10 @@ def fits(exact: int) -> bool:
 @given(st.lists(WHOLE, min_size=1, max_size=12))
 def test_integer_products_are_exact_or_an_error(values: list[int]) -> None:
     data = t(values, torch.int64)
-    for masked in (data, ms.masked_tensor(torch.cat([data, t([5], torch.int64)]), t([True] * len(values) + [False], torch.bool))):
+    for masked in (
+        data,
+        ms.masked_tensor(torch.cat([data, t([5], torch.int64)]), t([True] * len(values) + [False], torch.bool)),
+    ):
         if fits(math.prod(values)):
             assert ms.prod(masked).item() == math.prod(values)
         else:

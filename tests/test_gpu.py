@@ -50,7 +50,10 @@ def test_masks_and_where_they_lie_are_those_of_the_cpu(dtype: DType) -> None:
     sample = cells(dtype, (70, 130), 2)
     on_cpu = ms.masked_tensor(sample.data, sample.mask)
     tests = {"equal": (0, 1)} if dtype is dtypes.boolean else {"equal": 1, "inside": (2, 3), "less": -2.5}
-    expected, got = ms.mask(on_cpu, **tests), ms.mask(on_cpu.to("cuda"), valid=torch.ones(1, 1, dtype=torch.bool), **tests)
+    expected, got = (
+        ms.mask(on_cpu, **tests),
+        ms.mask(on_cpu.to("cuda"), valid=torch.ones(1, 1, dtype=torch.bool), **tests),
+    )
     assert torch.equal(got.get_mask().cpu(), expected.get_mask())
     assert torch.equal(got.get_data().cpu(), expected.get_data())
     assert ms.clumps(got, dim=1).rows(99) == ms.clumps(expected, dim=1).rows(99)

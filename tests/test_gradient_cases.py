@@ -459,7 +459,9 @@ def test_our_transforms_nest() -> None:
     assert_is(second, [6, None, 18])
     third = ms.grad(lambda x: ms.grad(lambda x: ms.grad(lambda x: (x**4).sum())(x).sum())(x).sum())(x)
     assert_is(third, [24, None, 72])
-    _, along = ms.jvp(ms.grad(lambda x: (x * x * x).sum()), (x,), (ms.masked_tensor(torch.ones(3, dtype=torch.float64)),))
+    _, along = ms.jvp(
+        ms.grad(lambda x: (x * x * x).sum()), (x,), (ms.masked_tensor(torch.ones(3, dtype=torch.float64)),)
+    )
     assert_is(along, [6, None, 18])
     ones = cells([1, 1, 1])
     _, twice = ms.jvp(lambda x: ms.jvp(torch.sin, (x,), (ones,))[1], (x,), (ones,))

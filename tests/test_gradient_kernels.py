@@ -163,12 +163,20 @@ def layouts(row: Reduction | Normalization | Scan) -> list[Params]:
     single: list[Params] = [{"dim": dim} for dim in (0, 1, 2)]
     if "keepdim" not in words:
         return single
-    return [*single, {"dim": (0, 2), "keepdim": True}, {"dim": (1, 2)}, {"dim": (0, 1, 2)}, {"dim": (1,), "keepdim": True}]
+    return [
+        *single,
+        {"dim": (0, 2), "keepdim": True},
+        {"dim": (1, 2)},
+        {"dim": (0, 1, 2)},
+        {"dim": (1,), "keepdim": True},
+    ]
 
 
 def spoken(row: Reduction | Normalization | Scan) -> list[Params]:
     """Every layout with the defaults, and every variant in two."""
-    variants = [layout | variant for variant in VARIANTS.get(row.name, []) for layout in (layouts(row)[1], layouts(row)[-1])]
+    variants = [
+        layout | variant for variant in VARIANTS.get(row.name, []) for layout in (layouts(row)[1], layouts(row)[-1])
+    ]
     return layouts(row) + variants
 
 
@@ -431,7 +439,9 @@ def test_gradients_by_weights_have_derivatives(row: Reduction) -> None:
 
     def both(g: Tensor, data: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         shown = slices._replace(data=hidden_as_zero(case, data), weights=hidden_as_zero(case, weights))
-        return tuple(torch.where(several, part, 0.0) for part in gradients(case, shown, torch.where(case.valid, g, 0.0)))
+        return tuple(
+            torch.where(several, part, 0.0) for part in gradients(case, shown, torch.where(case.valid, g, 0.0))
+        )
 
     assert slices.weights is not None
     assert gradcheck(both, [cells.clone().requires_grad_() for cells in (case.g, case.data, slices.weights)])
@@ -503,7 +513,9 @@ def test_a_kernel_runs_under_vmap_over_everything(row: Reduction | Normalization
 # -- rounding -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["var", "std", "norm", "normalize", "standardize", "softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize(
+    "name", ["var", "std", "norm", "normalize", "standardize", "softmax", "log_softmax", "logsumexp"]
+)
 def test_float32_gradients_are_those_of_float64_rounded(name: str) -> None:
     row = OPS[name]
     assert isinstance(row, Reduction | Normalization)

@@ -158,7 +158,9 @@ def test_backward_from_several_threads() -> None:
 
 def test_modules_compute_on_masked_tensors() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Tanh(), nn.GELU(), nn.Flatten(), nn.LogSoftmax(dim=1))
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Tanh(), nn.GELU(), nn.Flatten(), nn.LogSoftmax(dim=1)
+    )
     first = None
     for junk in (0.0, nan, inf):
         data = torch.tensor([[1, junk, 3], [4, 5, 6], [junk, junk, junk]])

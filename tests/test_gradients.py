@@ -39,7 +39,9 @@ from tests.samples import MOVES, SLICED, assert_same_bits, bits, torch_dtype
 from tests.test_moves import MANY, ONE, ZEROS, Draws, flat, indices, shapes
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # torch's own, in forward mode
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+    ),  # torch's own, in forward mode
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # of torch's vmap
 ]
 
@@ -339,7 +341,9 @@ NO_HISTORY = {"detach"}
 
 @pytest.mark.parametrize("name", [name for name in {**ONE, **ZEROS} if name not in NO_HISTORY])
 @given(cells=indices(), data=st.data())
-def test_a_gradient_takes_the_way_of_its_cell_back(name: str, cells: tuple[Tensor, Tensor], data: st.DataObject) -> None:
+def test_a_gradient_takes_the_way_of_its_cell_back(
+    name: str, cells: tuple[Tensor, Tensor], data: st.DataObject
+) -> None:
     again = Draws(data)
     assert_moved_back(lambda x: {**ONE, **ZEROS}[name](x, again.anew()), [cells[0]], [cells[1]])
 

@@ -299,7 +299,9 @@ def test_what_could_be_read_in_two_ways_is_refused_and_what_follows_is_not_read(
     assert b"connection: close" in told.lower()
 
 
-@pytest.mark.parametrize("chunks", ["2;e\r\r\n{}\r\n0\r\n\r\n", "2\r\n{}\r\n0;e;\rx\r\n\r\n", "0\r\nX: a\r\n b\r\n\r\n"])
+@pytest.mark.parametrize(
+    "chunks", ["2;e\r\r\n{}\r\n0\r\n\r\n", "2\r\n{}\r\n0;e;\rx\r\n\r\n", "0\r\nX: a\r\n b\r\n\r\n"]
+)
 def test_chunks_and_trailers_that_could_be_read_in_two_ways_are_refused(service: Running, chunks: str) -> None:
     start = head(service, "Transfer-Encoding: chunked", "Content-Type: application/json")
     told = service.raw(start + chunks.encode() + LATER.encode())

@@ -306,7 +306,13 @@ def test_a_single_valid_cell_is_found_whatever_its_value(row: Reduction, dtype: 
     for value in poisoned(cells(dtype, (1,), 13, share=0, row=row)):
         data = torch.cat([value.new_zeros(70), value, value.new_zeros(9)])
         mask = torch.arange(80) == 70
-        params = {"correction": 0} if row.needs else {"dtype": dtypes.f64} if dtype is dtypes.u64 and row.name == "sum" else {}
+        params = (
+            {"correction": 0}
+            if row.needs
+            else {"dtype": dtypes.f64}
+            if dtype is dtypes.u64 and row.name == "sum"
+            else {}
+        )
         values, valid = run(row, data, mask, **params)
         plain, _ = run(row, value, None, **params)
         assert valid.all(), (row.name, value)

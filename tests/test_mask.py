@@ -74,9 +74,10 @@ def test_a_test_masks_what_numpy_masks(name: str, dtype: DType) -> None:
     params, oracle = ORACLES[name]
     if dtype is dtypes.u8:
         params = {k: tuple(max(x, 0) for x in v) if isinstance(v, tuple) else v for k, v in params.items()}
-        oracle = {"inside": lambda a: np.ma.masked_inside(a, 0, 2), "outside": lambda a: np.ma.masked_outside(a, 0, 2)}.get(
-            name, oracle
-        )
+        oracle = {
+            "inside": lambda a: np.ma.masked_inside(a, 0, 2),
+            "outside": lambda a: np.ma.masked_outside(a, 0, 2),
+        }.get(name, oracle)
     sample = cells(dtype, (7, 130), 11)
     if dtype.is_float:
         sample.data[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
@@ -406,7 +407,9 @@ def test_a_wrong_command_is_one_line(maskserve: Maskserve, argv: str, code: int,
     assert one_line(ran).startswith(f"maskserve: {line}")
     bools = maskserve("mask", "--valid-range", "0,1", "several.safetensors")
     assert bools.code == 2
-    assert one_line(bools).startswith("maskserve: several.safetensors: b: mask: valid_range compares numbers, and these")
+    assert one_line(bools).startswith(
+        "maskserve: several.safetensors: b: mask: valid_range compares numbers, and these"
+    )
 
 
 @pytest.mark.parametrize(

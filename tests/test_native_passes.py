@@ -28,7 +28,9 @@ SHAPES = (
     (3, 1, 1), (300, 3, 1), (290, 7, 3), (99, 64, 1), (40, 65, 3), (5, 513, 1), (2, 1500, 1), (2, 4095, 1),
     (3, 4097, 1), (2, 12289, 1), (2, 130, 2), (3, 70, 17), (2, 131, 256), (1, 65, 300), (1, 4200, 3),
 )  # fmt: skip
-INEXACT = {row.name for row in NATIVE if any(word in row.name for word in ("softm", "logsumexp", "logcumsumexp", "std"))}
+INEXACT = {
+    row.name for row in NATIVE if any(word in row.name for word in ("softm", "logsumexp", "logcumsumexp", "std"))
+}
 """exp and log are each back end's own; torch's square root is not always the nearest."""
 
 NORMS = [{"ord": ord} for ord in (1, 3, 0.5, 0, -1, -2, math.inf, -math.inf)]

@@ -248,7 +248,9 @@ def test_the_gradient_of_a_product_is_right_where_it_is_in_range() -> None:
 # -- gates --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool], ids=str
+)
 @pytest.mark.parametrize("n", [0, 1, 63, 2047, 2049, (1 << 20) + 5])
 def test_a_gate_is_a_selection(kind: torch.dtype, n: int) -> None:
     generator = torch.Generator().manual_seed(8)

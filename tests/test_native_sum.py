@@ -158,9 +158,7 @@ class Asked(SimpleNamespace):
 def lift(name: str, data: torch.Tensor, mask: torch.Tensor | None, leaf: int) -> Parts:
     passes = [SimpleNamespace(name=name)]
     dtype = dtype_of(data)
-    plan = Asked(
-        row=None, passes=passes, dtype=dtype, result=dtype, flipped=False, device="cpu", leaf=leaf, params={}
-    )
+    plan = Asked(row=None, passes=passes, dtype=dtype, result=dtype, flipped=False, device="cpu", leaf=leaf, params={})
     return {part: tensor.numpy() for part, tensor in CpuBackend().lift(plan, data, mask).items()}
 
 

@@ -38,7 +38,9 @@ KEPT: dict[str, Callable[..., Any]] = {
     "normalize": lambda x, ord, eps=1e-12, **_: x / max(np.linalg.norm(x, ord), eps),
 }
 POSITIONAL = {"norm": ("ord",), "normalize": ("ord", "dim"), "logsumexp": ("dim",), "var": ("dim",), "std": ("dim",)}
-POSITIONAL |= dict.fromkeys(("cumsum", "cumprod", "softmax", "log_softmax", "softmin", "median", "argmax", "argmin"), ("dim",))
+POSITIONAL |= dict.fromkeys(
+    ("cumsum", "cumprod", "softmax", "log_softmax", "softmin", "median", "argmax", "argmin"), ("dim",)
+)
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-22, torch.complex64: 2**-20}
 
 OPS = [op for op in masked.op_db if op.name.removeprefix("masked.") in {*REDUCED, *PLACED, *KEPT}]
@@ -105,7 +107,11 @@ def check(name: str, got: Any, index: tuple[Any, ...], cells: Slice, valid: Slic
             assert_close(mine[valid].reshape(-1), KEPT[name](own, **params), got.dtype)
         return
     kept = params.get("keepdim", False)
-    at = tuple(0 if isinstance(i, slice) else i for i in index) if kept else tuple(i for i in index if not isinstance(i, slice))
+    at = (
+        tuple(0 if isinstance(i, slice) else i for i in index)
+        if kept
+        else tuple(i for i in index if not isinstance(i, slice))
+    )
     enough = own.size > (params["correction"] if name in ("var", "std") else 0) and own.size > 0
     assert bool(got.get_mask()[at]) == enough
     if not enough:

@@ -207,7 +207,12 @@ def test_momentum_that_is_switched_off_and_on_again_is_torchs() -> None:
 
 def test_a_cell_under_the_mask_keeps_its_bits() -> None:
     hidden = torch.tensor([math.nan, math.inf, -0.0, 1e300, 7.0], dtype=F64)
-    for rule in (("SGD", {"lr": 1.0, "momentum": 0.5, "weight_decay": 0.1}), ("Adam", {}), ("Adagrad", {}), ("AdamW", {})):
+    for rule in (
+        ("SGD", {"lr": 1.0, "momentum": 0.5, "weight_decay": 0.1}),
+        ("Adam", {}),
+        ("Adagrad", {}),
+        ("AdamW", {}),
+    ):
         param = ms.masked_tensor(hidden, [False, False, False, False, True], requires_grad=True)
         optimizer = ours(rule, [param])
         for _ in range(3):
@@ -346,7 +351,9 @@ def test_torchs_checkpoint_loads(rule: Rule) -> None:
 
 
 @every_optimizer
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_an_optimizer_moves_its_own_parameters(rule: Rule, copied: Any) -> None:
     masked, draw = sample(5)
     optimizer = ours(rule, [masked])
@@ -462,4 +469,3 @@ def test_a_scaler_unscales_and_skips_what_overflows(scaler_of: Any) -> None:
     assert (param.tolist(), w.tolist(), scaler.get_scale()) == ([0.5, 1.5, None], [0.5, 1, 0.5], 2)
     step(0.5)
     assert (param.tolist(), w.tolist(), scaler.get_scale()) == ([0, 1, None], [0, 1, 0], 2)
-

@@ -53,7 +53,21 @@ def test_unsigned_cells_agree_with_numpy(dtype: torch.dtype) -> None:
 
 
 EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
-FLOATING = ("sum", "mean", "var", "std", "amax", "median", "prod", "norm", "ptp", "first", "logsumexp", "standardize", "cumsum")
+FLOATING = (
+    "sum",
+    "mean",
+    "var",
+    "std",
+    "amax",
+    "median",
+    "prod",
+    "norm",
+    "ptp",
+    "first",
+    "logsumexp",
+    "standardize",
+    "cumsum",
+)
 
 
 @pytest.mark.parametrize("dtype", EIGHT, ids=str)
@@ -79,7 +93,9 @@ def test_complex_cells_agree_with_torch_on_the_valid_ones(dtype: torch.dtype) ->
     tensor = ms.masked_tensor(torch.where(mask, data, complex(nan, inf)), mask)
     names = ("sum", "mean", "var", "std", "prod", "logsumexp")
     got = {op: getattr(ms, op)(tensor, 1) for op in names} | {p: ms.norm(tensor, p, 1) for p in (2, 1, inf, 0.5, -1)}
-    running = {op: getattr(ms, op)(tensor, 1) for op in ("cumsum", "cumprod")} | {"normalize": ms.normalize(tensor, 2, 1)}
+    running = {op: getattr(ms, op)(tensor, 1) for op in ("cumsum", "cumprod")} | {
+        "normalize": ms.normalize(tensor, 2, 1)
+    }
     real = torch.float32 if dtype is torch.complex64 else f64
     for i in range(6):
         own = data[i][mask[i]].to(torch.complex128)
@@ -135,7 +151,19 @@ LAYOUTS = {
     "flipped": lambda x: x.flip(1).contiguous().flip(1),
     "offset": lambda x: torch.cat([x[:1], x])[1:],
 }
-LAID = [*WORDED, "median", "count_distinct", "cumprod", "cummax", "logcumsumexp", "rank", "sort", "argsort", "ffill", "bfill"]
+LAID = [
+    *WORDED,
+    "median",
+    "count_distinct",
+    "cumprod",
+    "cummax",
+    "logcumsumexp",
+    "rank",
+    "sort",
+    "argsort",
+    "ffill",
+    "bfill",
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,7 +182,9 @@ def test_strides_change_nothing(op: str, layout: str) -> None:
             assert mine.tolist() == theirs.tolist()
     row = data[:1].expand(4, 30)
     given = (0.5, 0) if op == "quantile" else (2, 0) if op == "norm" else (0,)
-    for mine, theirs in zip(parts(getattr(ms, op)(row, *given)), parts(getattr(ms, op)(row.clone(), *given)), strict=True):
+    for mine, theirs in zip(
+        parts(getattr(ms, op)(row, *given)), parts(getattr(ms, op)(row.clone(), *given)), strict=True
+    ):
         assert mine.tolist() == theirs.tolist()
 
 

@@ -40,7 +40,11 @@ from tests.ties import (
 def test_picked_cells_and_their_places(dtype: torch.dtype) -> None:
     for tensor, cells, mask, dim in every_sample(dtype):
         most, largest, smallest = ms.mode(tensor, dim), ms.max(tensor, dim), ms.min(tensor, dim)
-        first, last, extent = ms.first(tensor, dim), ms.last(tensor, dim), ms.ptp(tensor, dim) if dtype not in WIDE else None
+        first, last, extent = (
+            ms.first(tensor, dim),
+            ms.last(tensor, dim),
+            ms.ptp(tensor, dim) if dtype not in WIDE else None,
+        )
         for at, own, stood in lanes(cells, mask, dim):
             got = [of(x, at) for x in (*most, *largest, *smallest, first, last)]
             if not len(own):
@@ -86,7 +90,9 @@ def test_quantiles_agree_with_numpy(dtype: torch.dtype, how: str) -> None:
                 assert several[:, index].tolist() == [None] * 7
             else:
                 expected = np.quantile(own.astype(np.float64), shares, method=how)  # type: ignore[call-overload]  # how: str
-                np.testing.assert_allclose(several[:, index].tolist(), expected, rtol=ROUNDING.get(several.dtype, 1e-14))
+                np.testing.assert_allclose(
+                    several[:, index].tolist(), expected, rtol=ROUNDING.get(several.dtype, 1e-14)
+                )
 
 
 def test_quantiles_agree_with_torch_and_pandas() -> None:
@@ -183,7 +189,9 @@ def test_sorted_cells_agree_with_pandas(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("limit", [None, 0, 1, 2])
 def test_fills_agree_with_pandas(dtype: torch.dtype, limit: int | None) -> None:
     for tensor, cells, mask, dim in every_sample(dtype):
-        places = pd.DataFrame(np.where(mask, np.arange(cells.size).reshape(cells.shape), nan))  # every dtype's cells, by place
+        places = pd.DataFrame(
+            np.where(mask, np.arange(cells.size).reshape(cells.shape), nan)
+        )  # every dtype's cells, by place
         for op in ("ffill", "bfill"):
             got = getattr(ms, op)(tensor, dim, limit=limit)
             expected = (getattr(places, op)(axis=dim, limit=limit) if limit != 0 else places).to_numpy()
@@ -221,7 +229,9 @@ def test_logcumsumexp_agrees_with_torch() -> None:
         np.testing.assert_allclose(mine, torch.logcumsumexp(t(own.tolist()), 0), rtol=1e-14)
         if len(own):
             assert mine[-1] == pytest.approx(scipy.special.logsumexp(own), rel=1e-14)
-    assert ms.logcumsumexp(t([-inf, -inf, 1000, 1000]), 0).tolist() == pytest.approx([-inf, -inf, 1000, 1000 + math.log(2)])
+    assert ms.logcumsumexp(t([-inf, -inf, 1000, 1000]), 0).tolist() == pytest.approx(
+        [-inf, -inf, 1000, 1000 + math.log(2)]
+    )
 
 
 # -- normalizations -----------------------------------------------------------------------------------------------------

@@ -111,7 +111,9 @@ def test_several_quantiles_are_those_of_pandas_along_a_new_first_dim(co2: pd.Dat
         assert answer.dims["co2"] == ("quantile", kept)
         expected = slices(co2, dim).quantile([0.1, 0.5, 0.9]).to_numpy()
         np.testing.assert_allclose(answer["co2"].get_data().numpy(), expected, rtol=RTOL)
-    twice = ms.compute("reduce", ms.compute("reduce", CO2, op="quantile", q="0,1", dim="week").to_bytes(), op="quantile", q="0,1")
+    twice = ms.compute(
+        "reduce", ms.compute("reduce", CO2, op="quantile", q="0,1", dim="week").to_bytes(), op="quantile", q="0,1"
+    )
     assert ms.load(twice.to_bytes()).dims["co2"] == ("quantile",)
     again = ms.compute("reduce", CO2, op="quantile", q="0,1", dim="week").to_bytes()
     again = ms.compute("reduce", again, op="quantile", q="0,0.5,1", dim="year").to_bytes()
@@ -239,7 +241,9 @@ def test_computed_flight_figures_are_exact_to_a_few_ulps(flights: pd.DataFrame, 
 def test_flight_cells_that_are_picked_are_those_of_pandas(flights: pd.DataFrame, payload: bytes) -> None:
     for op, select in SELECTING.items():
         ours = reduced(payload, op)
-        assert {name: ours[name][0] for name in flights} == {name: select(column) for name, column in flights.items()}, op
+        assert {name: ours[name][0] for name in flights} == {
+            name: select(column) for name, column in flights.items()
+        }, op
 
 
 def test_flight_quantiles_are_those_of_pandas(flights: pd.DataFrame, payload: bytes) -> None:
@@ -255,7 +259,10 @@ def test_flight_delays_are_ranked_filled_and_related_as_in_pandas(flights: pd.Da
     names = ["dep_delay", "arr_delay", "air_time", "distance"]
     columns, table = ms.load(payload), flights[names].astype("float64")
     assert ms.rank(columns["arr_delay"], 0).get_data().tolist() == table["arr_delay"].rank().fillna(0).tolist()
-    assert ms.ffill(columns["dep_delay"], 0, limit=3).get_data().tolist() == table["dep_delay"].ffill(limit=3).fillna(0).tolist()
+    assert (
+        ms.ffill(columns["dep_delay"], 0, limit=3).get_data().tolist()
+        == table["dep_delay"].ffill(limit=3).fillna(0).tolist()
+    )
     rows = ms.stack([columns[name].to(torch.float64) for name in names])
     np.testing.assert_allclose(ms.cov(rows).get_data().numpy(), table.cov(), rtol=1e-9)
     np.testing.assert_allclose(ms.corrcoef(rows).get_data().numpy(), table.corr(), rtol=1e-9)

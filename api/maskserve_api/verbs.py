@@ -75,7 +75,12 @@ class Verb:
                 except TimeoutError:
                     raise late(timeout_s, self.service.request_timeout_s) from None
             work = Work(
-                request=request, body=body, question=question, answer=answer, stages=stages, head=head,
+                request=request,
+                body=body,
+                question=question,
+                answer=answer,
+                stages=stages,
+                head=head,
                 admit=claim.add_answer,
             )
             reply = await self.replied(work, claim, receive, deadline_s)

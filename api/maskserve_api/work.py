@@ -164,7 +164,9 @@ def decode(body: Buffer, form: Form, head: Head | None) -> AnyPayload:
         return BytesPayload(body)
     except PayloadError as error:
         if bytes(body[:2]) == GZIP_MAGIC:
-            raise PayloadError(f"{error.message}, or send Content-Encoding: gzip", parameter="Content-Encoding") from error
+            raise PayloadError(
+                f"{error.message}, or send Content-Encoding: gzip", parameter="Content-Encoding"
+            ) from error
         if bytes(body[:64]).lstrip()[:1] in (b"{", b"["):
             raise PayloadError(
                 "the body looks like JSON, but its Content-Type does not say so: send Content-Type: application/json",

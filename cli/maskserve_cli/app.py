@@ -86,7 +86,10 @@ OWN: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "diff": (
         "maskserve_cli.diff:diff",
         "where two files differ: quiet and exit 0 where they do not, exit 1 where they do",
-        ("maskserve diff before.safetensors after.safetensors", "maskserve diff --rtol 1e-6 --json a.safetensors b.json"),
+        (
+            "maskserve diff before.safetensors after.safetensors",
+            "maskserve diff --rtol 1e-6 --json a.safetensors b.json",
+        ),
     ),
     "ops": (
         "maskserve_cli.ops:ops",

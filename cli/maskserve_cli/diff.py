@@ -275,7 +275,11 @@ def larger(known: Largest | None, values: Array, at: Array, shape: Index) -> Lar
     """The larger of what is known and of the largest of `values`."""
     place = int(values.argmax())
     value = values[place].item()
-    return known if known is not None and known.value >= value else Largest(value=value, index=index_of(int(at[place]), shape))
+    return (
+        known
+        if known is not None and known.value >= value
+        else Largest(value=value, index=index_of(int(at[place]), shape))
+    )
 
 
 def index_of(flat: int, shape: Index) -> Index:

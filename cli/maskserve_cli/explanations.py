@@ -18,7 +18,11 @@ def of_plans(steps: tuple[Step, ...]) -> Iterator[str]:
     """A line for each variable: who computes it, and why those before in the list do not."""
     for step in steps:
         if step.plan is None or step.choice is None:
-            by = "passes through, it has no such dim" if step.passes_through else f"a new mask on {step.device} by {TORCH}"
+            by = (
+                "passes through, it has no such dim"
+                if step.passes_through
+                else f"a new mask on {step.device} by {TORCH}"
+            )
             yield f"{step.variable.name}: {by}"
             continue
         plan, choice = step.plan, step.choice

@@ -76,7 +76,9 @@ def read_stream(stream: BinaryIO, name: str, limits: Limits) -> Payload:
         if is_json(first):
             return decoded(first + stream.read(limits.json_bytes + 1 - len(first)), limits)
         if is_text(first):
-            raise PayloadError("text came where a payload belongs; the command before a pipe writes safetensors with -o -")
+            raise PayloadError(
+                "text came where a payload belongs; the command before a pipe writes safetensors with -o -"
+            )
         buffer = bytearray(first)
         n_header = int.from_bytes(first, "little")
         if len(first) == LENGTH_BYTES and n_header <= limits.header_bytes:

@@ -107,7 +107,9 @@ FORM = output_option("--format", metavar="table|text|json|safetensors", help="de
 EXISTS = output_option("--exists", metavar="error|replace|skip", help="what to do where OUT stands; default: error")
 FORCE = output_option("--force", help="the same as --exists replace")
 DRY_RUN = output_option("--dry-run", help="say what would be read, computed and written; do nothing")
-EXPLAIN = output_option("--explain", help="say on stderr who computes, why no other back end does, and where a gradient is")
+EXPLAIN = output_option(
+    "--explain", help="say on stderr who computes, why no other back end does, and where a gradient is"
+)
 OUTPUT_OPTIONS = (
     option("out", Annotated[str | None, OUT]),
     option("form", Annotated[str | None, FORM]),

@@ -24,6 +24,7 @@ from maskserve_cli.reports import Listing
 if TYPE_CHECKING:
     from maskserve.answers import Answer, Step
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """One call of a verb, as given."""
@@ -67,9 +68,7 @@ def other_files(request: Request, payload: Payload, settings: Settings, stack: E
     return others
 
 
-def act(
-    asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, settings: Settings
-) -> None:
+def act(asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, settings: Settings) -> None:
     """Explains, runs and writes, as far as was asked."""
     from maskserve_cli import render
 

@@ -132,7 +132,9 @@ def missing() -> str | None:
     try:
         native().isa()
     except (ImportError, RuntimeError) as error:
-        reason = f"its native extension cannot be used ({error}): build it with `pip install .`, or name another back end"
+        reason = (
+            f"its native extension cannot be used ({error}): build it with `pip install .`, or name another back end"
+        )
         logging.getLogger("maskserve").warning("the cpu back end is passed over, and all is slower: %s", reason)
         return reason
     return None
@@ -293,9 +295,7 @@ class CpuBackend:
         valid = new_mask(plan.out_shape, dtype=torch.bool)
         results_ptr = (values.data_ptr(), valid.data_ptr())
         places_ptr = (0 if places is None else places.data_ptr(),) if how.takes_places else ()
-        status = how.call(
-            *how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *how.strides, *places_ptr
-        )
+        status = how.call(*how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *how.strides, *places_ptr)
         return (values, valid) if STATUS[status] == "done" else None
 
     def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool:
@@ -419,9 +419,7 @@ class Search:
     """Results of a few slices (1, n, lanes), from rounds over their blocks."""
 
     def __init__(self, plan: Plan, name: str, lanes: int) -> None:
-        self.of = native().Search(
-            list(native().SEARCHES).index(name), number_of(plan.dtype.name), options(plan), lanes
-        )
+        self.of = native().Search(list(native().SEARCHES).index(name), number_of(plan.dtype.name), options(plan), lanes)
         self.shape = (len(plan.labels or (0,)), lanes)
         self.number = number_of(plan.dtype.name)
 

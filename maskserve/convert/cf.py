@@ -67,7 +67,9 @@ class Packed:
         cell = as_cell(value.item(), dtype)
         if cell is None and UNSIGNED in self.attributes and isinstance(value, np.integer):
             signed = as_cell(value.item(), of_other_sign(dtype))
-            cell = None if signed is None else dtype.type(np.asarray(signed).astype(dtype))  # wraps, as its bits are meant
+            cell = (
+                None if signed is None else dtype.type(np.asarray(signed).astype(dtype))
+            )  # wraps, as its bits are meant
         return cell
 
 

@@ -47,7 +47,9 @@ def parts(loaded: Any) -> Any:
     for name, value in loaded.items():
         own = {name: value}
         if isinstance(value, MaskedTensor):
-            own = {name: value.get_data().detach()} | ({} if value._mask is None else {f"{name}.mask": value.get_mask()})
+            own = {name: value.get_data().detach()} | (
+                {} if value._mask is None else {f"{name}.mask": value.get_mask()}
+            )
         if taken := found.keys() & own.keys():
             raise PayloadError(f"{shown(min(taken))} is there, and the mask of a MaskedTensor too: give one of them")
         found |= own

@@ -63,7 +63,9 @@ def no_gradient(row: Row) -> GradientError:
     """The error of a row that another verb serves and grad does not."""
     have = [row.name for row in served(GRAD)]
     return GradientError(
-        f"{row.name} has no gradient: {row.why_no_gradient}; these have one: {', '.join(have)}", parameter="op", allowed=have
+        f"{row.name} has no gradient: {row.why_no_gradient}; these have one: {', '.join(have)}",
+        parameter="op",
+        allowed=have,
     )
 
 

@@ -10,7 +10,10 @@ MEETING = Parameter(
     help="how many last dims of a meet the first ones of b, or which dims of each meet",
 )  # fmt: skip
 EQUATION = Parameter(
-    name="equation", type=Type.EQUATION, default=REQUIRED, help="a letter for each dim of each tensor, as in 'ij,jk->ik'"
+    name="equation",
+    type=Type.EQUATION,
+    default=REQUIRED,
+    help="a letter for each dim of each tensor, as in 'ij,jk->ik'",
 )
 
 ROWS = (

@@ -9,7 +9,10 @@ from maskserve.ops.rows import Fill, Reach
 
 VALUE = Parameter(name="value", type=Type.CELL, default=REQUIRED, help="what the masked cells become")
 LIMIT = Parameter(
-    name="limit", type=Type.COUNT, keyword_only=True, help="how many masked cells in a row are filled; all when not given"
+    name="limit",
+    type=Type.COUNT,
+    keyword_only=True,
+    help="how many masked cells in a row are filled; all when not given",
 )
 
 ROWS = (

@@ -6,7 +6,9 @@ from maskserve.ops.families import ANY, COUNTING, FLOATS, REAL, TWO
 from maskserve.ops.parameters import Parameter, Type
 from maskserve.ops.rows import Beyond, Elementwise
 
-DECIMALS = Parameter(name="decimals", type=Type.NUMBER, default=0, keyword_only=True, help="digits after the point; floats only")
+DECIMALS = Parameter(
+    name="decimals", type=Type.NUMBER, default=0, keyword_only=True, help="digits after the point; floats only"
+)
 
 ROWS = (
     Elementwise(name="exp", summary="e to the power input", accepts=ANY),

@@ -11,7 +11,9 @@ from maskserve.ops.rows import Ordering
 
 LAST = replace(DIM, default=-1)
 DESCENDING = Parameter(name="descending", type=Type.FLAG, default=False, help="largest first")
-STABLE = Parameter(name="stable", type=Type.FLAG, default=False, help="torch's word; equal cells always keep their order")
+STABLE = Parameter(
+    name="stable", type=Type.FLAG, default=False, help="torch's word; equal cells always keep their order"
+)
 K = Parameter(name="k", type=Type.COUNT, default=REQUIRED, help="how many cells of each slice")
 LARGEST = Parameter(name="largest", type=Type.FLAG, default=True, help="the largest cells, or the smallest")
 SORTED = Parameter(name="sorted", type=Type.FLAG, default=True, help="torch's word; the cells always come in order")

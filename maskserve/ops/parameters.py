@@ -61,8 +61,12 @@ class Parameter:
     """Python says it in its own words."""
 
 
-DIMS = Parameter(name="dim", type=Type.DIMS, help="dims to reduce, by number (in files also by name); all when not given")
-DIM = Parameter(name="dim", type=Type.DIM, default=REQUIRED, help="the dim to work along, by number (in files also by name)")
+DIMS = Parameter(
+    name="dim", type=Type.DIMS, help="dims to reduce, by number (in files also by name); all when not given"
+)
+DIM = Parameter(
+    name="dim", type=Type.DIM, default=REQUIRED, help="the dim to work along, by number (in files also by name)"
+)
 KEEPDIM = Parameter(name="keepdim", type=Type.FLAG, default=False, help="keep each reduced dim with size 1")
 DTYPE = Parameter(name="dtype", type=Type.DTYPE, help="dtype of the result, e.g. f64; torch's own rule when not given")
 KEYWORD_DTYPE = Parameter(name="dtype", type=Type.DTYPE, keyword_only=True, help=DTYPE.help)
@@ -83,7 +87,10 @@ CORRECTION = Parameter(
     help="taken from the count in the divisor: 1 for a sample's variance, 0 for a population's",
 )  # fmt: skip
 UNBIASED = Parameter(
-    name="unbiased", type=Type.FLAG, python_only=True, help="torch's older word: True is correction=1, False correction=0"
+    name="unbiased",
+    type=Type.FLAG,
+    python_only=True,
+    help="torch's older word: True is correction=1, False correction=0",
 )
 WEIGHTS = Parameter(
     name="weights", type=Type.TENSOR, keyword_only=True,

@@ -13,14 +13,25 @@ def total_parts(dtype: DType) -> tuple[Part, ...]:
     if dtype.is_integral:
         return (COUNT_PART, Part(name="high", dtype=i64), Part(name="low", dtype=i64))
     if dtype is f64:
-        return (COUNT_PART, Part(name="total", dtype=f64), Part(name="low", dtype=f64), Part(name="exponent", dtype=i64))
+        return (
+            COUNT_PART,
+            Part(name="total", dtype=f64),
+            Part(name="low", dtype=f64),
+            Part(name="exponent", dtype=i64),
+        )
     return (COUNT_PART, Part(name="total", dtype=f64))
 
 
 def product_parts(dtype: DType) -> tuple[Part, ...]:
     """(high + low) * 2**exponent; for integers also the product modulo 2**64."""
     wrapped = (Part(name="wrapped", dtype=i64),) if dtype.is_integral else ()
-    return (COUNT_PART, Part(name="high", dtype=f64), Part(name="low", dtype=f64), Part(name="exponent", dtype=i64), *wrapped)
+    return (
+        COUNT_PART,
+        Part(name="high", dtype=f64),
+        Part(name="low", dtype=f64),
+        Part(name="exponent", dtype=i64),
+        *wrapped,
+    )
 
 
 COUNT = Pass(name="count", parts=lambda _: (COUNT_PART,), reference=".reductions:Count", reads_cells=False)
@@ -46,7 +57,9 @@ FIRST_SMALLEST = Pass(
     parts=lambda d: (COUNT_PART, Part(name="best", dtype=d), Part(name="at", dtype=i64)),
     reference=".reductions:FirstSmallest",
 )
-TRUTHS = Pass(name="truths", parts=lambda _: (COUNT_PART, Part(name="trues", dtype=i64)), reference=".reductions:Truths")
+TRUTHS = Pass(
+    name="truths", parts=lambda _: (COUNT_PART, Part(name="trues", dtype=i64)), reference=".reductions:Truths"
+)
 EXPONENTIALS = Pass(
     name="exponentials",
     parts=lambda _: (COUNT_PART, Part(name="max", dtype=f64), Part(name="total", dtype=f64)),

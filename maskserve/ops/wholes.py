@@ -8,7 +8,9 @@ from maskserve.ops.results import floated
 from maskserve.ops.rows import Whole
 
 BINS = Parameter(name="bins", type=Type.NUMBERS, default=100, help="how many bins of equal width, or their edges")
-RANGE = Parameter(name="range", type=Type.RANGE, keyword_only=True, help="lowest and highest edge; the data's when not given")
+RANGE = Parameter(
+    name="range", type=Type.RANGE, keyword_only=True, help="lowest and highest edge; the data's when not given"
+)
 DENSITY = Parameter(
     name="density", type=Type.FLAG, default=False, keyword_only=True, help="scale to an integral of 1 over the range"
 )

@@ -59,4 +59,6 @@ def refuse_other_masks(payload: Payload, mask: object, mask_means: object) -> No
             parameter=word,
         )
     if isinstance(payload, JsonPayload | HeldPayload) and payload.has_nulls and mask_means == "missing":
-        raise ParameterError("mask_means: null says itself what is missing; leave mask_means=missing out", parameter=word)
+        raise ParameterError(
+            "mask_means: null says itself what is missing; leave mask_means=missing out", parameter=word
+        )

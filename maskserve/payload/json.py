@@ -151,7 +151,9 @@ def _explicit(name: str, entry: dict[str, object], limits: Limits) -> Cells:
     return shaped_cells(name, dtype, shape, entry["values"], limits)
 
 
-def shaped_cells(name: str, dtype: DType, shape: Shape | None, nested: object, limits: Limits = DEFAULT_LIMITS) -> Cells:
+def shaped_cells(
+    name: str, dtype: DType, shape: Shape | None, nested: object, limits: Limits = DEFAULT_LIMITS
+) -> Cells:
     """The cells of nested lists, or, where the shape is known, of a flat one; null is a masked cell."""
     found, values = _flatten(name, nested, limits)
     shape = found if shape is None else shape

@@ -72,7 +72,9 @@ def _written(said: tuple[tuple[str, str], ...], tensors: tuple[tuple[str, DType,
     for name, dtype, shape in tensors:
         check_name(name)
         if name in root or name == METADATA:
-            raise NotComputableError(f"two tensors would be written as {shown(name)}; rename one", parameter=shown(name))
+            raise NotComputableError(
+                f"two tensors would be written as {shown(name)}; rename one", parameter=shown(name)
+            )
         end = at + check_shape(name, dtype, shape)
         root[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [at, end]}
         at = end

@@ -29,7 +29,9 @@ class Masked(NamedTuple):
         return channel(self.data) if self.reach is None else self.reach
 
     def full_mask(self) -> Tensor:
-        return torch.ones(self.data.shape, dtype=torch.bool, device=self.data.device) if self.mask is None else self.mask
+        return (
+            torch.ones(self.data.shape, dtype=torch.bool, device=self.data.device) if self.mask is None else self.mask
+        )
 
 
 def plain(name: str, argument: Any) -> Any:
@@ -108,7 +110,9 @@ def check_fits(name: str, data: Tensor, value: Any) -> None:
     integral = not (data.is_floating_point() or data.is_complex())
     if integral and isinstance(value, float) and value != value // 1:
         dtype = str(data.dtype).removeprefix("torch.")
-        raise DtypeError(f"{name}: value {value} does not fit {dtype}; convert first: .to(torch.float64)", parameter="value")
+        raise DtypeError(
+            f"{name}: value {value} does not fit {dtype}; convert first: .to(torch.float64)", parameter="value"
+        )
 
 
 def masked_fill(cells: Masked, mask: Masked, value: Any) -> Masked:

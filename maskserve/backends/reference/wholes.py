@@ -59,10 +59,14 @@ def edges_of(cells: Tensor, params: Params) -> Tensor:
     if isinstance(bins, tuple):
         edges = torch.tensor(bins, dtype=torch.float64, device=cells.device)
         if len(bins) < 2 or not edges.isfinite().all() or (edges.diff() <= 0).any():
-            raise ParameterError("histogram: edges are at least two finite numbers, each larger than the last", parameter="bins")
+            raise ParameterError(
+                "histogram: edges are at least two finite numbers, each larger than the last", parameter="bins"
+            )
         return edges
     if not isinstance(bins, int) or not 1 <= bins <= 1 << 24:
-        raise ParameterError(f"histogram: bins is {bins}; it must be a whole number from 1 to {1 << 24}", parameter="bins")
+        raise ParameterError(
+            f"histogram: bins is {bins}; it must be a whole number from 1 to {1 << 24}", parameter="bins"
+        )
     if limits is None:
         limits = extent(cells)
     low, high = (float(limit) for limit in limits)
@@ -70,7 +74,9 @@ def edges_of(cells: Tensor, params: Params) -> Tensor:
         raise ParameterError(f"histogram: range is {limits}; both ends must be finite", parameter="range")
     if low == high:  # numpy's rule
         low, high = low - 0.5, high + 0.5
-    edges = torch.linspace(low / 2, high / 2, bins + 1, dtype=torch.float64, device=cells.device) * 2  # high - low may overflow
+    edges = (
+        torch.linspace(low / 2, high / 2, bins + 1, dtype=torch.float64, device=cells.device) * 2
+    )  # high - low may overflow
     edges[0], edges[-1] = low, high
     return edges
 
@@ -111,7 +117,7 @@ def cov(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
     sums = pairwise(data.double(), mask)
     divisor = sums.n - params["correction"]
     values = sums.products / torch.where(divisor > 0, divisor, 1.0)
-    return (shaped(data, values), shaped(data, (sums.n > 0) & (divisor > 0))),
+    return ((shaped(data, values), shaped(data, (sums.n > 0) & (divisor > 0))),)
 
 
 def corrcoef(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
@@ -125,7 +131,7 @@ def corrcoef(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
     values = (sums.products / (root * root.T)).clamp(-1, 1)
     own = values.diagonal()
     own.copy_(torch.where(own.isnan(), own, 1.0))
-    return (shaped(data, values), shaped(data, sums.n > 1)),
+    return ((shaped(data, values), shaped(data, sums.n > 1)),)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,7 +155,9 @@ PAIR_CELLS = 1 << 22
 def pairwise(data: Tensor, mask: Tensor | None) -> PairSums:
     """Rows are centred at their own means; a pair whose mean over its columns is far from them is centred anew."""
     if data.ndim > 2:
-        raise ShapeError(f"cov and corrcoef take rows of observations, a tensor of 1 or 2 dims; this one has {data.ndim}")
+        raise ShapeError(
+            f"cov and corrcoef take rows of observations, a tensor of 1 or 2 dims; this one has {data.ndim}"
+        )
     cells = torch.atleast_2d(data)
     finite = cells.isfinite()
     valid = None if mask is None else torch.atleast_2d(mask.expand(data.shape))
@@ -204,7 +212,10 @@ def mean_of(cells: Tensor, valid: Tensor | None) -> Tensor:
     if not cells.shape[1]:
         return cells.new_zeros(len(cells), 1)
     n = cells.shape[1] if valid is None else valid.sum(1, keepdim=True).clamp(min=1)
-    low, high = select(cells, valid, torch.inf).amin(1, keepdim=True), select(cells, valid, -torch.inf).amax(1, keepdim=True)
+    low, high = (
+        select(cells, valid, torch.inf).amin(1, keepdim=True),
+        select(cells, valid, -torch.inf).amax(1, keepdim=True),
+    )
     mean = cells.sum(1, keepdim=True) / n
     return torch.where(low <= high, torch.minimum(torch.maximum(mean, low), high), 0.0)
 
