@@ -6,18 +6,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks import cases, gradients, timing
 from benchmarks.picture import draw
-from benchmarks.report import Run, report, rewrite
+from benchmarks.report import PAGE, Run, report, rewrite
 from maskserve.ops import find
 from maskserve.plan import SlicedRow
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "performance.md"
 PICTURE = PAGE.with_suffix(".svg")
-SAMPLE = ROOT / "examples" / "co2.safetensors"
+SAMPLE = PAGE.parents[1] / "examples" / "co2.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from benchmarks.peers import OURS, PEERS, UNMASKED
 from benchmarks.targets import Miss, fastest_peer, misses, overhead_us, start_misses
 from benchmarks.timing import Timing
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 INITIALS = dict(zip(PEERS, "pmnwjbga", strict=True))
 NONE, WRONG = "", "WRONG"
@@ -93,7 +94,7 @@ def machine(run: Run) -> str:
     """Where, when and how the run was made."""
     lines = [
         f"- `{run.command}`, {date.today().isoformat()}, {run.seconds:.0f} s",
-        f"- {cpu_model()}, {len(os.sched_getaffinity(0))} cores, kernels: {isa()}, L3 {l3_cache()}",
+        f"- {cpu()}, kernels: {isa()}, L3 {l3_cache()}",
         f"- Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads",
     ]
     return "\n".join(lines)
@@ -207,6 +208,10 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 # -- the machine --------------------------------------------------------------------------------------------------
+
+
+def cpu() -> str:
+    return f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def cpu_model() -> str:

@@ -10,9 +10,9 @@ import torch
 
 import maskserve as ms
 from benchmarks import cases, gradients, peers, timing
-from benchmarks.__main__ import PAGE, measured
+from benchmarks.__main__ import measured
 from benchmarks.forms import FORMS
-from benchmarks.report import BEGIN, END, Run, report, rewrite
+from benchmarks.report import BEGIN, END, PAGE, Run, report, rewrite
 from maskserve.ops import find
 from maskserve.plan import SlicedRow
 
