@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.report import number, table
-from benchmarks.service import OURS, PEER, with_peer
+from benchmarks.service import OURS, READ, with_peers
 from benchmarks.soak import question
 from maskserve_api import logs
 from maskserve_api.server import Server
@@ -95,8 +95,8 @@ def profiled() -> Iterator[None]:
 async def measured(server: Server, label: str, n: int, path: str) -> list[str]:
     body = question(SIZES[label])
     await seconds_each(server, path, body, 100)
-    await seconds_each(server, PEER, body, 100)
-    rounds = [[await seconds_each(server, where, body, n) * 1e6 for where in (path, PEER)] for _ in range(ROUNDS)]
+    await seconds_each(server, READ, body, 100)
+    rounds = [[await seconds_each(server, where, body, n) * 1e6 for where in (path, READ)] for _ in range(ROUNDS)]
     own, peer = (min(column) for column in zip(*rounds, strict=True))  # what disturbs only adds
     return [label, f"{own:.0f}", f"{peer:.0f}", number(peer / own)]
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="where the time of the first size goes")
     given = parser.parse_args(arguments)
     logs.configure(given.log)
-    server = Server(with_peer(), "127.0.0.1", grace=1.0)
+    server = Server(with_peers(), "127.0.0.1", grace=1.0)
     sizes = given.size or tuple(SIZES)
     if given.profile:
         with profiled():
