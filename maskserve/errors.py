@@ -7,6 +7,7 @@
     │   ├── DimError (IndexError)          dim_out_of_range
     │   ├── DtypeError (TypeError)         dtype_not_accepted
     │   ├── UnknownTensorError             unknown_tensor
+    │   ├── ExpressionError                bad_expression
     │   ├── UncoveredFunctionError (TypeError)   function_not_covered
     │   ├── GradientError                  gradient_not_available
     │   ├── DeviceError                    device_unavailable
@@ -95,6 +96,12 @@ class UnknownTensorError(RequestError):
     """The payload has no tensor, or no variable, of the name that a parameter gives: take a name that it has."""
 
     code = "unknown_tensor"
+
+
+class ExpressionError(RequestError):
+    """The text is no expression over the payload's variables: the message says what cannot be, and at which column."""
+
+    code = "bad_expression"
 
 
 class UncoveredFunctionError(RequestError, TypeError):

@@ -80,17 +80,21 @@ def build(verb: str, words: Words) -> Request:
         choices = [row.name for row in rows(verb)]
         raise UnknownOpError(f"{verb} needs op: give one of {', '.join(choices)}", parameter="op", allowed=choices)
     row = find(str(op), verb=verb)
-    model = op_model(row)
-    try:
-        parsed = model.model_validate(given)
-    except ValidationError as error:
-        raise refused(row, error) from None
-    said = {name: getattr(parsed, name) for name in parsed.model_fields_set}
+    said = checked(row, given)
 
     def of(parameters: tuple[Parameter, ...]) -> Mapping[str, Any]:
         return MappingProxyType({p.name: said[p.name] for p in parameters if p.name in said})
 
     return Request(verb=verb, row=row, params=of(row.requestable), common=of(COMMON), running=of(RUNNING))
+
+
+def checked(row: Row, given: Words) -> dict[str, Any]:
+    """What is given of the row's parameters, and of the common and the running ones, as values of their types."""
+    try:
+        parsed = op_model(row).model_validate(given)
+    except ValidationError as error:
+        raise refused(row, error) from None
+    return {name: getattr(parsed, name) for name in parsed.model_fields_set}
 
 
 def rows(verb: str) -> tuple[Row, ...]:

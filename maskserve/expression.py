@@ -1,0 +1,275 @@
+"""Expressions: "sum(where(x < 0, exp(x), 1))" -> a checked tree of rows, names and numbers. Imports no torch.
+
+The grammar is a part of Python's, for its precedence; Python's parser reads the text once its length and its words are
+checked, and nothing of Python ever runs it. Whatever is refused is refused at a column, which counts from 1.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeAlias
+
+from maskserve import requests
+from maskserve.errors import ExpressionError, RequestError, nearest
+from maskserve.ops import OPS
+from maskserve.ops.parameters import REQUIRED, Type
+from maskserve.ops.rows import Elementwise, Row, Sliced
+
+MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_NAMES, MOST_CALLS = 2000, 256, 32, 16, 64
+MOST_INT = 2**53
+"""Beyond it not every whole number is a double, which all numbers of an expression are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A finite number, a whole one as int."""
+
+    value: int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A variable."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A row, on operands; one that is left out is None. `column` is where its name or its operator stands."""
+
+    row: Row
+    operands: tuple[Node | None, ...]
+    params: Mapping[str, Any]
+    column: int
+
+
+Node: TypeAlias = Number | Name | Call
+
+WORD = re.compile(
+    r"(?P<space>[ \t]+)"
+    r"|(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?![0-9A-Za-z_.]))"
+    r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*)"
+    r"|(?P<sign>\*\*|<=|>=|==|!=|[-+*/()<>=&|~,])"
+)
+RUN = re.compile(r"[0-9A-Za-z_.]+|.", re.DOTALL)
+"""What a refusal shows."""
+OPERATORS: Mapping[type[ast.AST], str] = MappingProxyType({
+    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "truediv", ast.Pow: "pow", ast.USub: "neg", ast.UAdd: "pos",
+    ast.BitAnd: "and", ast.BitOr: "or", ast.Invert: "invert", ast.Lt: "lt", ast.LtE: "le", ast.Gt: "gt", ast.GtE: "ge",
+    ast.Eq: "eq", ast.NotEq: "ne",
+})  # fmt: skip
+"""What Python's operators are called in the rows; those that are not here are refused."""
+SIGNS = "+ - * / ** < <= > >= == != & | ~"
+
+
+def parse(text: str, names: tuple[str, ...]) -> Node:
+    """The tree that `text` spells over the variables `names`; ExpressionError says what cannot be, and at which column."""
+    if not text.strip(" \t"):
+        raise refusal("the expression is empty: write one over the variables, such as mean(x, dim=0)", 1)
+    if len(text.encode(errors="replace")) > MOST_BYTES:
+        raise refusal(f"the expression has more than {MOST_BYTES} bytes, the most that are read", None)
+    check_words(text)
+    try:
+        root = ast.parse(text.strip(" \t"), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        at = error.offset if isinstance(error, SyntaxError) else 1
+        reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply"
+        end = len(text) + 1  # 0 is Python's word for it
+        raise refusal(f"this is no expression: {reason}", min(indent(text) + at, end) if at else end) from None
+    return Builder(names, indent(text)).node(root, MOST_DEPTH)
+
+
+def indent(text: str) -> int:
+    return len(text) - len(text.lstrip(" \t"))
+
+
+def check_words(text: str) -> None:
+    """Refuses what is no word of the language before any parser sees it: quotes, dots, brackets, `lambda`, 0x10, `é`."""
+    at = 0
+    while at < len(text):
+        word = WORD.match(text, at)
+        if word is None or (keyword.iskeyword(word[0]) and word[0] not in ("True", "False")):
+            run = RUN.match(text, at)
+            assert run is not None  # it matches any character
+            raise refusal(f"{run[0][:40]!r} is no word here: there are names, numbers, {SIGNS} , and ( )", at + 1)
+        at = word.end()
+
+
+def refusal(message: str, column: int | None) -> ExpressionError:
+    where = "" if column is None else f"column {column}: "
+    return ExpressionError(where + message, parameter="expr")
+
+
+class Builder:
+    """Python's tree -> ours, no deeper and no larger than the bounds."""
+
+    def __init__(self, names: tuple[str, ...], indent: int) -> None:
+        self.names, self.indent = names, indent
+        self.n_nodes = self.n_calls = 0
+        self.named: set[str] = set()
+
+    def node(self, node: ast.expr, depth: int) -> Node:
+        self.n_nodes += 1
+        if depth == 0 or self.n_nodes > MOST_NODES:
+            self.refuse(node, f"too much: {MOST_NODES} terms and {MOST_DEPTH} levels are the most that are read")
+        build = BUILDERS.get(type(node))
+        if build is None:
+            self.refuse(node, "this is no term: a term is a name, a number, a call, or terms with an operator")
+        return build(self, node, depth - 1)
+
+    def number(self, node: ast.Constant, depth: int) -> Node:
+        return Number(self.finite(node))
+
+    def name(self, node: ast.Name, depth: int) -> Name:
+        if node.id not in self.names:
+            known = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+            self.refuse(node, f"{node.id} is no variable; there are {known}{nearest(node.id, self.names)}")
+        self.named.add(node.id)
+        if len(self.named) > MOST_NAMES:
+            self.refuse(node, f"too many variables: {MOST_NAMES} are the most that are read")
+        return Name(node.id)
+
+    def binary(self, node: ast.BinOp, depth: int) -> Node:
+        return self.operation(node, node.op, (node.left, node.right), depth)
+
+    def unary(self, node: ast.UnaryOp, depth: int) -> Node:
+        if isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+            return Number(-self.finite(node.operand))
+        return self.operation(node, node.op, (node.operand,), depth)
+
+    def comparison(self, node: ast.Compare, depth: int) -> Node:
+        if len(node.ops) > 1:
+            self.refuse(node.comparators[1], "one comparison at a time: write (a < b) & (b < c)")
+        return self.operation(node, node.ops[0], (node.left, node.comparators[0]), depth)
+
+    def operation(self, node: ast.expr, operator: ast.AST, operands: tuple[ast.expr, ...], depth: int) -> Node:
+        name = OPERATORS.get(type(operator))
+        if name is None:
+            self.refuse(node, f"this operator is none of {SIGNS}")
+        return Call(by_operator()[name], tuple(self.node(o, depth) for o in operands), {}, self.column(node))
+
+    def call(self, node: ast.Call, depth: int) -> Node:
+        self.n_calls += 1
+        if self.n_calls > MOST_CALLS:
+            self.refuse(node, f"too many calls: {MOST_CALLS} are the most that are read")
+        if not isinstance(node.func, ast.Name):
+            self.refuse(node.func, "only functions are called, by their names")
+        row = functions().get(node.func.id)
+        if row is None:
+            self.refuse(node.func, f"there is no function {node.func.id}{nearest(node.func.id, functions())}")
+        words = operands_of(row)
+        given: dict[str, Node] = {}
+        for argument in node.args:
+            if len(given) == len(words):
+                self.refuse(argument, f"{row.name} takes {counted(words)}; parameters have names: {parameters_of(row)}")
+            given[words[len(given)]] = self.node(argument, depth)
+        said: dict[str, ast.expr] = {}
+        for name, value in ((k.arg, k.value) for k in node.keywords):
+            if name is None:
+                self.refuse(value, "parameters have names: write dim=0")
+            if name in given or name in said:
+                self.refuse(value, f"{name} is given twice")
+            if name in words:
+                given[name] = self.node(value, depth)
+            else:
+                said[name] = value
+        n_needed = len(words) - (row.n_optional if isinstance(row, Elementwise) else 0)
+        missing = [word for word in words[:n_needed] if word not in given]
+        if missing:
+            self.refuse(node, f"{row.name} needs {missing[0]}: it takes {counted(words[:n_needed])}")
+        return Call(row, tuple(given.get(w) for w in words), self.params(row, node, said), self.column(node))
+
+    def params(self, row: Row, call: ast.Call, said: Mapping[str, ast.expr]) -> Mapping[str, Any]:
+        """The row's parameters, checked as those of a request are; a side input is a variable."""
+        known = {p.name: p for p in row.requestable}
+        for name, node in said.items():
+            if name not in known:
+                self.refuse(
+                    node, f"{row.name} has no parameter {name}; it has {parameters_of(row)}{nearest(name, known)}"
+                )
+        needed = [p.name for p in row.requestable if p.default is REQUIRED and p.name not in said]
+        if needed:
+            self.refuse(call, f"{row.name} needs {needed[0]}: {known[needed[0]].help}")
+        params: dict[str, Any] = {}
+        for name, node in said.items():
+            if known[name].type is Type.TENSOR:
+                if not isinstance(node, ast.Name):
+                    self.refuse(node, f"{name} is a variable, by its name")
+                params[name] = self.name(node, 0)
+            else:
+                params[name] = self.value(node)
+        plain = {name: value for name, value in params.items() if not isinstance(value, Name)}
+        try:
+            return MappingProxyType(params | requests.checked(row, plain))
+        except RequestError as error:
+            at = said.get(error.parameter or "", call)
+            self.refuse(at, error.message)
+
+    def value(self, node: ast.expr) -> Any:
+        """What a parameter may be: a number, True or False, a word, or several in parentheses."""
+        if isinstance(node, ast.Tuple):
+            return tuple(self.value(item) for item in node.elts)
+        is_negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+        plain = node.operand if isinstance(node, ast.UnaryOp) and is_negative else node
+        if isinstance(plain, ast.Name):
+            return f"-{plain.id}" if is_negative else plain.id  # -inf
+        if not isinstance(plain, ast.Constant):
+            self.refuse(node, "a parameter is a number, True, False or a word, or several in parentheses")
+        if isinstance(plain.value, bool) and not is_negative:
+            return plain.value
+        return -self.finite(plain) if is_negative else self.finite(plain)
+
+    def finite(self, node: ast.Constant) -> int | float:
+        value = node.value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(node, "True and False are values of parameters, and no terms")
+        if value > MOST_INT if isinstance(value, int) else not math.isfinite(value):
+            self.refuse(node, f"a number is finite, and a whole one at most {MOST_INT}")
+        return value
+
+    def column(self, node: ast.AST) -> int:
+        return self.indent + int(getattr(node, "col_offset", 0)) + 1
+
+    def refuse(self, node: ast.AST, message: str) -> NoReturn:
+        raise refusal(message, self.column(node))
+
+
+BUILDERS: Mapping[type[ast.expr], Callable[..., Node]] = MappingProxyType({
+    ast.Constant: Builder.number, ast.Name: Builder.name, ast.BinOp: Builder.binary, ast.UnaryOp: Builder.unary,
+    ast.Compare: Builder.comparison, ast.Call: Builder.call,
+})  # fmt: skip
+
+
+@cache
+def functions() -> Mapping[str, Row]:
+    """The rows that an expression may call, by name and by the other words of requests."""
+    served = [row for row in OPS.values() if isinstance(row, Elementwise) or (isinstance(row, Sliced) and row.verb)]
+    words = {alias: row for row in served for alias in row.aliases}
+    return MappingProxyType(words | {row.name: row for row in served})
+
+
+@cache
+def by_operator() -> Mapping[str, Row]:
+    return {row.operator: row for row in OPS.values() if isinstance(row, Elementwise) and row.operator}
+
+
+def operands_of(row: Row) -> tuple[str, ...]:
+    """The names of what it is computed on."""
+    return row.operands if isinstance(row, Elementwise) else ("input",)
+
+
+def counted(words: tuple[str, ...]) -> str:
+    """ "2 terms (input, other)"."""
+    return f"{len(words)} term{'s' if len(words) > 1 else ''} ({', '.join(words)})"
+
+
+def parameters_of(row: Row) -> str:
+    return ", ".join(p.name for p in row.requestable) or "none"

@@ -1,0 +1,151 @@
+"""Expressions are read as Python reads them, and whatever is no part of the language is refused at its column."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from maskserve.errors import ExpressionError
+from maskserve.expression import MOST_BYTES, OPERATORS, WORD, Call, Name, Node, Number, by_operator, functions, parse
+
+NAMES = ("x", "y", "lat")
+PIECES = (*"xy01.,()+-*/<>=&|~!'\"[]{}:;@%^\\#_ \t\n\0\r\xff\uff45", "**", "<=", "==", "True", "None", "lambda", "if", " in ",
+          "f(", "mean(", "where(", "dim=", "1e9", "0x", "__class__", "x.", "exp(x)", ":=", "...", "*x")  # fmt: skip
+
+
+def spelled(node: Node | None) -> Any:
+    """A tree as nested tuples, to compare."""
+    if isinstance(node, Call):
+        params = {k: v.name if isinstance(v, Name) else v for k, v in node.params.items()}
+        return (node.row.name, *map(spelled, node.operands), *([params] if params else []))
+    return node.value if isinstance(node, Number) else None if node is None else node.name
+
+
+@pytest.mark.parametrize(
+    ("text", "tree"),
+    [
+        ("x", "x"),
+        ("  x\t", "x"),
+        ("sum(where(x < 0, exp(x), 1))", ("sum", ("where", ("lt", "x", 0), ("exp", "x"), 1))),
+        ("-x**2", ("neg", ("pow", "x", 2))),
+        ("2**-x", ("pow", 2, ("neg", "x"))),
+        ("x - y - 1", ("sub", ("sub", "x", "y"), 1)),
+        ("~x & y | (x < y)", ("bitwise_or", ("bitwise_and", ("bitwise_not", "x"), "y"), ("lt", "x", "y"))),
+        ("x & y == 1", ("eq", ("bitwise_and", "x", "y"), 1)),
+        ("+x * -1.5e-3", ("mul", ("positive", "x"), -0.0015)),
+        ("mean(x, dim=(0, lat), keepdim=True)", ("mean", "x", {"dim": (0, "lat"), "keepdim": True})),
+        ("max(x, nan=omit)", ("amax", "x", {"nan": "omit"})),
+        ("mean(x, weights=y)", ("mean", "x", {"weights": "y"})),
+        ("norm(x, ord=-inf)", ("norm", "x", {"ord": float("-inf")})),
+        ("clamp(x, max=1)", ("clamp", "x", None, 1)),
+        ("sub(x, other=y, alpha=2)", ("sub", "x", "y", {"alpha": 2})),
+        ("softmax(x, dim=-1)", ("softmax", "x", {"dim": -1})),
+    ],
+)
+def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> None:
+    assert spelled(parse(text, NAMES)) == tree
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "says"),
+    [
+        ("", 1, "empty"),
+        ("x +", 4, "no expression"),
+        ("(x", 1, "never closed"),
+        ("x y", 3, "no expression"),
+        ("x.real", 2, "'.real' is no word"),
+        ("'a'", 1, "is no word"),
+        ("x[0]", 2, "is no word"),
+        ("x if y else x", 3, "'if' is no word"),
+        ("lambda", 1, "'lambda' is no word"),
+        ("0x10", 1, "'0x10' is no word"),
+        ("1_0", 1, "'1_0' is no word"),
+        ("1j", 1, "'1j' is no word"),
+        ("x\n", 2, "is no word"),
+        ("\uff45xp(x)", 1, "is no word"),
+        ("x // y", 1, "this operator"),
+        ("x < y < 1", 9, "one comparison at a time"),
+        ("1e400", 1, "a number is finite"),
+        ("9007199254740993", 1, "9007199254740992"),
+        ("9" * 1900, 1, "9007199254740992"),
+        ("x + True", 5, "True and False are values of parameters"),
+        ("x + yy", 5, "yy is no variable; there are x, y, lat; did you mean y?"),
+        ("1 + mena(x)", 5, "there is no function mena; did you mean mean?"),
+        ("mean", 1, "mean is no variable"),
+        ("mean(x)(x)", 1, "by their names"),
+        ("mean(x, 0)", 9, "parameters have names: dim,"),
+        ("mean(*x)", 6, "no term"),
+        ("mean(**x)", 8, "write dim=0"),
+        ("mean(x, dims=0)", 14, "did you mean dim?"),
+        ("mean(x, dim=0, dim=1)", 20, "given twice"),
+        ("mean(x, input=x)", 15, "given twice"),
+        ("mean(x, nan=foo)", 13, "give propagate, omit or raise"),
+        ("mean(x, keepdim=-True)", 18, "True and False"),
+        ("mean(x, weights=1)", 17, "is a variable"),
+        ("mean(x, weights=z)", 17, "z is no variable"),
+        ("mean(x, tensor=x)", 16, "no parameter tensor"),
+        ("quantile(x)", 1, "needs q"),
+        ("where(x < 0, x)", 1, "needs other"),
+        ("matmul(x, y)", 1, "no function matmul"),
+        ("+".join("x" * 40), 1, "32 levels"),
+        ("-" * 500 + "x", 33, "32 levels"),
+        ("f(" * 500, None, "no expression"),
+        (f"where({'+'.join('x' * 30)}, {'*'.join('x' * 30)}, {'-'.join('x' * 30)})" + "+(" + "x+" * 90, None, ""),
+        ("(x" + ",x" * 300 + ")", 1, "no term"),
+        ("x" + "+x" * MOST_BYTES, None, f"{MOST_BYTES} bytes"),
+    ],
+)
+def test_what_is_no_expression_is_refused_at_its_column(text: str, column: int | None, says: str) -> None:
+    with pytest.raises(ExpressionError) as raised:
+        parse(text, NAMES)
+    message = raised.value.message
+    assert says in message
+    assert column is None or message.startswith(f"column {column}: ")
+    assert raised.value.parameter == "expr"
+    assert len(message) < 400
+
+
+def test_terms_names_and_calls_are_bounded() -> None:
+    names = tuple(f"v{i}" for i in range(20))
+    balanced = "x"
+    for _ in range(8):
+        balanced = f"({balanced}+{balanced})"
+    for text, says in (
+        (balanced, "256 terms"),
+        ("+".join(names), "16 are"),
+        ("+".join(["exp(exp(exp(x)))"] * 22), "64 are"),
+    ):
+        with pytest.raises(ExpressionError, match=says):
+            parse(text, (*names, "x"))
+
+
+def test_every_operator_and_function_of_the_table_is_there() -> None:
+    assert set(OPERATORS.values()) <= by_operator().keys()
+    assert {"mean", "max", "softmax", "cumsum", "ffill", "where", "exp", "clamp"} <= functions().keys()
+    for word, row in functions().items():
+        assert word in (row.name, *row.aliases)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=60).map("".join) | st.text(max_size=80) | st.binary(max_size=60).map(str)
+)
+@example("().__class__.__base__.__subclasses__()")
+@example("9**9**9")
+def test_whatever_comes_is_a_tree_or_refused_at_a_column(text: str) -> None:
+    refused = None
+    try:
+        parse(text, NAMES)
+    except ExpressionError as error:
+        refused = re.match(r"column ([1-9][0-9]*): ", error.message)
+        assert refused, error.message  # noqa: PT017  # whether it is raised is not known before
+    if refused:
+        assert int(refused[1]) <= len(text) + 1
+    else:
+        ast.parse(text.strip(), mode="eval")
+        assert "".join(word[0] for word in WORD.finditer(text)) == text
