@@ -27,6 +27,7 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.DimError: 422,
         errors.DtypeError: 422,
         errors.UnknownTensorError: 422,
+        errors.ExpressionError: 422,
         errors.UncoveredFunctionError: 422,
         errors.GradientError: 422,
         errors.DeviceError: 422,
