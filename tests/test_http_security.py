@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -483,6 +484,20 @@ def process(*argv: str, soft_files: int | None = None) -> Iterator[tuple[subproc
             child.kill()
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_command_of_the_first_line_works_where_only_one_name_is_served() -> None:
+    argv = ["--host", "0.0.0.0", "--port", "0", "--allow-anonymous", "--allowed-host", "a.example", "--log", "off"]
+    with subprocess.Popen([*COMMAND, "serve", *argv], stderr=subprocess.PIPE, text=True, env=environment()) as child:
+        try:
+            assert child.stderr is not None
+            command = next(line.partition("; try: ")[2] for line in child.stderr if "; try: " in line)
+            assert "-H 'Host: a.example'" in command
+            answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+            assert json.loads(answer.stdout) == {"data": 3}
+        finally:
+            child.kill()
+
+
 def request(port: int, body: bytes, *lines: str) -> bytes:
     head = ("POST /v1/reduce?op=sum HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Content-Length: {len(body)}", *lines)
     return "\r\n".join([*head, "", ""]).encode() + body
@@ -573,9 +588,10 @@ def test_keys_are_read_again_at_sighup_and_a_half_sent_body_holds_up_no_end(tmp_
         child.send_signal(signal.SIGHUP)
         wait_until(lambda: lets_in(BOB))
         assert not lets_in(ALICE)
+        assert child.stderr is not None
+        assert child.stderr.readline() == "maskserve: the keys were read again, 1 in all\n"
         keys_file(tmp_path, "nonsense")
         child.send_signal(signal.SIGHUP)
-        assert child.stderr is not None
         line = child.stderr.readline()
         assert f"the keys stay as they were: {path}, line 1: there is no colon; a line is name:key" in line
         assert lets_in(BOB)

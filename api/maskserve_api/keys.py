@@ -41,6 +41,9 @@ class Keys:
         """Takes the file as it is now; the keys stay as they were where it is at fault."""
         self._keys = read(self.path)
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def name_of(self, headers: Headers) -> str:
         """The name of the request's key; UnauthorizedError without a known one."""
         given = brought(headers)

@@ -28,12 +28,13 @@ STYLE = (
 )
 
 
-def curl(base: str, *, asks_key: bool) -> str:
-    """A command that works, from the table; with a key, where one is put for KEY."""
+def curl(base: str, *, asks_key: bool, host: str | None = None) -> str:
+    """A command that works, from the table; with a key, where one is put for KEY, and by the name `host`."""
     row = example_row()
     key = "-H 'Authorization: Bearer KEY' " if asks_key else ""
+    name = f"-H 'Host: {host}' " if host else ""
     kind = "-H 'Content-Type: application/json'"
-    return f"curl {key}{kind} -d '{EXAMPLE.decode()}' '{base}/v1/{row.verb}?op={row.name}'"
+    return f"curl {key}{name}{kind} -d '{EXAMPLE.decode()}' '{base}/v1/{row.verb}?op={row.name}'"
 
 
 def docs(base: str, *, asks_key: bool) -> str:

@@ -80,7 +80,16 @@ def serve(
         rehearse()
         if not is_local:
             say(f"{shown(host)} is served without TLS: put a proxy that terminates TLS in front (docs/security.md)")
-        server = Server(app, host, grace, drain_delay=drain_delay, header_timeout=header_timeout, keep_alive=keep_alive)
+        example_host = None if is_local else next(iter(allowed_host), None)
+        server = Server(
+            app,
+            host,
+            grace,
+            drain_delay=drain_delay,
+            header_timeout=header_timeout,
+            keep_alive=keep_alive,
+            example_host=example_host,
+        )
         server.run(sockets=sockets)
     finally:
         for listener in sockets:
@@ -129,7 +138,9 @@ class Server(uvicorn.Server):
         header_timeout: float = 10.0,
         keep_alive: float = 5.0,
         most_connections: int = MOST_CONNECTIONS,
+        example_host: str | None = None,
     ) -> None:
+        """`example_host` is the name that the first line asks by, where the address itself is refused."""
         most = max(1, min(most_connections, file_limit() - SPARE_FILES))
         connections = Connections(most=most, header_timeout_s=header_timeout)
         super().__init__(
@@ -148,7 +159,7 @@ class Server(uvicorn.Server):
                 backlog=BACKLOG,
             )
         )
-        self.host = host
+        self.host, self.example_host = host, example_host
         self.connections = connections
         self.drain_delay_s = drain_delay
         self.service: Service = app.state.service
@@ -165,7 +176,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started and sockets:
             base = f"http://{netloc(self.host, sockets[0].getsockname()[1])}"
-            command = curl(base, asks_key=self.keys is not None)
+            command = curl(base, asks_key=self.keys is not None, host=self.example_host)
             print(f"maskserve listens on {base}; try: {command}", file=sys.stderr, flush=True)
 
     async def on_tick(self, counter: int) -> bool:
@@ -179,6 +190,8 @@ class Server(uvicorn.Server):
             keys.reload()
         except SettingsError as error:
             log.error("the keys stay as they were: %s", error)
+        else:
+            say(f"the keys were read again, {len(keys)} in all")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second does not wait."""
