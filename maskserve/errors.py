@@ -195,7 +195,7 @@ class PayloadError(MaskserveError, ValueError):
 
 
 class TooLargeError(PayloadError):
-    """The body, its header or the number of its tensors is beyond a limit: send less, or raise the limit that is named."""
+    """The body, its header or the number of its tensors is beyond a limit: send less, or raise the limit where it runs."""
 
     code = "too_large"
 

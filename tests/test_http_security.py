@@ -604,6 +604,29 @@ def test_keys_are_read_again_at_sighup_and_a_half_sent_body_holds_up_no_end(tmp_
         assert child.wait(40) == 0
 
 
+def test_the_limits_of_payloads_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSERVE_JSON_BYTES", "1000")
+    monkeypatch.setenv("MASKSERVE_MAX_TENSORS", "2")
+    monkeypatch.setenv("MASKSERVE_HEADER_BYTES", "150")
+    two = {name: np.ones(3, np.float32) for name in "ab"}
+    v2 = b'{"inputs": [{"name": "data", "shape": [3], "datatype": "FP32", "data": [1, 2, 3]}]}' + b" " * 1000
+    with process() as (_, port), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        for path, body, kind, status in (
+            ("/v1/reduce?op=sum", b'{"data": [1, 2, 3]}', JSON, 200),
+            ("/v1/reduce?op=sum", b'{"data": [' + b"1," * 200 + b"1]}", JSON, 413),  # too many values
+            ("/v1/reduce?op=sum", b'{"data": [1, 2, 3]}' + b" " * 1000, JSON, 413),
+            ("/v1/reduce?op=sum", payload(**two), "", 200),
+            ("/v1/reduce?op=sum", payload(c=np.ones(1, np.float32), **two), "", 413),
+            ("/v1/reduce?op=sum", payload(**{"c" * 99: np.ones(1, np.float32)}), "", 413),
+            ("/v2/models/reduce/infer?op=sum", v2, JSON, 413),
+        ):
+            response = http.post(path, content=body, headers={"content-type": kind} if kind else {})
+            assert response.status_code == status, (body, response.text)
+        asked = {"accept": "application/json"}
+        many = http.post("/v1/scan?op=cumsum&dim=0", content=payload(data=np.ones(400, np.float32)), headers=asked)
+        check_problem(many, 406, "not_acceptable")
+
+
 # -- logs ---------------------------------------------------------------------------------------------------------
 
 

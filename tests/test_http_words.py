@@ -14,6 +14,7 @@ import pytest
 from maskserve import requests
 from maskserve.errors import MaskserveError
 from maskserve.loading import device_of
+from maskserve.payload.format import to_bytes
 from tests.http_service import JSON, Running, check_problem, running
 
 CELLS = b'{"data": [[1, 2, null]]}'
@@ -133,9 +134,23 @@ def test_metrics_are_written_for_whoever_spells_a_version(service: Running, acce
         ("/v1/nope", CELLS, {}, "there is no such path"),
         ("/v1/sofmax", CELLS, {}, "did you mean /v1/softmax?"),
         ("/ready", CELLS, {}, "did you mean /readyz?"),
-        ("/v1/reduce?op=sum", b"", {}, "the body is empty"),
+        ("/v1/reduce?op=sum", b"", {}, 'such as {"data": [1, 2, null]}'),
         ("/v1/reduce?op=sum", b'{"data": [1], "mask": [1]}', {}, "write true and false"),
-        ("/v1/reduce?op=sum", gzip.compress(CELLS), {"content-type": "x/y"}, "or send Content-Encoding: gzip"),
+        (
+            "/v1/reduce?op=sum",
+            gzip.compress(CELLS),
+            {"content-type": "x/y"},
+            "gzip stream: send Content-Encoding: gzip",
+        ),
+        ("/v1/reduce?op=sum", gzip.compress(CELLS), {}, "gzip stream: send Content-Encoding: gzip"),
+        (
+            "/v1/reduce?op=sum",
+            to_bytes([], {}),
+            {},
+            "looks like safetensors: send Content-Type: application/vnd.safetensors",
+        ),
+        ("/v1/reduce?op=sum", CELLS, {"content-type": "x/y"}, "looks like JSON: send Content-Type: application/json"),
+        ("/v1/reduce?op=sum", b"", {"content-type": "x/y"}, "such as a file of safetensors"),
         ("/v1/reduce?op=sum", zlib.compress(CELLS)[2:-4], {"content-encoding": "deflate"}, "zlib's format, RFC 1950"),
         ("/v1/reduce?op=sum", CELLS, {"host": "evil.example"}, "--allowed-host"),
         ("/v1/reduce?op=sum", CELLS, {"origin": "http://evil.example"}, "--allowed-host"),

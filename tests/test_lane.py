@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from starlette.types import Message
 
 import maskserve as ms
 from maskserve.execution import in_turn, using
+from maskserve_api.errors import BusyError
 from maskserve_api.lane import Lane
 from maskserve_api.turns import Cancelled, Turn, Turns
 from tests.http_service import wait_until
@@ -55,11 +59,12 @@ def test_equal_requests_share_alike() -> None:
 @pytest.mark.parametrize("n_clients", [1, 3, 6])
 def test_short_requests_without_end_starve_no_long_one(n_clients: int) -> None:
     """Each of them ends before its next block, and the next one is there at once."""
-    turns, stop, long = Turns(), threading.Event(), Turn()
+    turns, stop = Turns(), threading.Event()
+    long = Turn(turns.lock)
 
     def short_ones() -> None:
         while not stop.is_set():
-            with turns.taken(Turn()):
+            with turns.taken(Turn(turns.lock)):
                 time.sleep(BLOCK_S)
 
     def long_one() -> None:
@@ -165,3 +170,19 @@ def test_requests_with_several_threads_take_turns_too() -> None:
         assert torch.equal(task.future.result(60), expected)
     assert lane.turns.holder is None
     assert not lane.turns.waiting
+
+
+def test_where_no_thread_starts_the_request_is_refused_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def never() -> Message:
+        return await asyncio.Future()
+
+    lane = Lane(8)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(BusyError, match="no more threads"):
+            asyncio.run(lane.run(lambda: 1, never, math.inf))
+    assert lane.n_pending == 0
+    assert lane.submit(lambda: 2).future.result(30) == 2

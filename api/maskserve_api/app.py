@@ -11,10 +11,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from maskserve.errors import UnknownOpError, nearest
 from maskserve.ops import find, verbs
+from maskserve.payload.format import DEFAULT_LIMITS, Limits
 from maskserve_api import openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
+from maskserve_api.forms import bounded
 from maskserve_api.keys import Keys
 from maskserve_api.lane import Lane
 from maskserve_api.metrics import Metrics
@@ -29,10 +31,11 @@ def create_app(
     max_body: int = 256 * MIB,
     request_timeout: float = 60.0,
     queue: int = 512,
+    limits: Limits = DEFAULT_LIMITS,
     allowed_hosts: Collection[str] | None = LOOPBACK_HOSTS,
     keys: Keys | None = None,
 ) -> FastAPI:
-    """The service as an ASGI application; sizes in bytes, times in seconds.
+    """The service as an ASGI application; sizes in bytes, times in seconds; `limits` are those of each payload.
 
     `allowed_hosts` are the Host names served, without ports; None serves all. `keys` None asks for none.
     `app.state.service` is the Service.
@@ -42,6 +45,7 @@ def create_app(
         request_timeout_s=request_timeout,
         lane=Lane(queue),
         memory=Memory(BODIES_IN_FLIGHT * max_body),
+        limits=bounded(limits),
     )
     app = FastAPI(title="maskserve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service

@@ -9,7 +9,7 @@ from enum import StrEnum
 from starlette.datastructures import Headers
 
 from maskserve.execution import in_turn
-from maskserve.payload.header import DEFAULT_LIMITS
+from maskserve.payload.header import DEFAULT_LIMITS, Limits
 from maskserve_api.errors import NotAcceptableError
 
 
@@ -21,8 +21,14 @@ class Form(StrEnum):
     V2 = "application/octet-stream"
 
 
-JSON_LIMITS = replace(DEFAULT_LIMITS, json_values=1 << 21)
-"""Of a request: Python's parser lets no other thread run until it ends, here after at most some 0.2 s."""
+BYTES_PER_VALUE = 8
+
+
+def bounded(limits: Limits = DEFAULT_LIMITS) -> Limits:
+    """The limits of a request: Python's parser lets no other thread run until it ends, by default after some 0.2 s."""
+    return replace(limits, json_values=limits.json_bytes // BYTES_PER_VALUE)
+
+
 NEGOTIATED = (Form.SAFETENSORS, Form.JSON)
 """The forms that headers choose between; that of V2 is chosen by its paths."""
 
@@ -67,14 +73,16 @@ def media_ranges(lines: Iterable[str]) -> Iterable[tuple[str, float]]:
         yield name, float(q) if whole.isdecimal() and (rest == "" or rest.isdecimal()) and q.isascii() else 0.0
 
 
-def written(pieces: Iterable[bytes], parameter: str, instead: str, allowed: Iterable[str] = ()) -> Iterator[bytes]:
+def written(
+    pieces: Iterable[bytes], most_bytes: int, parameter: str, instead: str, allowed: Iterable[str] = ()
+) -> Iterator[bytes]:
     """The pieces of a JSON answer, each after a checkpoint, until they have more bytes than JSON may have."""
     n_bytes = 0
     for piece in in_turn(pieces):
         n_bytes += len(piece)
-        if n_bytes > JSON_LIMITS.json_bytes:
+        if n_bytes > most_bytes:
             raise NotAcceptableError(
-                f"the answer has more than {JSON_LIMITS.json_bytes} bytes of JSON, the most that are written: {instead}",
+                f"the answer has more than {most_bytes} bytes of JSON, the most that are written: {instead}",
                 parameter=parameter,
                 allowed=allowed,
             )

@@ -35,9 +35,9 @@ class Lane:
         """What `work` gives, unless the loop's clock reaches `deadline_s` or the client goes away before."""
         if self.n_pending >= self.limit:
             raise BusyError(f"{self.limit} requests are waiting, as many as may; try again")
+        task = self.submit(work)
         with self._lock:
             self.n_pending += 1
-        task = self.submit(work)
         task.future.add_done_callback(self._ended)
         done = asyncio.wrap_future(task.future)
         gone = asyncio.ensure_future(receive())
@@ -61,15 +61,23 @@ class Lane:
             self.n_pending -= 1
 
     def submit(self, work: Callable[[], T]) -> Task[T]:
+        """Has `work` done by a thread that is idle, or by a new one; BusyError where the system starts no more."""
         task = Task(work, self.turns)
         with self._lock:
-            self._tasks.put(task)
             if self._n_idle:
                 self._n_idle -= 1
-                return task
-        # a daemon: what still runs when the grace is over must not keep the process
-        threading.Thread(target=self._work, name="maskserve-lane", daemon=True).start()
+            else:
+                self._start()
+            self._tasks.put(task)
         return task
+
+    def _start(self) -> None:
+        # a daemon: what still runs when the grace is over must not keep the process
+        thread = threading.Thread(target=self._work, name="maskserve-lane", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            raise BusyError("the system starts no more threads; try again") from None
 
     def _work(self) -> None:
         while True:
@@ -90,7 +98,7 @@ class Task(Generic[T]):
 
     def __init__(self, work: Callable[[], T], turns: Turns) -> None:
         self.future: Future[T] = Future()
-        self.turns, self.turn = turns, Turn()
+        self.turns, self.turn = turns, Turn(turns.lock)
         self._work: Callable[[], T] | None = work
 
     def cancel(self) -> None:

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 
 from maskserve.errors import SettingsError
+from maskserve.payload.format import DEFAULT_LIMITS, Limits
 from maskserve.payload.header import shown
 from maskserve_api import logs
 from maskserve_api.addresses import BACKLOG, bound, is_awaited, netloc, resolved
@@ -48,6 +49,7 @@ def serve(
     request_timeout: float,
     grace: float,
     queue: int = 512,
+    limits: Limits = DEFAULT_LIMITS,
     header_timeout: float = 10.0,
     keep_alive: float = 5.0,
     drain_delay: float = 0.0,
@@ -71,6 +73,7 @@ def serve(
         max_body=max_body,
         request_timeout=request_timeout,
         queue=queue,
+        limits=limits,
         allowed_hosts={*allowed_host, *(own_hosts if is_local else ())} or None,
         keys=keys,
     )

@@ -19,7 +19,7 @@ class Turns:
     """The device, lent to one request at a time, and at the next block to the one that has had the least of it."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
         self.holder: Turn | None = None
         self.waiting: list[Turn] = []
         self.clock_s = 0.0
@@ -30,13 +30,13 @@ class Turns:
     def taken(self, turn: Turn) -> Iterator[None]:
         """Waits for the first turn of a request, and gives the last one back."""
         try:
-            with self.changed:
+            with self.lock:
                 self._charge()
                 turn.had_s = self.clock_s  # no credit for coming late; short ones without end starve no long one
                 self._queue(turn)
             yield
         finally:
-            with self.changed:
+            with self.lock:
                 self._leave(turn)
 
     def checkpoint(self, turn: Turn) -> None:
@@ -45,7 +45,7 @@ class Turns:
             raise Cancelled
         if self.holder is turn and (not self.waiting or time.monotonic() - turn.since_s < QUANTUM_S):
             return  # without the lock: at worst the change comes a block later
-        with self.changed:
+        with self.lock:
             if self.holder is turn:
                 self._charge()
                 if min(other.had_s for other in (*self.waiting, turn)) == turn.had_s:
@@ -58,9 +58,9 @@ class Turns:
 
     def cancel(self, turn: Turn) -> None:
         """From any thread: the request ends before its next block."""
-        with self.changed:
+        with self.lock:
             turn.is_cancelled = True
-            self.changed.notify_all()
+            turn.changed.notify_all()
 
     def _queue(self, turn: Turn) -> None:
         self.waiting.append(turn)
@@ -68,7 +68,7 @@ class Turns:
         self._wait(turn)
 
     def _wait(self, turn: Turn) -> None:
-        self.changed.wait_for(lambda: self.holder is turn or turn.is_cancelled)
+        turn.changed.wait_for(lambda: self.holder is turn or turn.is_cancelled)
         if turn.is_cancelled:
             raise Cancelled
 
@@ -95,13 +95,15 @@ class Turns:
             self.holder = min(self.waiting, key=lambda turn: turn.had_s)  # the first of equals: who waits longest
             self.waiting.remove(self.holder)
             self.holder.since_s = self.charged_s = time.monotonic()
-            self.changed.notify_all()
+            self.holder.changed.notify_all()
 
 
 class Turn:
-    """One request's share."""
+    """One request's share; `lock` is that of the turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: threading.Lock) -> None:
         self.had_s = 0.0
         self.since_s = 0.0
         self.is_cancelled = False
+        self.changed = threading.Condition(lock)
+        """Its own: one for all would wake hundreds of threads at each change, to send all but one back to sleep."""

@@ -9,7 +9,7 @@ from itertools import islice
 
 from maskserve.dtypes import DType
 from maskserve.errors import UnknownTensorError, nearest
-from maskserve.payload.format import DEFAULT_LIMITS, Buffer, Output
+from maskserve.payload.format import Buffer, Output
 from maskserve.payload.header import shown
 from maskserve.payload.json import CELLS_PER_CHUNK
 from maskserve.payload.texts import numbers_of
@@ -24,12 +24,12 @@ VERSION = "1"
 """The one version of each model."""
 
 
-def encode(outputs: Sequence[Output], asked: Asked) -> tuple[bytes, list[Buffer]]:
-    """The JSON, and what follows it."""
+def encode(outputs: Sequence[Output], asked: Asked, most_bytes: int) -> tuple[bytes, list[Buffer]]:
+    """The JSON, of at most `most_bytes`, and what follows it."""
     chosen = choose(outputs, asked)
-    refuse_large([output for output, is_binary in chosen if not is_binary])
+    refuse_large([output for output, is_binary in chosen if not is_binary], most_bytes)
     data = [output.chunks for output, is_binary in chosen if is_binary and isinstance(output.chunks, Buffer)]
-    return b"".join(written(text(chosen, asked), "outputs", "ask for them with binary_data")), data
+    return b"".join(written(text(chosen, asked), most_bytes, "outputs", "ask for them with binary_data")), data
 
 
 def text(chosen: Sequence[tuple[Output, bool]], asked: Asked) -> Iterator[bytes]:
@@ -69,11 +69,11 @@ def choose(outputs: Sequence[Output], asked: Asked) -> list[tuple[Output, bool]]
     return [(by_name[wanted.name], wanted.is_binary) for wanted in asked.wanted]
 
 
-def refuse_large(outputs: Sequence[Output]) -> None:
+def refuse_large(outputs: Sequence[Output], most_bytes: int) -> None:
     n_bytes = sum(math.prod(output.shape) * output.dtype.n_bytes for output in outputs)
-    if n_bytes > DEFAULT_LIMITS.json_bytes:
+    if n_bytes > most_bytes:
         raise NotAcceptableError(
-            f"the outputs have {n_bytes} bytes; as JSON at most {DEFAULT_LIMITS.json_bytes} are written: "
+            f"the outputs have {n_bytes} bytes; as JSON at most {most_bytes} are written: "
             "ask for them with binary_data",
             parameter="outputs",
         )

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from maskserve import requests
 from maskserve.dtypes import f32
 from maskserve.errors import ParameterError, PayloadError, TooLargeError
-from maskserve.payload.format import Buffer, Output
+from maskserve.payload.format import Buffer, Limits, Output
 from maskserve.payload.header import is_encodable, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.json import document
@@ -25,7 +25,6 @@ from maskserve.requests import Request
 from maskserve_api import coding
 from maskserve_api.coding import Coding
 from maskserve_api.errors import NotOfferedError
-from maskserve_api.forms import JSON_LIMITS
 from maskserve_api.v2_tensors import Json, names_of, objects, parameters_of, refuse_shared_memory, tensors
 
 LENGTH = "Inference-Header-Content-Length"
@@ -101,23 +100,23 @@ def head(verb: str, words: Mapping[str, Any], headers: Headers) -> Head:
     )
 
 
-def decode(body: Buffer, head: Head) -> V2Payload:
+def decode(body: Buffer, head: Head, limits: Limits) -> V2Payload:
     n_bytes = head.json_bytes(body)
     binary = memoryview(body).cast("B")[n_bytes:]
     if head.declared == 0:
         return raw(binary, head)
-    if n_bytes > JSON_LIMITS.json_bytes:  # before the copy below
+    if n_bytes > limits.json_bytes:  # before the copy below
         raise TooLargeError(
-            f"the JSON has {n_bytes} bytes; at most {JSON_LIMITS.json_bytes} are read: send large tensors as binary data"
+            f"the JSON has {n_bytes} bytes; at most {limits.json_bytes} are read: send large tensors as binary data"
         )
-    root = document(bytes(memoryview(body)[:n_bytes]), "the request", JSON_LIMITS, constants=True)
+    root = document(bytes(memoryview(body)[:n_bytes]), "the request", limits, constants=True)
     if not isinstance(root, dict):
         raise PayloadError("the request must be a JSON object with a list of inputs")
-    inputs = objects(root, "inputs")
+    inputs = objects(root, "inputs", limits)
     if not inputs:
         raise PayloadError("the request must have inputs, a list of at least one tensor", parameter="inputs")
     outputs = tensors(inputs, binary)
-    return V2Payload(outputs, asked(root, head), has_nulls=len(outputs) > len(inputs))
+    return V2Payload(outputs, asked(root, head, limits), has_nulls=len(outputs) > len(inputs))
 
 
 def raw(binary: memoryview, head: Head) -> V2Payload:
@@ -136,13 +135,13 @@ def raw(binary: memoryview, head: Head) -> V2Payload:
     return V2Payload([Output(DATA, f32, (n_cells,), binary)], asked, has_nulls=False)
 
 
-def asked(root: Json, head: Head) -> Asked:
+def asked(root: Json, head: Head, limits: Limits) -> Asked:
     parameters = parameters_of(root)
     is_binary = flag(parameters, IS_BINARY, False)
     name = root.get("id")
     if name is not None and not (isinstance(name, str) and len(name) <= ID_CHARACTERS):
         raise PayloadError(f"id must be a string of at most {ID_CHARACTERS} characters", parameter="id")
-    wanted = objects(root, "outputs")
+    wanted = objects(root, "outputs", limits)
     return Asked(
         request=requests.build(head.verb, words_of(parameters, head.words)),
         id=name,

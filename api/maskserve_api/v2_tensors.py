@@ -10,7 +10,7 @@ from maskserve import dtypes
 from maskserve.dtypes import DType
 from maskserve.errors import NotComputableError, PayloadError, TooLargeError
 from maskserve.payload.cells import Cells
-from maskserve.payload.format import DEFAULT_LIMITS, Output
+from maskserve.payload.format import Limits, Output
 from maskserve.payload.header import check_name, check_shape, shown, shown_shape
 from maskserve.payload.json import outputs_of, shape_of, shaped_cells
 from maskserve_api.errors import NotOfferedError
@@ -107,17 +107,15 @@ def fail(name: str, what: str) -> NoReturn:
     raise PayloadError(f"tensor {shown(name)} {what}", parameter=shown(name))
 
 
-def objects(root: Json, name: str) -> list[Json]:
+def objects(root: Json, name: str, limits: Limits) -> list[Json]:
     """The list of objects that stands under `name`; none where nothing does."""
     entries = root.get(name)
     if entries is None:
         return []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise PayloadError(f"{name} must be a list of JSON objects", parameter=name)
-    if len(entries) > DEFAULT_LIMITS.tensors:
-        raise TooLargeError(
-            f"there are {len(entries)} {name}; at most {DEFAULT_LIMITS.tensors} are read", parameter=name
-        )
+    if len(entries) > limits.tensors:
+        raise TooLargeError(f"there are {len(entries)} {name}; at most {limits.tensors} are read", parameter=name)
     return entries
 
 

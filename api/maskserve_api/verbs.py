@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from maskserve.errors import ParameterError
-from maskserve.payload.format import Buffer
+from maskserve.payload.format import Buffer, Limits
 from maskserve_api import coding, forms, v2_question
 from maskserve_api.body import Claim, Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
@@ -36,6 +36,7 @@ class Service:
     request_timeout_s: float
     lane: Lane
     memory: Memory
+    limits: Limits
     draining: bool = False
 
 
@@ -81,6 +82,7 @@ class Verb:
                 answer=answer,
                 stages=stages,
                 head=head,
+                limits=self.service.limits,
                 admit=claim.add_answer,
             )
             reply = await self.replied(work, claim, receive, deadline_s)

@@ -18,12 +18,12 @@ from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED
 from maskserve.ops.rows import Row
 from maskserve.payload import json
-from maskserve.payload.format import Buffer, BytesPayload
+from maskserve.payload.format import Buffer, BytesPayload, Limits
 from maskserve.requests import Request
 from maskserve_api import v2_answer, v2_question
 from maskserve_api.coding import compressed
 from maskserve_api.errors import NotAcceptableError
-from maskserve_api.forms import JSON_LIMITS, Form, written
+from maskserve_api.forms import Form, bounded, written
 from maskserve_api.v2_question import Head, V2Payload
 
 AnyPayload: TypeAlias = BytesPayload | V2Payload
@@ -89,6 +89,7 @@ class Work:
     """Hears how many bytes the answer will have, and may refuse."""
     head: Head | None = None
     """What the headers of V2 say."""
+    limits: Limits = field(default_factory=bounded)
     _payload: AnyPayload | None = None
 
     def decoded_small(self) -> bool:
@@ -120,7 +121,7 @@ class Work:
     def payload(self) -> AnyPayload:
         if self._payload is None:
             with self.stages.stage("decode"):
-                self._payload = decode(self.body, self.question, self.head)
+                self._payload = decode(self.body, self.question, self.head, self.limits)
         return self._payload
 
     def small_reply(self) -> Reply:
@@ -138,7 +139,7 @@ class Work:
         with self.stages.stage("compute"):
             computed = answers.run(self.asked(), payload, admit=self.admit)
         with self.stages.stage("encode"):
-            return replace(ENCODERS[self.answer](computed, payload), cells=cells_of(computed))
+            return replace(ENCODERS[self.answer](computed, payload, self.limits), cells=cells_of(computed))
 
 
 def cells_of(computed: Answer) -> tuple[int, int]:
@@ -148,45 +149,50 @@ def cells_of(computed: Answer) -> tuple[int, int]:
     return n_valid, sum(mask.numel() for mask in masks) - n_valid
 
 
-def decode(body: Buffer, form: Form, head: Head | None) -> AnyPayload:
-    if not len(body) and head is None:
-        raise PayloadError("the body is empty: send a payload, such as a file of safetensors")
+def decode(body: Buffer, form: Form, head: Head | None, limits: Limits) -> AnyPayload:
     if head is not None:
-        return v2_question.decode(body, head)
-    if form is Form.JSON:
-        if len(body) > JSON_LIMITS.json_bytes:  # before the copy below
-            raise TooLargeError(
-                f"the JSON has {len(body)} bytes; at most {JSON_LIMITS.json_bytes} are read: "
-                "send large tensors as safetensors"
-            )
-        return json.decode(bytes(body), JSON_LIMITS)
+        return v2_question.decode(body, head, limits)
+    if not len(body):
+        example = EXAMPLE.decode() if form is Form.JSON else "a file of safetensors"
+        raise PayloadError(f"the body is empty: send a payload, such as {example}")
+    if form is Form.JSON and len(body) > limits.json_bytes:  # before the copy below
+        raise TooLargeError(
+            f"the JSON has {len(body)} bytes; at most {limits.json_bytes} are read: send large tensors as safetensors"
+        )
     try:
-        return BytesPayload(body)
+        return json.decode(bytes(body), limits) if form is Form.JSON else BytesPayload(body, limits)
     except PayloadError as error:
-        if bytes(body[:2]) == GZIP_MAGIC:
-            raise PayloadError(
-                f"{error.message}, or send Content-Encoding: gzip", parameter="Content-Encoding"
-            ) from error
-        if bytes(body[:64]).lstrip()[:1] in (b"{", b"["):
-            raise PayloadError(
-                "the body looks like JSON, but its Content-Type does not say so: send Content-Type: application/json",
-                parameter="Content-Type",
-            ) from error
-        raise
+        said = misnamed(body, form)
+        if said is None:
+            raise
+        looks, header, instead = said
+        raise PayloadError(f"the body looks like {looks}: send {instead}", parameter=header) from error
 
 
-def as_safetensors(computed: Answer, payload: AnyPayload) -> Reply:
+def misnamed(body: Buffer, form: Form) -> tuple[str, str, str] | None:
+    """What a body looks like that is not what its headers say, which header is at fault, and what to send instead."""
+    start = bytes(body[:64])
+    if start.startswith(GZIP_MAGIC):
+        return "a gzip stream", "Content-Encoding", "Content-Encoding: gzip"
+    if form is Form.JSON and start[8:9] == b"{":
+        return "safetensors", "Content-Type", f"Content-Type: {Form.SAFETENSORS}"
+    if form is not Form.JSON and start.lstrip()[:1] in (b"{", b"["):
+        return "JSON", "Content-Type", f"Content-Type: {Form.JSON}"
+    return None
+
+
+def as_safetensors(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
     encoded = computed.encoded()
     return Reply(encoded.n_bytes, list(encoded.chunks), Form.SAFETENSORS)
 
 
-def as_json(computed: Answer, payload: AnyPayload) -> Reply:
+def as_json(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
     """A plain question gets a plain answer; all others get one that names dtypes."""
     outputs = computed.outputs()
     n_bytes = computed.encoded().n_bytes
-    if n_bytes > JSON_LIMITS.json_bytes:
+    if n_bytes > limits.json_bytes:
         raise NotAcceptableError(
-            f"the answer has {n_bytes} bytes; as JSON at most {JSON_LIMITS.json_bytes} are written: "
+            f"the answer has {n_bytes} bytes; as JSON at most {limits.json_bytes} are written: "
             f"ask for {Form.SAFETENSORS}",
             parameter="Accept",
             allowed=[Form.SAFETENSORS],
@@ -194,16 +200,16 @@ def as_json(computed: Answer, payload: AnyPayload) -> Reply:
     form: Literal["plain", "explicit"] = payload.form if isinstance(payload, json.JsonPayload) else "explicit"
     try:
         pieces = json.encode(outputs, computed.metadata, form)
-        chunks = list(written(pieces, "Accept", f"ask for {Form.SAFETENSORS}", [Form.SAFETENSORS]))
+        chunks = list(written(pieces, limits.json_bytes, "Accept", f"ask for {Form.SAFETENSORS}", [Form.SAFETENSORS]))
     except NotComputableError as error:
         raise NotAcceptableError(error.message, parameter="Accept", allowed=[Form.SAFETENSORS]) from error
     return Reply(sum(map(len, chunks)), chunks, Form.JSON)
 
 
-def as_v2(computed: Answer, payload: AnyPayload) -> Reply:
+def as_v2(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
     """JSON and the bytes behind it, compressed where the client takes nothing else."""
     assert isinstance(payload, V2Payload)
-    text, data = v2_answer.encode(computed.outputs(), payload.asked)
+    text, data = v2_answer.encode(computed.outputs(), payload.asked, limits.json_bytes)
     headers = [(b"vary", b"accept-encoding")]
     if data:
         headers.append((v2_question.LENGTH.lower().encode(), str(len(text)).encode()))
@@ -214,7 +220,7 @@ def as_v2(computed: Answer, payload: AnyPayload) -> Reply:
     return Reply(sum(memoryview(chunk).nbytes for chunk in chunks), chunks, Form.V2 if data else Form.JSON, headers)
 
 
-ENCODERS: dict[Form, Callable[[Answer, AnyPayload], Reply]] = {
+ENCODERS: dict[Form, Callable[[Answer, AnyPayload, Limits], Reply]] = {
     Form.SAFETENSORS: as_safetensors,
     Form.JSON: as_json,
     Form.V2: as_v2,

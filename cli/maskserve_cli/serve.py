@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from maskserve_cli.command import Config, collect_again, settings_of
+from maskserve_cli.inputs import limits_of
 
 
 def serve(
@@ -71,4 +72,5 @@ def serve(
     from maskserve_api import server
 
     collect_again()
-    raise typer.Exit(server.serve(**{name.removeprefix("serve_"): settings[name] for name in flags}))
+    given = {name.removeprefix("serve_"): settings[name] for name in flags}
+    raise typer.Exit(server.serve(limits=limits_of(settings), **given))

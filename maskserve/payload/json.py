@@ -82,7 +82,7 @@ def document(text: bytes | str, what: str, limits: Limits = DEFAULT_LIMITS, *, c
     """The one JSON value that `text` is; `constants` as strict_json has it."""
     if len(text) > limits.json_bytes:
         raise TooLargeError(
-            f"the JSON has {len(text)} bytes; at most {limits.json_bytes} are read: send large tensors as safetensors"
+            f"the JSON has more than {limits.json_bytes} bytes, the most that are read: send large tensors as safetensors"
         )
     try:
         words = text if isinstance(text, str) else text.decode()
