@@ -274,6 +274,7 @@ LATER = "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SMUGGLED = {
     "two lengths": ("POST /v1/reduce HTTP/1.1", "Content-Length: 5", "Content-Length: 6"),
     "a length twice": ("POST /v1/reduce HTTP/1.1", "Content-Length: 0", "content-length:0"),
+    "a length twice in a line": ("POST /v1/reduce HTTP/1.1", "Content-Length: 0, 0"),
     "a folded line": ("GET /livez HTTP/1.1", "X: a", " b"),
     "another version": ("GET /livez HTTP/2.0",),
     "length and chunks": ("POST /v1/reduce HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"),

@@ -24,7 +24,7 @@ MIN_CHUNK_BYTES = 256
 """What a chunk must hold on average beyond the free ones: each costs the loop 5 µs, however small it is."""
 BARE_LF = re.compile(rb"(?<!\r)\n")
 FOLD = re.compile(rb"\r\n[ \t]")
-CONTENT_LENGTH = re.compile(rb"\r\ncontent-length[ \t]*:", re.IGNORECASE)
+LENGTH = re.compile(rb"\r\ncontent-length[ \t]*:([^\r]*)", re.IGNORECASE)
 
 FAULTS: dict[int, Callable[[], MaskserveError]] = {
     413: lambda: TooLargeError(f"the body comes in too many chunks: send at least {MIN_CHUNK_BYTES} bytes in each"),
@@ -114,7 +114,7 @@ def check_head(received: bytes) -> None:
         raise h11.RemoteProtocolError("too many bytes", error_status_hint=431)
     if BARE_LF.search(head):
         raise h11.RemoteProtocolError("a line ends in LF alone")
-    if FOLD.search(head) or len(CONTENT_LENGTH.findall(head)) > 1:
+    if FOLD.search(head) or b",".join(LENGTH.findall(head)).count(b","):
         raise h11.RemoteProtocolError("a folded line, or two lengths")
 
 
