@@ -21,6 +21,7 @@ def service() -> Iterator[Running]:
 
 
 def test_the_page_and_its_files_come_from_the_service_alone(service: Running) -> None:
+    assert service.http.get("/").headers["location"] == "/docs"
     page = service.http.get("/docs")
     assert page.headers["content-security-policy"] == swagger.POLICY
     assert "://" not in page.text

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from maskserve.errors import UnknownOpError, nearest
 from maskserve.ops import find, verbs
@@ -63,6 +63,7 @@ def create_app(
     app.add_route("/readyz", readyz)
     app.add_route("/metrics", metered)
     app.add_route("/openapi.json", document)
+    app.add_route("/", home)
     app.add_route("/docs", docs)
     app.add_route("/docs/ops", ops_page)
     app.add_route("/docs/errors", errors)
@@ -117,6 +118,11 @@ async def metered(request: Request) -> Response:
 
 async def document(request: Request) -> Response:
     return JSONResponse(openapi.document())
+
+
+async def home(request: Request) -> Response:
+    """Where a person lands who types the address alone."""
+    return RedirectResponse("/docs")
 
 
 async def docs(request: Request) -> Response:
