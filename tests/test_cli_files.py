@@ -159,12 +159,13 @@ def test_serve_hands_its_settings_to_the_service(maskserve: Maskserve, monkeypat
     given: dict[str, Any] = {}
     monkeypatch.setattr(server, "serve", lambda **words: given.update(words) or 0)
     monkeypatch.setenv("MASKSERVE_SERVE_GRACE", "1.5")
+    monkeypatch.setenv("MASKSERVE_MAX_TENSORS", "3")
     hosts = ("--allowed-host", "a.example", "--allowed-host", "B.example")
     assert maskserve("serve", "--port", "0", "--max-body", "1MiB", *hosts).code == 0
     assert given == {
         "host": "127.0.0.1", "port": 0, "max_body": 2**20, "request_timeout": 60.0, "grace": 1.5, "queue": 512,
         "header_timeout": 10.0, "keep_alive": 5.0, "drain_delay": 0.0, "keys_file": "", "allow_anonymous": False,
-        "allowed_host": ("a.example", "b.example"), "log": "json",
+        "allowed_host": ("a.example", "b.example"), "log": "json", "limits": Limits(tensors=3),
     }  # fmt: skip
 
 
