@@ -43,7 +43,7 @@ class Name:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """A row, on operands; one that is left out is None. `column` is where its name or its operator stands."""
+    """A row, on operands; one that is left out is None. `column` is where it begins."""
 
     row: Row
     operands: tuple[Node | None, ...]

@@ -1,0 +1,361 @@
+"""An expression on tensors: every term's shape, dtype and names of dims before a cell is read, then its cells, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+
+from maskserve.blocks import spans
+from maskserve.dtypes import DType
+from maskserve.errors import DimError, MaskserveError, ShapeError, TooLargeError, nearest
+from maskserve.execution import in_turn
+from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of
+from maskserve.functions import Pair, public
+from maskserve.making import masked_tensor
+from maskserve.ops.rows import Elementwise, MaskRule, Reduction
+from maskserve.payload.variables import Dims
+from maskserve.plan import plan
+from maskserve.tensor import MaskedTensor
+from maskserve.torch_dtypes import dtype_of
+from maskserve.tracing import is_followed
+
+Shape: TypeAlias = tuple[int, ...]
+Index: TypeAlias = tuple[slice, ...]
+
+BLOCK = 1 << 17
+"""Cells of a block of adjacent elementwise ops: their temporaries stay in the cache."""
+GROWTH, SMALL = 4, 1 << 16
+"""A term may have this many times the cells of the largest variable, or this many: sizes 1 that broadcast make outer products."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declared:
+    """A variable, from a header alone."""
+
+    shape: Shape
+    dtype: DType
+    dims: Dims | None = None
+    is_masked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Term:
+    """A node, and what it will give."""
+
+    node: Name | Call
+    shape: Shape
+    dims: Dims | None
+    sample: MaskedTensor
+    """The result for variables without cells: its dtype, and whether it has a mask."""
+    operands: Mapping[str, Term | int | float] = field(default_factory=dict)
+    axes: Mapping[str, Shape] = field(default_factory=dict)
+    """Which dim of the result each dim of an operand lies along."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> DType:
+        return dtype_of(self.sample._data)
+
+    @property
+    def n_bytes(self) -> int:
+        """Its cells' bytes and its mask's."""
+        return prod(self.shape) * (self.sample._data.itemsize + (self.sample._mask is not None))
+
+    @property
+    def terms(self) -> Iterator[tuple[Term, Shape]]:
+        """The operands that are tensors, and which dim of this one each of their dims lies along."""
+        return ((term, self.axes[word]) for word, term in self.operands.items() if isinstance(term, Term))
+
+    @property
+    def leaves(self) -> Mapping[Term, Shape]:
+        """What must be there before this term's blocks are computed."""
+        if not is_elementwise(self):
+            return dict(self.terms)
+        found: dict[Term, Shape] = {}
+        for term, axes in self.terms:
+            if is_elementwise(term) and term.shape == self.shape:  # a smaller one is computed once, not for each block
+                found |= {leaf: tuple(axes[dim] for dim in inner) for leaf, inner in term.leaves.items()}
+            else:
+                found[term] = axes
+        return found
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that hold at once what is computed: the result, and what is between; variables not counted."""
+        held = peak = 0
+        for leaf in self.leaves:
+            if isinstance(leaf.node, Call):
+                peak = max(peak, held + leaf.peak_bytes)
+                held += leaf.n_bytes
+        return max(peak, held + self.n_bytes) if isinstance(self.node, Call) else 0
+
+
+def is_elementwise(term: Term) -> bool:
+    return isinstance(term.node, Call) and isinstance(term.node.row, Elementwise)
+
+
+# -- before a cell is read ----------------------------------------------------------------------------------------
+
+
+def planned(node: Node, variables: Mapping[str, Declared]) -> Term | int | float:
+    """What the tree will give on these variables, or a number; an error says at which column it cannot be computed."""
+    largest = max((prod(v.shape) for v in variables.values()), default=0)
+    return Planner(variables, max(SMALL, GROWTH * largest)).of(node)
+
+
+class Planner:
+    """Terms for nodes, from the leaves up."""
+
+    def __init__(self, variables: Mapping[str, Declared], most_cells: int) -> None:
+        self.variables, self.most_cells = variables, most_cells
+
+    def of(self, node: Node) -> Term | int | float:
+        if isinstance(node, Number):
+            return node.value
+        if isinstance(node, Name):
+            declared = self.variables[node.name]
+            sample = sample_of(declared.shape, declared.dtype, declared.is_masked)
+            return Term(node=node, shape=declared.shape, dims=declared.dims, sample=sample)
+        words = operands_of(node.row)
+        operands = {
+            word: self.of(operand) for word, operand in zip(words, node.operands, strict=True) if operand is not None
+        }
+        with at(node):
+            term = (
+                self.elementwise(node, operands) if isinstance(node.row, Elementwise) else self.sliced(node, operands)
+            )
+            if isinstance(term, Term) and prod(term.shape) > self.most_cells:
+                raise TooLargeError(
+                    f"{node.row.name} would give {prod(term.shape)} cells, of shape {term.shape}; a term may have at most "
+                    f"{self.most_cells}"
+                )
+        return term
+
+    def elementwise(self, node: Call, operands: Mapping[str, Term | int | float]) -> Term | int | float:
+        terms = {word: term for word, term in operands.items() if isinstance(term, Term)}
+        if not terms:
+            return of_numbers(node, operands)
+        dims, axes = aligned(terms)
+        shape = broadcast(
+            node, terms, axes, len(dims) if dims is not None else max(len(t.shape) for t in terms.values())
+        )
+        samples = {
+            word: laid(term.sample, axes[word], len(shape)) if isinstance(term, Term) else term
+            for word, term in operands.items()
+        }
+        sample = public(node.row.name)(**samples, **node.params)
+        return Term(node=node, shape=shape, dims=dims, sample=sample, operands=operands, axes=axes, params=node.params)
+
+    def sliced(self, node: Call, operands: Mapping[str, Term | int | float]) -> Term:
+        (given,) = operands.values()
+        inputs = as_term(given)
+        row, params, called, axes = node.row, {}, {}, {"input": tuple(range(len(inputs.shape)))}
+        made: dict[str, Term] = {"input": inputs}
+        for name, value in node.params.items():
+            if name == "dim" and value is not None:
+                value = dim_numbers(row.name, inputs, value)
+            if isinstance(value, Name):
+                side = self.of(value)
+                assert isinstance(side, Term)
+                made[name], axes[name] = side, laid_over(name, side, inputs)
+                called[name] = side.dtype
+            else:
+                params[name] = called[name] = value
+        decided = plan(row, tuple(called.items()), inputs.shape, inputs.dtype, "cpu")  # type: ignore[arg-type]
+        dims = inputs.dims
+        if dims is not None and decided.labels is not None:
+            dims = None
+        elif dims is not None and isinstance(row, Reduction):
+            dims = tuple(d for i, d in enumerate(dims) if decided.params["keepdim"] or i not in decided.dims)
+        sample = sample_of(tuple(decided.out_shape), decided.result, True)
+        return Term(
+            node=node, shape=tuple(decided.out_shape), dims=dims, sample=sample,
+            operands=made, axes=axes, params=MappingProxyType(params),
+        )  # fmt: skip
+
+
+@contextmanager
+def at(node: Call) -> Iterator[None]:
+    """What goes wrong inside stands at the node's column."""
+    try:
+        yield
+    except MaskserveError as error:
+        error.message = f"column {node.column}: {error.message}"
+        error.args = (error.message, *error.args[1:])
+        raise
+
+
+def sample_of(shape: Shape, dtype: DType, is_masked: bool) -> MaskedTensor:
+    """A tensor that broadcasts as one of `shape` does, and has at most one cell."""
+    sizes = tuple(1 if n == 1 else 0 for n in shape)
+    mask = torch.ones(sizes, dtype=torch.bool) if is_masked else None
+    return MaskedTensor._of(torch.ones(sizes).to(getattr(torch, dtype.torch)), mask)
+
+
+def as_term(given: Term | int | float) -> Term:
+    """A number is a tensor without dims, where an op has dims."""
+    if isinstance(given, Term):
+        return given
+    sample = masked_tensor(constant(given))
+    return Term(node=Name(""), shape=(), dims=None, sample=sample)
+
+
+def constant(value: int | float) -> torch.Tensor:
+    dtype = torch.float64 if isinstance(value, float) else torch.bool if isinstance(value, bool) else torch.int64
+    return torch.tensor(value, dtype=dtype)
+
+
+def of_numbers(node: Call, operands: Mapping[str, Any]) -> int | float:
+    """An op of numbers alone, in float64; a whole result of whole numbers stays whole where float64 is exact.
+
+    Never in Python's integers: 9**9**9 is infinite, and at once.
+    """
+    cells = {word: torch.tensor(float(value), dtype=torch.float64) for word, value in operands.items()}
+    row = node.row
+    assert isinstance(row, Elementwise)  # others have taken a number as a tensor
+    if row.rule is MaskRule.CHOSEN:
+        condition, *_ = row.operands
+        cells[condition] = cells[condition] != 0
+    value = public(row.name)(**cells, **node.params).item()
+    is_whole = all(isinstance(v, int) for v in operands.values()) and row.operator != "truediv"
+    if is_whole and isinstance(value, float) and abs(value) <= MOST_INT and value == int(value):
+        return int(value)
+    number: int | float = value
+    return number
+
+
+def aligned(terms: Mapping[str, Term]) -> tuple[Dims | None, Mapping[str, Shape]]:
+    """The names of the result's dims, and for each operand the dims that its own lie along: by name where all have names."""
+    n_dims = max(len(term.shape) for term in terms.values())
+    with_dims = [term for term in terms.values() if term.shape]
+    if all(term.dims is not None for term in with_dims):
+        named = [term.dims or () for term in with_dims]
+        every = tuple(dict.fromkeys(name for dims in named for name in dims))
+        dims = next((own for own in named if len(own) == len(every)), every)
+        return dims, {word: tuple(dims.index(d) for d in term.dims or ()) for word, term in terms.items()}
+    last = {word: tuple(range(n_dims - len(term.shape), n_dims)) for word, term in terms.items()}
+    return next((t.dims for t in with_dims if t.dims is not None and len(t.shape) == n_dims), None), last
+
+
+def broadcast(node: Call, terms: Mapping[str, Term], axes: Mapping[str, Shape], n_dims: int) -> Shape:
+    shape = [1] * n_dims
+    for word, term in terms.items():
+        for n, dim in zip(term.shape, axes[word], strict=True):
+            if shape[dim] not in (1, n) and n != 1:
+                shapes = " and ".join(described(t) for t in terms.values())
+                raise ShapeError(f"{node.row.name}: shapes {shapes} do not broadcast; sizes must be equal or 1")
+            shape[dim] = n if shape[dim] == 1 else shape[dim]
+    return tuple(shape)
+
+
+def described(term: Term) -> str:
+    if term.dims is None:
+        return str(term.shape)
+    return "(" + ", ".join(f"{d[:40]} {n}" for d, n in zip(term.dims, term.shape, strict=True)) + ")"
+
+
+def laid_over(name: str, side: Term, inputs: Term) -> Shape:
+    _, axes = aligned({"input": inputs, name: side})
+    n_dims = len(inputs.shape)
+    by_name = not side.shape or not inputs.shape or (side.dims is not None and inputs.dims is not None)
+    fits = len(side.shape) <= n_dims and (not by_name or set(side.dims or ()) <= set(inputs.dims or ()))
+    if not fits or any(n not in (1, inputs.shape[d]) for n, d in zip(side.shape, axes[name], strict=True)):
+        raise ShapeError(f"{name} has shape {described(side)}, the data {described(inputs)}: it cannot be laid over it")
+    return axes[name]
+
+
+def dim_numbers(op: str, term: Term, given: Any) -> Any:
+    """Dims by number; a name that the term has none of is an error."""
+    names, asked = term.dims or (), given if isinstance(given, tuple) else (given,)
+    for dim in asked:
+        if isinstance(dim, str) and dim not in names:
+            have = f"it has {', '.join(names)}" if names else "its dims have no names: give a number"
+            raise DimError(
+                f"{op}: there is no dim {dim[:64]!r}; {have}{nearest(dim, names)}", parameter="dim", allowed=names
+            )
+    numbers = tuple(names.index(dim) if isinstance(dim, str) else dim for dim in asked)
+    return numbers if isinstance(given, tuple) else numbers[0]
+
+
+# -- cells --------------------------------------------------------------------------------------------------------
+
+
+def evaluated(term: Term | int | float, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
+    """The cells of the term."""
+    if not isinstance(term, Term):
+        return masked_tensor(constant(term))
+    if isinstance(term.node, Name):
+        return variables[term.node.name] if term.node.name else term.sample
+    leaves = {leaf: evaluated(leaf, variables) for leaf in term.leaves}
+    cells = prod(term.shape)
+    if not is_elementwise(term) or cells <= BLOCK or any(is_followed(value._data) for value in leaves.values()):
+        return computed(term, leaves)
+    return in_blocks(term, leaves)
+
+
+def computed(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
+    """The term of its leaves at once."""
+    assert isinstance(term.node, Call)
+    n_dims = len(term.shape) if is_elementwise(term) else len(next(iter(term.axes.values())))
+    operands: dict[str, Any] = {}
+    for word, operand in term.operands.items():
+        if isinstance(operand, Term):
+            value = leaves[operand] if operand in leaves else computed(operand, leaves)
+            operands[word] = laid(value, term.axes[word], n_dims)
+        else:
+            operands[word] = operand
+    first = () if is_elementwise(term) else (operands.pop("input"),)
+    with at(term.node):
+        made = public(term.node.row.name)(*first, **operands, **term.params)
+    return made.values if isinstance(made, Pair) else made
+
+
+def in_blocks(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
+    """The same without temporaries of the result's size."""
+    data = torch.empty(term.shape, dtype=term.sample._data.dtype)
+    mask = None if term.sample._mask is None else torch.empty(term.shape, dtype=torch.bool)
+    axes = term.leaves
+    for index in in_turn(blocks(term.shape)):
+        made = computed(term, {leaf: part(value, axes[leaf], index) for leaf, value in leaves.items()})
+        data[index] = made._data
+        if mask is not None:
+            mask[index] = True if made._mask is None else made._mask
+    return MaskedTensor._of(data, mask)
+
+
+def blocks(shape: Shape) -> Iterator[Index]:
+    """Cuts a tensor along its first dims into pieces of about BLOCK cells.
+
+    >>> [[(s.start, s.stop) for s in index] for index in blocks((2, 300_000))][:2]
+    [[(0, 1), (0, 131072)], [(0, 1), (131072, 262144)]]
+    """
+    rest, steps = BLOCK, []
+    for size in reversed(shape):
+        steps.append(min(size, max(rest, 1)))
+        rest //= max(size, 1)
+    return product(*[spans(size, step) for size, step in zip(shape, reversed(steps), strict=True)])
+
+
+def part(value: MaskedTensor, axes: Shape, index: Index) -> MaskedTensor:
+    """What of a leaf lies in a block; a size 1 lies in each."""
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[tuple(slice(None) if n == 1 else index[d] for n, d in zip(tensor.shape, axes, strict=True))]
+
+    return MaskedTensor._of(cut(value._data), None if value._mask is None else cut(value._mask))
+
+
+def laid(value: MaskedTensor, axes: Shape, n_dims: int) -> MaskedTensor:
+    """The tensor with its dims along `axes` of `n_dims`; torch broadcasts what lies along the last ones as it is."""
+    if axes == tuple(range(n_dims - len(axes), n_dims)):
+        return value
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    turned: MaskedTensor = value.permute(order)
+    return turned[tuple(slice(None) if dim in axes else None for dim in range(n_dims))]

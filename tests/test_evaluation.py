@@ -1,0 +1,196 @@
+"""An expression gives what the same calls give in Python, bit for bit, in blocks or whole, whatever lies under the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+
+import maskserve as ms
+from maskserve.errors import MaskserveError
+from maskserve.evaluation import BLOCK, Declared, Term, blocks, evaluated, planned
+from maskserve.expression import parse
+from maskserve.payload.variables import Dims
+from maskserve.tensor import MaskedTensor
+from maskserve.torch_dtypes import dtype_of
+
+NAMED = {"x": ("time", "lat"), "y": ("lat",), "t": ("time",), "c": ("time", "lat")}
+SIZES = ((7, 5), (1, 1), (3, BLOCK // 2 + 1), (BLOCK + 3, 2), (0, 4))
+
+EXPRESSIONS: Mapping[str, Callable[[MaskedTensor, MaskedTensor, MaskedTensor, MaskedTensor], MaskedTensor]] = {
+    "x": lambda x, y, t, c: x,
+    "(x - mean(x, dim=0, keepdim=True)) / std(x, dim=0, keepdim=True)": lambda x, y, t, c: (
+        (x - x.mean(0, keepdim=True)) / x.std(0, keepdim=True)
+    ),
+    "exp(-x**2 / 2) * y + 1": lambda x, y, t, c: ms.exp(-(x**2) / 2) * y + 1,
+    "where(x < 0, y, sqrt(x))": lambda x, y, t, c: ms.where(x < 0, y, ms.sqrt(x)),
+    "sum(where(x < 0, exp(x), 1), dim=1)": lambda x, y, t, c: ms.where(x < 0, ms.exp(x), 1).sum(1),
+    "~(x > y) | c": lambda x, y, t, c: ~(x > y) | c,
+    "clamp(x, max=2 ** 0.5) - amax(x)": lambda x, y, t, c: ms.clamp(x, max=2**0.5) - x.amax(),
+    "cumsum(x * 2, dim=0) - softmax(y, dim=-1)": lambda x, y, t, c: ms.cumsum(x * 2, 0) - ms.softmax(y, -1),
+    "mean(x, dim=1, weights=y)": lambda x, y, t, c: ms.mean(x, 1, weights=y),
+    "(1 + 2) * 3 - 7 / 2 + x": lambda x, y, t, c: 5.5 + x,
+}
+BY_NAME: Mapping[str, Callable[[MaskedTensor, MaskedTensor, MaskedTensor, MaskedTensor], MaskedTensor]] = {
+    "x - mean(x, dim=lat)": lambda x, y, t, c: x - x.mean(1)[:, None],
+    "t * x + y": lambda x, y, t, c: t[:, None] * x + y,
+    "sum(x, dim=(lat, time), weights=t)": lambda x, y, t, c: ms.sum(x, (0, 1), weights=t[:, None]),
+    "exp(t) / x": lambda x, y, t, c: ms.exp(t)[:, None] / x,
+}
+
+
+def tensors(
+    size: tuple[int, int], dtype: torch.dtype = torch.float32, junk: float = float("nan")
+) -> dict[str, MaskedTensor]:
+    """x, y, t of some cells masked and junk below them; c is of bools and has no mask."""
+    generator = torch.Generator().manual_seed(size[0] + size[1])
+
+    def made(*shape: int) -> MaskedTensor:
+        data, mask = torch.randn(shape, generator=generator, dtype=dtype), torch.rand(shape, generator=generator) > 0.3
+        return MaskedTensor(torch.where(mask, data, junk), mask)
+
+    c = ms.masked_tensor(torch.rand(size, generator=generator) > 0.5)
+    return {"x": made(*size), "y": made(size[1]), "t": made(size[0]), "c": c}
+
+
+def declared(values: Mapping[str, MaskedTensor], dims: Mapping[str, Dims]) -> dict[str, Declared]:
+    return {
+        name: Declared(
+            shape=tuple(v.shape), dtype=dtype_of(v._data), dims=dims.get(name), is_masked=v._mask is not None
+        )
+        for name, v in values.items()
+    }
+
+
+def evaluate(text: str, values: Mapping[str, MaskedTensor], dims: Mapping[str, Dims] | None = None) -> MaskedTensor:
+    """The expression's cells, which are what was planned."""
+    term = planned(parse(text, tuple(values)), declared(values, dims or {}))
+    result = evaluated(term, values)
+    if isinstance(term, Term):
+        assert tuple(result.shape) == term.shape
+        assert dtype_of(result._data) is term.dtype
+        assert (result._mask is not None) == (term.sample._mask is not None)
+    return result
+
+
+def bits(tensor: MaskedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = tensor.get_mask()
+    return torch.where(mask, tensor.get_data(), torch.zeros((), dtype=tensor.dtype)), mask
+
+
+def assert_same(one: MaskedTensor, other: MaskedTensor) -> None:
+    assert one.dtype is other.dtype
+    for a, b in zip(bits(one), bits(other), strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a.nan_to_num(9e9), b.nan_to_num(9e9))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_an_expression_gives_what_the_calls_give(text: str, size: tuple[int, int]) -> None:
+    values = tensors(size)
+    assert_same(evaluate(text, values), EXPRESSIONS[text](**values))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("text", BY_NAME)
+def test_operands_with_names_are_aligned_by_them(text: str, size: tuple[int, int]) -> None:
+    values = tensors(size)
+    assert_same(evaluate(text, values, NAMED), BY_NAME[text](**values))
+
+
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_what_lies_under_a_mask_never_matters(text: str) -> None:
+    size = (3, BLOCK // 2 + 1)
+    results = [evaluate(text, tensors(size, junk=junk)) for junk in (0.0, float("nan"), float("inf"), -3e38)]
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+def test_a_gradient_goes_through_an_expression() -> None:
+    """https://github.com/pytorch/pytorch/issues/10729: where() leaves no NaN of the branch that was not chosen."""
+    cells = torch.tensor([-10.0, -5, 0, 5, 10, 50, 60, 70, 80, 90, 100])
+    x = ms.masked_tensor(cells, requires_grad=True)
+    value = evaluate("sum(where(x < 0, exp(x), 1))", {"x": x})
+    value.backward()
+    assert value.item() == pytest.approx(9.0068, abs=1e-4)
+    assert x.grad.tolist() == [pytest.approx(4.54e-5, rel=1e-3), pytest.approx(6.7379e-3, rel=1e-4), *[None] * 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("9**9**9", float("inf")),
+        ("2**3 + 1", 9),
+        ("7 / 2", 3.5),
+        ("4 / 2", 2.0),
+        ("where(1 < 2, 3, 4)", 3),
+        ("mean(3)", 3.0),
+    ],
+)
+def test_numbers_alone(text: str, value: float) -> None:
+    result = evaluate(text, {"x": ms.masked_tensor(torch.ones(1))}).item()
+    assert result == value
+    assert type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "says"),
+    [
+        ("1 + x * z", 5, "do not broadcast"),
+        ("x - mean(x, dim=tmie)", 5, "did you mean time"),
+        ("mean(x, dim=5)", 1, "out of range"),
+        ("exp(x & c)", 5, "does not take f32"),
+        ("mean(y, weights=x)", 1, "cannot be laid over"),
+        ("w * t", 1, "a term may have at most"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_is_computed(text: str, column: int, says: str) -> None:
+    shapes = {"x": (4, 3), "y": (3,), "z": (9,), "w": (5000,), "t": (5000,), "c": (4, 3)}
+    dims: dict[str, Dims] = {
+        "x": ("time", "lat"),
+        "y": ("lat",),
+        "z": ("lat",),
+        "w": ("a",),
+        "t": ("b",),
+        "c": ("time", "lat"),
+    }
+    variables = {
+        name: Declared(
+            shape=shape,
+            dtype=dtype_of(torch.empty(0, dtype=torch.bool if name == "c" else torch.float32)),
+            dims=dims[name],
+        )
+        for name, shape in shapes.items()
+    }
+    with pytest.raises(MaskserveError, match=says) as error:
+        planned(parse(text, tuple(shapes)), variables)
+    assert error.value.message.startswith(f"column {column}: ")
+
+
+def test_the_estimate_counts_what_is_held_at_once() -> None:
+    shape, n = (1000, 1000), 5_000_000
+    variables = {"x": Declared(shape=shape, dtype=dtype_of(torch.empty(0)), is_masked=True)}
+
+    def peak(text: str) -> int:
+        term = planned(parse(text, ("x",)), variables)
+        assert isinstance(term, Term)
+        return term.peak_bytes
+
+    assert peak("x") == 0
+    assert peak("exp(x * 2 + 1) / 3") == n, "adjacent elementwise ops have no temporaries"
+    assert peak("softmax(x + 1, dim=0)") == 2 * n
+    assert peak("softmax(x, dim=0) + softmax(x, dim=1)") == 3 * n
+    assert peak("sum(exp(x))") == n + 5
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (5, 0, 3), (BLOCK + 1,), (3, BLOCK), (2, 3, BLOCK // 2), (BLOCK, 2, 1)], ids=str
+)
+def test_blocks_cover_every_cell_once(shape: tuple[int, ...]) -> None:
+    seen = torch.zeros(shape, dtype=torch.uint8)
+    for index in blocks(shape):
+        assert seen[index].numel() <= BLOCK
+        seen[index] += 1
+    assert bool((seen == 1).all())
