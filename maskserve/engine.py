@@ -180,7 +180,7 @@ def joined(plan: Plan, cells: Cells) -> Parts:
 def identity(plan: Plan, n: int) -> Parts:
     """The state of no cells, n times: parts of shape (n, 1)."""
     nothing = torch.empty((n, 0, 1), dtype=getattr(torch, plan.dtype.torch), device=plan.device)
-    return lift_block(plan, plan.passes[0], nothing, None)
+    return lift_block(plan, plan.passes[0], nothing, None, *[nothing] * plan.weighted)
 
 
 def lift(plan: Plan, backend: Backend, cells: Cells, outer: slice, run: slice, inner: slice) -> Parts:

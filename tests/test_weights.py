@@ -221,3 +221,11 @@ def test_what_cannot_be_weighted_says_so() -> None:
         ms.mean(data, weights=t([1.0, 2, 3]))
     with pytest.raises(DtypeError, match="real"):
         ms.mean(data, weights=data.to(torch.complex64))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)], ids=str)
+@pytest.mark.parametrize("op", ["sum", "mean", "var", "std"])
+def test_no_cells_have_no_weighted_result(op: str, shape: tuple[int, ...]) -> None:
+    words = {"correction": 0} if op in ("var", "std") else {}
+    result = getattr(ms, op)(torch.empty(shape), weights=torch.empty(shape), **words)
+    assert result.get_mask().tolist() is False
