@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 import maskserve as ms
+from maskserve import evaluation, functions
 from maskserve.errors import MaskserveError
 from maskserve.evaluation import BLOCK, Declared, Term, blocks, evaluated, planned
 from maskserve.expression import parse
@@ -106,6 +111,51 @@ def test_what_lies_under_a_mask_never_matters(text: str) -> None:
     results = [evaluate(text, tensors(size, junk=junk)) for junk in (0.0, float("nan"), float("inf"), -3e38)]
     for result in results[1:]:
         assert_same(result, results[0])
+
+
+REDUCED = st.sampled_from(["mean", "sum", "amax"])
+TERMS = st.recursive(
+    st.sampled_from(["x", "y", "w", "2", "0.5"]),
+    lambda inner: st.one_of(
+        st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*", "/"]), inner),
+        st.builds("{}({})".format, st.sampled_from(["-", "abs", "sin", "square"]), inner),
+        st.builds("where({} < {}, {}, {})".format, inner, inner, inner, inner),
+        st.builds("{}({}, dim={}, keepdim={})".format, REDUCED, inner, st.sampled_from([-1, -2]), st.booleans()),
+        st.builds("softmax({}, dim=-1)".format, inner),
+    ),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def on_numbers_too(name: str) -> Callable[..., object]:
+    """The public function; of numbers alone it computes in float64, and gives a whole number for whole ones where it can."""
+
+    def called(*args: Any, **params: Any) -> object:
+        if any(isinstance(arg, MaskedTensor) for arg in args):
+            return functions.public(name)(*args, **params)
+        if params:  # an op along dims
+            return functions.public(name)(evaluation.constant(*args), **params)
+        cells = [torch.tensor(arg, dtype=torch.bool if arg is True or arg is False else torch.float64) for arg in args]
+        made = functions.public(name)(*cells).item()
+        return int(made) if all(isinstance(arg, int) for arg in args) and made == int(made) else made
+
+    return called
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(text=TERMS)
+def test_any_expression_gives_what_python_makes_of_it(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's eval, on a text that hypothesis made, is the oracle; blocks of a few cells, and the result has many."""
+    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    values = {"x": tensors((5, 3))["x"], "y": tensors((5, 3))["y"], "w": tensors((1, 1))["x"]}
+    known = {name: on_numbers_too(name) for name in ("sin", "square", "where", "mean", "sum", "amax", "softmax")}
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            expected = eval(text, {"__builtins__": {}, "abs": abs}, known | values)
+    except (MaskserveError, ZeroDivisionError, AttributeError):  # dims that are not there; Python's 1 / 0
+        assume(False)
+    assume(isinstance(expected, MaskedTensor))
+    assert_same(evaluate(text, values), expected)
 
 
 def test_a_gradient_goes_through_an_expression() -> None:
