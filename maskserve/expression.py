@@ -10,7 +10,7 @@ import ast
 import keyword
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -67,6 +67,13 @@ OPERATORS: Mapping[type[ast.AST], str] = MappingProxyType({
     ast.Eq: "eq", ast.NotEq: "ne",
 })  # fmt: skip
 """What Python's operators are called in the rows; those that are not here are refused."""
+SPELLED: Mapping[str, tuple[str, int]] = MappingProxyType({
+    "eq": ("==", 1), "ne": ("!=", 1), "lt": ("<", 1), "le": ("<=", 1), "gt": (">", 1), "ge": (">=", 1),
+    "or": ("|", 2), "and": ("&", 3), "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "truediv": ("/", 5),
+    "neg": ("-", 6), "pos": ("+", 6), "invert": ("~", 6), "pow": ("**", 7),
+})  # fmt: skip
+"""How each is written, and how tightly it binds; calls, names and numbers bind tightest."""
+COMPARES, BEFORE, POWER, TIGHTEST = 1, 6, 7, 8
 SIGNS = "+ - * / ** < <= > >= == != & | ~"
 
 
@@ -273,3 +280,62 @@ def counted(words: tuple[str, ...]) -> str:
 
 def parameters_of(row: Row) -> str:
     return ", ".join(p.name for p in row.requestable) or "none"
+
+
+# -- a tree as text -----------------------------------------------------------------------------------------------
+
+
+def canonical(node: Node) -> str:
+    """The text of a tree, the same for every text of that tree: what history keeps.
+
+    >>> canonical(parse("(mean( x,dim=( 0 ),keepdim=False )+ .50)", ("x",)))
+    'mean(x, dim=0) + 0.5'
+    """
+    return written(node)[0]
+
+
+def written(node: Node) -> tuple[str, int]:
+    """(its text, how tightly that binds)."""
+    if isinstance(node, Name):
+        return node.name, TIGHTEST
+    if isinstance(node, Number):
+        return repr(node.value), BEFORE if node.value < 0 else TIGHTEST
+    row, params = node.row, said(node)
+    sign, binds = SPELLED.get(row.operator or "", ("", 0)) if isinstance(row, Elementwise) and not params else ("", 0)
+    if not sign:
+        return f"{row.name}({', '.join([*arguments(node), *params])})", TIGHTEST
+    parts = [written(operand) for operand in node.operands if operand is not None]
+    if len(parts) == 1:
+        return sign + enclosed(*parts[0], BEFORE), BEFORE
+    # what stands on the left binds as tightly as the sign, on the right more; of powers it is the other way round
+    left, right = (TIGHTEST, BEFORE) if binds == POWER else (binds + (binds == COMPARES), binds + 1)
+    return f"{enclosed(*parts[0], left)} {sign} {enclosed(*parts[1], right)}", binds
+
+
+def enclosed(text: str, binds: int, needed: int) -> str:
+    return text if binds >= needed else f"({text})"
+
+
+def arguments(node: Call) -> Iterator[str]:
+    """The operands of a call; after one that is left out they have names."""
+    is_named = False
+    for word, operand in zip(operands_of(node.row), node.operands, strict=True):
+        if operand is None:
+            is_named = True
+        else:
+            yield f"{word}={canonical(operand)}" if is_named else canonical(operand)
+
+
+def said(node: Call) -> list[str]:
+    """The parameters that are not their defaults, by name."""
+    defaults = {p.name: p.default for p in node.row.requestable}
+    given = sorted((name, value) for name, value in node.params.items() if value != defaults[name])
+    return [f"{name}={worded(value)}" for name, value in given]
+
+
+def worded(value: Any) -> str:
+    if isinstance(value, tuple):
+        return worded(value[0]) if len(value) == 1 else f"({', '.join(map(worded, value))})"
+    if isinstance(value, Name):
+        return value.name
+    return str(requests.spelled(value))

@@ -11,7 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from maskserve.errors import ExpressionError
-from maskserve.expression import MOST_BYTES, OPERATORS, WORD, Call, Name, Node, Number, by_operator, functions, parse
+from maskserve.expression import (
+    MOST_BYTES,
+    OPERATORS,
+    WORD,
+    Call,
+    Name,
+    Node,
+    Number,
+    by_operator,
+    canonical,
+    functions,
+    parse,
+)
 
 NAMES = ("x", "y", "lat")
 PIECES = (*"xy01.,()+-*/<>=&|~!'\"[]{}:;@%^\\#_ \t\n\0\r\xff\uff45", "**", "<=", "==", "True", "None", "lambda", "if", " in ",
@@ -149,3 +161,51 @@ def test_whatever_comes_is_a_tree_or_refused_at_a_column(text: str) -> None:
     else:
         ast.parse(text.strip(), mode="eval")
         assert "".join(word[0] for word in WORD.finditer(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        (" (x)+ ( y*2 ) ", "x + y * 2"),
+        ("(x - y) - (1 - x)", "x - y - (1 - x)"),
+        ("(-x)**2", "(-x) ** 2"),
+        ("-(x**2)", "-x ** 2"),
+        ("(-3)**2", "(-3) ** 2"),
+        ("2**(3**x)", "2 ** 3 ** x"),
+        ("(2**3)**x", "(2 ** 3) ** x"),
+        ("x / (y / 2)", "x / (y / 2)"),
+        ("~(x < y) | ((x == 1) & y)", "~(x < y) | (x == 1) & y"),
+        ("add(x, y)", "x + y"),
+        ("sub(x, y, alpha=2)", "sub(x, y, alpha=2)"),
+        ("clamp(x, max=.5)", "clamp(x, max=0.5)"),
+        ("max(x, keepdim=True, dim=(lat, 0), nan=propagate)", "amax(x, dim=(lat, 0), keepdim=True)"),
+        ("mean(x, weights=y, dim=(lat))", "mean(x, dim=lat, weights=y)"),
+        ("norm(x, ord=-inf)", "norm(x, ord=-inf)"),
+        ("sum(x, dtype=float64)", "sum(x, dtype=f64)"),
+    ],
+)
+def test_a_tree_has_one_text(text: str, written: str) -> None:
+    tree = parse(text, NAMES)
+    assert canonical(tree) == written
+    assert canonical(parse(written, NAMES)) == written
+
+
+TREES = st.recursive(
+    st.sampled_from(["x", "y", "2", "-0.5", "1e300"]),
+    lambda inner: st.one_of(
+        st.builds(
+            "({}) {} ({})".format, inner, st.sampled_from(["+", "-", "*", "/", "**", "<", "==", "&", "|"]), inner
+        ),
+        st.builds("{}({})".format, st.sampled_from(["-", "+", "~", "exp", "sum"]), inner),
+        st.builds("where({}, {}, {})".format, inner, inner, inner),
+    ),
+    max_leaves=12,
+)
+
+
+@given(text=TREES)
+def test_the_text_of_a_tree_is_read_as_that_tree(text: str) -> None:
+    tree = parse(text, NAMES)
+    again = parse(canonical(tree), NAMES)
+    assert spelled(again) == spelled(tree)
+    assert canonical(again) == canonical(tree)
