@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import prod
 from types import MappingProxyType
@@ -12,10 +14,11 @@ from typing import Any, TypeAlias
 
 import torch
 
+from maskserve.backends import backends
 from maskserve.blocks import spans
 from maskserve.dtypes import DType
 from maskserve.errors import DimError, MaskserveError, ShapeError, TooLargeError, nearest
-from maskserve.execution import in_turn
+from maskserve.execution import in_parallel
 from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of
 from maskserve.functions import Pair, public
 from maskserve.making import masked_tensor
@@ -29,8 +32,8 @@ from maskserve.tracing import is_followed
 Shape: TypeAlias = tuple[int, ...]
 Index: TypeAlias = tuple[slice, ...]
 
-BLOCK = 1 << 17
-"""Cells of a block of adjacent elementwise ops: their temporaries stay in the cache."""
+BLOCK = 1 << 15
+"""Cells of a block of adjacent elementwise ops: their temporaries stay in the cache, and torch takes one thread for them."""
 GROWTH, SMALL = 4, 1 << 16
 """A term may have this many times the cells of the largest variable, or this many: sizes 1 that broadcast make outer products."""
 
@@ -318,15 +321,21 @@ def computed(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
 
 
 def in_blocks(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
-    """The same without temporaries of the result's size."""
+    """The same without temporaries of the result's size, and on our threads: torch's own wait for each other after each op."""
     data = torch.empty(term.shape, dtype=term.sample._data.dtype)
     mask = None if term.sample._mask is None else torch.empty(term.shape, dtype=torch.bool)
     axes = term.leaves
-    for index in in_turn(blocks(term.shape)):
-        made = computed(term, {leaf: part(value, axes[leaf], index) for leaf, value in leaves.items()})
-        data[index] = made._data
-        if mask is not None:
-            mask[index] = True if made._mask is None else made._mask
+
+    def task(index: Index) -> Callable[[], None]:
+        def compute_block() -> None:
+            made = computed(term, {leaf: part(value, axes[leaf], index) for leaf, value in leaves.items()})
+            data[index] = made._data
+            if mask is not None:
+                mask[index] = True if made._mask is None else made._mask
+
+        return partial(copy_context().run, compute_block)
+
+    in_parallel(backends()[0], prod(term.shape), [task(index) for index in blocks(term.shape)])
     return MaskedTensor._of(data, mask)
 
 
@@ -334,7 +343,7 @@ def blocks(shape: Shape) -> Iterator[Index]:
     """Cuts a tensor along its first dims into pieces of about BLOCK cells.
 
     >>> [[(s.start, s.stop) for s in index] for index in blocks((2, 300_000))][:2]
-    [[(0, 1), (0, 131072)], [(0, 1), (131072, 262144)]]
+    [[(0, 1), (0, 32768)], [(0, 1), (32768, 65536)]]
     """
     rest, steps = BLOCK, []
     for size in reversed(shape):
