@@ -27,7 +27,7 @@ def contenders(n: int, is_masked: bool) -> tuple[Callable[[], MaskedTensor], Cal
         name: Declared(shape=tuple(v.shape), dtype=dtype_of(v._data), is_masked=v._mask is not None)
         for name, v in variables.items()
     }
-    term = planned(parse(TEXT, tuple(variables)), declared)
+    term = planned(parse(TEXT).root, declared)
     return lambda: evaluated(term, variables), lambda: torch.exp(-(cells * cells)) / y + 1
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from maskserve.dtypes import COMPLEX, DType, boolean, f64
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.payload.header import Shape, shown, shown_shape
 from maskserve.payload.variables import GRAD_OUTPUT, Dims, Variable, Variables
-from maskserve.plan import Plan
+
+if TYPE_CHECKING:
+    from maskserve.steps import Told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,21 +45,22 @@ def differentiable(variable: Variable) -> DType:
     return f64 if dtype.is_integral else dtype
 
 
-def above_of(variables: Variables, planned: Plan, dims: Dims | None) -> Above | None:
+def above_of(variables: Variables, op: str, result: Told) -> Above | None:
     """The payload's gradient from above, which has exactly the result's shape; None where it has none."""
+    dims = result.dims
     given = variables.side_inputs.get(GRAD_OUTPUT)
     if given is None:
         return None
-    if given.info.dtype is boolean or (given.info.dtype in COMPLEX and planned.result not in COMPLEX):
+    if given.info.dtype is boolean or (given.info.dtype in COMPLEX and result.dtype not in COMPLEX):
         what = "; where it is masked says grad_output.mask" if given.info.dtype is boolean else ""
         raise DtypeError(
-            f"{GRAD_OUTPUT} is {given.info.dtype.name}, and the gradient of {planned.result.name} cells is numbers like them"
+            f"{GRAD_OUTPUT} is {given.info.dtype.name}, and the gradient of {result.dtype.name} cells is numbers like them"
             f"{what}",
             parameter=GRAD_OUTPUT,
         )
     if given.dims is not None and dims is not None and set(given.dims) != set(dims):
         raise ShapeError(
-            f"{GRAD_OUTPUT} has the dims {listed(given.dims)}, the result of {planned.row.name} has {listed(dims)}; they must "
+            f"{GRAD_OUTPUT} has the dims {listed(given.dims)}, the result of {op} has {listed(dims)}; they must "
             "be the same",
             parameter=GRAD_OUTPUT,
         )
@@ -64,10 +68,10 @@ def above_of(variables: Variables, planned: Plan, dims: Dims | None) -> Above | 
     order = (
         tuple(given.dims.index(dim) for dim in dims) if named and given.dims and dims else range(len(given.info.shape))
     )
-    if tuple(given.info.shape[dim] for dim in order) != planned.out_shape:
+    if tuple(given.info.shape[dim] for dim in order) != result.shape:
         raise ShapeError(
-            f"{GRAD_OUTPUT} has shape {shown_shape(given.info.shape)}, the result of {planned.row.name} "
-            f"{shown_shape(planned.out_shape)}; they must be equal",
+            f"{GRAD_OUTPUT} has shape {shown_shape(given.info.shape)}, the result of {op} "
+            f"{shown_shape(result.shape)}; they must be equal",
             parameter=GRAD_OUTPUT,
         )
     return Above(variable=given, order=tuple(order))

@@ -16,15 +16,16 @@ import torch
 
 from maskserve.backends import backends
 from maskserve.blocks import spans
+from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
 from maskserve.errors import DimError, MaskserveError, ShapeError, TooLargeError, nearest
 from maskserve.execution import in_parallel
-from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of
+from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of, parse, refusal
 from maskserve.functions import Pair, public
 from maskserve.making import masked_tensor
-from maskserve.ops.rows import Elementwise, MaskRule, Reduction
+from maskserve.ops.rows import Elementwise, MaskRule
 from maskserve.payload.variables import Dims
-from maskserve.plan import plan
+from maskserve.plan import Plan, plan
 from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import dtype_of
 from maskserve.tracing import is_followed
@@ -61,6 +62,8 @@ class Term:
     axes: Mapping[str, Shape] = field(default_factory=dict)
     """Which dim of the result each dim of an operand lies along."""
     params: Mapping[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
+    """Of an op along dims."""
 
     @property
     def dtype(self) -> DType:
@@ -90,6 +93,11 @@ class Term:
         return found
 
     @property
+    def op(self) -> str:
+        assert isinstance(self.node, Call)
+        return self.node.row.name
+
+    @property
     def peak_bytes(self) -> int:
         """The most bytes that hold at once what is computed: the result, and what is between; variables not counted."""
         held = peak = 0
@@ -104,26 +112,45 @@ def is_elementwise(term: Term) -> bool:
     return isinstance(term.node, Call) and isinstance(term.node.row, Elementwise)
 
 
+def stages(term: Term) -> Iterator[Term]:
+    """The terms that are held whole, in the order in which they are computed."""
+    for leaf in term.leaves:
+        yield from stages(leaf)
+    if isinstance(term.node, Call):
+        yield term
+
+
+def fused(stage: Term) -> Iterator[Term]:
+    """The terms that are computed together, block by block, with a term that is held whole: it comes last."""
+    if is_elementwise(stage):
+        for term, _ in stage.terms:
+            if is_elementwise(term) and term not in stage.leaves:
+                yield from fused(term)
+    yield stage
+
+
 # -- before a cell is read ----------------------------------------------------------------------------------------
 
 
-def planned(node: Node, variables: Mapping[str, Declared]) -> Term | int | float:
-    """What the tree will give on these variables, or a number; an error says at which column it cannot be computed."""
+def planned(node: Node, variables: Mapping[str, Declared], device: str = "cpu") -> Term:
+    """What the tree will give on these variables; an error says at which column it cannot be computed."""
     largest = max((prod(v.shape) for v in variables.values()), default=0)
-    return Planner(variables, max(SMALL, GROWTH * largest)).of(node)
+    return as_term(Planner(variables, max(SMALL, GROWTH * largest), device).of(node))
 
 
 class Planner:
     """Terms for nodes, from the leaves up."""
 
-    def __init__(self, variables: Mapping[str, Declared], most_cells: int) -> None:
-        self.variables, self.most_cells = variables, most_cells
+    def __init__(self, variables: Mapping[str, Declared], most_cells: int, device: str) -> None:
+        self.variables, self.most_cells, self.device = variables, most_cells, device
 
     def of(self, node: Node) -> Term | int | float:
         if isinstance(node, Number):
             return node.value
         if isinstance(node, Name):
-            declared = self.variables[node.name]
+            declared = self.variables.get(node.name)
+            if declared is None:
+                raise refusal(unknown(node.name, tuple(self.variables)), node.column)
             sample = sample_of(declared.shape, declared.dtype, declared.is_masked)
             return Term(node=node, shape=declared.shape, dims=declared.dims, sample=sample)
         words = operands_of(node.row)
@@ -171,16 +198,11 @@ class Planner:
                 called[name] = side.dtype
             else:
                 params[name] = called[name] = value
-        decided = plan(row, tuple(called.items()), inputs.shape, inputs.dtype, "cpu")  # type: ignore[arg-type]
-        dims = inputs.dims
-        if dims is not None and decided.labels is not None:
-            dims = None
-        elif dims is not None and isinstance(row, Reduction):
-            dims = tuple(d for i, d in enumerate(dims) if decided.params["keepdim"] or i not in decided.dims)
+        decided = plan(row, tuple(called.items()), inputs.shape, inputs.dtype, self.device)  # type: ignore[arg-type]
         sample = sample_of(tuple(decided.out_shape), decided.result, True)
         return Term(
-            node=node, shape=tuple(decided.out_shape), dims=dims, sample=sample,
-            operands=made, axes=axes, params=MappingProxyType(params),
+            node=node, shape=tuple(decided.out_shape), dims=result_dims(decided, inputs.dims), sample=sample,
+            operands=made, axes=axes, params=MappingProxyType(params), plan=decided,
         )  # fmt: skip
 
 
@@ -200,6 +222,11 @@ def sample_of(shape: Shape, dtype: DType, is_masked: bool) -> MaskedTensor:
     sizes = tuple(1 if n == 1 else 0 for n in shape)
     mask = torch.ones(sizes, dtype=torch.bool) if is_masked else None
     return MaskedTensor._of(torch.ones(sizes).to(getattr(torch, dtype.torch)), mask)
+
+
+def unknown(name: str, known: tuple[str, ...]) -> str:
+    have = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+    return f"{name} is no variable; there {'are ' + have if have else 'is none'}{nearest(name, known)}"
 
 
 def as_term(given: Term | int | float) -> Term:
@@ -277,28 +304,37 @@ def laid_over(name: str, side: Term, inputs: Term) -> Shape:
 def dim_numbers(op: str, term: Term, given: Any) -> Any:
     """Dims by number; a name that the term has none of is an error."""
     names, asked = term.dims or (), given if isinstance(given, tuple) else (given,)
-    for dim in asked:
-        if isinstance(dim, str) and dim not in names:
-            have = f"it has {', '.join(names)}" if names else "its dims have no names: give a number"
-            raise DimError(
-                f"{op}: there is no dim {dim[:64]!r}; {have}{nearest(dim, names)}", parameter="dim", allowed=names
-            )
-    numbers = tuple(names.index(dim) if isinstance(dim, str) else dim for dim in asked)
+    numbers = numbers_of(asked, names)
+    if numbers is None:
+        dim = next(dim for dim in asked if isinstance(dim, str) and dim not in names)
+        have = f"it has {', '.join(names)}" if names else "its dims have no names: give a number"
+        raise DimError(
+            f"{op}: there is no dim {dim[:64]!r}; {have}{nearest(dim, names)}", parameter="dim", allowed=names
+        )
     return numbers if isinstance(given, tuple) else numbers[0]
 
 
 # -- cells --------------------------------------------------------------------------------------------------------
 
 
-def evaluated(term: Term | int | float, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
+def of_tensors(text: str, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
+    """The value of an expression on tensors by name; where any of them is followed, so is the result."""
+    node = parse(text).root
+    return evaluated(planned(node, {name: declared_of(tensor) for name, tensor in variables.items()}), variables)
+
+
+def declared_of(tensor: MaskedTensor) -> Declared:
+    return Declared(shape=tuple(tensor._data.shape), dtype=dtype_of(tensor._data), is_masked=tensor._mask is not None)
+
+
+def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
     """The cells of the term."""
-    if not isinstance(term, Term):
-        return masked_tensor(constant(term))
     if isinstance(term.node, Name):
         return variables[term.node.name] if term.node.name else term.sample
     leaves = {leaf: evaluated(leaf, variables) for leaf in term.leaves}
     cells = prod(term.shape)
-    if not is_elementwise(term) or cells <= BLOCK or any(is_followed(value._data) for value in leaves.values()):
+    whole = any(is_followed(value._data) or value._data.device.type != "cpu" for value in leaves.values())
+    if not is_elementwise(term) or cells <= BLOCK or whole:
         return computed(term, leaves)
     return in_blocks(term, leaves)
 

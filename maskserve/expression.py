@@ -11,7 +11,7 @@ import keyword
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
@@ -21,8 +21,9 @@ from maskserve.errors import ExpressionError, RequestError, nearest
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.ops.rows import Elementwise, Row, Sliced
+from maskserve.requests import MOST_NAMES
 
-MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_NAMES, MOST_CALLS = 2000, 256, 32, 16, 64
+MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_CALLS = 2000, 256, 32, 64
 MOST_INT = 2**53
 """Beyond it not every whole number is a double, which all numbers of an expression are."""
 
@@ -36,9 +37,10 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A variable."""
+    """A variable, and where it stands."""
 
     name: str
+    column: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +54,18 @@ class Call:
 
 
 Node: TypeAlias = Number | Name | Call
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A text that was read: its tree, and the variables in it in their order."""
+
+    root: Node
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return canonical(self.root)
+
 
 WORD = re.compile(
     r"(?P<space>[ \t]+)"
@@ -77,8 +91,8 @@ COMPARES, BEFORE, POWER, TIGHTEST = 1, 6, 7, 8
 SIGNS = "+ - * / ** < <= > >= == != & | ~"
 
 
-def parse(text: str, names: tuple[str, ...]) -> Node:
-    """The tree that `text` spells over the variables `names`; ExpressionError says what cannot be, and at which column."""
+def parse(text: str) -> Expression:
+    """What `text` spells, whatever its variables are; ExpressionError says what cannot be, and at which column."""
     if not text.strip(" \t"):
         raise refusal("the expression is empty: write one over the variables, such as mean(x, dim=0)", 1)
     if len(text.encode(errors="replace")) > MOST_BYTES:
@@ -91,7 +105,8 @@ def parse(text: str, names: tuple[str, ...]) -> Node:
         reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply"
         end = len(text) + 1  # 0 is Python's word for it
         raise refusal(f"this is no expression: {reason}", min(indent(text) + at, end) if at else end) from None
-    return Builder(names, indent(text)).node(root, MOST_DEPTH)
+    builder = Builder(indent(text))
+    return Expression(builder.node(root, MOST_DEPTH), tuple(builder.named))
 
 
 def indent(text: str) -> int:
@@ -118,10 +133,10 @@ def refusal(message: str, column: int | None) -> ExpressionError:
 class Builder:
     """Python's tree -> ours, no deeper and no larger than the bounds."""
 
-    def __init__(self, names: tuple[str, ...], indent: int) -> None:
-        self.names, self.indent = names, indent
+    def __init__(self, indent: int) -> None:
+        self.indent = indent
         self.n_nodes = self.n_calls = 0
-        self.named: set[str] = set()
+        self.named: dict[str, None] = {}
 
     def node(self, node: ast.expr, depth: int) -> Node:
         self.n_nodes += 1
@@ -136,13 +151,10 @@ class Builder:
         return Number(self.finite(node))
 
     def name(self, node: ast.Name, depth: int) -> Name:
-        if node.id not in self.names:
-            known = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
-            self.refuse(node, f"{node.id} is no variable; there are {known}{nearest(node.id, self.names)}")
-        self.named.add(node.id)
+        self.named[node.id] = None
         if len(self.named) > MOST_NAMES:
             self.refuse(node, f"too many variables: {MOST_NAMES} are the most that are read")
-        return Name(node.id)
+        return Name(node.id, self.column(node))
 
     def binary(self, node: ast.BinOp, depth: int) -> Node:
         return self.operation(node, node.op, (node.left, node.right), depth)
@@ -288,7 +300,7 @@ def parameters_of(row: Row) -> str:
 def canonical(node: Node) -> str:
     """The text of a tree, the same for every text of that tree: what history keeps.
 
-    >>> canonical(parse("(mean( x,dim=( 0 ),keepdim=False )+ .50)", ("x",)))
+    >>> canonical(parse("(mean( x,dim=( 0 ),keepdim=False )+ .50)").root)
     'mean(x, dim=0) + 0.5'
     """
     return written(node)[0]

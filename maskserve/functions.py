@@ -25,7 +25,7 @@ from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
 from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
-from maskserve.ops.rows import Cells, Contraction, Elementwise, Masking, Move, Reduction, Row, Whole
+from maskserve.ops.rows import Cells, Contraction, Elementwise, Formula, Masking, Move, Reduction, Row, Whole
 from maskserve.params import accept, names_of, resolve
 from maskserve.plan import Plan, SlicedRow, plan, with_masked_slices
 from maskserve.reach import Operand, narrowed
@@ -199,6 +199,13 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
     return Masked(joined._data, joined._mask, joined._reach)
 
 
+def formula(expr: str, variables: dict[str, Any]) -> MaskedTensor:
+    """An expression on tensors by name."""
+    from maskserve import evaluation  # which calls these functions
+
+    return evaluation.of_tensors(expr, {name: as_masked_tensor(given) for name, given in variables.items()})
+
+
 def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
     """The parts of a MaskedTensor, or of a plain tensor with `mask=`."""
     if not isinstance(tensor, MaskedTensor):
@@ -286,7 +293,7 @@ def build(row: Row) -> Function:
     )
     names: dict[str, Any] = {
         "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_whole": whole,
-        "_contraction": contraction,
+        "_contraction": contraction, "_formula": formula,
         "_masking": masked, "_one": one, "_masked": as_masked_tensor, "_many": (list, range, Tensor), "_several": several,
         "_tensors": (Tensor, MaskedTensor), "_public": public,
     }  # fmt: skip
@@ -326,8 +333,13 @@ _CONTRACTION = """\
 def {name}({signature}):
     return _contraction(_row, ({operands}), {{k: v for k, v in ({given}) if v is not None}})
 """
+_FORMULA = """\
+def {name}({signature}):
+    return _formula({given}, variables)
+"""
 _TEMPLATES: dict[type[Row], str] = {
     Elementwise: _ELEMENTWISE, Masking: _MASKING, Move: _MOVE, Whole: _WHOLE, Contraction: _CONTRACTION,
+    Formula: _FORMULA,
 }  # fmt: skip
 
 
@@ -338,12 +350,14 @@ def has_nan_policy(row: Elementwise) -> bool:
 
 def takes_mask(row: Row) -> bool:
     """Whether a plain tensor may bring its mask along: there is one tensor that it can belong to."""
-    return not isinstance(row, Elementwise | Move | Contraction) or (
+    return not isinstance(row, Elementwise | Move | Contraction | Formula) or (
         isinstance(row, Elementwise) and len(row.operands) == 1
     )
 
 
 def given(row: Row) -> str:
+    if isinstance(row, Formula):
+        return ", ".join(p.name for p in row.callable)
     return "".join(f"({p.name!r}, {p.name}), " for p in row.callable if p.type is not Type.TENSOR)
 
 
@@ -361,6 +375,10 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
     if isinstance(row, Move):
         yield from ([typed(first_of(row), _CELLS[row.cells])] if first_of(row) else [])
         yield from (typed("*args", "Any"), typed("**kwargs", "Any"))
+        return
+    if isinstance(row, Formula):
+        yield from (typed(p.name, _HINTS[p.type]) for p in row.callable)
+        yield from ("/", typed("**variables", "Operand"))
         return
     if isinstance(row, Contraction) and row.takes_any_number:
         yield from (parameter_text(p, typed) for p in row.callable if not p.keyword_only)
@@ -418,6 +436,7 @@ _HINTS = {
     Type.RANGE: "Sequence[float]",
     Type.MEETING: "int | Sequence[int | Sequence[int]]",
     Type.EQUATION: "str",
+    Type.EXPRESSION: "str",
     Type.TENSOR: "Operand",
     Type.DTYPE: "torch.dtype | str",
     Type.CHOICE: "str",

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from maskserve import dtypes
 from maskserve.dtypes import f64
-from maskserve.errors import ParameterError, UnknownOpError, nearest
+from maskserve.errors import ExpressionError, ParameterError, RequestError, UnknownOpError, nearest
 from maskserve.ops import default, find, served
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
 from maskserve.ops.rows import GRAD, Row
+
+if TYPE_CHECKING:
+    from maskserve.expression import Expression
 
 Words = Mapping[str, Any]
 
@@ -68,7 +71,9 @@ def spelled(value: Any) -> Any:
         return value.name
     if isinstance(value, float) and value in dtypes.INFINITIES:
         return "inf" if value > 0 else "-inf"
-    return [spelled(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [spelled(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def build(verb: str, words: Words) -> Request:
@@ -81,6 +86,9 @@ def build(verb: str, words: Words) -> Request:
         raise UnknownOpError(f"{verb} needs op: give one of {', '.join(choices)}", parameter="op", allowed=choices)
     row = find(str(op), verb=verb)
     said = checked(row, given)
+    for p in row.requestable:
+        if p.name in said and p.verb not in ("", verb):
+            raise ParameterError(f"{p.name} goes with {p.verb}, not with {verb}: leave it out", parameter=p.name)
 
     def of(parameters: tuple[Parameter, ...]) -> Mapping[str, Any]:
         return MappingProxyType({p.name: said[p.name] for p in parameters if p.name in said})
@@ -105,7 +113,8 @@ def rows(verb: str) -> tuple[Row, ...]:
 def parameters(verb: str) -> tuple[Parameter, ...]:
     """Every parameter that some op of the verb takes, then the common and running ones: each once, by name."""
     every: dict[str, Parameter] = {}
-    for p in (*(p for row in rows(verb) for p in row.requestable), *COMMON, *RUNNING):
+    own = (p for row in rows(verb) for p in row.requestable if p.verb in ("", verb))
+    for p in (*own, *COMMON, *RUNNING):
         every[p.name] = either(every[p.name], p) if p.name in every else p
     return tuple(every.values())
 
@@ -192,6 +201,43 @@ def parse_words(value: Any) -> tuple[str, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+def parse_names(value: Any) -> tuple[str, ...]:
+    """Names of an expression from "x,y" or ["x", "y"].
+
+    >>> parse_names("x, y"), parse_names(["x", "y"])
+    (('x', 'y'), ('x', 'y'))
+    """
+    names = tuple(name.strip() for word in parse_words(value) for name in str(word).split(","))
+    if len(names) > MOST_NAMES or not all(map(_NAME.fullmatch, names)) or len({*names}) < len(names):
+        raise ValueError(f"give names of an expression, each once, at most {MOST_NAMES}: x,y")
+    return names
+
+
+def parse_pairs(value: Any) -> tuple[str, ...]:
+    """Names and what they stand for, from "x=blk.0.w" or several such.
+
+    >>> parse_pairs("x=blk.0.w")
+    ('x=blk.0.w',)
+    """
+    pairs = [str(word).partition("=")[::2] for word in parse_words(value)]
+    names = [name.strip() for name, _ in pairs]
+    if len(pairs) > MOST_NAMES or not all(map(_NAME.fullmatch, names)) or not all(of for _, of in pairs):
+        raise ValueError(
+            f"give NAME=TENSOR, such as x=blk.0.w, at most {MOST_NAMES} times; a name has letters, digits and _"
+        )
+    if len({*names}) < len(names):
+        raise ValueError("give each name once")
+    return tuple(f"{name}={of}" for name, (_, of) in zip(names, pairs, strict=True))
+
+
+def parse_expression(value: Any) -> Expression:
+    from maskserve.expression import Expression, parse  # which needs this module
+
+    if not isinstance(value, str | Expression):
+        raise ValueError("give an expression as text")
+    return parse(value) if isinstance(value, str) else value
+
+
 def parse_real(value: Any) -> int | float:
     """A number from 2, 0.5, "1e-3", "inf" or "-inf"; a whole one is an int, so that 2 and 2.0 are one request.
 
@@ -269,6 +315,9 @@ def parse_range(value: Any) -> tuple[int | float, int | float]:
     return lower, upper
 
 
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MOST_NAMES = 16
+"""The variables of an expression."""
 MOST_NUMBERS = 256
 """Each may cost a pass over the data, and a query has room for thousands."""
 MOST_COUNT, MOST_DIGITS = 2**63 - 1, 19
@@ -306,10 +355,13 @@ _ANNOTATIONS: dict[Type, Any] = {
     Type.EQUATION: str,
     Type.TENSOR: Annotated[str, Field(min_length=1)],
     Type.WORDS: Annotated[tuple[str, ...], BeforeValidator(parse_words, json_schema_input_type=str | list[str])],
+    Type.NAMES: Annotated[tuple[str, ...], BeforeValidator(parse_names, json_schema_input_type=str | list[str])],
+    Type.PAIRS: Annotated[tuple[str, ...], BeforeValidator(parse_pairs, json_schema_input_type=str | list[str])],
+    Type.EXPRESSION: Annotated[Any, BeforeValidator(parse_expression, json_schema_input_type=str)],
 }
 
 
-def refused(row: Row, error: ValidationError) -> ParameterError:
+def refused(row: Row, error: ValidationError) -> RequestError:
     """The first thing that pydantic found, in our words."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
@@ -324,7 +376,10 @@ def refused(row: Row, error: ValidationError) -> ParameterError:
     if first["type"] == "missing":
         return ParameterError(f"{row.name} needs {name}: {known[name].help}", parameter=name)
     parameter = known[name]
-    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else asked(parameter, first["input"])
+    cause = first["ctx"]["error"] if first["type"] == "value_error" else None
+    if isinstance(cause, ExpressionError):
+        return cause
+    reason = asked(parameter, first["input"]) if cause is None else str(cause)
     allowed = ("true", "false") if parameter.type is Type.FLAG else parameter.choices
     return ParameterError(f"{row.name}: {name}: {reason}", parameter=name, allowed=allowed)
 

@@ -70,7 +70,7 @@ def declared(values: Mapping[str, MaskedTensor], dims: Mapping[str, Dims]) -> di
 
 def evaluate(text: str, values: Mapping[str, MaskedTensor], dims: Mapping[str, Dims] | None = None) -> MaskedTensor:
     """The expression's cells, which are what was planned."""
-    term = planned(parse(text, tuple(values)), declared(values, dims or {}))
+    term = planned(parse(text).root, declared(values, dims or {}))
     result = evaluated(term, values)
     if isinstance(term, Term):
         assert tuple(result.shape) == term.shape
@@ -194,6 +194,9 @@ def test_numbers_alone(text: str, value: float) -> None:
         ("exp(x & c)", 5, "does not take f32"),
         ("mean(y, weights=x)", 1, "cannot be laid over"),
         ("w * t", 1, "a term may have at most"),
+        ("x + yy", 5, "yy is no variable; there are x, y, z, w, t, c; did you mean y?"),
+        ("mean", 1, "mean is no variable"),
+        ("1 + mean(x, weights=v)", 21, "v is no variable"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_is_computed(text: str, column: int, says: str) -> None:
@@ -215,7 +218,7 @@ def test_what_cannot_be_is_refused_before_it_is_computed(text: str, column: int,
         for name, shape in shapes.items()
     }
     with pytest.raises(MaskserveError, match=says) as error:
-        planned(parse(text, tuple(shapes)), variables)
+        planned(parse(text).root, variables)
     assert error.value.message.startswith(f"column {column}: ")
 
 
@@ -224,7 +227,7 @@ def test_the_estimate_counts_what_is_held_at_once() -> None:
     variables = {"x": Declared(shape=shape, dtype=dtype_of(torch.empty(0)), is_masked=True)}
 
     def peak(text: str) -> int:
-        term = planned(parse(text, ("x",)), variables)
+        term = planned(parse(text).root, variables)
         assert isinstance(term, Term)
         return term.peak_bytes
 

@@ -25,7 +25,6 @@ from maskserve.expression import (
     parse,
 )
 
-NAMES = ("x", "y", "lat")
 PIECES = (*"xy01.,()+-*/<>=&|~!'\"[]{}:;@%^\\#_ \t\n\0\r\xff\uff45", "**", "<=", "==", "True", "None", "lambda", "if", " in ",
           "f(", "mean(", "where(", "dim=", "1e9", "0x", "__class__", "x.", "exp(x)", ":=", "...", "*x")  # fmt: skip
 
@@ -60,7 +59,7 @@ def spelled(node: Node | None) -> Any:
     ],
 )
 def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> None:
-    assert spelled(parse(text, NAMES)) == tree
+    assert spelled(parse(text).root) == tree
 
 
 @pytest.mark.parametrize(
@@ -86,9 +85,7 @@ def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> 
         ("9007199254740993", 1, "9007199254740992"),
         ("9" * 1900, 1, "9007199254740992"),
         ("x + True", 5, "True and False are values of parameters"),
-        ("x + yy", 5, "yy is no variable; there are x, y, lat; did you mean y?"),
         ("1 + mena(x)", 5, "there is no function mena; did you mean mean?"),
-        ("mean", 1, "mean is no variable"),
         ("mean(x)(x)", 1, "by their names"),
         ("mean(x, 0)", 9, "parameters have names: dim,"),
         ("mean(*x)", 6, "no term"),
@@ -99,7 +96,6 @@ def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> 
         ("mean(x, nan=foo)", 13, "give propagate, omit or raise"),
         ("mean(x, keepdim=-True)", 18, "True and False"),
         ("mean(x, weights=1)", 17, "is a variable"),
-        ("mean(x, weights=z)", 17, "z is no variable"),
         ("mean(x, tensor=x)", 16, "no parameter tensor"),
         ("quantile(x)", 1, "needs q"),
         ("where(x < 0, x)", 1, "needs other"),
@@ -114,7 +110,7 @@ def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> 
 )
 def test_what_is_no_expression_is_refused_at_its_column(text: str, column: int | None, says: str) -> None:
     with pytest.raises(ExpressionError) as raised:
-        parse(text, NAMES)
+        parse(text)
     message = raised.value.message
     assert says in message
     assert column is None or message.startswith(f"column {column}: ")
@@ -133,7 +129,7 @@ def test_terms_names_and_calls_are_bounded() -> None:
         ("+".join(["exp(exp(exp(x)))"] * 22), "64 are"),
     ):
         with pytest.raises(ExpressionError, match=says):
-            parse(text, (*names, "x"))
+            parse(text)
 
 
 def test_every_operator_and_function_of_the_table_is_there() -> None:
@@ -152,7 +148,7 @@ def test_every_operator_and_function_of_the_table_is_there() -> None:
 def test_whatever_comes_is_a_tree_or_refused_at_a_column(text: str) -> None:
     refused = None
     try:
-        parse(text, NAMES)
+        parse(text)
     except ExpressionError as error:
         refused = re.match(r"column ([1-9][0-9]*): ", error.message)
         assert refused, error.message  # noqa: PT017  # whether it is raised is not known before
@@ -185,9 +181,9 @@ def test_whatever_comes_is_a_tree_or_refused_at_a_column(text: str) -> None:
     ],
 )
 def test_a_tree_has_one_text(text: str, written: str) -> None:
-    tree = parse(text, NAMES)
+    tree = parse(text).root
     assert canonical(tree) == written
-    assert canonical(parse(written, NAMES)) == written
+    assert canonical(parse(written).root) == written
 
 
 TREES = st.recursive(
@@ -205,7 +201,7 @@ TREES = st.recursive(
 
 @given(text=TREES)
 def test_the_text_of_a_tree_is_read_as_that_tree(text: str) -> None:
-    tree = parse(text, NAMES)
-    again = parse(canonical(tree), NAMES)
+    tree = parse(text).root
+    again = parse(canonical(tree)).root
     assert spelled(again) == spelled(tree)
     assert canonical(again) == canonical(tree)

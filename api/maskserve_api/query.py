@@ -9,20 +9,19 @@ from urllib.parse import parse_qsl
 from maskserve import requests
 from maskserve.errors import ParameterError
 from maskserve.ops import OPS
-from maskserve.ops.parameters import Type
+from maskserve.ops.parameters import REPEATED, Type
 from maskserve.payload.header import shown
 from maskserve.requests import Request
 
 MAX_FIELDS = 256
 KNOWN_BYTES = 512
 """Up to which a query is remembered with the request that it spells: most clients ask the same again and again."""
-REPEATABLE = frozenset({Type.DIMS, Type.WORDS, Type.NUMBERS})
 
 
 @cache
 def repeatable_of(verb: str, n_ops: int) -> frozenset[str]:
     """The parameters that may come more than once, in the table of `n_ops` rows: rows are only ever added."""
-    return frozenset(p.name for p in requests.parameters(verb) if p.type in REPEATABLE)
+    return frozenset(p.name for p in requests.parameters(verb) if p.type in REPEATED)
 
 
 @cache

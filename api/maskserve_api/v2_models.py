@@ -7,13 +7,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from maskserve import requests
-from maskserve.answers import VALUE
 from maskserve.dtypes import boolean, f32
 from maskserve.errors import nearest
 from maskserve.ops import verbs
 from maskserve.ops.rows import GRAD
 from maskserve.payload.header import shown
 from maskserve.payload.variables import DATA, GRAD_OUTPUT, MASK
+from maskserve.steps import VALUE
 from maskserve.version import version
 from maskserve_api.errors import DrainingError, NotOfferedError, UnknownPathError
 from maskserve_api.forms import Form

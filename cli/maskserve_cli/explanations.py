@@ -7,38 +7,20 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskserve.answers import Answer, Step
-
-TORCH = "torch"
-"""Who computes what no back end has a kernel for."""
-CPU = "cpu"
+    from maskserve.answers import Answer
+    from maskserve.steps import Step, Work
 
 
 def of_plans(steps: tuple[Step, ...]) -> Iterator[str]:
-    """A line for each variable: who computes it, and why those before in the list do not."""
+    """A line for each op of a step: who computes it, and why those before in the list do not."""
     for step in steps:
-        if step.plan is None or step.choice is None:
-            by = (
-                "passes through, it has no such dim"
-                if step.passes_through
-                else f"a new mask on {step.device} by {TORCH}"
-            )
-            yield f"{step.variable.name}: {by}"
-            continue
-        plan, choice = step.plan, step.choice
-        refused = "; ".join(f"not {name}: {reason}" for name, reason in choice.refusals)
-        what = f"{plan.row.name} of {plan.dtype.name} on {plan.device}"
-        back = f", its gradient by {who_pulls_back(step)}" if step.is_gradient else ""
-        yield f"{step.variable.name}: {what} by {choice.backend.name}{' (' + refused + ')' if refused else ''}{back}"
-
-
-def who_pulls_back(step: Step) -> str:
-    """The back end with a kernel for the gradient, where none was asked for by name that has none."""
-    from maskserve.backends.pulls import launch  # it imports torch
-
-    plan, choice = step.plan, step.choice
-    is_free = choice is not None and (choice.backend.name == CPU or bool(choice.refusals))
-    return CPU if plan is not None and is_free and launch(plan) is not None else TORCH
+        if step.passes_through:
+            yield f"{step.name}: passes through, it has no such dim"
+        for work in step.works:
+            refused = "; ".join(f"not {name}: {reason}" for name, reason in work.refused.items())
+            back = f", its gradient by {work.gradient}" if work.gradient else ""
+            what = f"{work.op} of {work.cells.name} on {step.device}"
+            yield f"{step.name}: {what} by {work.backend}{' (' + refused + ')' if refused else ''}{back}"
 
 
 def of_gradients(answer: Answer) -> Iterator[str]:
@@ -55,18 +37,18 @@ def of_gradients(answer: Answer) -> Iterator[str]:
 def record(steps: tuple[Step, ...], answer: Answer | None) -> dict[str, Any]:
     """The same as data; a dry run has no answer."""
     gradients = {} if answer is None else {r.name: asdict(r.gradient.tally) for r in answer.results if r.gradient}
-    return {"variables": [planned(step) for step in steps], **({"gradients": gradients} if gradients else {})}
+    told = [planned(step, work) for step in steps for work in step.works or (None,)]
+    return {"variables": told, **({"gradients": gradients} if gradients else {})}
 
 
-def planned(step: Step) -> dict[str, Any]:
-    plan, choice = step.plan, step.choice
+def planned(step: Step, work: Work | None) -> dict[str, Any]:
     return {
-        "name": step.variable.name,
+        "name": step.name,
         "passes_through": step.passes_through,
-        "op": plan.row.name if plan else None,
-        "cells": plan.dtype.name if plan else None,
+        "op": work.op if work else None,
+        "cells": work.cells.name if work else None,
         "device": step.device,
-        "backend": choice.backend.name if choice else None if step.passes_through else TORCH,
-        "refused": dict(choice.refusals) if choice else {},
-        **({"gradient": who_pulls_back(step)} if step.is_gradient else {}),
+        "backend": work.backend if work else None,
+        "refused": dict(work.refused) if work else {},
+        **({"gradient": work.gradient} if work and work.gradient else {}),
     }

@@ -16,7 +16,8 @@ from maskserve_cli.outputs import Form, Target
 from maskserve_cli.table import Shown
 
 if TYPE_CHECKING:
-    from maskserve.answers import Answer, Result
+    from maskserve.answers import Answer
+    from maskserve.steps import Result
 
 
 def write(answer: Answer, target: Target, question: JsonForm | None, hint: str | None) -> None:

@@ -16,7 +16,8 @@ from maskserve_cli.table import MASKED, columns, dims_text
 from maskserve_cli.words import rows
 
 if TYPE_CHECKING:
-    from maskserve.answers import Answer, Result
+    from maskserve.answers import Answer
+    from maskserve.steps import Result
 
 LINES = 1000
 """The most rows of a variable that are printed; how many more there are is said."""

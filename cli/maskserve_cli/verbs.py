@@ -11,7 +11,7 @@ import typer
 
 from maskserve import requests
 from maskserve.ops import default
-from maskserve.ops.parameters import Parameter, Type
+from maskserve.ops.parameters import REPEATED, Parameter, Type
 from maskserve.ops.rows import Report
 from maskserve_cli import reports
 from maskserve_cli.command import AsJson, Config, Files
@@ -22,7 +22,6 @@ from maskserve_cli.work import Asked, perform
 PANELS: Mapping[str, str] = {"common": "Reading the payload", "running": "Running", "own": "Parameters of the op"}
 OUTPUT = "Output"
 REPORTS = "Reports"
-REPEATED = (Type.DIMS, Type.WORDS, Type.NUMBERS)
 
 
 def command(verb: str) -> Callable[..., None]:

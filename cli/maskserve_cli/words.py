@@ -17,6 +17,7 @@ METAVARS: Mapping[Type, str] = {
     Type.DIMS: "DIM,...", Type.DIM: "DIM", Type.COUNT: "N", Type.NUMBER: "X", Type.REAL: "X", Type.CELL: "X",
     Type.NUMBERS: "X,...",
     Type.RANGE: "LO,HI", Type.DTYPE: "DTYPE", Type.WORD: "NAME", Type.WORDS: "NAME", Type.TENSOR: "NAME|FILE",
+    Type.EXPRESSION: "EXPR", Type.NAMES: "NAME,...", Type.PAIRS: "NAME=TENSOR",
     Type.FLAG: "",
 }  # fmt: skip
 

@@ -17,12 +17,12 @@ from maskserve.sides import Payloads
 from maskserve_cli import explanations, inputs, outputs, reports
 from maskserve_cli.command import collect_again, one_file, settings_of
 from maskserve_cli.exits import about, say, say_data
-from maskserve_cli.explanations import TORCH
 from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
 from maskserve_cli.reports import Listing
 
 if TYPE_CHECKING:
-    from maskserve.answers import Answer, Step
+    from maskserve.answers import Answer
+    from maskserve.steps import Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,21 +145,22 @@ class Outlook:
     writes: str
     bytes_read: int
     bytes_written: int
+    bytes_held: int
     backend: str | None
 
 
 def outlook(step: Step) -> Outlook:
     from maskserve_cli.table import dims_text
 
-    info = step.variable.info
     return Outlook(
-        name=step.variable.name,
+        name=step.name,
         passes_through=step.passes_through,
-        reads=f"{info.dtype.name} {dims_text(info.shape, step.variable.dims)}",
+        reads=", ".join(f"{v.info.dtype.name} {dims_text(v.info.shape, v.dims)}" for v in step.inputs),
         writes=", ".join(f"{new.dtype.name} {dims_text(new.shape, new.dims)}" for new in step.written),
         bytes_read=step.bytes_read,
         bytes_written=step.bytes_written,
-        backend=step.choice.backend.name if step.choice else None if step.passes_through else TORCH,
+        bytes_held=step.bytes_held,
+        backend=", ".join(dict.fromkeys(work.backend for work in step.works)) or None,
     )
 
 
@@ -180,6 +181,9 @@ def dry_run(request: Request, payload: Payload, others: Payloads, target: Target
     kept = " (it exists and would be skipped)" if target.skip else ""
     sizes = f"would read {bytes_text(n_read)} and write {bytes_text(n_written)} of cells and masks"
     yield f"{sizes} to {where} as {target.form}{kept}"
+    n_held = sum(look.bytes_held for look in looks)
+    if n_held > n_written:
+        yield f"would hold at most {bytes_text(n_held)} at once beside what is read"
     yield "a dry run: nothing was computed or written"
 
 

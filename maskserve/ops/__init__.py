@@ -11,6 +11,7 @@ from maskserve.ops import (
     contractions,
     elementwise,
     fills,
+    formulas,
     maskings,
     moves,
     normalizations,
@@ -19,11 +20,11 @@ from maskserve.ops import (
     scans,
     wholes,
 )
-from maskserve.ops.rows import GRAD, Row, Table
+from maskserve.ops.rows import GRAD, Formula, Row, Table
 
 OPS = Table()
 OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *fills.ROWS, *maskings.ROWS, *orderings.ROWS)
-OPS.add(*wholes.ROWS, *elementwise.ROWS, *contractions.ROWS, *moves.ROWS)
+OPS.add(*wholes.ROWS, *elementwise.ROWS, *contractions.ROWS, *moves.ROWS, *formulas.ROWS)
 
 
 def find(word: str, *, verb: str | None = None) -> Row:
@@ -61,7 +62,7 @@ def _words(verb: str | None, n_rows: int) -> Mapping[str, Row]:
 
 def no_gradient(row: Row) -> GradientError:
     """The error of a row that another verb serves and grad does not."""
-    have = [row.name for row in served(GRAD)]
+    have = [row.name for row in served(GRAD) if not isinstance(row, Formula)]
     return GradientError(
         f"{row.name} has no gradient: {row.why_no_gradient}; these have one: {', '.join(have)}",
         parameter="op",
@@ -70,9 +71,11 @@ def no_gradient(row: Row) -> GradientError:
 
 
 def default(verb: str) -> Row | None:
-    """The row that a verb means when no op is given: the one of its own name."""
+    """The row that a verb means when no op is given: the one of its own name, or the one that takes an expression."""
     row = OPS.get(verb)
-    return row if row is not None and row.verb == verb else None
+    if row is not None and row.verb == verb:
+        return row
+    return next((row for row in served(verb) if isinstance(row, Formula)), None)
 
 
 def instead_of(name: str) -> str:
@@ -100,13 +103,18 @@ def served(verb: str) -> tuple[Row, ...]:
     return tuple(row for row in OPS.values() if verb in row.verbs)
 
 
+def names_of(rows: tuple[Row, ...]) -> str:
+    """The names of the rows that are called by them."""
+    return ", ".join(row.name for row in rows if not isinstance(row, Formula))
+
+
 def verb_summary(verb: str) -> str:
     """What a verb gives, in one line."""
     rows = served(verb)
     if verb == GRAD:
         return (
-            f"the gradient by the data of one of {', '.join(row.name for row in rows)}; the payload's tensor grad_output, of "
-            "the result's shape, is the gradient from above: ones where there is none"
+            f"the gradient of an expression by its variables, or by the data of one of {names_of(rows)}; the payload's tensor "
+            "grad_output, of the result's shape, is the gradient from above: ones where there is none"
         )
     return f"one of {', '.join(row.name for row in rows)}" if len(rows) > 1 else rows[0].summary
 

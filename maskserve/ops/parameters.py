@@ -30,7 +30,14 @@ class Type(StrEnum):
     CHOICE_OR_NUMBER = "choice_or_number"
     WORD = "word"
     WORDS = "words"  # several, by repeating the option
+    NAMES = "names"  # several names of an expression, with commas between
+    PAIRS = "pairs"  # names of an expression and what they stand for: x=blk.0.w
+    EXPRESSION = "expression"
     TENSOR = "tensor"  # in Python a tensor, in a request the name of one in the payload: a side input
+
+
+REPEATED: Final = frozenset({Type.DIMS, Type.WORDS, Type.NUMBERS, Type.NAMES, Type.PAIRS})
+"""A request may say these more than once."""
 
 
 class Required:
@@ -59,6 +66,8 @@ class Parameter:
     """Kept for torch's signature; requests have a plainer word for it."""
     request_only: bool = False
     """Python says it in its own words."""
+    verb: str = ""
+    """The one verb that takes it, where the row's others do not."""
 
 
 DIMS = Parameter(

@@ -348,6 +348,22 @@ class Contraction(Row):
         return self.operands[0].startswith("*")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Formula(Row):
+    """An expression over variables by name: the rows that it calls say what is computed."""
+
+    kind = "formula"
+    verb: str | None = "eval"
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        return () if self.verb is None else (self.verb, GRAD)
+
+    @property
+    def is_method(self) -> bool:
+        return False
+
+
 class Cells(StrEnum):
     """Which arguments of a move hold cells; the others go to torch as they are."""
 
