@@ -212,8 +212,9 @@ def at(node: Call) -> Iterator[None]:
     try:
         yield
     except MaskserveError as error:
-        error.message = f"column {node.column}: {error.message}"
-        error.args = (error.message, *error.args[1:])
+        if not error.message.startswith("column "):  # of a term inside this one
+            error.message = f"column {node.column}: {error.message}"
+            error.args = (error.message, *error.args[1:])
         raise
 
 

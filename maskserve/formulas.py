@@ -9,7 +9,7 @@ import torch
 
 from maskserve import execution
 from maskserve.above import Above, above_of, differentiable
-from maskserve.backends import choose
+from maskserve.backends import choose, refuse_unknown
 from maskserve.dtypes import boolean
 from maskserve.errors import GradientError, ParameterError, nearest
 from maskserve.evaluation import Declared, Term, evaluated, fused, planned, stages
@@ -139,6 +139,7 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
     declared = {name: declared_of(variable, is_leaf=variable.name in leaves) for name, variable in known.items()}
     term = planned(expression.root, declared, device)
     backend = request.running.get("backend")
+    refuse_unknown(backend)
     step = OfExpression(
         expression=expression, term=term, sources=sources, wrt=wrt, device=device, backend=backend,
         above=above_of(variables, "the expression", told_of(term)) if wrt else None,

@@ -80,10 +80,14 @@ def build(verb: str, words: Words) -> Request:
     """The request that `words` spell (op and parameters, as text or as values), or an error that names the word at fault."""
     given = {name: value for name, value in words.items() if value is not None}
     own = default(verb)
-    op = given.pop("op", None if own is None else own.name)
+    needed = [] if own is None or own.verb == verb else [p.name for p in own.requestable if p.default is REQUIRED]
+    op = given.pop("op", own.name if own is not None and given.keys() >= {*needed} else None)
     if op is None:
-        choices = [row.name for row in rows(verb)]
-        raise UnknownOpError(f"{verb} needs op: give one of {', '.join(choices)}", parameter="op", allowed=choices)
+        choices = [row.name for row in rows(verb) if row is not own]
+        asked = " or ".join(("op", *needed))
+        raise UnknownOpError(
+            f"{verb} needs {asked}: the op is one of {', '.join(choices)}", parameter="op", allowed=choices
+        )
     row = find(str(op), verb=verb)
     said = checked(row, given)
     for p in row.requestable:

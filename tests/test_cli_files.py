@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def test_a_verb_s_help_shows_examples_first_and_every_parameter(maskserve: Masks
 def test_a_verb_s_examples_work(maskserve: Maskserve, verb: str) -> None:
     for line in words.examples(verb).splitlines():
         if "|" not in line:
-            ran = maskserve(*line.split()[1:])
+            ran = maskserve(*shlex.split(line)[1:])
             assert ran.code == 0, (line, ran.err)
 
 

@@ -19,7 +19,7 @@ from maskserve import dtypes, requests
 from maskserve.errors import MaskserveError, ParameterError
 from maskserve.ops import OPS, served
 from maskserve.ops.parameters import REQUIRED, Type
-from maskserve.ops.rows import GRAD, Row
+from maskserve.ops.rows import GRAD, Formula, Row
 from maskserve.payload.format import BytesPayload, to_bytes
 from maskserve.payload.tensors import output
 from maskserve_api.v2_tensors import DTYPES
@@ -29,8 +29,14 @@ from tests.samples import cells
 from tests.test_v2 import ask, asking, entry
 
 SERVED = [row for row in OPS.values() if row.verb]
-DIFFERENTIABLE = served(GRAD)
-WORDS = {Type.NUMBERS: "0.25,0.5", Type.CELL: "3", Type.DIM: "year", Type.DIMS: "year"}
+DIFFERENTIABLE = [row for row in served(GRAD) if not isinstance(row, Formula)]
+WORDS = {
+    Type.NUMBERS: "0.25,0.5",
+    Type.CELL: "3",
+    Type.DIM: "year",
+    Type.DIMS: "year",
+    Type.EXPRESSION: "rain - mean(depth)",
+}
 """What a request says for a parameter of this type, as text."""
 
 every_served_row = pytest.mark.parametrize("row", SERVED, ids=lambda row: f"{row.verb}-{row.name}")
@@ -81,8 +87,9 @@ def test_the_same_bytes_through_every_door(row: Row, question: Path, service: Ru
     python, terminal, http = doors(row.verb, words_of(row), question, service)
     assert python == terminal == http
     answer = ms.load(python)
-    assert {"rain", "depth"} <= set(answer)
-    assert not answer["rain"].get_data()[~answer["rain"].get_mask()].any()
+    names = {"data"} if isinstance(row, Formula) else {"rain", "depth"}
+    assert names <= set(answer)
+    assert not any(answer[name].get_data()[~answer[name].get_mask()].any() for name in names)
 
 
 @pytest.mark.parametrize("op", ["sum", "mean", "var", "std"])
@@ -249,6 +256,24 @@ TEXTS: dict[Type, tuple[str, ...]] = {
     Type.WORD: ("x", "nope"),
     Type.WORDS: ("x", "nope"),
     Type.TENSOR: ("x", "nope"),
+    Type.NAMES: ("x", "x,x", "y", "x y", ""),
+    Type.PAIRS: ("y=x", "y=nope", "y", "=x"),
+    Type.EXPRESSION: (
+        "x",
+        "x * 2 + 1",
+        "mean(x, dim=0) - x",
+        "sum(where(x < 0, exp(x), 1))",
+        "cumsum(x, dim=-1) / y",
+        "x > 1",
+        "count(x)",
+        "softmax(x, dim=1, nan=omit)",
+        "1 / 0",
+        "median(x",
+        "mena(x)",
+        "x.real",
+        "9**9**9",
+        "",
+    ),
 }
 """What a request may say for a parameter of a type, right and wrong."""
 MASKS = ("none", *["mask", "x.mask"] * 3, "wrong shape", "orphan", "wrong dtype")
@@ -383,7 +408,8 @@ def test_one_law_at_every_door(
 @pytest.mark.parametrize(("verb", "row"), ASKED, ids=lambda value: getattr(value, "name", value))
 def test_every_row_keeps_the_law(verb: str, row: Row, tmp_path: Path, service: Running) -> None:
     words = {p.name: WORDS[p.type] for p in row.requestable if p.default is REQUIRED or p.name == "dim"}
-    numbered = {name: "0" if text == "year" else text for name, text in words.items()}
+    here = {"year": "0", WORDS[Type.EXPRESSION]: "exp(x) - mean(x, dim=0)"}
+    numbered = {name: here.get(text, text) for name, text in words.items()}
     sample = cells(dtypes.f32, (4, 5), 7, row=row)
     tensors = {"x": sample.data, "x.mask": sample.mask}
     check_law(verb, row, {"op": row.name} | numbered, tensors, tmp_path, service)

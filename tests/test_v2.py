@@ -118,17 +118,20 @@ def test_every_verb_is_a_model(client: triton.InferenceServerClient, verb: str, 
     assert named == [row.name for row in OPS.values() if verb in row.verbs]
 
 
+NEEDED = {Type.DIM: 0, Type.EXPRESSION: "exp(x)"}
+
+
 def first(verb: str) -> Row:
-    """A row of the verb that needs no more than a dim."""
+    """A row of the verb that needs no more than a dim or an expression."""
     return next(
         row
         for row in OPS.values()
-        if verb in row.verbs and all(p.type is Type.DIM for p in row.requestable if p.default is REQUIRED)
+        if verb in row.verbs and all(p.type in NEEDED for p in row.requestable if p.default is REQUIRED)
     )
 
 
 def words_for(row: Row) -> dict[str, Any]:
-    return {"op": row.name} | {p.name: 0 for p in row.requestable if p.type is Type.DIM and p.default is REQUIRED}
+    return {"op": row.name} | {p.name: NEEDED[p.type] for p in row.requestable if p.default is REQUIRED}
 
 
 @pytest.mark.parametrize("verb", verbs())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from keyword import iskeyword
+from shlex import quote
 
 from maskserve.ops import default, served
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
@@ -35,8 +36,8 @@ def examples(verb: str) -> str:
     needed = needs(row)
     along = needed or next((f" {sample(p)}" for p in row.requestable if p.type in SAMPLES), "")
     start = f"maskserve {verb}{op}"
-    other = rows(verb)[-1]
-    last = f"maskserve {verb} --op {other.name}{needs(other)}" if other is not own else f"{start}{along}"
+    other = next((row for row in reversed(rows(verb)) if row is not own), None)
+    last = f"maskserve {verb} --op {other.name}{needs(other)}" if other else f"{start}{along}"
     return "\n".join(
         [
             f"{start}{along if own else needed} rain.safetensors",
@@ -53,7 +54,7 @@ def needs(row: Row) -> str:
 
 
 def sample(parameter: Parameter) -> str:
-    return f"{flag(parameter)} {parameter.sample or SAMPLES.get(parameter.type, 'NAME')}"
+    return f"{flag(parameter)} {quote(parameter.sample or SAMPLES.get(parameter.type, 'NAME'))}"
 
 
 def flag(parameter: Parameter) -> str:

@@ -107,10 +107,8 @@ def say_once(name: str, reason: str) -> None:
     log.info("back end %s is passed over: %s", name, reason)
 
 
-@lru_cache(maxsize=1024)
-def choose(plan: Plan, name: str | None = None) -> Choice:
-    """The first back end that serves the plan, or the one asked for by name, which must."""
-    refusals: list[tuple[str, str]] = []
+def refuse_unknown(name: str | None) -> None:
+    """Raise where no back end has this name."""
     known = [backend.name for backend in backends()]
     if name is not None and name not in known:
         raise BackendError(
@@ -118,6 +116,13 @@ def choose(plan: Plan, name: str | None = None) -> Choice:
             parameter="backend",
             allowed=known,
         )
+
+
+@lru_cache(maxsize=1024)
+def choose(plan: Plan, name: str | None = None) -> Choice:
+    """The first back end that serves the plan, or the one asked for by name, which must."""
+    refusals: list[tuple[str, str]] = []
+    refuse_unknown(name)
     for backend in backends():
         if name is not None and backend.name != name:
             continue
