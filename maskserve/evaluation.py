@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import copy_context
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import product
+from functools import lru_cache
 from math import prod
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from maskserve.backends import backends
-from maskserve.blocks import spans
+from maskserve import blockwise
+from maskserve.blockwise import Cells, Op, Slot, at_once, in_blocks, laid, op
 from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
+from maskserve.engine import run
 from maskserve.errors import DimError, MaskserveError, ShapeError, TooLargeError, nearest
-from maskserve.execution import in_parallel
-from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of, parse, refusal
-from maskserve.functions import Pair, public
+from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of, parse, placed, refusal
+from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.making import masked_tensor
 from maskserve.ops.rows import Elementwise, MaskRule
 from maskserve.payload.variables import Dims
@@ -33,8 +31,6 @@ from maskserve.tracing import is_followed
 Shape: TypeAlias = tuple[int, ...]
 Index: TypeAlias = tuple[slice, ...]
 
-BLOCK = 1 << 15
-"""Cells of a block of adjacent elementwise ops: their temporaries stay in the cache, and torch takes one thread for them."""
 GROWTH, SMALL = 4, 1 << 16
 """A term may have this many times the cells of the largest variable, or this many: sizes 1 that broadcast make outer products."""
 
@@ -212,9 +208,7 @@ def at(node: Call) -> Iterator[None]:
     try:
         yield
     except MaskserveError as error:
-        if not error.message.startswith("column "):  # of a term inside this one
-            error.message = f"column {node.column}: {error.message}"
-            error.args = (error.message, *error.args[1:])
+        placed(error, node.column)
         raise
 
 
@@ -333,75 +327,86 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
     if isinstance(term.node, Name):
         return variables[term.node.name] if term.node.name else term.sample
     leaves = {leaf: evaluated(leaf, variables) for leaf in term.leaves}
-    cells = prod(term.shape)
-    whole = any(is_followed(value._data) or value._data.device.type != "cpu" for value in leaves.values())
-    if not is_elementwise(term) or cells <= BLOCK or whole:
-        return computed(term, leaves)
-    return in_blocks(term, leaves)
+    if any(is_followed(value._data) for value in leaves.values()):
+        return called(term, leaves)
+    return elementwise(term, leaves) if is_elementwise(term) else sliced(term, leaves)
 
 
-def computed(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
-    """The term of its leaves at once."""
+def called(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
+    """The term of its leaves by the public functions, which leave a trace for autograd."""
     assert isinstance(term.node, Call)
     n_dims = len(term.shape) if is_elementwise(term) else len(next(iter(term.axes.values())))
     operands: dict[str, Any] = {}
     for word, operand in term.operands.items():
         if isinstance(operand, Term):
-            value = leaves[operand] if operand in leaves else computed(operand, leaves)
+            value = leaves[operand] if operand in leaves else called(operand, leaves)
             operands[word] = laid(value, term.axes[word], n_dims)
         else:
             operands[word] = operand
     first = () if is_elementwise(term) else (operands.pop("input"),)
     with at(term.node):
-        made = public(term.node.row.name)(*first, **operands, **term.params)
+        made = public(term.op)(*first, **operands, **term.params)
     return made.values if isinstance(made, Pair) else made
 
 
-def in_blocks(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
-    """The same without temporaries of the result's size, and on our threads: torch's own wait for each other after each op."""
-    data = torch.empty(term.shape, dtype=term.sample._data.dtype)
-    mask = None if term.sample._mask is None else torch.empty(term.shape, dtype=torch.bool)
-    axes = term.leaves
-
-    def task(index: Index) -> Callable[[], None]:
-        def compute_block() -> None:
-            made = computed(term, {leaf: part(value, axes[leaf], index) for leaf, value in leaves.items()})
-            data[index] = made._data
-            if mask is not None:
-                mask[index] = True if made._mask is None else made._mask
-
-        return partial(copy_context().run, compute_block)
-
-    in_parallel(backends()[0], prod(term.shape), [task(index) for index in blocks(term.shape)])
-    return MaskedTensor._of(data, mask)
+def sliced(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
+    """An op along dims, by its plan."""
+    assert isinstance(term.node, Call)
+    assert term.plan is not None
+    made = {word: leaves[operand] for word, operand in term.operands.items() if isinstance(operand, Term)}
+    cells, *weights = made.pop("input"), *(laid(made[word], term.axes[word], len(term.axes["input"])) for word in made)
+    with at(term.node):
+        data = unwrap(term.node.row, cells, None)
+        weighed = tuple(side_input(term.node.row, w, data.value)[:2] for w in weights)
+        return MaskedTensor._of(*run(term.plan, *data[:2], *weighed))
 
 
-def blocks(shape: Shape) -> Iterator[Index]:
-    """Cuts a tensor along its first dims into pieces of about BLOCK cells.
-
-    >>> [[(s.start, s.stop) for s in index] for index in blocks((2, 300_000))][:2]
-    [[(0, 1), (0, 32768)], [(0, 1), (32768, 65536)]]
-    """
-    rest, steps = BLOCK, []
-    for size in reversed(shape):
-        steps.append(min(size, max(rest, 1)))
-        rest //= max(size, 1)
-    return product(*[spans(size, step) for size, step in zip(shape, reversed(steps), strict=True)])
-
-
-def part(value: MaskedTensor, axes: Shape, index: Index) -> MaskedTensor:
-    """What of a leaf lies in a block; a size 1 lies in each."""
-
-    def cut(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[tuple(slice(None) if n == 1 else index[d] for n, d in zip(tensor.shape, axes, strict=True))]
-
-    return MaskedTensor._of(cut(value._data), None if value._mask is None else cut(value._mask))
+def elementwise(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
+    """Adjacent elementwise ops: block by block where there are many cells."""
+    n_dims, made = len(term.shape), program(term)
+    cells = [
+        Cells(laid(v._data, axes, n_dims), None if v._mask is None else laid(v._mask, axes, n_dims))
+        for v, axes in ((leaves[leaf], axes) for leaf, axes in made.leaves)
+    ]
+    if prod(term.shape) <= blockwise.BLOCK or any(leaf.data.device.type != "cpu" for leaf in cells):
+        return MaskedTensor._of(*at_once(made.ops, cells))
+    return MaskedTensor._of(*in_blocks(made.ops, cells, term.shape, Cells(term.sample._data, term.sample._mask)))
 
 
-def laid(value: MaskedTensor, axes: Shape, n_dims: int) -> MaskedTensor:
-    """The tensor with its dims along `axes` of `n_dims`; torch broadcasts what lies along the last ones as it is."""
-    if axes == tuple(range(n_dims - len(axes), n_dims)):
-        return value
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    turned: MaskedTensor = value.permute(order)
-    return turned[tuple(slice(None) if dim in axes else None for dim in range(n_dims))]
+class Program(NamedTuple):
+    """A stage as ops on its leaves, each of which lies along some dims of it; variables that come twice are one leaf."""
+
+    leaves: tuple[tuple[Term, Shape], ...]
+    ops: tuple[Op, ...]
+
+
+@lru_cache(maxsize=256)
+def program(stage: Term) -> Program:
+    found: dict[object, tuple[Term, Shape]] = {}
+    for leaf, axes in stage.leaves.items():
+        found.setdefault(leaf_key(leaf, axes), (leaf, axes))
+    slots = {key: Slot(n) for n, key in enumerate(found)}
+    ops: list[Op] = []
+
+    def slot_of(term: Term, axes: Shape) -> Slot:
+        if term in stage.leaves:
+            return slots[leaf_key(term, axes)]
+        assert isinstance(term.node, Call)
+        assert isinstance(term.node.row, Elementwise)
+        operands: list[Slot | int | float | None] = []
+        for word in term.node.row.operands:
+            operand = term.operands.get(word)
+            if isinstance(operand, Term):
+                operands.append(slot_of(operand, tuple(axes[dim] for dim in term.axes[word])))
+            else:
+                operands.append(operand)
+        kinds = [operand.dtype for operand, _ in term.terms]
+        ops.append(op(term.node.row, tuple(operands), term.params, kinds, term.node.column))
+        return Slot(len(slots) + len(ops) - 1)
+
+    slot_of(stage, tuple(range(len(stage.shape))))
+    return Program(tuple(found.values()), tuple(ops))
+
+
+def leaf_key(leaf: Term, axes: Shape) -> object:
+    return (leaf.node.name, axes) if isinstance(leaf.node, Name) and leaf.node.name else (leaf, axes)

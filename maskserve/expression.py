@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 
 from maskserve import requests
-from maskserve.errors import ExpressionError, RequestError, nearest
+from maskserve.errors import ExpressionError, MaskserveError, RequestError, nearest
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.ops.rows import Elementwise, Row, Sliced
@@ -128,6 +128,14 @@ def check_words(text: str) -> None:
 def refusal(message: str, column: int | None) -> ExpressionError:
     where = "" if column is None else f"column {column}: "
     return ExpressionError(where + message, parameter="expr")
+
+
+def placed(error: MaskserveError, column: int) -> MaskserveError:
+    """The error with its column, if it has none: that of a term inside stays."""
+    if not error.message.startswith("column "):
+        error.message = f"column {column}: {error.message}"
+        error.args = (error.message, *error.args[1:])
+    return error
 
 
 class Builder:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import maskserve as ms
-from maskserve import evaluation, functions
+from maskserve import blockwise, evaluation, functions
+from maskserve.blockwise import BLOCK, blocks
 from maskserve.errors import MaskserveError
-from maskserve.evaluation import BLOCK, Declared, Term, blocks, evaluated, planned
+from maskserve.evaluation import Declared, Term, evaluated, planned
 from maskserve.expression import parse
 from maskserve.payload.variables import Dims
 from maskserve.tensor import MaskedTensor
@@ -146,7 +147,7 @@ def on_numbers_too(name: str) -> Callable[..., object]:
 @given(text=TERMS)
 def test_any_expression_gives_what_python_makes_of_it(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's eval, on a text that hypothesis made, is the oracle; blocks of a few cells, and the result has many."""
-    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
     values = {"x": tensors((5, 3))["x"], "y": tensors((5, 3))["y"], "w": tensors((1, 1))["x"]}
     known = {name: on_numbers_too(name) for name in ("sin", "square", "where", "mean", "sum", "amax", "softmax")}
     try:

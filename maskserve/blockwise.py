@@ -1,0 +1,185 @@
+"""Adjacent elementwise ops of an expression, block by block on plain tensors: hidden cells are set to 0 once, at the end.
+
+The bits are those of the calls one by one: what is hidden in between is looked at by no op that could tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from maskserve import cellwise
+from maskserve.backends import backends
+from maskserve.backends.reference.cells import select
+from maskserve.blocks import spans
+from maskserve.dtypes import WIDE, DType, u64
+from maskserve.errors import MaskserveError
+from maskserve.execution import in_parallel
+from maskserve.expression import placed
+from maskserve.masks import Policy, parse_policy
+from maskserve.ops.rows import Beyond, Elementwise, MaskRule
+from maskserve.reach import Operand
+from maskserve.tensor import MaskedTensor
+from maskserve.tracing import same_memory
+
+T = TypeVar("T", Tensor, MaskedTensor)
+Shape: TypeAlias = tuple[int, ...]
+Index: TypeAlias = tuple[slice, ...]
+
+BLOCK = 1 << 15
+"""Cells of a block: what is in between stays in the cache, and torch takes one thread for them."""
+
+
+class Cells(NamedTuple):
+    """A tensor and its mask."""
+
+    data: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where an operand is found: the n-th leaf, or after them the n-th result."""
+
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """A row with its operands: slots, and numbers. `function` is None where cells are converted before torch may see them."""
+
+    row: Elementwise
+    operands: tuple[Slot | int | float | None, ...]
+    given: Mapping[str, Any]
+    kinds: Sequence[DType]
+    column: int
+    function: Callable[..., Tensor] | None
+    params: Mapping[str, Any]
+
+    def run(self, cells: Sequence[Cells], policy: Policy) -> Cells:
+        values = [cells[o.n].data if isinstance(o, Slot) else o for o in self.operands]
+        masks = [cells[o.n].mask if isinstance(o, Slot) else None for o in self.operands]
+        function = self.function if policy is Policy.INTERSECT else None
+        if function is not None and self.row.rule is MaskRule.ALL and not self.row.unsafe:
+            return Cells(function(*values, **self.params), together(masks))
+        parts = [
+            Operand(value, mask, None, isinstance(o, Slot))
+            for value, mask, o in zip(values, masks, self.operands, strict=True)
+        ]
+        if function is None:
+            return Cells(*cellwise.compute(self.row, parts, self.given, policy)[:2])
+        values, mask = cellwise.flow(self.row, parts, masks, policy)
+        return Cells(function(*values, **self.params), mask)
+
+    def refused(self, error: Exception) -> MaskserveError:
+        own = error if isinstance(error, MaskserveError) else cellwise.refused(self.row, error, self.kinds)
+        return placed(own, self.column)
+
+
+def together(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Valid where all are; a mask that comes twice is joined once."""
+    joined: Tensor | None = None
+    for mask in masks:
+        if mask is not None and mask is not joined:
+            joined = mask if joined is None else joined & mask
+    return joined
+
+
+def op(
+    row: Elementwise, operands: tuple[Any, ...], given: Mapping[str, Any], kinds: Sequence[DType], column: int
+) -> Op:
+    """The op on operands of these dtypes."""
+    ints = [o for o in operands if type(o) is int]
+    fits = row.beyond is Beyond.TORCHS or any(not kind.is_integral for kind in kinds)
+    fits = fits or all(kind.holds(n) for kind in kinds for n in ints)
+    function: Callable[..., Tensor] | None = None
+    if fits and not any(kind in WIDE or kind is u64 for kind in kinds):
+        takes = isinstance(operands[0], Slot) and not row.tensors_only
+        function = cellwise.function(row) if takes else partial(with_tensors, row)
+    params = cellwise.resolve(row, given) if row.parameters else {}
+    return Op(row=row, operands=operands, given=given, kinds=kinds, column=column, function=function, params=params)
+
+
+def with_tensors(row: Elementwise, *values: Any, **params: Any) -> Tensor:
+    return cellwise.called(row, list(values), params)
+
+
+# -- all ops of a stage -------------------------------------------------------------------------------------------
+
+
+def run(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
+    """The last op's cells, those that are hidden as they came out."""
+    cells, policy = list(leaves), parse_policy(None)
+    for step in ops:
+        try:
+            cells.append(step.run(cells, policy))
+        except (RuntimeError, TypeError, ValueError, OverflowError, MaskserveError) as error:
+            raise step.refused(error) from error
+    return cells[-1]
+
+
+def at_once(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
+    """The cells of a stage, in memory of their own."""
+    data, mask = run(ops, leaves)
+    if mask is None:
+        return Cells(data.clone() if any(same_memory(data, leaf.data) for leaf in leaves) else data, None)
+    mask = mask.clone() if any(same_memory(mask, leaf.mask) for leaf in leaves) else mask
+    return Cells(select(data, mask.expand(data.shape)), mask)
+
+
+def in_blocks(ops: Sequence[Op], leaves: Sequence[Cells], shape: Shape, sample: Cells) -> Cells:
+    """The same without temporaries of its size, on our threads: torch's own wait for each other after each op."""
+    data = torch.empty(shape, dtype=sample.data.dtype)
+    mask = None if sample.mask is None else torch.empty(shape, dtype=torch.bool)
+
+    def task(index: Index) -> Callable[[], None]:
+        def compute_block() -> None:
+            cells, valid = run(ops, [part(leaf, index) for leaf in leaves])
+            if mask is not None:
+                mask[index] = True if valid is None else valid
+            data[index] = cells if valid is None else select(cells, valid.expand(cells.shape))
+
+        return partial(copy_context().run, compute_block)
+
+    in_parallel(backends()[0], prod(shape), [task(index) for index in blocks(shape)])
+    return Cells(data, mask)
+
+
+def blocks(shape: Shape) -> Iterator[Index]:
+    """Cuts a tensor along its first dims into pieces of about BLOCK cells.
+
+    >>> [[(s.start, s.stop) for s in index] for index in blocks((2, 300_000))][:2]
+    [[(0, 1), (0, 32768)], [(0, 1), (32768, 65536)]]
+    """
+    rest, steps = BLOCK, []
+    for size in reversed(shape):
+        steps.append(min(size, max(rest, 1)))
+        rest //= max(size, 1)
+    return product(*[spans(size, step) for size, step in zip(shape, reversed(steps), strict=True)])
+
+
+def part(leaf: Cells, index: Index) -> Cells:
+    """What of a leaf lies in a block; its dims lie along the last ones, and a size 1 lies in each."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        own = index[len(index) - tensor.ndim :]
+        return tensor[tuple(slice(None) if n == 1 else s for n, s in zip(tensor.shape, own, strict=True))]
+
+    return Cells(cut(leaf.data), None if leaf.mask is None else cut(leaf.mask))
+
+
+def laid(tensor: T, axes: Shape, n_dims: int) -> T:
+    """The tensor with its dims along `axes` of `n_dims`; torch broadcasts what lies along the last ones as it is."""
+    if axes == tuple(range(n_dims - len(axes), n_dims)):
+        return tensor
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    turned: T = tensor.permute(order)[tuple(slice(None) if dim in axes else None for dim in range(n_dims))]
+    return turned
