@@ -18,12 +18,12 @@ from torch import Tensor
 
 from maskserve import cellwise
 from maskserve.backends import backends
-from maskserve.backends.reference.cells import select
 from maskserve.blocks import spans
 from maskserve.dtypes import WIDE, DType, u64
 from maskserve.errors import MaskserveError
 from maskserve.execution import in_parallel
 from maskserve.expression import placed
+from maskserve.gates import kept, kept_in_place
 from maskserve.masks import Policy, parse_policy
 from maskserve.ops.rows import Beyond, Elementwise, MaskRule
 from maskserve.reach import Operand
@@ -34,8 +34,10 @@ T = TypeVar("T", Tensor, MaskedTensor)
 Shape: TypeAlias = tuple[int, ...]
 Index: TypeAlias = tuple[slice, ...]
 
-BLOCK = 1 << 15
-"""Cells of a block: what is in between stays in the cache, and torch takes one thread for them."""
+SMALL = 1 << 21
+"""Cells up to which a stage is computed at once: its temporaries are small, and torch's own threads are faster than ours."""
+BLOCK = 1 << 18
+"""Cells of a block of a larger one: what is in between stays in the cache, and threads seldom wait for the interpreter."""
 
 
 class Cells(NamedTuple):
@@ -117,22 +119,30 @@ def with_tensors(row: Elementwise, *values: Any, **params: Any) -> Tensor:
 
 def run(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
     """The last op's cells, those that are hidden as they came out."""
-    cells, policy = list(leaves), parse_policy(None)
+    cells: list[Any] = [*leaves]
+    policy = parse_policy(None)
     for step in ops:
         try:
-            cells.append(step.run(cells, policy))
+            made = step.run(cells, policy)
         except (RuntimeError, TypeError, ValueError, OverflowError, MaskserveError) as error:
             raise step.refused(error) from error
-    return cells[-1]
+        for operand in step.operands:
+            if isinstance(operand, Slot) and operand.n >= len(leaves):
+                cells[operand.n] = None  # each result is used once
+        cells.append(made)
+    last: Cells = cells[-1]
+    return last
 
 
 def at_once(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
     """The cells of a stage, in memory of their own."""
     data, mask = run(ops, leaves)
+    is_own = not any(same_memory(data, leaf.data) for leaf in leaves)
     if mask is None:
-        return Cells(data.clone() if any(same_memory(data, leaf.data) for leaf in leaves) else data, None)
-    mask = mask.clone() if any(same_memory(mask, leaf.mask) for leaf in leaves) else mask
-    return Cells(select(data, mask.expand(data.shape)), mask)
+        return Cells(data if is_own else data.clone(), None)
+    full = mask.expand(data.shape)
+    data = kept_in_place(data, full) if is_own else kept(data, full)
+    return Cells(data, mask.clone() if any(same_memory(mask, leaf.mask) for leaf in leaves) else mask)
 
 
 def in_blocks(ops: Sequence[Op], leaves: Sequence[Cells], shape: Shape, sample: Cells) -> Cells:
@@ -145,7 +155,7 @@ def in_blocks(ops: Sequence[Op], leaves: Sequence[Cells], shape: Shape, sample: 
             cells, valid = run(ops, [part(leaf, index) for leaf in leaves])
             if mask is not None:
                 mask[index] = True if valid is None else valid
-            data[index] = cells if valid is None else select(cells, valid.expand(cells.shape))
+            data[index] = cells if valid is None else kept(cells, valid.expand(cells.shape))
 
         return partial(copy_context().run, compute_block)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +18,7 @@ from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run
 from maskserve.errors import DimError, MaskserveError, ShapeError, TooLargeError, nearest
+from maskserve.execution import n_threads
 from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.making import masked_tensor
@@ -96,12 +97,35 @@ class Term:
     @property
     def peak_bytes(self) -> int:
         """The most bytes that hold at once what is computed: the result, and what is between; variables not counted."""
+        if not isinstance(self.node, Call):
+            return 0
         held = peak = 0
         for leaf in self.leaves:
             if isinstance(leaf.node, Call):
                 peak = max(peak, held + leaf.peak_bytes)
                 held += leaf.n_bytes
-        return max(peak, held + self.n_bytes) if isinstance(self.node, Call) else 0
+        return max(peak, held + self.own_bytes)
+
+    @property
+    def own_bytes(self) -> int:
+        """The result's bytes, and those of what is held while it is computed from its leaves."""
+        if not is_elementwise(self):
+            return self.n_bytes
+        n_cells = prod(self.shape)
+        if n_cells <= blockwise.SMALL:
+            return self.between_bytes
+        in_work = min(n_cells, blockwise.BLOCK * n_threads())
+        return self.n_bytes + ceil(self.between_bytes * in_work / n_cells)
+
+    @property
+    def between_bytes(self) -> int:
+        """The bytes that adjacent elementwise ops hold at once at their common shape, the result's among them."""
+        held = peak = 0
+        for term, _ in self.terms:
+            if is_elementwise(term) and term not in self.leaves:
+                peak = max(peak, held + term.between_bytes)
+                held += term.n_bytes
+        return max(peak, held + self.n_bytes)
 
 
 def is_elementwise(term: Term) -> bool:
@@ -326,10 +350,12 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
     """The cells of the term."""
     if isinstance(term.node, Name):
         return variables[term.node.name] if term.node.name else term.sample
-    leaves = {leaf: evaluated(leaf, variables) for leaf in term.leaves}
-    if any(is_followed(value._data) for value in leaves.values()):
-        return called(term, leaves)
-    return elementwise(term, leaves) if is_elementwise(term) else sliced(term, leaves)
+    inputs = program(term).leaves if is_elementwise(term) else tuple(term.terms)
+    values = [evaluated(leaf, variables) for leaf, _ in inputs]
+    if any(is_followed(value._data) for value in values):
+        known = {leaf_key(leaf, axes): value for (leaf, axes), value in zip(inputs, values, strict=True)}
+        return called(term, {leaf: known[leaf_key(leaf, axes)] for leaf, axes in term.leaves.items()})
+    return elementwise(term, values) if is_elementwise(term) else sliced(term, values)
 
 
 def called(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
@@ -349,11 +375,11 @@ def called(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
     return made.values if isinstance(made, Pair) else made
 
 
-def sliced(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
+def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
     """An op along dims, by its plan."""
     assert isinstance(term.node, Call)
     assert term.plan is not None
-    made = {word: leaves[operand] for word, operand in term.operands.items() if isinstance(operand, Term)}
+    made = dict(zip(term.operands, values, strict=True))
     cells, *weights = made.pop("input"), *(laid(made[word], term.axes[word], len(term.axes["input"])) for word in made)
     with at(term.node):
         data = unwrap(term.node.row, cells, None)
@@ -361,14 +387,14 @@ def sliced(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
         return MaskedTensor._of(*run(term.plan, *data[:2], *weighed))
 
 
-def elementwise(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
+def elementwise(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
     """Adjacent elementwise ops: block by block where there are many cells."""
     n_dims, made = len(term.shape), program(term)
     cells = [
         Cells(laid(v._data, axes, n_dims), None if v._mask is None else laid(v._mask, axes, n_dims))
-        for v, axes in ((leaves[leaf], axes) for leaf, axes in made.leaves)
+        for v, (_, axes) in zip(values, made.leaves, strict=True)
     ]
-    if prod(term.shape) <= blockwise.BLOCK or any(leaf.data.device.type != "cpu" for leaf in cells):
+    if prod(term.shape) <= blockwise.SMALL or any(leaf.data.device.type != "cpu" for leaf in cells):
         return MaskedTensor._of(*at_once(made.ops, cells))
     return MaskedTensor._of(*in_blocks(made.ops, cells, term.shape, Cells(term.sample._data, term.sample._mask)))
 

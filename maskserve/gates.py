@@ -29,6 +29,13 @@ def kept(cells: Tensor, mask: Tensor | None) -> Tensor:
     return walked(cells, mask, of_reach=False)
 
 
+def kept_in_place(cells: Tensor, mask: Tensor) -> Tensor:
+    """The same, in the memory of `cells`, which are nobody else's; they may come back in other memory."""
+    if not are_dense(cells, mask):
+        return select(cells, mask)
+    return walked(cells, mask, of_reach=False, made=cells)
+
+
 def kept_where_reached(cells: Tensor, reach: Tensor) -> Tensor:
     """`cells` where the reach is above 0, else 0."""
     if not are_dense(cells, reach):
@@ -65,8 +72,8 @@ def are_dense(*tensors: Tensor) -> bool:
     return missing() is None
 
 
-def walked(cells: Tensor, keep: Tensor, *, of_reach: bool) -> Tensor:
-    made = empty(cells.shape, cells.dtype)
+def walked(cells: Tensor, keep: Tensor, *, of_reach: bool, made: Tensor | None = None) -> Tensor:
+    made = empty(cells.shape, cells.dtype) if made is None else made
     width, keep_width = cells.itemsize, keep.itemsize
     first, keep_first, made_first = cells.data_ptr(), keep.data_ptr(), made.data_ptr()
 

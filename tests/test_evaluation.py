@@ -148,6 +148,7 @@ def on_numbers_too(name: str) -> Callable[..., object]:
 def test_any_expression_gives_what_python_makes_of_it(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's eval, on a text that hypothesis made, is the oracle; blocks of a few cells, and the result has many."""
     monkeypatch.setattr(blockwise, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "SMALL", 4)
     values = {"x": tensors((5, 3))["x"], "y": tensors((5, 3))["y"], "w": tensors((1, 1))["x"]}
     known = {name: on_numbers_too(name) for name in ("sin", "square", "where", "mean", "sum", "amax", "softmax")}
     try:
@@ -223,17 +224,19 @@ def test_what_cannot_be_is_refused_before_it_is_computed(text: str, column: int,
     assert error.value.message.startswith(f"column {column}: ")
 
 
-def test_the_estimate_counts_what_is_held_at_once() -> None:
+def test_the_estimate_counts_what_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, n = (1000, 1000), 5_000_000
     variables = {"x": Declared(shape=shape, dtype=dtype_of(torch.empty(0)), is_masked=True)}
 
     def peak(text: str) -> int:
-        term = planned(parse(text).root, variables)
-        assert isinstance(term, Term)
-        return term.peak_bytes
+        return planned(parse(text).root, variables).peak_bytes
 
     assert peak("x") == 0
-    assert peak("exp(x * 2 + 1) / 3") == n, "adjacent elementwise ops have no temporaries"
+    assert peak("exp(x * 2 + 1) / 3") == 2 * n, "at once: what is computed, and what it is computed from"
+    assert peak("(x * 2 + 1) * (x * 3) * (x * 5)") == 3 * n
+    monkeypatch.setattr(blockwise, "SMALL", 0)
+    monkeypatch.setattr(blockwise, "BLOCK", 0)
+    assert peak("exp(x * 2 + 1) / 3") == n, "no temporaries beside those of blocks"
     assert peak("softmax(x + 1, dim=0)") == 2 * n
     assert peak("softmax(x, dim=0) + softmax(x, dim=1)") == 3 * n
     assert peak("sum(exp(x))") == n + 5
