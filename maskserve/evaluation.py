@@ -17,9 +17,9 @@ from maskserve.blockwise import Cells, Op, Slot, at_once, in_blocks, laid, op
 from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run
-from maskserve.errors import DimError, MaskserveError, ShapeError, TooLargeError, nearest
+from maskserve.errors import DimError, DtypeError, MaskserveError, ShapeError, TooLargeError, nearest
 from maskserve.execution import n_threads
-from maskserve.expression import MOST_INT, Call, Name, Node, Number, operands_of, parse, placed, refusal
+from maskserve.expression import MOST_INT, Call, Name, Node, Number, brief, operands_of, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.making import masked_tensor
 from maskserve.ops.rows import Elementwise, MaskRule
@@ -109,8 +109,9 @@ class Term:
     @property
     def own_bytes(self) -> int:
         """The result's bytes, and those of what is held while it is computed from its leaves."""
-        if not is_elementwise(self):
-            return self.n_bytes
+        if self.plan is not None:
+            slices = prod(self.plan.shape) // max(prod(self.plan.shape[dim] for dim in self.plan.dims), 1)
+            return self.n_bytes + self.plan.sorted_bytes * min(slices, n_threads())
         n_cells = prod(self.shape)
         if n_cells <= blockwise.SMALL:
             return self.between_bytes
@@ -244,6 +245,7 @@ def sample_of(shape: Shape, dtype: DType, is_masked: bool) -> MaskedTensor:
 
 
 def unknown(name: str, known: tuple[str, ...]) -> str:
+    name = brief(name)
     have = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
     return f"{name} is no variable; there {'are ' + have if have else 'is none'}{nearest(name, known)}"
 
@@ -273,6 +275,8 @@ def of_numbers(node: Call, operands: Mapping[str, Any]) -> int | float:
         condition, *_ = row.operands
         cells[condition] = cells[condition] != 0
     value = public(row.name)(**cells, **node.params).item()
+    if isinstance(value, complex):
+        raise DtypeError(f"{row.name} of numbers alone is complex, and a number of an expression is real")
     is_whole = all(isinstance(v, int) for v in operands.values()) and row.operator != "truediv"
     if is_whole and isinstance(value, float) and abs(value) <= MOST_INT and value == int(value):
         return int(value)

@@ -24,6 +24,7 @@ from maskserve.ops.rows import Elementwise, Row, Sliced
 from maskserve.requests import MOST_NAMES
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_CALLS = 2000, 256, 32, 64
+LONG = 64
 MOST_INT = 2**53
 """Beyond it not every whole number is a double, which all numbers of an expression are."""
 
@@ -130,6 +131,11 @@ def refusal(message: str, column: int | None) -> ExpressionError:
     return ExpressionError(where + message, parameter="expr")
 
 
+def brief(name: str) -> str:
+    """A name as a refusal shows it."""
+    return name if len(name) <= LONG else f"{name[:LONG]}…"
+
+
 def placed(error: MaskserveError, column: int) -> MaskserveError:
     """The error with its column, if it has none: that of a term inside stays."""
     if not error.message.startswith("column "):
@@ -191,7 +197,8 @@ class Builder:
             self.refuse(node.func, "only functions are called, by their names")
         row = functions().get(node.func.id)
         if row is None:
-            self.refuse(node.func, f"there is no function {node.func.id}{nearest(node.func.id, functions())}")
+            name = brief(node.func.id)
+            self.refuse(node.func, f"there is no function {name}{nearest(name, functions())}")
         words = operands_of(row)
         given: dict[str, Node] = {}
         for argument in node.args:
@@ -203,7 +210,7 @@ class Builder:
             if name is None:
                 self.refuse(value, "parameters have names: write dim=0")
             if name in given or name in said:
-                self.refuse(value, f"{name} is given twice")
+                self.refuse(value, f"{brief(name)} is given twice")
             if name in words:
                 given[name] = self.node(value, depth)
             else:
@@ -219,8 +226,9 @@ class Builder:
         known = {p.name: p for p in row.requestable}
         for name, node in said.items():
             if name not in known:
+                word = brief(name)
                 self.refuse(
-                    node, f"{row.name} has no parameter {name}; it has {parameters_of(row)}{nearest(name, known)}"
+                    node, f"{row.name} has no parameter {word}; it has {parameters_of(row)}{nearest(word, known)}"
                 )
         needed = [p.name for p in row.requestable if p.default is REQUIRED and p.name not in said]
         if needed:
@@ -319,10 +327,10 @@ def written(node: Node) -> tuple[str, int]:
     if isinstance(node, Name):
         return node.name, TIGHTEST
     if isinstance(node, Number):
-        return repr(node.value), BEFORE if node.value < 0 else TIGHTEST
+        return repr(node.value), BEFORE if math.copysign(1, node.value) < 0 else TIGHTEST
     row, params = node.row, said(node)
     sign, binds = SPELLED.get(row.operator or "", ("", 0)) if isinstance(row, Elementwise) and not params else ("", 0)
-    if not sign:
+    if not sign or (len(node.operands) == 1 and isinstance(node.operands[0], Number)):  # -2 is a number, neg(2) is not
         return f"{row.name}({', '.join([*arguments(node), *params])})", TIGHTEST
     parts = [written(operand) for operand in node.operands if operand is not None]
     if len(parts) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -28,8 +29,10 @@ from maskserve.tracing import is_followed
 
 ONLY = "x"
 """What an expression may call a payload's only variable."""
-SAVED = 3
-"""Of each term a gradient keeps its cells and its mask, and on the way back a gradient of it and where it was reached."""
+REACH = 2
+"""Bytes a cell, beside itself and its mask, that a term keeps for the way back."""
+WIDTHS = 13
+"""How many times the bytes of a term's cells its way back may hold at once: float_power and gammaincc do, most hold a third."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +71,10 @@ class OfExpression(Step):
     def bytes_held(self) -> int:
         if not self.wrt:
             return max(self.term.peak_bytes, self.bytes_written)
-        terms = {term for stage in stages(self.term) for term in fused(stage)}
-        return self.bytes_written + SAVED * sum(term.n_bytes for term in terms)
+        terms = [term for stage in stages(self.term) for term in fused(stage)]
+        saved = sum(term.n_bytes + REACH * prod(term.shape) for term in terms)
+        sizes = [prod(t.shape) * t.dtype.n_bytes for term in terms for t in (term, *(o for o, _ in term.terms))]
+        return self.bytes_written + saved + WIDTHS * max(sizes, default=0)
 
     @property
     def works(self) -> tuple[Work, ...]:

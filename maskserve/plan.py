@@ -65,6 +65,12 @@ class Plan:
         return self.row.finalize_weighted if self.weighted else self.row.finalize
 
     @property
+    def sorted_bytes(self) -> int:
+        """The bytes of each slice that a kernel holds beside its cells, where it sorts a copy of the valid ones."""
+        slice_cells = math.prod(self.shape[dim] for dim in self.dims)
+        return 4 * max(self.dtype.n_bytes, 4) * slice_cells if self.row.sorts else 0
+
+    @property
     def labels(self) -> tuple[float, ...] | None:
         """The labels of a new first dim, where several results a slice are asked for."""
         return self.row.leading(self.params) if isinstance(self.row, Reduction) else None

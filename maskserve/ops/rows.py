@@ -118,6 +118,8 @@ class Sliced(Row):
     `needs(params)` is the count that must be exceeded beside min_count (var: its correction).
     """
 
+    sorts: bool = False
+    """Whether its kernel sorts a copy of each slice's valid cells."""
     picks: bool = False
     """Whether its kernel tells the place of each result within the slice; the result is the cell that stands there."""
     indices: bool = False

@@ -56,7 +56,7 @@ ROWS = (
         name="rank",
         summary="rank of each valid cell along dim, from 1",
         parameters=(DIM, METHOD, NAN),
-        accepts=(NUMERIC | {u64}) - {boolean},
+        accepts=(NUMERIC | {u64}) - {boolean}, sorts=True,
         result=always(f64), scan=".orders:Rank",
         steps=True,
     ),
