@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from maskserve import blockwise
+from maskserve.backends import Choice, choose
 from maskserve.blockwise import Cells, Op, Slot, at_once, in_blocks, laid, op
 from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
@@ -61,6 +62,8 @@ class Term:
     params: Mapping[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
     """Of an op along dims."""
+    choice: Choice | None = None
+    """Who computes that."""
 
     @property
     def dtype(self) -> DType:
@@ -109,9 +112,11 @@ class Term:
     @property
     def own_bytes(self) -> int:
         """The result's bytes, and those of what is held while it is computed from its leaves."""
-        if self.plan is not None:
-            slices = prod(self.plan.shape) // max(prod(self.plan.shape[dim] for dim in self.plan.dims), 1)
-            return self.n_bytes + self.plan.sorted_bytes * min(slices, n_threads())
+        if self.plan is not None and self.choice is not None:
+            n_cells = prod(self.plan.shape)
+            slices = n_cells // max(prod(self.plan.shape[dim] for dim in self.plan.dims), 1)
+            widths = self.choice.backend.widths_held * self.plan.dtype.n_bytes
+            return self.n_bytes + self.plan.sorted_bytes * min(slices, n_threads()) + widths * n_cells
         n_cells = prod(self.shape)
         if n_cells <= blockwise.SMALL:
             return self.between_bytes
@@ -153,17 +158,17 @@ def fused(stage: Term) -> Iterator[Term]:
 # -- before a cell is read ----------------------------------------------------------------------------------------
 
 
-def planned(node: Node, variables: Mapping[str, Declared], device: str = "cpu") -> Term:
+def planned(node: Node, variables: Mapping[str, Declared], device: str = "cpu", backend: str | None = None) -> Term:
     """What the tree will give on these variables; an error says at which column it cannot be computed."""
     largest = max((prod(v.shape) for v in variables.values()), default=0)
-    return as_term(Planner(variables, max(SMALL, GROWTH * largest), device).of(node))
+    return as_term(Planner(variables, max(SMALL, GROWTH * largest), device, backend).of(node))
 
 
 class Planner:
     """Terms for nodes, from the leaves up."""
 
-    def __init__(self, variables: Mapping[str, Declared], most_cells: int, device: str) -> None:
-        self.variables, self.most_cells, self.device = variables, most_cells, device
+    def __init__(self, variables: Mapping[str, Declared], most_cells: int, device: str, backend: str | None) -> None:
+        self.variables, self.most_cells, self.device, self.backend = variables, most_cells, device, backend
 
     def of(self, node: Node) -> Term | int | float:
         if isinstance(node, Number):
@@ -223,7 +228,7 @@ class Planner:
         sample = sample_of(tuple(decided.out_shape), decided.result, True)
         return Term(
             node=node, shape=tuple(decided.out_shape), dims=result_dims(decided, inputs.dims), sample=sample,
-            operands=made, axes=axes, params=MappingProxyType(params), plan=decided,
+            operands=made, axes=axes, params=MappingProxyType(params), plan=decided, choice=choose(decided, self.backend),
         )  # fmt: skip
 
 

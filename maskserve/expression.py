@@ -197,8 +197,8 @@ class Builder:
             self.refuse(node.func, "only functions are called, by their names")
         row = functions().get(node.func.id)
         if row is None:
-            name = brief(node.func.id)
-            self.refuse(node.func, f"there is no function {name}{nearest(name, functions())}")
+            word = brief(node.func.id)
+            self.refuse(node.func, f"there is no function {word}{nearest(word, functions())}")
         words = operands_of(row)
         given: dict[str, Node] = {}
         for argument in node.args:
@@ -226,9 +226,9 @@ class Builder:
         known = {p.name: p for p in row.requestable}
         for name, node in said.items():
             if name not in known:
-                word = brief(name)
+                shown = brief(name)
                 self.refuse(
-                    node, f"{row.name} has no parameter {word}; it has {parameters_of(row)}{nearest(word, known)}"
+                    node, f"{row.name} has no parameter {shown}; it has {parameters_of(row)}{nearest(shown, known)}"
                 )
         needed = [p.name for p in row.requestable if p.default is REQUIRED and p.name not in said]
         if needed:

@@ -10,7 +10,7 @@ import torch
 
 from maskserve import execution
 from maskserve.above import Above, above_of, differentiable
-from maskserve.backends import choose, refuse_unknown
+from maskserve.backends import refuse_unknown
 from maskserve.dtypes import boolean
 from maskserve.errors import GradientError, ParameterError, nearest
 from maskserve.evaluation import Declared, Term, evaluated, fused, planned, stages
@@ -26,6 +26,7 @@ from maskserve.sides import Payloads
 from maskserve.steps import TORCH, Result, Step, Told, Work, gradient_results
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed
+from maskserve.variable_steps import puller, work_of
 
 ONLY = "x"
 """What an expression may call a payload's only variable."""
@@ -82,13 +83,11 @@ class OfExpression(Step):
 
     def work(self, stage: Term) -> Work:
         """Who computes a term: a back end, or torch block by block what is elementwise."""
-        if stage.plan is None:
+        if stage.plan is None or stage.choice is None:
             ops = ", ".join(term.op for term in fused(stage))
             return Work(op=ops, cells=stage.dtype, backend=TORCH, gradient=TORCH if self.wrt else None)
-        from maskserve.variable_steps import puller, work_of
-
-        choice = choose(stage.plan, self.backend)
-        return work_of(stage.plan, choice, puller(stage.plan, choice) if self.wrt else None)
+        gradient = puller(stage.plan, stage.choice) if self.wrt else None
+        return work_of(stage.plan, stage.choice, gradient)
 
     @property
     def dims_alive(self) -> Dims:
@@ -142,9 +141,9 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
     wrt = asked(request, expression, sources) if request.is_gradient else ()
     leaves = {sources[name].name for name in wrt}
     declared = {name: declared_of(variable, is_leaf=variable.name in leaves) for name, variable in known.items()}
-    term = planned(expression.root, declared, device)
     backend = request.running.get("backend")
     refuse_unknown(backend)
+    term = planned(expression.root, declared, device, backend)
     step = OfExpression(
         expression=expression, term=term, sources=sources, wrt=wrt, device=device, backend=backend,
         above=above_of(variables, "the expression", told_of(term)) if wrt else None,
@@ -154,7 +153,6 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
             f"the expression gives {term.dtype.name}, and a gradient is of numbers that change a little",
             parameter="expr",
         )
-    _ = step.works  # a back end that cannot serve is refused here
     return (step,)
 
 

@@ -26,8 +26,10 @@ MOST_S = 0.010
 MOST_COMPUTED_S = 5.0
 NAMES = ("x", "y", "n", "b", "s", "h", "z")
 SIGNS = "+ - * / ** < <= == != & | ~ ( ) , = 0 1 -1 2.5 1e308 1e-320 9007199254740992 9**9**9 True False"
-PARAMETERS = "dim=0 dim=-1 dim=(0,1) keepdim=True nan=omit nan=raise q=0.5 q=(0.1,0.9) ord=inf ord=-0.5 weights=y dtype=f64 value=7"
-SLIPS = "0x1 1j _ __class__ . [ ] { } ' lambda if for # @ : ; // % << not and in is := ... import yield await *x **x f'' 1_0 1e 1.e5. é"
+PARAMETERS = (
+    "dim=0 dim=-1 dim=(0,1) keepdim=True nan=omit nan=raise q=0.5 q=(0.1,0.9) ord=inf ord=-0.5 weights=y dtype=f64"
+)
+SLIPS = "0x1 1j _ __class__ . [ ] { } ' lambda if for # @ : ; // % << not and in is := ... import yield await *x **x f'' 1_0 1e é"
 PIECES = (
     *NAMES,
     *functions(),

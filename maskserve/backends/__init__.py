@@ -24,6 +24,8 @@ class Backend(Protocol):
     name: str
     block_cells: int
     threads_inside: bool
+    widths_held: int
+    """How many times the bytes of a request's cells it may hold at once while it computes."""
     omits_nan: bool
     """Whether it passes over a NaN by itself where nan="omit"; else the engine masks it."""
 

@@ -241,6 +241,7 @@ class CpuBackend:
     """The native kernels on tensors in CPU memory."""
 
     name = "cpu"
+    widths_held = 0
     omits_nan = True
     block_cells = 1 << 22  # a call costs some 10 us in Python; the kernel tiles for the caches by itself
     threads_inside = False

@@ -31,8 +31,10 @@ class ReferenceBackend:
     block_cells = 1 << 16
     """A block and its float64 copies stay in L2; smaller ones cost more in calls than they save."""
     threads_inside = True
-    omits_nan = False
     """torch spreads each call over its own threads, so the engine hands over one block at a time."""
+    widths_held = 9
+    """Those of normalize of complex cells; most hold blocks alone."""
+    omits_nan = False
 
     def why_not(self, plan: Plan) -> str | None:
         return None
