@@ -37,6 +37,11 @@ class Attributes:
         return self._data.layout
 
     @property
+    def is_nested(self) -> bool:
+        """Never: what torch's modules ask before they choose a way."""
+        return False
+
+    @property
     def ndim(self) -> int:
         return self._data.ndim
 

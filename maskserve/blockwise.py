@@ -70,7 +70,7 @@ class Op:
         values = [cells[o.n].data if isinstance(o, Slot) else o for o in self.operands]
         masks = [cells[o.n].mask if isinstance(o, Slot) else None for o in self.operands]
         function = self.function if policy is Policy.INTERSECT else None
-        if function is not None and self.row.rule is MaskRule.ALL and not self.row.unsafe:
+        if function is not None and self.row.rule is MaskRule.ALL and not (self.row.unsafe or self.row.unsafe_floats):
             return Cells(function(*values, **self.params), together(masks))
         parts = [
             Operand(value, mask, None, isinstance(o, Slot))
@@ -167,7 +167,7 @@ def blocks(shape: Shape) -> Iterator[Index]:
     """Cuts a tensor along its first dims into pieces of about BLOCK cells.
 
     >>> [[(s.start, s.stop) for s in index] for index in blocks((2, 300_000))][:2]
-    [[(0, 1), (0, 32768)], [(0, 1), (32768, 65536)]]
+    [[(0, 1), (0, 262144)], [(0, 1), (262144, 300000)]]
     """
     rest, steps = BLOCK, []
     for size in reversed(shape):

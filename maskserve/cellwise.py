@@ -274,8 +274,8 @@ def flow(
             [m for m, v in zip(masks, values, strict=True) if v is not None]
         )
     together = intersection(masks)
-    if row.unsafe and together is not None:
-        values = [safe(value, together) for value in values]
+    if (row.unsafe or row.unsafe_floats) and together is not None:
+        values = [safe(value, together, floats=row.unsafe_floats) for value in values]
     return values, together
 
 
@@ -308,9 +308,9 @@ def alone(row: Elementwise, operands: Sequence[Operand], data: Tensor) -> Tensor
     return data
 
 
-def safe(value: Any, mask: Tensor) -> Any:
+def safe(value: Any, mask: Tensor, *, floats: bool = False) -> Any:
     """Integers that are 1 where the result is hidden: torch raises on a division by 0 wherever it stands."""
-    if not isinstance(value, Tensor) or value.dtype.is_floating_point:
+    if not isinstance(value, Tensor) or (value.dtype.is_floating_point and not floats):
         return value
     shape = torch.broadcast_shapes(value.shape, mask.shape)
     return select(value.expand(shape), mask.expand(shape), 1)

@@ -33,7 +33,7 @@ from maskserve.dtypes import (
 )
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED
-from maskserve.ops.rows import GRAD, Contraction, Elementwise, Move, Row, Sliced, Whole
+from maskserve.ops.rows import GRAD, Contraction, Elementwise, Loss, Move, Row, Sliced, Whole
 
 KEYWORDS = (
     "Each takes `policy` (intersect, strict, union: what different masks give) and `nan` (propagate, omit, raise) by keyword; "
@@ -85,7 +85,7 @@ def ops_page() -> str:
     for kind in dict.fromkeys(row.kind for row in OPS.values()):
         rows = [row for row in OPS.values() if row.kind == kind]
         verb = next((row.verb for row in rows if row.verb), None)
-        lines += [f"## {kind.capitalize()}s", ""]
+        lines += [f"## {kind.capitalize()}{'es' if kind.endswith('s') else 's'}", ""]
         lines += [f"Command and path: `maskserve {verb} --op NAME`, `POST /v1/{verb}?op=NAME`.", ""] if verb else []
         lines += [KEYWORDS, ""] if isinstance(rows[0], Elementwise) else []
         marked = any(GRAD in row.verbs for row in rows)
@@ -109,7 +109,7 @@ def gradient_word(row: Row) -> str:
 def op_line(row: Row) -> str:
     words = ", ".join(f"`{p.name}`" + ("" if p.default is not REQUIRED else " (required)") for p in row.parameters)
     also = f" (in requests also {', '.join(f'`{a}`' for a in row.aliases)})" if row.aliases else ""
-    operands = f"({', '.join(row.operands)})" if isinstance(row, Elementwise | Contraction) else ""
+    operands = f"({', '.join(row.operands)})" if isinstance(row, Elementwise | Contraction | Loss) else ""
     accepted = "any" if isinstance(row, Move) else dtype_words(row)
     summary = row.summary.replace("|", "\\|") + ("" if row.verb or row.kind != "reduction" else " (Python only)")
     return f"| `{row.name}{operands}`{also} | {summary} | {words or 'as torch'} | {accepted} |"

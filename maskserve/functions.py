@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +26,19 @@ from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
 from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
-from maskserve.ops.rows import Cells, Contraction, Elementwise, Formula, Masking, Move, Reduction, Row, Whole
+from maskserve.ops.rows import (
+    Cells,
+    Contraction,
+    Elementwise,
+    Formula,
+    Layer,
+    Loss,
+    Masking,
+    Move,
+    Reduction,
+    Row,
+    Whole,
+)
 from maskserve.params import accept, names_of, resolve
 from maskserve.plan import Plan, SlicedRow, plan, with_masked_slices
 from maskserve.reach import Operand, narrowed
@@ -206,6 +219,18 @@ def formula(expr: str, variables: dict[str, Any]) -> MaskedTensor:
     return evaluation.of_tensors(expr, {name: as_masked_tensor(given) for name, given in variables.items()})
 
 
+def loss(row: Loss, given: Any, target: Any, params: dict[str, Any]) -> MaskedTensor:
+    from maskserve import losses  # which calls these functions
+
+    return losses.compute(row, as_masked_tensor(given), target, params)
+
+
+def layer(row: Layer) -> Function:
+    module, _, name = row.function.partition(":")
+    found: Function = getattr(import_module(module), name)  # it calls these functions
+    return found
+
+
 def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
     """The parts of a MaskedTensor, or of a plain tensor with `mask=`."""
     if not isinstance(tensor, MaskedTensor):
@@ -288,12 +313,12 @@ def build(row: Row) -> Function:
         tensors="".join(f"({p.name!r}, {p.name}), " for p in row.callable if p.type is Type.TENSOR),
         sides="".join(f", {p.name}" for p in row.callable if p.type is Type.TENSOR),
         operands="".join(f"{o}, " for o in getattr(row, "operands", ())),
-        cells=f"{first_of(row)}, " if isinstance(row, Move) and first_of(row) else "",
+        cells=f"{first_of(row)}, " if isinstance(row, Move | Layer) and first_of(row) else "",
         nan="nan" if isinstance(row, Elementwise) and has_nan_policy(row) else None,
     )
     names: dict[str, Any] = {
         "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_whole": whole,
-        "_contraction": contraction, "_formula": formula,
+        "_contraction": contraction, "_formula": formula, "_loss": loss, "_layer": layer,
         "_masking": masked, "_one": one, "_masked": as_masked_tensor, "_many": (list, range, Tensor), "_several": several,
         "_tensors": (Tensor, MaskedTensor), "_public": public,
     }  # fmt: skip
@@ -333,13 +358,21 @@ _CONTRACTION = """\
 def {name}({signature}):
     return _contraction(_row, ({operands}), {{k: v for k, v in ({given}) if v is not None}})
 """
+_LOSS = """\
+def {name}({signature}):
+{tuples}    return _loss(_row, {operands}dict(({given}{tensors})))
+"""
+_LAYER = """\
+def {name}({signature}):
+    return _layer(_row)({cells}*args, **kwargs)
+"""
 _FORMULA = """\
 def {name}({signature}):
     return _formula({given}, variables)
 """
 _TEMPLATES: dict[type[Row], str] = {
     Elementwise: _ELEMENTWISE, Masking: _MASKING, Move: _MOVE, Whole: _WHOLE, Contraction: _CONTRACTION,
-    Formula: _FORMULA,
+    Formula: _FORMULA, Loss: _LOSS, Layer: _LAYER,
 }  # fmt: skip
 
 
@@ -350,7 +383,7 @@ def has_nan_policy(row: Elementwise) -> bool:
 
 def takes_mask(row: Row) -> bool:
     """Whether a plain tensor may bring its mask along: there is one tensor that it can belong to."""
-    return not isinstance(row, Elementwise | Move | Contraction | Formula) or (
+    return not isinstance(row, Elementwise | Move | Contraction | Formula | Loss | Layer) or (
         isinstance(row, Elementwise) and len(row.operands) == 1
     )
 
@@ -372,6 +405,9 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
         equals = " = " if annotate else "="
         return text if default is None else f"{text}{equals}{default}"
 
+    if isinstance(row, Layer):
+        yield from (typed("input", "Operand"), typed("*args", "Any"), typed("**kwargs", "Any"))
+        return
     if isinstance(row, Move):
         yield from ([typed(first_of(row), _CELLS[row.cells])] if first_of(row) else [])
         yield from (typed("*args", "Any"), typed("**kwargs", "Any"))
@@ -385,14 +421,14 @@ def _signature(row: Row, annotate: bool) -> Iterator[str]:
         yield typed(row.operands[0], "Operand")
         yield from (parameter_text(p, typed) for p in row.callable if p.keyword_only)
         return
-    operands = row.operands if isinstance(row, Elementwise | Contraction) else ("input",)
+    operands = row.operands if isinstance(row, Elementwise | Contraction | Loss) else ("input",)
     last = len(operands) - (row.n_optional if isinstance(row, Elementwise | Contraction) else 0)
     yield from (typed(operand, "Operand") for operand in operands[:last])
     yield from (typed(operand, "Operand | None", "None") for operand in operands[last:])
     yield from (parameter_text(p, typed) for p in row.callable if not p.keyword_only)
     yield "*"
     yield from (parameter_text(p, typed) for p in row.callable if p.keyword_only)
-    if isinstance(row, Elementwise | Whole | Contraction):
+    if isinstance(row, Elementwise | Whole | Contraction | Loss):
         if takes_mask(row):
             yield typed("mask", "Tensor | None", "None")
         if isinstance(row, Elementwise):
@@ -419,8 +455,10 @@ def parameter_text(parameter: Parameter, typed: Callable[..., str]) -> str:
 _CELLS = {Cells.FIRST: "Operand", Cells.TWO: "Operand", Cells.LIST: "Sequence[Operand]"}
 
 
-def first_of(row: Move) -> str:
-    """torch's name of a move's first argument; "" where every positional argument is a tensor."""
+def first_of(row: Move | Layer) -> str:
+    """torch's name of the first argument of a move or a layer; "" where every positional argument is a tensor."""
+    if isinstance(row, Layer):
+        return "input"
     return {Cells.LIST: "tensors", Cells.ALL: ""}.get(row.cells, "input")
 
 
@@ -457,6 +495,8 @@ def docstring(row: Row) -> str:
     lines += (
         ["Takes torch's own arguments; any dtype."]
         if isinstance(row, Move)
+        else ["Takes torch's own arguments."]
+        if isinstance(row, Layer)
         else [f"Accepts {', '.join(sorted(dtype.name for dtype in row.accepts))}."]
     )
     return "\n".join(lines)

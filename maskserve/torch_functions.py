@@ -105,20 +105,6 @@ def spoken(row: Row, ours: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-WRITTEN = {
-    "mse_loss": "((a - b) ** 2).mean()",
-    "l1_loss": "(a - b).abs().mean()",
-    "cross_entropy": "-torch.log_softmax(a, 1).gather(1, target[:, None]).mean()",
-    "binary_cross_entropy_with_logits": "(torch.nn.functional.softplus(a) - a * target).mean()",
-    "scaled_dot_product_attention": "torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v, of masked keys",
-}
-"""Functions of torch as ops that have rules."""
-
-
-def of_ops(name: str) -> str:
-    return f"; in ops that have rules it is {WRITTEN[name]}" if name in WRITTEN else ""
-
-
 def name_of(function: Callable[..., Any]) -> str:
     return "torch." + str(getattr(function, "__name__", function)).removeprefix("special_")
 
@@ -127,9 +113,7 @@ def uncovered(function: Callable[..., Any]) -> UncoveredFunctionError:
     """The error that names the function and a way out."""
     name = name_of(function).removeprefix("torch.")
     if getattr(torch.nn.functional, name, None) is function:
-        return UncoveredFunctionError(
-            f"torch.nn.functional.{name} has no rule for a MaskedTensor: {WAY_OUT}{of_ops(name)}"
-        )
+        return UncoveredFunctionError(f"torch.nn.functional.{name} has no rule for a MaskedTensor: {WAY_OUT}")
     for row in OPS.values():
         if row.differs and name == row.name:
             return UncoveredFunctionError(f"{row.differs}: call maskserve.{row.name}")

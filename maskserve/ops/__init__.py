@@ -12,6 +12,8 @@ from maskserve.ops import (
     elementwise,
     fills,
     formulas,
+    layers,
+    losses,
     maskings,
     moves,
     normalizations,
@@ -24,7 +26,7 @@ from maskserve.ops.rows import GRAD, Formula, Row, Table
 
 OPS = Table()
 OPS.add(*reductions.ROWS, *normalizations.ROWS, *scans.ROWS, *fills.ROWS, *maskings.ROWS, *orderings.ROWS)
-OPS.add(*wholes.ROWS, *elementwise.ROWS, *contractions.ROWS, *moves.ROWS, *formulas.ROWS)
+OPS.add(*wholes.ROWS, *elementwise.ROWS, *contractions.ROWS, *moves.ROWS, *formulas.ROWS, *losses.ROWS, *layers.ROWS)
 
 
 def find(word: str, *, verb: str | None = None) -> Row:

@@ -304,6 +304,8 @@ class Elementwise(Row):
     """torch's function takes no numbers: they become tensors of no dims first."""
     unsafe: bool = False
     """torch's function raises on some cells (int division by 0): hidden cells become 1 before it runs."""
+    unsafe_floats: bool = False
+    """torch's function raises on some floats too (a probability above 1): those that are hidden become 1 before it runs."""
     beyond: Beyond = Beyond.ERROR
     is_differentiable: bool = True
     """Whether torch knows its derivative, where its results are floats; else they carry no history, as comparisons do."""
@@ -313,6 +315,45 @@ class Elementwise(Row):
     """Its derivative is finite whatever the cells are, and so needs no gate: + - and the choice of cells."""
     as_stored: bool = False
     """It chooses cells and computes none: it takes those of a storage type without widening them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Loss(Row):
+    """What a model's output costs: a loss for each cell, or for each sample of classes, and their sum or mean. Python only."""
+
+    kind = "loss"
+
+    cells: Elementwise | None = None
+    """The loss of each cell; None: of classes along dim 1, by the index of the right one or by probabilities."""
+    third: str = ""
+    """A parameter that is an operand of `cells`."""
+    of_logits: bool = False
+    """Whether the input of a loss of classes is any number, and not yet a log-probability."""
+    weighs_mean: bool = False
+    """Whether the mean with weights is by their sum; else by the count."""
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return ("input", "target")
+
+    @property
+    def is_method(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layer(Row):
+    """A layer made of other rows, which say what masks do in it. Takes torch's own arguments."""
+
+    kind = "layer"
+
+    accepts: frozenset[DType] = dtypes.FLOATING
+    function: str
+    """The function that calls them."""
+
+    @property
+    def is_method(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,0 +1,228 @@
+"""Layers in torch's words, made of rows: what is masked takes no part, and what depends on nothing valid is masked.
+
+Formulas: torch.nn.functional's own, whose means and sums are over valid cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskserve.errors import DtypeError, ParameterError, ShapeError, UncoveredFunctionError
+from maskserve.functions import public
+from maskserve.making import as_masked_tensor
+from maskserve.tensor import MaskedTensor
+
+
+def of_rows(name: str, *args: Any, **params: Any) -> MaskedTensor:
+    made: MaskedTensor = public(name)(*args, **params)
+    return made
+
+
+# -- norms --------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> MaskedTensor:
+    x = as_masked_tensor(input)
+    return scaled(standardized(x, last_dims("layer_norm", x, normalized_shape), eps), weight, bias)
+
+
+def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> MaskedTensor:
+    x = as_masked_tensor(input)
+    dims = last_dims("rms_norm", x, normalized_shape)
+    square = of_rows("mean", of_rows("square", x), dims, keepdim=True)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return scaled(of_rows("mul", x, of_rows("rsqrt", of_rows("add", square, eps))), weight, None)
+
+
+def group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> MaskedTensor:
+    x = as_masked_tensor(input)
+    if x.ndim < 2 or num_groups < 1 or x.shape[1] % num_groups:
+        raise ShapeError(
+            f"group_norm: {num_groups} groups do not divide the channels (dim 1) of shape {tuple(x.shape)}"
+        )
+    groups: MaskedTensor = x.reshape(x.shape[0], num_groups, -1)
+    made: MaskedTensor = standardized(groups, (2,), eps).reshape(x.shape)
+    return scaled(made, of_channels(weight, x), of_channels(bias, x))
+
+
+def batch_norm(
+    input: Any, running_mean: Tensor | None, running_var: Tensor | None, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> MaskedTensor:  # fmt: skip
+    """In training the running statistics move where a channel has valid cells, and stay where it has none."""
+    x = as_masked_tensor(input)
+    if x.ndim < 2:
+        raise ShapeError(f"batch_norm takes channels along dim 1; the input has shape {tuple(x.shape)}")
+    dims = tuple(d for d in range(x.ndim) if d != 1)
+    if training:
+        for running, name in ((running_mean, "mean"), (running_var, "var")):
+            if running is not None:
+                move(running, of_rows(name, x.detach(), dims), momentum)
+        made = standardized(x, dims, eps)
+    elif running_mean is None or running_var is None:
+        raise ParameterError("batch_norm: running_mean and running_var are needed where training is False")
+    else:
+        spread = of_rows("rsqrt", running_var + eps)
+        made = of_rows("mul", of_rows("sub", x, of_channels(running_mean, x)), of_channels(spread, x))
+    return scaled(made, of_channels(weight, x), of_channels(bias, x))
+
+
+def move(running: Tensor, found: MaskedTensor, momentum: float) -> None:
+    """An exponential average, where there is something to add."""
+    new = (1 - momentum) * running + momentum * found.get_data().to(running.dtype)
+    with torch.no_grad():
+        running.copy_(torch.where(found.get_mask(), new, running))
+
+
+def standardized(x: MaskedTensor, dims: Sequence[int], eps: float) -> MaskedTensor:
+    """Cells less the mean of the valid cells along `dims`, by the root of their variance and `eps`."""
+    mean = of_rows("mean", x, dims, keepdim=True)
+    variance = of_rows("var", x, dims, correction=0, keepdim=True)
+    return of_rows("mul", of_rows("sub", x, mean), of_rows("rsqrt", of_rows("add", variance, eps)))
+
+
+def scaled(x: MaskedTensor, weight: Any, bias: Any) -> MaskedTensor:
+    x = x if weight is None else of_rows("mul", x, weight)
+    return x if bias is None else of_rows("add", x, bias)
+
+
+def of_channels(given: Any, x: MaskedTensor) -> Any:
+    """One value a channel, along dim 1."""
+    return None if given is None else given.reshape([-1 if d == 1 else 1 for d in range(x.ndim)])
+
+
+def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(normalized_shape)
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:
+        raise ShapeError(f"{op}: normalized_shape {shape} must be the end of the input's shape {tuple(x.shape)}")
+    return tuple(range(-len(shape), 0))
+
+
+# -- vectors ------------------------------------------------------------------------------------------------------
+
+
+def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> MaskedTensor:
+    one, other = as_masked_tensor(x1), as_masked_tensor(x2)
+    shape = torch.broadcast_shapes(one.shape, other.shape)
+    pair: list[MaskedTensor] = [one.expand(shape), other.expand(shape)]
+    both = pair[0].get_mask() & pair[1].get_mask()
+    units = []
+    for x in pair:
+        seen = of_rows("mask", x, valid=both)
+        length = of_rows("clamp", of_rows("norm", seen, dim=dim, keepdim=True), min=eps)
+        units.append(of_rows("div", seen, length))
+    return of_rows("sum", of_rows("mul", *units), dim)
+
+
+def embedding(
+    input: Any, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> MaskedTensor:  # fmt: skip
+    """Rows of a plain table; its gradient is dense, and 0 for a row that only masked indices meant."""
+    index = as_masked_tensor(input)
+    if index._data.is_floating_point() or index._data.is_complex() or index._data.dtype is torch.bool:
+        raise DtypeError(f"embedding: indices are whole numbers, not {index.dtype}")
+    valid = index.get_mask()
+    rows = functional.embedding(
+        torch.where(valid, index._data.long(), 0 if padding_idx is None else padding_idx), weight, padding_idx, max_norm,
+        norm_type, scale_grad_by_freq, sparse,
+    )  # fmt: skip
+    return as_masked_tensor(rows, valid.unsqueeze(-1))
+
+
+# -- attention ----------------------------------------------------------------------------------------------------
+
+
+def scaled_dot_product_attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> MaskedTensor:  # fmt: skip
+    """A masked cell of a key, a value or a query takes no part.
+
+    A bool `attn_mask` is True where a key is met, as in torch; of floats, which are added, it is not met at -inf.
+    """
+    q, k, v = (as_masked_tensor(given) for given in (query, key, value))
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    if is_causal:
+        if attn_mask is not None:
+            raise ParameterError(
+                "scaled_dot_product_attention: give attn_mask or is_causal, not both", parameter="is_causal"
+            )
+        attn_mask = earlier(q, k)
+    weights = weights_of(q, k, [attn_mask], 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return of_rows("matmul", dropped(weights, dropout_p), v)
+
+
+def earlier(q: MaskedTensor, k: MaskedTensor) -> Tensor:
+    return torch.ones((q.shape[-2], k.shape[-2]), dtype=torch.bool, device=q.device).tril()
+
+
+def weights_of(q: MaskedTensor, k: MaskedTensor, masks: Sequence[Any], scale: float) -> MaskedTensor:
+    """Of each query, what each key that it meets counts for."""
+    scores = of_rows("matmul", of_rows("mul", q, scale), k.transpose(-2, -1))
+    for mask in masks:
+        if mask is None:
+            continue
+        added = as_masked_tensor(mask)
+        is_bool = added.dtype is torch.bool
+        met = added.get_mask() & (added.get_data() if is_bool else added.get_data() != -torch.inf)
+        scores = of_rows("mask", scores, valid=met.expand(scores.shape))
+        if not is_bool:
+            scores = of_rows("add", scores, of_rows("mask", added, valid=met))
+    return of_rows("softmax", scores, -1)
+
+
+def dropped(weights: MaskedTensor, p: float) -> MaskedTensor:
+    if not p:
+        return weights
+    return of_rows("mul", weights, functional.dropout(torch.ones_like(weights.get_data()), p))
+
+
+def multi_head_attention_forward(
+    query: Any, key: Any, value: Any, embed_dim_to_check: int, num_heads: int, in_proj_weight: Any, in_proj_bias: Any,
+    bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float, out_proj_weight: Any, out_proj_bias: Any,
+    training: bool = True, key_padding_mask: Any = None, need_weights: bool = True, attn_mask: Any = None,
+    use_separate_proj_weight: bool = False, q_proj_weight: Any = None, k_proj_weight: Any = None, v_proj_weight: Any = None,
+    static_k: Any = None, static_v: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[MaskedTensor, MaskedTensor | None]:  # fmt: skip
+    """(L, N, E) of queries, (S, N, E) of keys and values -> (L, N, E), and the weights (N, L, S), or those of each head."""
+    if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
+        raise UncoveredFunctionError(
+            "multi_head_attention_forward: bias_k, bias_v, add_zero_attn and static_k have no rule for a MaskedTensor"
+        )
+    q, k, v = (as_masked_tensor(x) for x in (query, key, value))
+    is_batched = q.ndim == 3
+    q, k, v = (x if is_batched else x.unsqueeze(1) for x in (q, k, v))
+    n, width = q.shape[1], embed_dim_to_check // num_heads
+    weights_in = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
+    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+
+    def heads(x: MaskedTensor, weight: Any, bias: Any) -> MaskedTensor:
+        made: MaskedTensor = of_rows("linear", x, weight, bias).reshape(-1, n, num_heads, width).permute(1, 2, 0, 3)
+        return made
+
+    q, k, v = (heads(x, weight, bias) for x, weight, bias in zip((q, k, v), weights_in, biases, strict=True))
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.reshape(n, num_heads, *attn_mask.shape[1:])
+    elif attn_mask is None and is_causal:
+        attn_mask = earlier(q, k)
+    padding = key_padding_mask if key_padding_mask is None or is_batched else key_padding_mask.unsqueeze(0)
+    if padding is not None:  # of bools, True is a key to leave out; of floats it is added
+        padding = (~padding if padding.dtype is torch.bool else padding)[:, None, None, :]
+    weights = weights_of(q, k, [attn_mask, padding], 1 / math.sqrt(width))
+    mixed = of_rows("matmul", dropped(weights, dropout_p if training else 0.0), v)
+    joined = mixed.permute(2, 0, 1, 3).reshape(-1, n, embed_dim_to_check)
+    made = of_rows("linear", joined, out_proj_weight, out_proj_bias)
+    told = (of_rows("mean", weights, 1) if average_attn_weights else weights) if need_weights else None
+    if is_batched:
+        return made, told
+    return made.squeeze(1), None if told is None else told.squeeze(0)

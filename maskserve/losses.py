@@ -1,0 +1,144 @@
+"""Losses over valid cells: the loss of each cell or sample, then its sum or mean over those that are valid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskserve.errors import DataError, DtypeError, ShapeError
+from maskserve.functions import elementwise, public
+from maskserve.making import as_masked_tensor
+from maskserve.ops.rows import Loss
+from maskserve.params import accept, resolve
+from maskserve.tensor import MaskedTensor
+from maskserve.torch_dtypes import dtype_of
+
+
+def compute(row: Loss, given: MaskedTensor, target: Any, said: dict[str, Any]) -> MaskedTensor:
+    """The loss, or the losses."""
+    tensors = {name: value for name, value in said.items() if isinstance(value, Tensor | MaskedTensor)}
+    params = resolve(row, {name: value for name, value in said.items() if name not in tensors and value is not None})
+    weight = tensors.get("weight")
+    if row.cells is not None:
+        third = (tensors.get(row.third),) if row.third else ()
+        own = {p.name: params[p.name] for p in row.cells.parameters}
+        losses = elementwise(row.cells, (given, target, *third), None, None, own)
+    else:
+        losses, weight = of_classes(row, given, target, weight, params)
+    if weight is None or not row.weighs_mean or params["reduction"] != "mean":
+        losses = losses if weight is None else times(losses, weight)
+        weight = None
+    return reduced(losses, weight, params["reduction"], params["dim"])
+
+
+def reduced(losses: MaskedTensor, weight: Any, reduction: str, dim: Any) -> MaskedTensor:
+    """The losses, or their sum or mean over the valid ones."""
+    made: MaskedTensor
+    if reduction == "none":
+        return losses
+    if reduction == "mean":
+        made = public("mean")(losses, dim, weights=None if weight is None else spread(weight, losses))
+        return made
+    made = public("sum")(losses, dim)
+    if reduction == "batchmean":
+        rows = losses.get_mask().flatten(1).any(1).sum() if losses.ndim else losses.get_mask().sum()
+        made = public("div")(made, max(int(rows), 1))
+    return made
+
+
+def spread(weight: Any, losses: MaskedTensor) -> MaskedTensor:
+    made: MaskedTensor = as_masked_tensor(weight).expand(losses.shape)
+    return made
+
+
+# -- of classes ---------------------------------------------------------------------------------------------------
+
+
+def of_classes(
+    row: Loss, given: MaskedTensor, target: Any, weight: Any, params: dict[str, Any]
+) -> tuple[MaskedTensor, MaskedTensor | None]:
+    """The loss of each sample, and what it counts for in the mean."""
+    accept(row, dtype_of(given._data))
+    if not given.ndim:
+        raise ShapeError(f"{row.name} takes classes along dim 1, or along the only dim; the input has no dim")
+    dim = min(given.ndim - 1, 1)
+    logs: MaskedTensor = public("log_softmax")(given, dim) if row.of_logits else given
+    wanted = as_masked_tensor(target)
+    per_class = None if weight is None else of_each_class(row, weight, logs, dim)
+    smoothing = params.get("label_smoothing", 0.0)
+    if wanted._data.is_floating_point():
+        return of_probabilities(row, logs, wanted, per_class, dim, smoothing), None
+    right = indices(row, logs, wanted, dim, params["ignore_index"])
+    losses: MaskedTensor = -public("gather")(logs, dim, right).squeeze(dim)
+    counts = None
+    if per_class is not None:
+        counts = as_masked_tensor(per_class.expand(logs.shape).gather(dim, right.to_tensor(0)).squeeze(dim))
+    if not smoothing:
+        return losses, counts
+    share = smoothing / logs.get_mask().sum(dim).clamp(min=1).to(logs.dtype)
+    weighed = logs if per_class is None else times(logs, per_class)
+    evenly = times(-public("sum")(weighed, dim), share)
+    own = losses if counts is None else times(losses, counts)
+    smooth: MaskedTensor = public("add")(times(own, 1 - smoothing), evenly)
+    return (smooth, None) if counts is None else (public("div")(smooth, counts), counts)
+
+
+def times(tensor: MaskedTensor, other: Any) -> MaskedTensor:
+    made: MaskedTensor = public("mul")(tensor, other)
+    return made
+
+
+def of_probabilities(
+    row: Loss, logs: MaskedTensor, wanted: MaskedTensor, per_class: Tensor | None, dim: int, smoothing: float
+) -> MaskedTensor:
+    """The cross entropies with targets that are probabilities, one for each class."""
+    if not row.of_logits:
+        raise DtypeError(
+            f"{row.name} takes targets that are classes, whole numbers; cross_entropy takes probabilities too"
+        )
+    if wanted.shape != logs.shape:
+        raise ShapeError(
+            f"{row.name}: targets that are probabilities have the input's shape {tuple(logs.shape)}, not {tuple(wanted.shape)}"
+        )
+    if smoothing:
+        share = smoothing / logs.get_mask().sum(dim, keepdim=True).clamp(min=1).to(logs.dtype)
+        wanted = public("add")(times(wanted, 1 - smoothing), share)
+    terms = times(logs, wanted)
+    made: MaskedTensor = -public("sum")(terms if per_class is None else times(terms, per_class), dim)
+    return made
+
+
+def of_each_class(row: Loss, weight: Any, logs: MaskedTensor, dim: int) -> Tensor:
+    """One weight a class, along their dim."""
+    made = as_masked_tensor(weight)
+    if made.shape != (logs.shape[dim],):
+        raise ShapeError(
+            f"{row.name}: weight has shape {tuple(made.shape)}, and there are {logs.shape[dim]} classes: give one for each"
+        )
+    if made._mask is not None and not bool(made._full_mask().all()):
+        raise DataError(f"{row.name}: the weight of a class is masked: give one for each")
+    return made._data.reshape([-1 if d == dim else 1 for d in range(logs.ndim)])
+
+
+def indices(row: Loss, logs: MaskedTensor, wanted: MaskedTensor, dim: int, ignored: int) -> MaskedTensor:
+    """The target classes along a dim of size 1, masked where they are ignored."""
+    if wanted._data.dtype is torch.bool or wanted._data.is_complex():
+        raise DtypeError(f"{row.name}: targets are classes, whole numbers, not {dtype_of(wanted._data).name}")
+    shape = tuple(n for d, n in enumerate(logs.shape) if d != dim)
+    if wanted.shape != shape:
+        raise ShapeError(
+            f"{row.name}: targets have shape {tuple(wanted.shape)}, the samples {shape}; they must be equal"
+        )
+    cells = wanted._data.long()
+    valid = wanted._full_mask() & (cells != int(ignored))
+    n_classes = logs.shape[dim]
+    wrong = valid & ((cells < 0) | (cells >= n_classes))
+    if bool(wrong.any()):
+        raise DataError(
+            f"{row.name}: a target is class {int(cells[wrong][0])}; there are {n_classes}, from 0: mask it, or give ignore_index"
+        )
+    safe = torch.where(valid, cells, 0)
+    made: MaskedTensor = MaskedTensor._of(safe, valid).unsqueeze(dim)
+    return made

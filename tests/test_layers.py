@@ -1,0 +1,281 @@
+"""Layers: torch's own where nothing is masked, and on the compressed cells; what lies under a mask changes no bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # as torch's own documentation writes it
+
+import maskserve as ms
+from maskserve import MaskedTensor
+from maskserve.errors import MaskserveError
+
+nan, inf = torch.nan, torch.inf
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def masks(*shape: int, seed: int = 9) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.3
+
+
+def leaf(cells: Tensor, mask: Tensor | None = None, junk: float = nan) -> MaskedTensor:
+    data = cells if mask is None else torch.where(mask, cells, junk)
+    return ms.masked_tensor(data, mask, requires_grad=True)
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got.detach(), wanted.detach(), rtol=1e-12, atol=1e-12)
+
+
+W, B = drawn(6, seed=1), drawn(6, seed=2)
+PLAIN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "layer_norm": (lambda x: F.layer_norm(x, (6,), W, B), (drawn(4, 5, 6),)),
+    "layer_norm of two dims": (lambda x: F.layer_norm(x, (5, 6)), (drawn(4, 5, 6),)),
+    "rms_norm": (lambda x: F.rms_norm(x, (6,), W), (drawn(4, 5, 6),)),
+    "group_norm": (lambda x: F.group_norm(x, 3, W, B), (drawn(4, 6, 5),)),
+    "batch_norm": (lambda x: F.batch_norm(x, None, None, W, B, training=True), (drawn(4, 6, 5),)),
+    "batch_norm as trained": (lambda x: F.batch_norm(x, W, B.exp(), W, B), (drawn(4, 6, 5),)),
+    "cosine_similarity": (F.cosine_similarity, (drawn(4, 6), drawn(4, 6, seed=5))),
+    "attention": (
+        F.scaled_dot_product_attention,
+        (drawn(2, 3, 5, 6), drawn(2, 3, 7, 6, seed=5), drawn(2, 3, 7, 4, seed=6)),
+    ),
+    "causal attention": (
+        lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True),
+        (drawn(2, 5, 6), drawn(2, 5, 6, seed=5), drawn(2, 5, 4, seed=6)),
+    ),
+    "attention with a mask": (
+        lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=masks(5, 7) | torch.eye(5, 7).bool()),
+        (drawn(2, 3, 5, 6), drawn(2, 3, 7, 6, seed=5), drawn(2, 3, 7, 4, seed=6)),
+    ),
+    "attention with a bias": (
+        lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=drawn(5, 7, seed=8), scale=0.3),
+        (drawn(2, 3, 5, 6), drawn(2, 3, 7, 6, seed=5), drawn(2, 3, 7, 4, seed=6)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_it_is_torchs_layer_where_nothing_is_masked(name: str) -> None:
+    function, inputs = PLAIN[name]
+    ours, theirs = [leaf(x) for x in inputs], [x.clone().requires_grad_() for x in inputs]
+    made, expected = function(*ours), function(*theirs)
+    assert isinstance(made, MaskedTensor)
+    assert bool(made.get_mask().all())
+    close(made.get_data(), expected)
+    above = drawn(*expected.shape, seed=11)
+    for got, wanted in zip(
+        torch.autograd.grad([made], ours, [above]), torch.autograd.grad([expected], theirs, [above]), strict=True
+    ):
+        close(got.to_tensor(), wanted)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_lies_under_a_mask_changes_no_bit(name: str) -> None:
+    function, inputs = PLAIN[name]
+    own = [masks(*x.shape, seed=i) for i, x in enumerate(inputs)]
+    results = []
+    for junk in (nan, inf, -1e300):
+        leaves = [leaf(x, mask, junk) for x, mask in zip(inputs, own, strict=True)]
+        made = function(*leaves)
+        gradients = torch.autograd.grad([made], leaves, [torch.ones(made.shape, dtype=torch.float64)])
+        results.append([made.detach(), *gradients])
+    for one, other in zip(results[0] * 2, results[1] + results[2], strict=True):
+        assert torch.equal(one.get_mask(), other.get_mask())
+        assert torch.equal(one.to_tensor(0), other.to_tensor(0))
+        assert bool(one.to_tensor(0).isfinite().all())
+
+
+def test_norms_are_torchs_on_the_valid_cells_of_a_slice() -> None:
+    x, mask = drawn(5, 6), masks(5, 6)
+    mask[0] = False
+    for function in (F.layer_norm, F.rms_norm):
+        made = function(leaf(x, mask), (6,))
+        assert torch.equal(made.get_mask(), mask)
+        for i in range(1, 5):
+            kept = mask[i]
+            close(made.get_data()[i][kept], function(x[i][kept], (int(kept.sum()),)))
+    batch, own = drawn(4, 6, 5), masks(4, 6, 5)
+    made = F.group_norm(leaf(batch, own), 3)
+    for n in range(4):
+        for g in range(3):
+            kept = own[n, 2 * g : 2 * g + 2]
+            cells = batch[n, 2 * g : 2 * g + 2][kept]
+            close(made.get_data()[n, 2 * g : 2 * g + 2][kept], F.layer_norm(cells, cells.shape))
+
+
+def test_running_statistics_move_by_the_valid_cells_and_stay_where_there_are_none() -> None:
+    x, mask = drawn(4, 3, 5), masks(4, 3, 5)
+    mask[:, 2] = False
+    norm = nn.BatchNorm1d(3).double()
+    made = norm(ms.masked_tensor(x, mask))
+    assert torch.equal(made.get_mask(), mask)
+    for c in range(2):
+        cells = x[:, c][mask[:, c]]
+        close(made.get_data()[:, c][mask[:, c]], F.layer_norm(cells, cells.shape))
+        close(norm.running_mean[c], 0.1 * cells.mean())
+        close(norm.running_var[c], 0.9 + 0.1 * cells.var())
+    assert (float(norm.running_mean[2]), float(norm.running_var[2])) == (0, 1)
+
+
+def test_cosines_are_over_the_cells_that_are_valid_in_both() -> None:
+    x, y, own, others = drawn(5, 8), drawn(5, 8, seed=4), masks(5, 8), masks(5, 8, seed=3)
+    made = F.cosine_similarity(leaf(x, own), leaf(y, others))
+    for i in range(5):
+        both = own[i] & others[i]
+        close(made.get_data()[i], F.cosine_similarity(x[i][both], y[i][both], dim=0))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_of_padded_sequences_is_that_of_each_alone(is_causal: bool) -> None:
+    q, k, v = (drawn(3, 2, 6, 4, seed=i) for i in range(3))
+    lengths = [6, 3, 0]
+    valid = torch.arange(6) < torch.tensor(lengths)[:, None]
+    rows = valid[:, None, :, None].expand(q.shape)
+    made = F.scaled_dot_product_attention(*(leaf(x, rows, junk) for x, junk in zip((q, k, v), (nan, inf, -inf), strict=True)),
+                                          is_causal=is_causal)  # fmt: skip
+    assert torch.equal(made.get_mask(), rows), "a masked query, and one that meets no key, is masked"
+    for i, n in enumerate(lengths[:2]):
+        alone = F.scaled_dot_product_attention(*(x[i, :, :n] for x in (q, k, v)), is_causal=is_causal)
+        close(made.get_data()[i, :, :n], alone)
+
+
+def test_a_valid_nan_is_not_hidden_and_one_that_no_query_meets_is() -> None:
+    q, k, v = (drawn(3, 4, seed=i) for i in range(3))
+    k[2, 0] = nan
+    made = F.scaled_dot_product_attention(ms.masked_tensor(q), k, v)
+    assert bool(made.get_data().isnan().all())
+    made = F.scaled_dot_product_attention(ms.masked_tensor(q), k, v, is_causal=True)
+    assert made.get_data().isnan().any(1).tolist() == [False, False, True]
+    assert bool(made.get_mask().all())
+
+
+def test_a_query_that_meets_no_key_is_masked() -> None:
+    q = ms.masked_tensor(drawn(2, 4))
+    met = torch.tensor([[True, False], [False, False]])
+    made = F.scaled_dot_product_attention(q, drawn(2, 4, seed=1), drawn(2, 4, seed=2), attn_mask=met)
+    assert made.get_mask().all(1).tolist() == [True, False]
+    assert not made.get_mask()[1].any()
+
+
+def test_embeddings_of_masked_indices_are_masked_and_train_nothing() -> None:
+    table = nn.Embedding(5, 3).double()
+    index = ms.masked_tensor(torch.tensor([[1, 10**6], [4, 1]]), torch.tensor([[True, False], [True, True]]))
+    made = table(index)
+    assert torch.equal(made.get_mask()[..., 0], index.get_mask())
+    close(made.get_data()[0, 0], table.weight[1])
+    made.sum().backward()
+    assert table.weight.grad.sum(1).tolist() == [0, 6, 0, 0, 3]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.LayerNorm(6),
+        nn.RMSNorm(6),
+        nn.GroupNorm(2, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 2),
+        nn.CosineSimilarity(dim=0),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_of_torch_take_them(module: nn.Module) -> None:
+    x = drawn(4, 6)
+    inputs = (x, x + 1) if isinstance(module, nn.CosineSimilarity) else (x,)
+    expected = module.double()(*inputs)
+    close(module(*(ms.masked_tensor(cells) for cells in inputs)).to_tensor(), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"need_weights": False}, {"average_attn_weights": False}], ids=str)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_multihead_attention_is_torchs(options: dict[str, Any], is_padded: bool) -> None:
+    attention = nn.MultiheadAttention(6, 2, batch_first=True).double().train()
+    x = drawn(3, 5, 6)
+    padding = (torch.arange(5) >= torch.tensor([5, 3, 2])[:, None]) if is_padded else None
+    causal = torch.ones(5, 5).tril() == 0
+    expected, weights = attention(x, x, x, key_padding_mask=padding, attn_mask=causal, **options)
+    made, told = attention(*[ms.masked_tensor(x)] * 3, key_padding_mask=padding, attn_mask=causal, **options)
+    close(made.to_tensor(), expected)
+    assert (told is None) == (weights is None)
+    if weights is not None:
+        close(told.to_tensor(0), weights)
+
+
+def test_multihead_attention_takes_padding_as_masks() -> None:
+    attention = nn.MultiheadAttention(6, 2).double()
+    x = drawn(5, 3, 6)
+    valid = (torch.arange(5)[:, None] < torch.tensor([5, 3, 0]))[..., None].expand(x.shape)
+    made, _ = attention(*[leaf(x, valid)] * 3)
+    assert torch.equal(made.get_mask(), valid)
+    for i, n in enumerate((5, 3)):
+        close(made.get_data()[:n, i], attention(*[x[:n, i]] * 3)[0])
+    alone, _ = attention(*[ms.masked_tensor(x[:, 0])] * 3)
+    close(alone.to_tensor(), made.get_data()[:, 0])
+
+
+class Block(nn.Module):
+    """A transformer's block, with an embedding before and classes after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.heads = nn.Embedding(11, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.wide, self.narrow, self.out = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens: Any) -> Any:
+        x = self.embed(tokens)
+        y = self.norms[0](x)
+        x = x + self.heads(y, y, y, need_weights=False)[0]
+        x = x + self.narrow(torch.relu(self.wide(self.norms[1](x))))
+        return self.out(x)
+
+
+def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
+    """Six steps of Adam; the parameters agree to 1e-10. What stands in the padding is junk."""
+    torch.manual_seed(2)
+    padded, alone = Block().double(), Block().double()
+    alone.load_state_dict(padded.state_dict())
+    lengths = [7, 3, 1, 5]
+    tokens, classes = torch.randint(11, (4, 7)), torch.randint(4, (4, 7))
+    valid = torch.arange(7) < torch.tensor(lengths)[:, None]
+    batch = ms.masked_tensor(torch.where(valid, tokens, 10**9), valid)
+    targets = ms.masked_tensor(torch.where(valid, classes, -7), valid)
+    optimizers = [torch.optim.Adam(module.parameters(), lr=1e-2) for module in (padded, alone)]
+    for _ in range(6):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = F.cross_entropy(padded(batch).transpose(1, 2), targets)
+        loss.backward()
+        parts = [
+            F.cross_entropy(alone(tokens[i : i + 1, :n])[0], classes[i, :n], reduction="sum")
+            for i, n in enumerate(lengths)
+        ]
+        expected = torch.stack(parts).sum() / sum(lengths)
+        expected.backward()
+        torch.testing.assert_close(loss.to_tensor(), expected, rtol=1e-10, atol=1e-10)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(padded.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: F.layer_norm(x, (5,)), r"normalized_shape \(5,\) must be the end of the input's shape \(4, 6\)"),
+        (lambda x: F.group_norm(x, 4), "4 groups do not divide the channels"),
+        (lambda x: F.batch_norm(x, None, None), "running_mean and running_var are needed"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, torch.ones(4, 4).bool(), is_causal=True), "not both"),
+    ],
+)
+def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:
+    with pytest.raises(MaskserveError, match=says):
+        call(ms.masked_tensor(drawn(4, 6)))

@@ -1,0 +1,262 @@
+"""Losses: torch's own on the compressed cells, values and gradients, and torch's own where nothing is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # as torch's own documentation writes it
+
+import maskserve as ms
+from maskserve import MaskedTensor
+from maskserve.errors import DataError, MaskserveError
+
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+nan, inf = torch.nan, torch.inf
+JUNK = (nan, inf, -1e300)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss of cells: how inputs and targets are drawn, and its options."""
+
+    name: str
+    draw: Callable[[Tensor], Tensor] = lambda cells: cells
+    target: Callable[[Tensor], Tensor] = lambda cells: cells
+    options: dict[str, Any] = field(default_factory=dict)
+    takes_weight: bool = False
+
+
+CASES = [
+    Case("mse_loss", takes_weight=True),
+    Case("l1_loss", takes_weight=True),
+    Case("huber_loss", options={"delta": 0.4}, takes_weight=True),
+    Case("smooth_l1_loss", options={"beta": 0.4}),
+    Case("binary_cross_entropy", torch.sigmoid, torch.sigmoid, takes_weight=True),
+    Case("binary_cross_entropy_with_logits", target=torch.sigmoid, takes_weight=True),
+    Case("kl_div", lambda x: x.log_softmax(-1), lambda x: x.softmax(-1)),
+    Case("kl_div", lambda x: x.log_softmax(-1), lambda x: x.log_softmax(-1), {"log_target": True}),
+]  # fmt: skip
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{'-'.join(case.options)}")
+
+
+def drawn(case: Case, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(input, target, mask of the input, mask of the target)."""
+    generator = torch.Generator().manual_seed(3)
+    cells = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    masks = [torch.rand(shape, generator=generator) > 0.3 for _ in range(2)]
+    masks[0][0] = False  # a row without any
+    return case.draw(cells[0]), case.target(cells[1]), *masks
+
+
+def leaf(cells: Tensor, mask: Tensor | None = None, junk: float = nan) -> MaskedTensor:
+    data = cells if mask is None else torch.where(mask, cells, junk)
+    return ms.masked_tensor(data, mask, requires_grad=True)
+
+
+def gradient(loss: Any, *by: Any) -> tuple[Any, ...]:
+    return torch.autograd.grad([loss], [*by], [torch.ones(loss.shape, dtype=torch.float64)])
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@every_case
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("junk", JUNK, ids=str)
+def test_it_is_torchs_loss_of_the_cells_where_both_are_valid(case: Case, reduction: str, junk: float) -> None:
+    given, target, own, others = drawn(case, 5, 7)
+    both = own & others
+    function = getattr(F, case.name)
+    x, y = leaf(given, own, junk), leaf(target, others, junk)
+    loss = function(x, y, reduction=reduction, **case.options)
+    plain = [cells[both].clone().requires_grad_() for cells in (given, target)]
+    expected = function(*plain, reduction=reduction, **case.options)
+    wants_target = not case.name.startswith("binary")
+    leaves, plain_leaves = ([x, y], plain) if wants_target else ([x], plain[:1])
+    got = loss.get_data()[both] if reduction == "none" else loss.get_data()
+    if reduction == "none":
+        assert torch.equal(loss.get_mask(), both)
+    close(got.detach(), expected.detach())
+    for ours, theirs in zip(gradient(loss, *leaves), gradient(expected, *plain_leaves), strict=True):
+        assert torch.equal(ours.get_mask(), both)
+        close(ours.get_data()[both], theirs)
+
+
+@every_case
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_it_is_torchs_loss_where_nothing_is_masked(case: Case, reduction: str) -> None:
+    given, target, *_ = drawn(case, 4, 6)
+    function = getattr(F, case.name)
+    x, plain = leaf(given), given.clone().requires_grad_()
+    loss, expected = (function(a, target, reduction=reduction, **case.options) for a in (x, plain))
+    assert bool(loss.get_mask().all())
+    assert torch.equal(loss.get_data().detach(), expected.detach()) or reduction != "none"
+    close(loss.get_data().detach(), expected.detach())
+    close(gradient(loss, x)[0].get_data(), gradient(expected, plain)[0])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.takes_weight], ids=lambda case: case.name)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_count_only_where_cells_do(case: Case, reduction: str) -> None:
+    given, target, own, others = drawn(case, 5, 7)
+    weight = torch.rand(5, 7, dtype=torch.float64)
+    both = own & others
+    theirs = getattr(F, case.name)
+    ours = ms.l1_loss if case.name == "l1_loss" else theirs  # F.l1_loss hands no weight on
+    loss = ours(leaf(given, own), leaf(target, others), weight=weight, reduction=reduction, **case.options)
+    expected = theirs(given[both], target[both], weight=weight[both], reduction=reduction, **case.options)
+    close((loss.get_data()[both] if reduction == "none" else loss.get_data()).detach(), expected)
+
+
+def test_pos_weight_is_torchs() -> None:
+    x, t, p = torch.randn(4, 3).double(), torch.rand(4, 3).double(), torch.tensor([0.5, 2, 3]).double()
+    mask = torch.rand(4, 3) > 0.3
+    expected = F.binary_cross_entropy_with_logits(x, t, pos_weight=p, reduction="none")[mask].mean()
+    close(F.binary_cross_entropy_with_logits(ms.masked_tensor(x, mask), t, pos_weight=p).get_data(), expected)
+
+
+@every_case
+def test_a_loss_per_row_and_one_of_no_cells(case: Case) -> None:
+    given, target, own, others = drawn(case, 5, 7)
+    loss = getattr(ms, case.name)(leaf(given, own), leaf(target, others), dim=1, **case.options)
+    assert loss.get_mask().tolist() == [False, *[bool(row.any()) for row in (own & others)[1:]]]
+    for i in range(1, 5):
+        both = (own & others)[i]
+        close(
+            loss.get_data()[i].detach(),
+            getattr(F, case.name)(given[i][both], target[i][both], reduction="mean", **case.options),
+        )
+    nothing = getattr(ms, case.name)(leaf(given, own & False), target, **case.options)
+    assert nothing.tolist() is None
+
+
+def test_batchmean_is_by_the_rows_that_have_cells() -> None:
+    given, target, own, others = drawn(CASES[6], 5, 7)
+    loss = F.kl_div(leaf(given, own), leaf(target, others), reduction="batchmean")
+    both = own & others
+    close(loss.get_data().detach(), F.kl_div(given[both], target[both], reduction="sum") / 4)
+
+
+# -- of classes ---------------------------------------------------------------------------------------------------
+
+SHAPES = [(6, 4), (3, 4, 5), (4,), (2, 4, 3, 2)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def classes(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(7)
+    dim = min(len(shape) - 1, 1)
+    samples = tuple(n for d, n in enumerate(shape) if d != dim)
+    return torch.randn(shape, generator=generator).double(), torch.randint(4, samples, generator=generator), dim
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"weight": torch.tensor([0.5, 2, 1, 3]).double()}, {"label_smoothing": 0.1}, {"ignore_index": 2},
+    {"weight": torch.tensor([0.5, 2, 1, 3]).double(), "label_smoothing": 0.2, "ignore_index": 1},
+]  # fmt: skip
+
+
+@every_shape
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_is_torchs_where_nothing_is_masked(
+    shape: tuple[int, ...], options: dict[str, Any], reduction: str
+) -> None:
+    given, target, _ = classes(shape)
+    x, plain = leaf(given), given.clone().requires_grad_()
+    loss, expected = (F.cross_entropy(a, target, reduction=reduction, **options) for a in (x, plain))
+    valid = loss.get_mask()
+    if reduction == "none":
+        assert torch.equal(valid, target != options.get("ignore_index", -100))
+    elif not bool(valid):
+        pytest.skip("the only sample is ignored: masked here, NaN or 0 in torch")
+    close(loss.to_tensor(0.0).detach(), expected.detach())
+    close(gradient(loss, x)[0].to_tensor(0.0), gradient(expected, plain)[0])
+
+
+@every_shape
+@pytest.mark.parametrize("junk", JUNK, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda options: "-".join(options) or "plain")
+def test_a_masked_class_is_no_choice_and_a_masked_target_no_sample(
+    shape: tuple[int, ...], junk: float, options: dict[str, Any]
+) -> None:
+    given, target, dim = classes(shape)
+    own, wanted = torch.rand(shape) > 0.3, torch.rand(target.shape) > 0.2
+    x = leaf(given, own, junk)
+    targets = ms.masked_tensor(torch.where(wanted, target, 10**6), wanted)
+    loss = ms.cross_entropy(x, targets, reduction="none", **options)
+    expected = torch.full(target.shape, nan).double()
+    for at in torch.cartesian_prod(*map(torch.arange, target.shape)).reshape(-1, target.ndim) if target.ndim else [[]]:
+        place = [int(i) for i in at]
+        index = (*place[:dim], slice(None), *place[dim:])
+        kept, right = own[index], int(target[tuple(place)])
+        if bool(wanted[tuple(place)]) and bool(kept[right]):
+            weight = options.get("weight")
+            own_options = options | ({"weight": weight[kept]} if weight is not None else {})
+            new = int(kept[:right].sum())
+            expected[tuple(place)] = F.cross_entropy(
+                given[index][kept], torch.tensor(new), reduction="sum", **own_options
+            )
+    close(loss.to_tensor(nan).detach().nan_to_num(9e9), expected.nan_to_num(9e9))
+
+
+@every_shape
+def test_targets_may_be_probabilities(shape: tuple[int, ...]) -> None:
+    given, _, dim = classes(shape)
+    target = torch.rand(shape).double().softmax(dim)
+    for options in ({}, {"label_smoothing": 0.1}, {"weight": OPTIONS[1]["weight"]}):
+        expected = F.cross_entropy(given, target, **options)
+        close(F.cross_entropy(ms.masked_tensor(given), target, **options).get_data(), expected)
+
+
+@every_shape
+def test_nll_loss_is_torchs(shape: tuple[int, ...]) -> None:
+    given, target, dim = classes(shape)
+    logs = given.log_softmax(dim)
+    for reduction in REDUCTIONS:
+        for weight in (None, OPTIONS[1]["weight"]):
+            expected = F.nll_loss(logs, target, weight=weight, reduction=reduction)
+            # torch multiplies each loss by its weight, with reduction="none" too
+            close(F.nll_loss(ms.masked_tensor(logs), target, weight=weight, reduction=reduction).get_data(), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: F.cross_entropy(x, torch.tensor([0, 4])), "a target is class 4; there are 4, from 0"),
+        (lambda x: F.cross_entropy(x, torch.tensor([0, 1, 2])), r"targets have shape \(3,\), the samples \(2,\)"),
+        (lambda x: F.cross_entropy(x, torch.tensor([0, 1]), weight=torch.ones(3)), "give one for each"),
+        (lambda x: F.nll_loss(x, torch.rand(2, 4)), "cross_entropy takes probabilities too"),
+        (lambda x: F.mse_loss(x, x, reduction="average"), "one of none, mean, sum"),
+        (lambda x: F.binary_cross_entropy(x + 9, x), "between 0 and 1"),
+        (lambda x: F.mse_loss(x, torch.ones(3)), "do not broadcast"),
+    ],
+)  # fmt: skip
+def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:
+    with pytest.raises(MaskserveError, match=says):
+        call(ms.masked_tensor(torch.rand(2, 4)))
+
+
+def test_a_hidden_probability_above_1_raises_nothing() -> None:
+    x = ms.masked_tensor(torch.tensor([0.5, 7.0]), torch.tensor([True, False]))
+    close(F.binary_cross_entropy(x, torch.tensor([1.0, -3.0])).get_data(), torch.tensor(0.5).log().neg())
+    with pytest.raises(DataError):
+        F.binary_cross_entropy(ms.masked_tensor(torch.tensor([0.5, 7.0])), torch.tensor([1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.MSELoss(), nn.L1Loss(reduction="sum"), nn.HuberLoss(), nn.SmoothL1Loss(), nn.BCEWithLogitsLoss()],
+    ids=lambda module: type(module).__name__,
+)  # fmt: skip
+def test_modules_of_torch_take_them(module: nn.Module) -> None:
+    x, t, mask = torch.randn(4, 3).double(), torch.rand(4, 3).double(), torch.rand(4, 3) > 0.4
+    close(module(ms.masked_tensor(x, mask), t).get_data(), module(x[mask], t[mask]))
+    logits, target = torch.randn(4, 3).double(), torch.tensor([0, 2, 1, 1])
+    close(nn.CrossEntropyLoss()(ms.masked_tensor(logits), target).get_data(), nn.CrossEntropyLoss()(logits, target))
