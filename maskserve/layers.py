@@ -15,8 +15,10 @@ from torch.nn import functional
 
 from maskserve.errors import DtypeError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.functions import public
+from maskserve.gates import kept
 from maskserve.making import as_masked_tensor
 from maskserve.tensor import MaskedTensor
+from maskserve.tracing import in_transform, is_followed
 
 
 def of_rows(name: str, *args: Any, **params: Any) -> MaskedTensor:
@@ -158,8 +160,50 @@ def scaled_dot_product_attention(
                 "scaled_dot_product_attention: give attn_mask or is_causal, not both", parameter="is_causal"
             )
         attn_mask = earlier(q, k)
-    weights = weights_of(q, k, [attn_mask], 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    made = None if dropout_p else by_torch(q, k, v, attn_mask, scale)
+    if made is not None:
+        return made
+    weights = weights_of(q, k, [attn_mask], scale)
     return of_rows("matmul", dropped(weights, dropout_p), v)
+
+
+def by_torch(q: MaskedTensor, k: MaskedTensor, v: MaskedTensor, attn_mask: Any, scale: float) -> MaskedTensor | None:
+    """The same by torch's fused kernel, which holds no scores; None where it could not be right.
+
+    It knows masks of whole keys alone, and 0 times NaN is NaN to it: so rows must be valid or masked whole, and finite.
+    """
+    given = (q, k, v)
+    plain = attn_mask is None or (isinstance(attn_mask, Tensor) and attn_mask.dtype is torch.bool)
+    alike = len({x.dtype for x in given}) == len({x.shape[:-2] for x in given}) == 1 and q.ndim > 2
+    if not (plain and alike) or any(is_followed(x._data) for x in given) or in_transform():
+        return None
+    rows = [whole_rows(x) for x in given]
+    if any(row is None for row in rows):
+        return None
+    of_q, of_k, of_v = (row for row in rows if row is not None)
+    cells = [q._data, *(kept(x._data, x._mask if x._mask is None else x._full_mask()) for x in (k, v))]
+    if not all(
+        bool(x.sum().isfinite()) for x in cells[1:]
+    ):  # a sum that is finite is of finite cells; a query is its own row's
+        return None
+    met = of_k.unsqueeze(-2) if attn_mask is None else of_k.unsqueeze(-2) & attn_mask
+    made = functional.scaled_dot_product_attention(cells[0], cells[1], cells[2], attn_mask=met, scale=scale)
+    valid = (met & of_v.unsqueeze(-2)).any(-1) & of_q
+    mask = valid.unsqueeze(-1).expand(made.shape)
+    return MaskedTensor._of(kept(made, mask), mask.contiguous())
+
+
+def whole_rows(x: MaskedTensor) -> Tensor | None:
+    """Which rows are valid, where each is valid or masked as a whole."""
+    mask, words = x._full_mask(), x.shape[-1] // 8
+    if x._mask is None or not words or x.shape[-1] % 8 or not mask.is_contiguous():
+        rows = mask.all(-1)
+        return rows if torch.equal(rows, mask.any(-1)) else None
+    eight = mask.view(torch.int64)  # cells at a time
+    first = mask[..., 0]
+    is_whole = bool((eight == first.to(torch.int64).mul_(0x0101010101010101).unsqueeze(-1)).all())
+    return first if is_whole else None
 
 
 def earlier(q: MaskedTensor, k: MaskedTensor) -> Tensor:

@@ -147,6 +147,27 @@ def test_attention_of_padded_sequences_is_that_of_each_alone(is_causal: bool) ->
         close(made.get_data()[i, :, :n], alone)
 
 
+@pytest.mark.parametrize("met", [None, masks(6, 6)], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["rows", "cells", "values of other rows", "inf", "junk"])
+def test_torchs_kernel_gives_what_the_rows_give(met: Tensor | None, kind: str) -> None:
+    inputs = [drawn(3, 2, 6, 8, seed=i) for i in range(3)]
+    own = [masks(3, 2, 6, 1, seed=0).expand(3, 2, 6, 8) for _ in range(3)]
+    if kind == "cells":
+        own[1] = masks(3, 2, 6, 8, seed=4)
+    if kind == "values of other rows":
+        own[2] = masks(3, 2, 6, 1, seed=5).expand(3, 2, 6, 8)
+    if kind == "inf":
+        inputs[2][0, 0, 3, 1] = inf
+    if kind == "junk":
+        inputs = [torch.where(m, x, nan) for x, m in zip(inputs, own, strict=True)]
+    made = F.scaled_dot_product_attention(
+        *(ms.masked_tensor(x, m) for x, m in zip(inputs, own, strict=True)), attn_mask=met
+    )
+    by_rows = F.scaled_dot_product_attention(*(leaf(x, m) for x, m in zip(inputs, own, strict=True)), attn_mask=met)
+    assert torch.equal(made.get_mask(), by_rows.get_mask())
+    torch.testing.assert_close(made.to_tensor(0), by_rows.to_tensor(0).detach(), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 def test_a_valid_nan_is_not_hidden_and_one_that_no_query_meets_is() -> None:
     q, k, v = (drawn(3, 4, seed=i) for i in range(3))
     k[2, 0] = nan
