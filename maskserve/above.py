@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from maskserve.dtypes import COMPLEX, DType, boolean, f64
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.payload.header import Shape, shown, shown_shape
 from maskserve.payload.variables import GRAD_OUTPUT, Dims, Variable, Variables
-
-if TYPE_CHECKING:
-    from maskserve.steps import Told
+from maskserve.told import Told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

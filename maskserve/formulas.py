@@ -23,8 +23,9 @@ from maskserve.payload.variables import DATA, MASK, Dims, Variable, Variables, u
 from maskserve.pullbacks import Leaves
 from maskserve.requests import Request
 from maskserve.sides import Payloads
-from maskserve.steps import TORCH, Result, Step, Told, Work, gradient_results
+from maskserve.steps import TORCH, Result, Step, Work, gradient_results
 from maskserve.tensor import MaskedTensor
+from maskserve.told import Told
 from maskserve.tracing import is_followed
 from maskserve.variable_steps import puller, work_of
 

@@ -212,22 +212,21 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
     return Masked(joined._data, joined._mask, joined._reach)
 
 
-def formula(expr: str, variables: dict[str, Any]) -> MaskedTensor:
+def formula(row: Formula, expr: str, variables: dict[str, Any]) -> MaskedTensor:
     """An expression on tensors by name."""
-    from maskserve import evaluation  # which calls these functions
-
-    return evaluation.of_tensors(expr, {name: as_masked_tensor(given) for name, given in variables.items()})
+    made: MaskedTensor = implementation(row)(expr, {name: as_masked_tensor(given) for name, given in variables.items()})
+    return made
 
 
 def loss(row: Loss, given: Any, target: Any, params: dict[str, Any]) -> MaskedTensor:
-    from maskserve import losses  # which calls these functions
+    made: MaskedTensor = implementation(row)(row, as_masked_tensor(given), target, params)
+    return made
 
-    return losses.compute(row, as_masked_tensor(given), target, params)
 
-
-def layer(row: Layer) -> Function:
+def implementation(row: Formula | Loss | Layer) -> Function:
+    """What computes a row that is made of other rows: it calls these functions."""
     module, _, name = row.function.partition(":")
-    found: Function = getattr(import_module(module), name)  # it calls these functions
+    found: Function = getattr(import_module(module), name)
     return found
 
 
@@ -318,7 +317,7 @@ def build(row: Row) -> Function:
     )
     names: dict[str, Any] = {
         "_row": row, "_sliced": sliced, "_elementwise": elementwise, "_moved": moved, "_whole": whole,
-        "_contraction": contraction, "_formula": formula, "_loss": loss, "_layer": layer,
+        "_contraction": contraction, "_formula": formula, "_loss": loss, "_layer": implementation,
         "_masking": masked, "_one": one, "_masked": as_masked_tensor, "_many": (list, range, Tensor), "_several": several,
         "_tensors": (Tensor, MaskedTensor), "_public": public,
     }  # fmt: skip
@@ -368,7 +367,7 @@ def {name}({signature}):
 """
 _FORMULA = """\
 def {name}({signature}):
-    return _formula({given}, variables)
+    return _formula(_row, {given}, variables)
 """
 _TEMPLATES: dict[type[Row], str] = {
     Elementwise: _ELEMENTWISE, Masking: _MASKING, Move: _MOVE, Whole: _WHOLE, Contraction: _CONTRACTION,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from maskserve.payload.format import Output, Payload
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import MASK, Dims, Variable, Variables
 from maskserve.requests import Request
+from maskserve.told import Told
 from maskserve.torch_dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -57,20 +57,6 @@ class Result:
         yield output(self.name, self.data)
         if self.mask is not None:
             yield output(self.mask_name, self.mask)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """A tensor of a question or an answer, from the header alone."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    dims: Dims | None
-
-    @property
-    def n_bytes(self) -> int:
-        """Its bytes and its mask's."""
-        return prod(self.shape) * (self.dtype.n_bytes + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,8 @@ from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_n
 from maskserve.plan import Plan, plan
 from maskserve.requests import Request
 from maskserve.sides import Payloads, Side
-from maskserve.steps import TORCH, Result, Step, Told, Work, gradient_results
+from maskserve.steps import TORCH, Result, Step, Work, gradient_results
+from maskserve.told import Told
 
 NEW_MASK = "a new mask"
 

@@ -8,7 +8,7 @@ from maskserve.ops.rows import GRAD, Formula
 
 ROWS = (
     Formula(
-        name="eval",
+        name="eval", function="maskserve.evaluation:of_tensors",
         summary="value of an expression over variables, such as (x - mean(x, dim=0, keepdim=True)) / y",
         parameters=(
             Parameter(

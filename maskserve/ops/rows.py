@@ -323,6 +323,7 @@ class Loss(Row):
 
     kind = "loss"
 
+    function: str = "maskserve.losses:compute"
     cells: Elementwise | None = None
     """The loss of each cell; None: of classes along dim 1, by the index of the right one or by probabilities."""
     third: str = ""
@@ -397,6 +398,7 @@ class Formula(Row):
 
     kind = "formula"
     verb: str | None = "eval"
+    function: str
 
     @property
     def verbs(self) -> tuple[str, ...]:

@@ -1,0 +1,23 @@
+"""What a header alone tells of a tensor that a request reads or gives. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from maskserve.dtypes import DType
+from maskserve.payload.metadata import Dims
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A tensor of a question or an answer, from the header alone."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    dims: Dims | None
+
+    @property
+    def n_bytes(self) -> int:
+        """Its bytes and its mask's."""
+        return prod(self.shape) * (self.dtype.n_bytes + 1)
