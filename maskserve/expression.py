@@ -94,6 +94,8 @@ SIGNS = "+ - * / ** < <= > >= == != & | ~"
 
 def parse(text: str) -> Expression:
     """What `text` spells, whatever its variables are; ExpressionError says what cannot be, and at which column."""
+    if not isinstance(text, str):
+        raise refusal(f"an expression is a text, not a {type(text).__name__}", None)
     if not text.strip(" \t"):
         raise refusal("the expression is empty: write one over the variables, such as mean(x, dim=0)", 1)
     if len(text.encode(errors="replace")) > MOST_BYTES:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maskserve.errors import DtypeError, ParameterError, ShapeError, UncoveredFunctionError
+from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.functions import public
 from maskserve.gates import kept
 from maskserve.making import as_masked_tensor
@@ -124,6 +124,14 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Mask
     return of_rows("sum", of_rows("mul", *units), dim)
 
 
+def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> MaskedTensor:
+    """The valid cells draw as those of a plain tensor of this shape would."""
+    x = as_masked_tensor(input)
+    if not training or not p:
+        return x
+    return of_rows("mul", x, functional.dropout(torch.ones_like(x.get_data().detach()), p))
+
+
 def embedding(
     input: Any, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0,
     scale_grad_by_freq: bool = False, sparse: bool = False,
@@ -133,6 +141,11 @@ def embedding(
     if index._data.is_floating_point() or index._data.is_complex() or index._data.dtype is torch.bool:
         raise DtypeError(f"embedding: indices are whole numbers, not {index.dtype}")
     valid = index.get_mask()
+    wrong = valid & ((index._data < 0) | (index._data >= len(weight)))
+    if bool(wrong.any()):
+        raise DataError(
+            f"embedding: an index is {int(index._data[wrong][0])}; the table has {len(weight)} rows, from 0"
+        )
     rows = functional.embedding(
         torch.where(valid, index._data.long(), 0 if padding_idx is None else padding_idx), weight, padding_idx, max_norm,
         norm_type, scale_grad_by_freq, sparse,
@@ -165,7 +178,7 @@ def scaled_dot_product_attention(
     if made is not None:
         return made
     weights = weights_of(q, k, [attn_mask], scale)
-    return of_rows("matmul", dropped(weights, dropout_p), v)
+    return of_rows("matmul", dropout(weights, dropout_p), v)
 
 
 def by_torch(q: MaskedTensor, k: MaskedTensor, v: MaskedTensor, attn_mask: Any, scale: float) -> MaskedTensor | None:
@@ -176,6 +189,7 @@ def by_torch(q: MaskedTensor, k: MaskedTensor, v: MaskedTensor, attn_mask: Any, 
     given = (q, k, v)
     plain = attn_mask is None or (isinstance(attn_mask, Tensor) and attn_mask.dtype is torch.bool)
     alike = len({x.dtype for x in given}) == len({x.shape[:-2] for x in given}) == 1 and q.ndim > 2
+    alike = alike and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
     if not (plain and alike) or any(is_followed(x._data) for x in given) or in_transform():
         return None
     rows = [whole_rows(x) for x in given]
@@ -186,6 +200,11 @@ def by_torch(q: MaskedTensor, k: MaskedTensor, v: MaskedTensor, attn_mask: Any, 
     if not all(
         bool(x.sum().isfinite()) for x in cells[1:]
     ):  # a sum that is finite is of finite cells; a query is its own row's
+        return None
+    scores = (*q.shape[:-1], k.shape[-2])
+    if attn_mask is not None and any(
+        n not in (1, m) for n, m in zip(attn_mask.shape[::-1], scores[::-1], strict=False)
+    ):
         return None
     met = of_k.unsqueeze(-2) if attn_mask is None else of_k.unsqueeze(-2) & attn_mask
     made = functional.scaled_dot_product_attention(cells[0], cells[1], cells[2], attn_mask=met, scale=scale)
@@ -219,16 +238,16 @@ def weights_of(q: MaskedTensor, k: MaskedTensor, masks: Sequence[Any], scale: fl
         added = as_masked_tensor(mask)
         is_bool = added.dtype is torch.bool
         met = added.get_mask() & (added.get_data() if is_bool else added.get_data() != -torch.inf)
+        if met.ndim > scores.ndim or any(
+            n not in (1, m) for n, m in zip(met.shape[::-1], scores.shape[::-1], strict=False)
+        ):
+            raise ShapeError(
+                f"attn_mask has shape {tuple(met.shape)}, the scores {tuple(scores.shape)}: it must broadcast to them"
+            )
         scores = of_rows("mask", scores, valid=met.expand(scores.shape))
         if not is_bool:
             scores = of_rows("add", scores, of_rows("mask", added, valid=met))
     return of_rows("softmax", scores, -1)
-
-
-def dropped(weights: MaskedTensor, p: float) -> MaskedTensor:
-    if not p:
-        return weights
-    return of_rows("mul", weights, functional.dropout(torch.ones_like(weights.get_data()), p))
 
 
 def multi_head_attention_forward(
@@ -263,7 +282,7 @@ def multi_head_attention_forward(
     if padding is not None:  # of bools, True is a key to leave out; of floats it is added
         padding = (~padding if padding.dtype is torch.bool else padding)[:, None, None, :]
     weights = weights_of(q, k, [attn_mask, padding], 1 / math.sqrt(width))
-    mixed = of_rows("matmul", dropped(weights, dropout_p if training else 0.0), v)
+    mixed = of_rows("matmul", dropout(weights, dropout_p, training), v)
     joined = mixed.permute(2, 0, 1, 3).reshape(-1, n, embed_dim_to_check)
     made = of_rows("linear", joined, out_proj_weight, out_proj_bias)
     told = (of_rows("mean", weights, 1) if average_attn_weights else weights) if need_weights else None

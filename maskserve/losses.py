@@ -21,6 +21,8 @@ def compute(row: Loss, given: MaskedTensor, target: Any, said: dict[str, Any]) -
     tensors = {name: value for name, value in said.items() if isinstance(value, Tensor | MaskedTensor)}
     params = resolve(row, {name: value for name, value in said.items() if name not in tensors and value is not None})
     weight = tensors.get("weight")
+    if isinstance(target, int | float):
+        target = torch.full((), target, dtype=given.dtype, device=given.device)
     if row.cells is not None:
         third = (tensors.get(row.third),) if row.third else ()
         own = {p.name: params[p.name] for p in row.cells.parameters}

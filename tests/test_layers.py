@@ -242,6 +242,26 @@ def test_multihead_attention_takes_padding_as_masks() -> None:
     close(alone.to_tensor(), made.get_data()[:, 0])
 
 
+def test_dropout_is_torchs() -> None:
+    x, mask = drawn(50, 40), masks(50, 40)
+    torch.manual_seed(1)
+    made = F.dropout(ms.masked_tensor(x, mask), 0.3)
+    torch.manual_seed(1)
+    assert torch.equal(made.to_tensor(0), torch.where(mask, F.dropout(x, 0.3), 0))
+    assert F.dropout(made, 0.3, training=False).tolist() == made.tolist()
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_torchs_encoder_takes_them(is_training: bool) -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double().train(is_training)
+    x, lengths = drawn(3, 5, 8), [5, 3, 1]
+    valid = (torch.arange(5) < torch.tensor(lengths)[:, None])[..., None].expand(x.shape)
+    made = encoder(leaf(x, valid))
+    assert torch.equal(made.get_mask(), valid)
+    for i, n in enumerate(lengths):
+        close(made.get_data()[i, :n], encoder(x[i : i + 1, :n])[0])
+
+
 class Block(nn.Module):
     """A transformer's block, with an embedding before and classes after it."""
 
@@ -295,6 +315,9 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
         (lambda x: F.group_norm(x, 4), "4 groups do not divide the channels"),
         (lambda x: F.batch_norm(x, None, None), "running_mean and running_var are needed"),
         (lambda x: F.scaled_dot_product_attention(x, x, x, torch.ones(4, 4).bool(), is_causal=True), "not both"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, torch.ones(3, 4).bool()), r"attn_mask has shape \(3, 4\)"),
+        (lambda x: F.scaled_dot_product_attention(x[None], x[None, :, :4], x[None]), "matmul"),
+        (lambda x: F.embedding((x * 0).long() + 9, torch.ones(5, 2)), "an index is 9; the table has 5 rows"),
     ],
 )
 def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:

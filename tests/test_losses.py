@@ -244,6 +244,10 @@ def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: st
         call(ms.masked_tensor(torch.rand(2, 4)))
 
 
+def test_a_target_may_be_a_number() -> None:
+    assert ms.mse_loss(ms.masked_tensor([1.0, None, 3.0]), 0).tolist() == 5
+
+
 def test_a_hidden_probability_above_1_raises_nothing() -> None:
     x = ms.masked_tensor(torch.tensor([0.5, 7.0]), torch.tensor([True, False]))
     close(F.binary_cross_entropy(x, torch.tensor([1.0, -3.0])).get_data(), torch.tensor(0.5).log().neg())

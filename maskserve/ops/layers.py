@@ -15,6 +15,8 @@ ROWS = (
           function="maskserve.layers:batch_norm"),
     Layer(name="cosine_similarity", summary="cosine of the angle between two vectors, over the cells that are valid in both",
           function="maskserve.layers:cosine_similarity"),
+    Layer(name="dropout", summary="cells of which a random part becomes 0 in training, the others by as much larger",
+          function="maskserve.layers:dropout"),
     Layer(name="embedding", summary="rows of a table by their indices; a masked index gives a masked row",
           function="maskserve.layers:embedding"),
     Layer(name="scaled_dot_product_attention",
