@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from maskserve import requests, sides
@@ -202,7 +203,7 @@ def words_of(request: Request) -> str:
 def spelled(value: Any) -> str:
     if value is True:
         return ""
-    return " " + (",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return " " + quote(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def as_json(request: Request, looks: list[Outlook], target: Target) -> str:
