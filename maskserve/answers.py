@@ -77,6 +77,8 @@ def run(
         alive = {dim for step in planned for dim in step.dims_alive} - {r.name for r in results}
         results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
         results += labels(planned, {r.name for r in results})
+    for source in (payload, *others.values()):
+        source.refuse_changed()
     if prepared.metadata is None:
         prepared.metadata = metadata_of(request, payload, others, results)
     return Answer(results=tuple(results), metadata=dict(prepared.metadata))

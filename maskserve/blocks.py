@@ -20,6 +20,9 @@ NARROW = 512
 class Cells:
     """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
 
+    narrow = NARROW
+    """Columns that a block has at least; so many and tall rather than wide and low: states cost their joining."""
+
     def __init__(
         self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None, *, policy: str
     ) -> None:
@@ -88,22 +91,38 @@ class Folded:
         return self.window(slices)
 
     def window(self, slices: tuple[slice, ...]) -> Tensor:
-        """A copy of the block: each group of dims narrowed as far as its range allows, flattened, then cut exactly."""
-        tensor, dim, sizes, exact = self.tensor, 0, [], []
-        for size, wanted in zip(self.shape, slices, strict=True):
-            start, stop, rest, height = wanted.start, wanted.stop, size, 1
-            while rest > 1 and height == 1:  # a range inside one index of a dim goes on to the next dim
-                rest //= tensor.shape[dim]
-                first, last = start // rest, -(-stop // rest)
-                tensor = tensor.narrow(dim, first, last - first)
-                start, stop = start - first * rest, stop - first * rest
-                height, dim = last - first, dim + 1
-            sizes.append(height * rest)
-            exact.append(slice(start, stop))
-            while rest > 1:
-                rest //= tensor.shape[dim]
-                dim += 1
-        return tensor.reshape(sizes)[tuple(exact)]
+        """A copy of the block."""
+        box, sizes, exact = covering(tuple(self.tensor.shape), self.shape, slices)
+        return self.tensor[box].reshape(sizes)[exact]
+
+
+def covering(
+    shape: tuple[int, ...], folded: tuple[int, ...], where: tuple[slice, ...]
+) -> tuple[tuple[slice, ...], tuple[int, ...], tuple[slice, ...]]:
+    """The box of a tensor of `shape` that holds a window of it `folded`: the box, its sizes folded, the window in it.
+
+    Each group of dims is narrowed as far as its range allows.
+
+    >>> covering((4, 3, 5), (12, 5), (slice(4, 6), slice(0, 5)))
+    ((slice(1, 2, None), slice(1, 3, None), slice(0, 5, None)), (2, 5), (slice(0, 2, None), slice(0, 5, None)))
+    """
+    dim, box, sizes, exact = 0, [], [], []
+    for size, wanted in zip(folded, where, strict=True):
+        start, stop, rest, height = wanted.start, wanted.stop, size, 1
+        while rest > 1 and height == 1:  # a range inside one index of a dim goes on to the next dim
+            rest //= shape[dim]
+            first, last = start // rest, -(-stop // rest)
+            box.append(slice(first, last))
+            start, stop = start - first * rest, stop - first * rest
+            height, dim = last - first, dim + 1
+        sizes.append(height * rest)
+        exact.append(slice(start, stop))
+        while rest > 1:
+            rest //= shape[dim]
+            box.append(slice(0, shape[dim]))
+            dim += 1
+    box += [slice(0, n) for n in shape[dim:]]
+    return tuple(box), tuple(sizes), tuple(exact)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,13 +133,14 @@ class Cut:
     runs: tuple[slice, ...]
 
 
-def cut(plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: bool = False) -> Cut:
+def cut(
+    plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: bool = False, narrow: int = NARROW
+) -> Cut:
     """Blocks of about `block_cells`; a run is leaf * 2**k cells, so that it is a subtree of its own; or n, if `whole`."""
     outer, n, inner = shape
     run, width = n, inner
     if n * inner > block_cells:
-        # narrow and tall rather than wide and low: states of a slice's parts cost their joining
-        width = min(inner, max(1 if whole else min(NARROW, block_cells // min(n, plan.leaf)), block_cells // n, 1))
+        width = min(inner, max(1 if whole else min(narrow, block_cells // min(n, plan.leaf)), block_cells // n, 1))
         if not whole and n * width > block_cells:
             leaves = max(1, block_cells // (plan.leaf * width))
             run = plan.leaf << (leaves.bit_length() - 1)

@@ -34,6 +34,9 @@ SHORT = 256
 """Cells of a slice up to which its state weighs: a block takes whole slices, and their states stay in the cache."""
 SEARCHED_TOGETHER = 8
 """Long slices beside each other that share cache lines."""
+LONG = 1 << 20
+"""Cells of a slice beyond which its state is joined from blocks and its cells are normalized by them, on all threads: in
+memory too, so that streamed slices have the same bits."""
 SAMPLED = 1 << 15
 """Cells of a long slice that say where in it to look: results between two of them are a 50th of all."""
 
@@ -193,7 +196,7 @@ def lift_all(plan: Plan, cells: Cells) -> Parts:
     """The parts of every result cell, (outer, inner), over blocks."""
     outer, n, inner = cells.shape
     backend = backend_of(plan)
-    blocks = cut(plan, cells.shape, block_cells(backend, cells.shape))
+    blocks = cut(plan, cells.shape, block_cells(backend, cells.shape), narrow=cells.narrow)
     merge = backend.merge(plan)
     states: Parts = {
         part.name: torch.empty(
@@ -322,11 +325,18 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     if not (finisher and search_all(plan, cells, finisher, values, counts)):
         tiles = cut(plan, cells.shape, block_cells(backend, cells.shape), whole=True).tiles
         in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
-    finished = None
-    if finisher:
-        finished = finisher.finish(plan, {"count": counts.expand(values.shape), "total": values})
-    enough = reached(plan, counts) if labels is None else reached(plan, counts).expand(values.shape)
-    return masked_where_too_few(plan, values, enough) if finished is None else finished
+    return finish_selection(plan, values, counts)
+
+
+def finish_selection(plan: Plan, values: Tensor, counts: Tensor) -> Masked:
+    """What was selected, (leading, outer, inner), of slices with so many valid cells, in the result's shape and dtype."""
+    finisher = finisher_of(plan)
+    counts = counts.expand(values.shape)
+    finished = finisher.finish(plan, {"count": counts, "total": values}) if finisher else None
+    if finished is not None:
+        return finished
+    enough = reached(plan, counts if plan.labels is not None else counts[0])
+    return masked_where_too_few(plan, values, enough)
 
 
 def search_all(plan: Plan, cells: Cells, finisher: Finisher, values: Tensor, counts: Tensor) -> bool:
@@ -382,25 +392,29 @@ def kept_first(plan: Plan) -> list[int]:
 
 def normalize(plan: Plan, cells: Cells) -> Masked:
     """State of each slice, then apply; a slice that fits a block is read once."""
-    row = plan.row
-    assert isinstance(row, Normalization)
     finisher = finisher_of(plan)
-    if finisher:
+    if finisher and cells.shape[1] <= LONG:
         return fill(plan, cells, finisher, cells.shape[1])
     result, valid = empty_like(plan, cells)
-    backend = backend_of(plan)
-    merge = backend.merge(plan)
-    blocks = cut(plan, cells.shape, block_cells(backend, cells.shape))
-    for rows, columns in in_turn(blocks.tiles):
-        states = [lift(plan, backend, cells, rows, span, columns) for span in blocks.runs]
-        state = join(merge, {name: torch.stack([s[name] for s in states], 1) for name in states[0]}, 1)
-        enough = None if row.needs is None else (state["count"] > row.needs(plan.params)).unsqueeze(1)
-        for span in blocks.runs:
-            data, mask = cells.block(rows, span, columns)
-            values = kernel(row.apply)(plan, data, mask, state)
-            own = intersection([mask, None if enough is None else enough.expand(data.shape)])
-            write(plan, result, valid, (rows, span, columns), values, own)
+    if result.numel():
+        parts = joined(plan, cells)
+        blocks = cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape))
+        for (rows, columns), span in in_turn(product(blocks.tiles, blocks.runs)):
+            where = (rows, span, columns)
+            result[where], valid[where] = applied(plan, parts, cells, where)
     return result.view(plan.out_shape), valid.view(plan.out_shape)
+
+
+def applied(plan: Plan, parts: Parts, cells: Cells, where: tuple[slice, slice, slice]) -> Masked:
+    """A block of a normalization, from the states of its slices, (outer, inner); its hidden cells are 0."""
+    row, own = plan.row, {name: part[where[0], where[2]] for name, part in parts.items()}
+    assert isinstance(row, Normalization)
+    data, mask = cells.block(*where)
+    values = kernel(row.apply)(plan, data, mask, own)
+    if row.needs is not None:
+        mask = intersection([mask, (own["count"] > row.needs(plan.params)).unsqueeze(1).expand(data.shape)])
+    values = narrowed(plan, select(values, mask))
+    return values, torch.ones(values.shape, dtype=torch.bool, device=values.device) if mask is None else mask
 
 
 def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> Masked:

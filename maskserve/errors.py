@@ -29,7 +29,8 @@
     │   ├── AmbiguousMaskError             ambiguous_mask
     │   └── StateError                     bad_state
     ├── InputError (OSError)               input_not_readable
-    │   └── InputNotFoundError (FileNotFoundError)   input_not_found
+    │   ├── InputNotFoundError (FileNotFoundError)   input_not_found
+    │   └── InputChangedError              changed_during_read
     ├── OutputError (OSError)              output_not_writable
     │   └── OutputExistsError (FileExistsError)      output_exists
     ├── SettingsError (ValueError)         bad_setting
@@ -234,6 +235,12 @@ class InputNotFoundError(InputError, FileNotFoundError):
     """There is no such file: look at its path."""
 
     code = "input_not_found"
+
+
+class InputChangedError(InputError):
+    """Somebody wrote to a file while it was read: run again once it is written."""
+
+    code = "changed_during_read"
 
 
 class OutputError(MaskserveError, OSError):

@@ -2,8 +2,11 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -277,6 +280,25 @@ void will_write([[maybe_unused]] uint64_t first_ptr, [[maybe_unused]] int64_t n_
 #endif
 }
 
+constexpr int64_t at_end = -1;
+
+// `n_bytes` of a file from each of `starts` on, one after the other in memory: 0, an errno, or at_end where the file is
+// shorter. A call from Python for each run would give the interpreter away and wait for it, run by run.
+int64_t read_runs(int descriptor, const std::vector<int64_t>& starts, int64_t n_bytes, uint64_t into_ptr) {
+  nb::gil_scoped_release released;
+  char* into = address<char>(into_ptr);
+  for (const int64_t start : starts) {
+    for (int64_t done = 0; done < n_bytes;) {
+      const ssize_t n = pread(descriptor, into + done, static_cast<size_t>(n_bytes - done), start + done);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) return n < 0 ? errno : at_end;
+      done += n;
+    }
+    into += n_bytes;
+  }
+  return 0;
+}
+
 void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
   nb::gil_scoped_release released;
   maskserve::variant().raise(address<const double>(cells_ptr), address<double>(raised_ptr), n);
@@ -420,6 +442,7 @@ NB_MODULE(_native, m) {
   m.def("to_reach", &to_reach);
   m.def("to_mask", &to_mask);
   m.def("will_write", &will_write);
+  m.def("read_runs", &read_runs);
   m.def("raise_", raise);
   m.def("finish", &finish);
   m.def("reduce", &reduce);

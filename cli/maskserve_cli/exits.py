@@ -44,7 +44,7 @@ MEANINGS: Mapping[int, str] = MappingProxyType(
         INTERNAL: "internal error",
         CANNOT_CREATE: "the output cannot be made, or exists",
         IO_ERROR: "input or output failed",
-        TRY_AGAIN: "out of memory: try again",
+        TRY_AGAIN: "try again: out of memory, or an input was being written",
         NO_PERMISSION: "not permitted",
         BAD_CONFIGURATION: "bad configuration",
         INTERRUPTED: "interrupted",
@@ -61,6 +61,7 @@ BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.PayloadError: BAD_DATA,
         errors.InputError: IO_ERROR,
         errors.InputNotFoundError: NO_INPUT,
+        errors.InputChangedError: TRY_AGAIN,
         errors.OutputError: CANNOT_CREATE,
         errors.SettingsError: BAD_CONFIGURATION,
         errors.MissingExtraError: BAD_CONFIGURATION,  # not 69: trying again installs nothing

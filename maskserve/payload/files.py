@@ -10,11 +10,13 @@ import os
 import secrets
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
 from maskserve.errors import (
+    InputChangedError,
     InputError,
     InputNotFoundError,
     OutOfMemoryError,
@@ -30,6 +32,7 @@ from maskserve.payload.writing import Encoded
 StrPath: TypeAlias = str | os.PathLike[str]
 Exists: TypeAlias = Literal["error", "replace", "skip"]
 EXISTS: tuple[Exists, ...] = ("error", "replace", "skip")
+MANY = 4  # runs from which they are read in one call: between two calls threads wait for the interpreter
 TEMP_PREFIX = ".maskserve-"  # known, so that what a kill leaves behind can be told from data
 
 _NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL})
@@ -46,6 +49,8 @@ class Payload(Protocol):
     def n_bytes(self) -> int: ...
     def read(self, name: str) -> memoryview: ...
     def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview: ...
+    def read_runs(self, name: str, start_bytes: Sequence[int], view: memoryview) -> None: ...
+    def refuse_changed(self) -> None: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...
@@ -63,12 +68,34 @@ class _Ranges(ABC):
 
     def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview:
         """The `n_bytes` of tensor `name` from `start_byte` on."""
+        return self._range(self._offset(name, start_byte, n_bytes), n_bytes)
+
+    def read_runs(self, name: str, start_bytes: Sequence[int], view: memoryview) -> None:
+        """Fills `view` with as many bytes of tensor `name` from each of `start_bytes`, in rising order, on."""
+        if not start_bytes:
+            return
+        first, n = start_bytes[0], view.nbytes // len(start_bytes)
+        offset = self._offset(name, first, start_bytes[-1] - first + n) - first
+        self._fill_runs([offset + start for start in start_bytes], view)
+
+    def refuse_changed(self) -> None:  # noqa: B027 - what lies in memory is as it was
+        """Raises where the bytes may be other ones than at first: to be asked once all is read."""
+
+    def _offset(self, name: str, start_byte: int, n_bytes: int) -> int:
         info = self.info(name)
         if start_byte < 0 or n_bytes < 0 or start_byte + n_bytes > info.n_bytes:
             raise ParameterError(
                 f"bytes {start_byte} to {start_byte + n_bytes} are outside {shown(name)}, which has {info.n_bytes}"
             )
-        return self._range(self.header.data_start + info.begin + start_byte, n_bytes)
+        return self.header.data_start + info.begin + start_byte
+
+    def _fill(self, offset: int, view: memoryview) -> None:
+        view[:] = self._range(offset, view.nbytes)
+
+    def _fill_runs(self, offsets: Sequence[int], view: memoryview) -> None:
+        n = view.nbytes // len(offsets)
+        for i, offset in enumerate(offsets):
+            self._fill(offset, view[i * n : (i + 1) * n])
 
     def info(self, name: str) -> TensorInfo:
         if name not in self.header.tensors:
@@ -102,6 +129,19 @@ class BytesPayload(_Ranges):
         return self._view[offset : offset + n]
 
 
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What changes where somebody writes to a file or replaces it."""
+
+    n_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+def file_state(of: os.stat_result) -> FileState:
+    return FileState(of.st_size, of.st_mtime_ns, of.st_ino)
+
+
 class FilePayload(_Ranges):
     """A payload in a regular file; what it reads are fresh, aligned copies, and threads may read at once."""
 
@@ -109,7 +149,8 @@ class FilePayload(_Ranges):
         self._shown = shown(os.fspath(path))
         self._fd = _open_regular(path)
         try:
-            self.n_bytes = os.fstat(self._fd).st_size
+            self.state = file_state(os.fstat(self._fd))
+            self.n_bytes = self.state.n_bytes
             self._refuse_unsized()
             self.header = parse_header(self._range, self.n_bytes, limits)
         except BaseException:
@@ -131,21 +172,48 @@ class FilePayload(_Ranges):
             view = memoryview(bytearray(n))
         except (MemoryError, OverflowError) as cause:
             raise OutOfMemoryError(f"{n} bytes of {self._shown} do not fit into memory; read it in ranges") from cause
-        done = 0
+        self._fill(offset, view)
+        return view
+
+    def _fill(self, offset: int, view: memoryview) -> None:
+        done, n = 0, view.nbytes
         while done < n:
             try:
-                read = os.preadv(self._fd, [view[done:]], offset + done)
+                read = os.preadv(self._fd, [view[done:] if done else view], offset + done)
             except OSError as cause:
-                raise _because(InputError, f"{self._shown} cannot be read: {_reason(cause)}", cause) from cause
+                raise self._unreadable(cause) from cause
             if read == 0:
-                raise InputError(f"{self._shown} changed while it was read: it ends at byte {offset + done}")
+                raise self._ended(offset + n)
             done += read
-        return view
+
+    def _fill_runs(self, offsets: Sequence[int], view: memoryview) -> None:
+        if len(offsets) < MANY:
+            super()._fill_runs(offsets, view)
+            return
+        from maskserve.backends.native_runs import read_runs  # which brings torch along
+
+        failed = read_runs(self._fd, offsets, view)
+        if failed is not None:
+            raise self._ended(offsets[-1]) if failed.errno is None else self._unreadable(failed)
+
+    def _ended(self, byte: int) -> InputChangedError:
+        return InputChangedError(f"{self._shown} changed while it was read: it ends before byte {byte}")
+
+    def _unreadable(self, cause: OSError) -> InputError:
+        return _because(InputError, f"{self._shown} cannot be read: {_reason(cause)}", cause)
+
+    def refuse_changed(self) -> None:
+        if file_state(os.fstat(self._fd)) != self.state:
+            raise InputChangedError(f"{self._shown} changed while it was read; run again once it is written")
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.close()
 
 
 def open_payload(path: StrPath, limits: Limits = DEFAULT_LIMITS) -> FilePayload:

@@ -30,11 +30,8 @@ def load(payload: Payload, variable: Variable) -> tuple[torch.Tensor, torch.Tens
 def load_tensor(payload: Payload, info: TensorInfo) -> torch.Tensor:
     """The tensor that `info` describes; a BOOL tensor is checked to hold bytes 0 and 1 only."""
     data = tensor_of(payload.read(info.name), info.dtype, info.shape)
-    if info.dtype is boolean and _has_other_bytes(data):
-        raise PayloadError(
-            f"{shown(info.name)} is BOOL and holds bytes other than 0 and 1; write it as bool",
-            parameter=shown(info.name),
-        )
+    if info.dtype is boolean:
+        refuse_other_bytes(data, info.name, is_mask=False)
     return data
 
 
@@ -84,12 +81,22 @@ def output(name: str, tensor: torch.Tensor) -> Output:
 
 
 def _checked(cells: torch.Tensor, name: str) -> torch.Tensor:
-    if _has_other_bytes(cells):
+    refuse_other_bytes(cells, name, is_mask=True)
+    return cells.view(torch.bool)
+
+
+def refuse_other_bytes(cells: torch.Tensor, name: str, *, is_mask: bool) -> None:
+    """Raise where bools are more than 0 and 1."""
+    if not _has_other_bytes(cells):
+        return
+    if is_mask:
         raise MaskDtypeError(
             f"{shown(name)} holds bytes other than 0 and 1; write true and false (mask.bool() in torch)",
             parameter=shown(name),
         )
-    return cells.view(torch.bool)
+    raise PayloadError(
+        f"{shown(name)} is BOOL and holds bytes other than 0 and 1; write it as bool", parameter=shown(name)
+    )
 
 
 def _has_other_bytes(cells: torch.Tensor) -> bool:

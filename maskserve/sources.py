@@ -1,0 +1,192 @@
+"""Cells that are not in memory: a variable of a payload, read window by window where a computation asks for it.
+
+A source is row-major, so that what is cut along its first dims is one run of bytes; windows that are cut further inside
+are several. Nothing of a source is larger in memory than the window asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from maskserve.blocks import covering
+from maskserve.dtypes import boolean
+from maskserve.loading import without_fill
+from maskserve.payload.format import Payload
+from maskserve.payload.header import TensorInfo
+from maskserve.payload.slices import Validity, validity
+from maskserve.payload.tensors import load_mask, refuse_other_bytes
+from maskserve.payload.variables import MaskKind, MaskSource, Variable
+
+Shape: TypeAlias = tuple[int, ...]
+Masked: TypeAlias = tuple[Tensor, Tensor | None]
+Window: TypeAlias = tuple[slice, ...]
+Read: TypeAlias = Callable[[Sequence[int], Tensor], None]
+"""Fills a flat tensor with as many cells from each of some flat indices on."""
+
+
+class Source(ABC):
+    """Cells and their mask, of a shape, that are read by windows."""
+
+    shape: Shape
+    dtype: torch.dtype
+    is_masked: bool
+
+    @abstractmethod
+    def window(self, where: Window) -> Masked:
+        """The cells of a window and their mask, in memory of their own."""
+
+    @abstractmethod
+    def folded(self, shape: Shape) -> Source:
+        """The same cells in the same order, seen in another shape."""
+
+    @property
+    def cell_bytes(self) -> int:
+        """The bytes of a cell and its mask."""
+        return self.dtype.itemsize + self.is_masked
+
+    def whole(self) -> Masked:
+        return self.window(tuple(slice(0, n) for n in self.shape))
+
+
+class Stored(Source):
+    """The cells of a payload's variable; those that equal `fill` are masked."""
+
+    def __init__(
+        self, cells: Read, valid: Read | None, dtype: torch.dtype, shape: Shape, fill: float | None = None
+    ) -> None:
+        self.cells, self.valid, self.dtype, self.shape, self.fill = cells, valid, dtype, shape, fill
+        self.is_masked = valid is not None or fill is not None
+
+    def folded(self, shape: Shape) -> Stored:
+        return Stored(self.cells, self.valid, self.dtype, shape, self.fill)
+
+    def window(self, where: Window) -> Masked:
+        sizes, starts = tuple(s.stop - s.start for s in where), runs(self.shape, where)
+        data = torch.empty(sizes, dtype=self.dtype)
+        self.cells(starts, data.view(-1))
+        mask = None
+        if self.valid is not None:
+            mask = torch.empty(sizes, dtype=torch.bool)
+            self.valid(starts, mask.view(-1))
+        return data, without_fill(data, mask, self.fill)
+
+
+def runs(shape: Shape, where: Window) -> Sequence[int]:
+    """Where in row-major order each run of a window that lies in one piece starts; all are equally long.
+
+    >>> runs((4, 3, 5), (slice(1, 3), slice(0, 2), slice(0, 5))), runs((4, 3), (slice(1, 3), slice(0, 3)))
+    ([15, 30], [3])
+    """
+    split = len(shape)
+    while split and where[split - 1] == slice(0, shape[split - 1]):
+        split -= 1
+    split = max(split - 1, 0)  # the first dim that is cut, from the right, is still one run
+    steps = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    first = sum(s.start * step for s, step in zip(where[split:], steps[split:], strict=True))
+    if any(s.stop == s.start for s in where):
+        return ()
+    outer = [[i * step for i in range(s.start, s.stop)] for s, step in zip(where[:split], steps, strict=False)]
+    return [first + sum(places) for places in product(*outer)]
+
+
+# -- what a payload holds -----------------------------------------------------------------------------------------
+
+
+def stored(payload: Payload, variable: Variable, fill: float | None = None) -> Stored:
+    """A variable of a payload that is read where it lies."""
+    info, mask = variable.info, variable.mask
+    dtype = getattr(torch, info.dtype.torch)
+    valid = None if mask is None else validity_of(payload, info, mask)
+    return Stored(partial(read_cells, payload, info), valid, dtype, info.shape, fill)
+
+
+def read_cells(payload: Payload, info: TensorInfo, starts: Sequence[int], into: Tensor) -> None:
+    width, raw = info.dtype.n_bytes, into.view(torch.uint8)
+    payload.read_runs(info.name, [start * width for start in starts], raw.numpy().data)
+    if info.dtype is boolean:
+        refuse_other_bytes(raw, info.name, is_mask=False)
+
+
+def validity_of(payload: Payload, of: TensorInfo, mask: MaskSource) -> Read:
+    """Which cells of a variable are valid: a mask of its shape is read where it lies, a smaller one once."""
+    if mask.kind is MaskKind.BITMASK:
+        return partial(by_run, partial(read_bits, validity(payload, of, mask)))
+    if mask.kind is MaskKind.BOOL and mask.info.shape == of.shape:
+        return partial(read_mask, payload, mask)
+    return broadcast(load_mask(payload, of, mask), of.shape)
+
+
+def read_mask(payload: Payload, mask: MaskSource, starts: Sequence[int], into: Tensor) -> None:
+    raw = into.view(torch.uint8)
+    payload.read_runs(mask.info.name, starts, raw.numpy().data)
+    refuse_other_bytes(raw, mask.info.name, is_mask=True)
+    if mask.means == "missing":
+        into.logical_not_()
+
+
+def by_run(read: Callable[[int, int], Tensor], starts: Sequence[int], into: Tensor) -> None:
+    """Runs one after the other."""
+    n = into.numel() // max(len(starts), 1)
+    for i, start in enumerate(starts):
+        into[i * n : (i + 1) * n] = read(start, n)
+
+
+def read_bits(bits: Validity, start: int, n: int) -> Tensor:
+    return torch.from_numpy(bits(start, n))
+
+
+def broadcast(cells: Tensor, shape: Shape) -> Read:
+    """Cells that are fewer than those of `shape`, and the same along some dims, as a reader of flat ones."""
+    split = len(shape)
+    while split and cells.shape[split - 1] == 1:
+        split -= 1
+    together, core = prod(shape[split:]), cells.reshape(cells.shape[:split])
+
+    def read(start: int, n: int) -> Tensor:
+        first, last = start // together, -(-(start + n) // together)
+        units = units_of(core, shape[:split], first, last - first)
+        if together == 1:
+            return units
+        return units.repeat_interleave(together)[start - first * together :][:n]
+
+    return partial(by_run, read)
+
+
+def units_of(core: Tensor, shape: Shape, start: int, n: int) -> Tensor:
+    """`n` cells of `core`, expanded to `shape`, from the flat index `start` on."""
+    flat, period = core.reshape(-1), core.numel()
+    split = next((dim for dim, size in enumerate(core.shape) if size > 1), core.dim())
+    if core.shape[split:] == shape[split:]:  # the same over and over: a map that is masked alike at all times
+        at = start % max(period, 1)
+        if at + n <= period:
+            return flat[at : at + n]
+        return torch.cat([flat[at:], flat.repeat(-(-n // period))])[:n]
+    places, index, rest = torch.arange(start, start + n), torch.zeros(n, dtype=torch.int64), prod(shape)
+    for size, own, stride in zip(shape, core.shape, core.stride(), strict=True):
+        rest //= size
+        if own > 1:
+            index += places // rest % size * stride
+    return flat[index]
+
+
+class Folded(Source):
+    """A source in another shape of as many cells, by boxes of its own dims."""
+
+    def __init__(self, of: Source, shape: Shape) -> None:
+        self.of, self.shape, self.dtype, self.is_masked = of, shape, of.dtype, of.is_masked
+
+    def window(self, where: Window) -> Masked:
+        box, sizes, exact = covering(self.of.shape, self.shape, where)
+        data, mask = self.of.window(box)
+        return data.reshape(sizes)[exact], None if mask is None else mask.expand(data.shape).reshape(sizes)[exact]
+
+    def folded(self, shape: Shape) -> Source:
+        return self.of.folded(shape)
