@@ -29,11 +29,13 @@
     │   ├── AmbiguousMaskError             ambiguous_mask
     │   └── StateError                     bad_state
     ├── InputError (OSError)               input_not_readable
-    │   └── InputNotFoundError (FileNotFoundError)   input_not_found
+    │   ├── InputNotFoundError (FileNotFoundError)   input_not_found
+    │   └── InputChangedError              changed_during_read
     ├── OutputError (OSError)              output_not_writable
     │   └── OutputExistsError (FileExistsError)      output_exists
     ├── SettingsError (ValueError)         bad_setting
     ├── MissingExtraError (ImportError)    extra_not_installed
+    ├── WorkerLostError (RuntimeError)     worker_lost
     └── OutOfMemoryError (MemoryError)     out_of_memory
 
 The command line maps classes to exit codes and the service to HTTP status, each in one table of its own.
@@ -236,6 +238,12 @@ class InputNotFoundError(InputError, FileNotFoundError):
     code = "input_not_found"
 
 
+class InputChangedError(InputError):
+    """The file changed while it was read, so that the result would be of no one version: try again once it is written."""
+
+    code = "changed_during_read"
+
+
 class OutputError(MaskserveError, OSError):
     """A file cannot be written: the message has the reason."""
 
@@ -258,6 +266,12 @@ class MissingExtraError(MaskserveError, ImportError):
     """A library is missing that is not installed by default: install the extra that is named."""
 
     code = "extra_not_installed"
+
+
+class WorkerLostError(MaskserveError, RuntimeError):
+    """The processes that computed it died, again and again: give it more memory, or look at what the message names."""
+
+    code = "worker_lost"
 
 
 class OutOfMemoryError(MaskserveError, MemoryError):

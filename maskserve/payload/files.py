@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
 from maskserve.errors import (
+    InputChangedError,
     InputError,
     InputNotFoundError,
     OutOfMemoryError,
@@ -138,7 +139,7 @@ class FilePayload(_Ranges):
             except OSError as cause:
                 raise _because(InputError, f"{self._shown} cannot be read: {_reason(cause)}", cause) from cause
             if read == 0:
-                raise InputError(f"{self._shown} changed while it was read: it ends at byte {offset + done}")
+                raise InputChangedError(f"{self._shown} changed while it was read: it ends at byte {offset + done}")
             done += read
         return view
 
