@@ -8,7 +8,6 @@ import pytest
 
 from maskserve.cgroup import UNLIMITED, cpus, default_memory, limit_bytes, memory_limit, quota_cpus
 
-
 NO_LIMIT = "9223372036854771712"
 
 
