@@ -35,6 +35,7 @@
     │   └── OutputExistsError (FileExistsError)      output_exists
     ├── SettingsError (ValueError)         bad_setting
     ├── MissingExtraError (ImportError)    extra_not_installed
+    ├── WorkerLostError (RuntimeError)     worker_lost
     └── OutOfMemoryError (MemoryError)     out_of_memory
 
 The command line maps classes to exit codes and the service to HTTP status, each in one table of its own.
@@ -238,7 +239,7 @@ class InputNotFoundError(InputError, FileNotFoundError):
 
 
 class InputChangedError(InputError):
-    """Somebody wrote to a file while it was read: run again once it is written."""
+    """The file changed while it was read, so that the result would be of no one version: try again once it is written."""
 
     code = "changed_during_read"
 
@@ -265,6 +266,12 @@ class MissingExtraError(MaskserveError, ImportError):
     """A library is missing that is not installed by default: install the extra that is named."""
 
     code = "extra_not_installed"
+
+
+class WorkerLostError(MaskserveError, RuntimeError):
+    """The processes that computed it died, again and again: give it more memory, or look at what the message names."""
+
+    code = "worker_lost"
 
 
 class OutOfMemoryError(MaskserveError, MemoryError):

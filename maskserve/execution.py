@@ -12,6 +12,7 @@ from functools import cache
 from math import prod
 from typing import Any, Generic, TypeVar
 
+from maskserve import cgroup
 from maskserve.backends import Backend, Finisher, choose
 from maskserve.errors import SettingsError
 from maskserve.plan import Plan
@@ -71,14 +72,14 @@ def using(
 
 
 def n_threads() -> int:
-    """The threads to use: `using`, else MASKSERVE_THREADS, else the CPUs that this process may run on."""
+    """The threads to use: `using`, else MASKSERVE_THREADS, else the CPUs that the cgroup grants."""
     asked = execution().threads
     if asked is not None:
         return asked
     word = os.environ.get("MASKSERVE_THREADS") or "0"
     if not word.isdecimal():
         raise SettingsError(f"MASKSERVE_THREADS is {word[:40]!r}; it must be a whole number, 0 for every CPU")
-    return int(word) or len(os.sched_getaffinity(0))
+    return int(word) or cgroup.cpus()
 
 
 @cache

@@ -179,7 +179,7 @@ HOSTS = "names of hosts without ports, such as maskserve.example.org,10.1.2.3"
 
 ROWS = (
     Row(name="device", default="auto", help="where to compute: auto, cpu, cuda or cuda:N", parse=word),
-    Row(name="threads", default=0, help="threads to compute with; 0: the CPUs this process may run on", parse=whole),
+    Row(name="threads", default=0, help="threads to compute with; 0: the CPUs that this process may use", parse=whole),
     Row(name="header_bytes", default="1MiB", help="largest payload header that is read", parse=size),
     Row(name="max_tensors", default=1024, help="most tensors in a payload that is read", parse=whole),
     Row(name="json_bytes", default="16MiB", help="largest JSON payload that is read", parse=size),

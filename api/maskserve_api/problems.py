@@ -50,10 +50,12 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.StateError: 400,
         errors.InputError: 500,  # files are the service's own: no request names one
         errors.InputNotFoundError: 500,
+        errors.InputChangedError: 500,
         errors.OutputError: 500,
         errors.OutputExistsError: 500,
         errors.SettingsError: 500,
         errors.MissingExtraError: 500,
+        errors.WorkerLostError: 500,
         errors.OutOfMemoryError: 503,
         service.ServiceError: 500,
         service.InternalError: 500,

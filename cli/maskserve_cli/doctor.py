@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import resource
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from maskserve import cgroup
 from maskserve.settings import Settings
 from maskserve_cli import outputs
 from maskserve_cli.command import AsJson, Config, settings_of
@@ -65,7 +65,7 @@ def examined() -> Report:
         python=sys.version.split()[0],
         torch=str(torch.__version__),
         platform=f"{platform.system()} {platform.machine()}",
-        cpus=len(os.sched_getaffinity(0)),
+        cpus=cgroup.cpus(),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         devices=["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(n_gpus))],
         backends=backend_reports(),

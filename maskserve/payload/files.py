@@ -183,7 +183,7 @@ class FilePayload(_Ranges):
             except OSError as cause:
                 raise self._unreadable(cause) from cause
             if read == 0:
-                raise self._ended(offset + n)
+                raise self._ended()
             done += read
 
     def _fill_runs(self, offsets: Sequence[int], view: memoryview) -> None:
@@ -194,10 +194,11 @@ class FilePayload(_Ranges):
 
         failed = read_runs(self._fd, offsets, view)
         if failed is not None:
-            raise self._ended(offsets[-1]) if failed.errno is None else self._unreadable(failed)
+            raise self._ended() if failed.errno is None else self._unreadable(failed)
 
-    def _ended(self, byte: int) -> InputChangedError:
-        return InputChangedError(f"{self._shown} changed while it was read: it ends before byte {byte}")
+    def _ended(self) -> InputChangedError:
+        n_bytes = os.fstat(self._fd).st_size
+        return InputChangedError(f"{self._shown} changed while it was read: it ends at byte {n_bytes}")
 
     def _unreadable(self, cause: OSError) -> InputError:
         return _because(InputError, f"{self._shown} cannot be read: {_reason(cause)}", cause)
