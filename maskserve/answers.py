@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
 
 from maskserve import sides, variable_steps
-from maskserve.errors import TooLargeError
+from maskserve.errors import MaskserveError, TooLargeError
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
@@ -17,13 +18,15 @@ from maskserve.payload.tensors import load
 from maskserve.payload.variables import Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.requests import Request
 from maskserve.sides import Payloads
-from maskserve.steps import Result, Step
+from maskserve.steps import Result, Step, Streamed
 from maskserve.version import version
 
 NOTHING: Payloads = MappingProxyType({})
 SMALL_ANSWER = 1 << 20
 REMEMBERED = 8
 """Requests whose steps one header remembers."""
+LEAST_SHARE = 4
+"""The part of the memory that streaming always has."""
 GROWTH = 9
 """An i64 and its mask for each byte: what an answer may be of a question without dims of size 0."""
 
@@ -32,14 +35,31 @@ GROWTH = 9
 class Answer:
     """The variables that a request gives, in the order of the question, and the payload's metadata."""
 
-    results: tuple[Result, ...]
+    results: tuple[Result | Streamed, ...]
     metadata: dict[str, str]
+    sources: tuple[Payload, ...] = ()
+    """What a streamed answer is read from while it is written."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether some of it does not fit into memory, and is computed while it is written."""
+        return any(isinstance(result, Streamed) for result in self.results)
+
+    def write(self, descriptor: int, name: str) -> int:
+        """The bytes of the answer, once they are in an empty file, which messages call by its name."""
+        from maskserve import sinks
+
+        n_bytes = sinks.write(descriptor, name, self.results, self.metadata)
+        for source in self.sources:
+            source.refuse_changed()
+        return n_bytes
 
     def outputs(self) -> list[Output]:
         return [out for result in self.results for out in result.outputs()]
 
     def encoded(self) -> Encoded:
         """The answer as safetensors: its size, and its bytes in pieces."""
+        assert not self.is_streamed, "a streamed answer is written to a file"
         return encode(self.outputs(), self.metadata)
 
     def to_bytes(self) -> bytes:
@@ -61,30 +81,53 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
 
 
 def run(
-    request: Request, payload: Payload, others: Payloads = NOTHING, admit: Callable[[int], None] | None = None
+    request: Request,
+    payload: Payload,
+    others: Payloads = NOTHING,
+    admit: Callable[[int], None] | None = None,
+    memory: int | None = None,
 ) -> Answer:
     """Every variable of the payload computed on, or passed through where it lacks the named dim.
 
     `others` are payloads by the word that the request has for them in place of a tensor's name; `admit` hears the bytes
-    of the answer, and of what is held beside it, before they are computed, and may raise.
+    of the answer, and of what is held beside it, before they are computed, and may raise. `memory` is how many bytes may be
+    held at once: what is more is read, and where it has to be written, in parts, with the same bits.
     """
     prepared = prepare(request, payload, others)
     variables, planned = prepared.variables, prepared.steps
     if admit:
         admit(prepared.bytes_held)
-    results = [result for step in planned for result in step.results(request, payload, variables)]
+    results = computed(request, payload, prepared, memory)
     if not request.is_gradient:
         alive = {dim for step in planned for dim in step.dims_alive} - {r.name for r in results}
         results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
         results += labels(planned, {r.name for r in results})
-    for source in (payload, *others.values()):
+    sources = (payload, *others.values())
+    for source in sources:
         source.refuse_changed()
     if prepared.metadata is None:
         prepared.metadata = metadata_of(request, payload, others, results)
-    return Answer(results=tuple(results), metadata=dict(prepared.metadata))
+    return Answer(results=tuple(results), metadata=dict(prepared.metadata), sources=sources)
 
 
-def metadata_of(request: Request, payload: Payload, others: Payloads, results: list[Result]) -> dict[str, str]:
+def computed(
+    request: Request, payload: Payload, prepared: Prepared, memory: int | None
+) -> list[Result | Streamed]:
+    """What each step gives; where memory is bounded, what does not fit is streamed."""
+    if memory is None:
+        return [made for step in prepared.steps for made in step.results(request, payload, prepared.variables)]
+    results: list[Result | Streamed] = []
+    room = memory
+    for step in prepared.steps:
+        give = step.results if step.bytes_in_memory <= room else partial(step.streamed, memory=room)
+        made = [*give(request, payload, prepared.variables)]
+        room -= sum(out.n_bytes for result in made if isinstance(result, Result) for out in result.outputs())
+        room = max(room, memory // LEAST_SHARE)  # a part is for what is read, however many results are held
+        results += made
+    return results
+
+
+def metadata_of(request: Request, payload: Payload, others: Payloads, results: Sequence[Result | Streamed]) -> dict[str, str]:
     """What an answer says of itself: a line of history, and the names of dims."""
     named = {r.name: r.dims for r in results if r.dims is not None}
     elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
@@ -144,7 +187,16 @@ def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
         raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
 
 
-def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:
+def resolved(request: Request, payload: Payload, others: Payloads, title: str | None = None) -> Variables:
+    """The variables of a payload as the request reads it; errors name the payload by its title, where it has one."""
+    try:
+        return variables_of(request, payload, others)
+    except MaskserveError as error:
+        error.message = error.message if title is None else f"{title}: {error.message}"
+        raise
+
+
+def variables_of(request: Request, payload: Payload, others: Payloads) -> Variables:
     common = request.common
     refuse_other_masks(payload, common.get("mask"), common.get("mask_means"))
     return resolve(

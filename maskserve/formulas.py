@@ -23,7 +23,7 @@ from maskserve.payload.variables import DATA, MASK, Dims, Variable, Variables, u
 from maskserve.pullbacks import Leaves
 from maskserve.requests import Request
 from maskserve.sides import Payloads
-from maskserve.steps import TORCH, Result, Step, Work, gradient_results
+from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results, refuse_beyond
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 from maskserve.tracing import is_followed
@@ -107,6 +107,10 @@ class OfExpression(Step):
             value = evaluated(self.term, tensors)
         dims = None if self.term.dims == (DATA,) else self.term.dims  # a tensor named like its only dim is a coordinate
         yield Result(name=DATA, data=value.get_data(), mask=value._full_mask(), mask_name=MASK, dims=dims)
+
+    def streamed(self, request: Request, payload: Payload, variables: Variables, memory: int) -> Iterator[Result | Streamed]:
+        refuse_beyond(self, memory)
+        return self.results(request, payload, variables)
 
     def loaded(self, payload: Payload, variable: Variable, fill: float | None) -> MaskedTensor:
         data, mask = on_device(load(payload, variable), self.device)

@@ -195,6 +195,16 @@ def parse_dim(value: Any) -> int | str:
     return dims[0]
 
 
+def parse_along(value: int | str | None) -> int | str:
+    """The dim that files are joined along: by number or by name; the first where none is said."""
+    if value is None:
+        return 0
+    try:
+        return parse_dim(value)
+    except ValueError as error:
+        raise ParameterError(f"along {value!r:.40}: {error}", parameter="along") from None
+
+
 def parse_dtype(value: Any) -> dtypes.DType:
     if isinstance(value, int):
         raise ValueError("give a dtype's name")

@@ -128,6 +128,21 @@ def size(given: object) -> int:
     return int(float(digits) * factor) if "." in digits else int(digits) * factor
 
 
+LEAST_MEMORY = 64 * 10**6
+"""Below it a slice that is read whole could have other bits than in memory."""
+
+
+def memory(given: object) -> int:
+    """Bytes as `size` reads them, 64 MB or more; 0 leaves them to the machine."""
+    try:
+        n_bytes = size(given)
+    except ValueError:
+        n_bytes = 1
+    if 0 < n_bytes < LEAST_MEMORY:
+        raise ValueError("a size of 64MB or more, such as 512MB or 2GiB; 0 is half of what the machine grants")
+    return n_bytes
+
+
 def word(given: object) -> str:
     """One word."""
     if not isinstance(given, str) or not given or not given.isprintable():
@@ -180,6 +195,10 @@ HOSTS = "names of hosts without ports, such as maskserve.example.org,10.1.2.3"
 ROWS = (
     Row(name="device", default="auto", help="where to compute: auto, cpu, cuda or cuda:N", parse=word),
     Row(name="threads", default=0, help="threads to compute with; 0: the CPUs that this process may use", parse=whole),
+    Row(
+        name="memory", default=0, parse=memory,
+        help="bytes that a command holds of its data at once; 0: half of what the machine or the container grants",
+    ),
     Row(name="header_bytes", default="1MiB", help="largest payload header that is read", parse=size),
     Row(name="max_tensors", default=1024, help="most tensors in a payload that is read", parse=whole),
     Row(name="json_bytes", default="16MiB", help="largest JSON payload that is read", parse=size),

@@ -24,12 +24,16 @@ from maskserve.payload.header import TensorInfo
 from maskserve.payload.slices import Validity, validity
 from maskserve.payload.tensors import load_mask, refuse_other_bytes
 from maskserve.payload.variables import MaskKind, MaskSource, Variable
+from maskserve.sides import Side
 
 Shape: TypeAlias = tuple[int, ...]
 Masked: TypeAlias = tuple[Tensor, Tensor | None]
 Window: TypeAlias = tuple[slice, ...]
 Read: TypeAlias = Callable[[Sequence[int], Tensor], None]
 """Fills a flat tensor with as many cells from each of some flat indices on."""
+
+FEW_BYTES = 1 << 22
+"""Side inputs up to this size are read once, and not again for each window."""
 
 
 class Source(ABC):
@@ -190,3 +194,47 @@ class Folded(Source):
 
     def folded(self, shape: Shape) -> Source:
         return self.of.folded(shape)
+
+
+class Laid(Source):
+    """A source over a larger shape: its dims in another order, sizes 1 broadcast."""
+
+    def __init__(self, of: Source, order: Shape, sizes: Shape, shape: Shape) -> None:
+        self.of, self.order, self.sizes, self.shape = of, order, sizes, shape
+        self.dtype, self.is_masked = of.dtype, of.is_masked
+
+    def window(self, where: Window) -> Masked:
+        asked = [slice(0, n) for n in self.of.shape]
+        own = (dim for dim in self.order if self.of.shape[dim] > 1)
+        lengths = [1] * len(self.shape)
+        for at, n in enumerate(self.sizes):
+            if n > 1:
+                asked[next(own)] = where[at]
+                lengths[at] = where[at].stop - where[at].start
+        data, mask = self.of.window(tuple(asked))
+        full = tuple(s.stop - s.start for s in where)
+        laid = data.permute(self.order).reshape(lengths).expand(full)
+        return laid, None if mask is None else mask.expand(data.shape).permute(self.order).reshape(lengths).expand(full)
+
+    def folded(self, shape: Shape) -> Source:
+        return Folded(self, shape)
+
+
+class Held(Source):
+    """Cells that are in memory already."""
+
+    def __init__(self, data: Tensor, mask: Tensor | None) -> None:
+        self.data, self.mask = data, mask
+        self.shape, self.dtype, self.is_masked = tuple(data.shape), data.dtype, mask is not None
+
+    def window(self, where: Window) -> Masked:
+        return self.data[where], None if self.mask is None else self.mask.expand(self.data.shape)[where]
+
+    def folded(self, shape: Shape) -> Source:
+        return Folded(self, shape)
+
+
+def of_side(side: Side, shape: Shape) -> Source:
+    """A side input over a variable of this shape: read where it lies, once where it is small."""
+    of = stored(side.payload, side.variable)
+    return Laid(Held(*of.whole()) if side.variable.info.n_bytes <= FEW_BYTES else of, side.order, side.shape, shape)

@@ -5,18 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from maskserve import execution
-from maskserve.dtypes import DType
+from maskserve.dtypes import DType, boolean
+from maskserve.errors import OutOfMemoryError
 from maskserve.loading import loaded_above
 from maskserve.ops.rows import GRAD
 from maskserve.payload.format import Output, Payload
+from maskserve.payload.header import Shape
 from maskserve.payload.tensors import output
-from maskserve.payload.variables import MASK, Dims, Variable, Variables
+from maskserve.payload.variables import MASK, Dims, MaskKind, Variable, Variables
 from maskserve.requests import Request
 from maskserve.told import Told
 from maskserve.torch_dtypes import dtype_of
@@ -24,6 +28,7 @@ from maskserve.torch_dtypes import dtype_of
 if TYPE_CHECKING:
     from maskserve.above import Above
     from maskserve.pullbacks import Gradient, Leaves, Masked
+    from maskserve.streaming import Piece
     from maskserve.tensor import MaskedTensor
 
 VALUE = "value"
@@ -53,10 +58,89 @@ class Result:
     def dtype(self) -> DType:
         return dtype_of(self.data)
 
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.data.shape)
+
+    @property
+    def n_cells(self) -> int:
+        return self.data.numel()
+
+    @property
+    def n_masked(self) -> int:
+        return 0 if self.mask is None else self.mask.numel() - int(self.mask.count_nonzero())
+
+    @property
+    def n_nan(self) -> int:
+        """The valid NaN: what is hidden is 0."""
+        return n_nan(self.data)
+
     def outputs(self) -> Iterator[Output]:
         yield output(self.name, self.data)
         if self.mask is not None:
             yield output(self.mask_name, self.mask)
+
+
+def n_nan(cells: Tensor) -> int:
+    if not cells.is_floating_point():
+        return 0
+    return int((cells.float() if cells.element_size() == 1 else cells).isnan().count_nonzero())  # no isnan of every fp8
+
+
+@dataclass(slots=True, kw_only=True)
+class Streamed:
+    """A variable of an answer that is computed while it is written, since it does not fit into memory."""
+
+    name: str
+    told: Told
+    mask_name: str
+    dims: Dims | None
+    fold: Shape
+    """The shape that pieces lie in; its cells are the result's, in the same order."""
+    pieces: Callable[[], Iterator[Piece]]
+    passed_through: bool = False
+    n_masked: int = 0
+    n_nan: int = 0
+    """Counted while it is written."""
+    is_coordinate: bool = False
+    n_masked_before: int | None = None
+    gradient: None = None
+
+    @property
+    def dtype(self) -> DType:
+        return self.told.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return self.told.shape
+
+    @property
+    def n_cells(self) -> int:
+        return prod(self.shape)
+
+    def counted(self) -> Iterator[Piece]:
+        """The pieces, with what is masked and what is NaN counted on the way."""
+        for piece in self.pieces():
+            self.n_masked += piece.mask.numel() - int(piece.mask.count_nonzero())
+            self.n_nan += n_nan(piece.values)
+            if self.n_masked_before is not None:
+                self.n_masked_before += piece.n_masked_before
+            yield piece
+
+    def in_memory(self) -> Result:
+        """The variable, computed now."""
+        from maskserve.streaming import assembled
+
+        data, mask = assembled(self.fold, getattr(torch, self.dtype.torch), self.counted())
+        return Result(
+            name=self.name, data=data.view(self.shape), mask=mask.view(self.shape), mask_name=self.mask_name, dims=self.dims,
+            passed_through=self.passed_through, n_masked_before=self.n_masked_before,
+        )  # fmt: skip
+
+    def outputs(self) -> Iterator[Output]:
+        """Its cells and its mask, without bytes yet."""
+        yield Output(self.name, self.dtype, self.shape, ())
+        yield Output(self.mask_name, boolean, self.shape, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +204,32 @@ class Step(ABC):
         """The labels of the result's first dim, where it is a new one that has some."""
         return None
 
+    @property
+    def bytes_in_memory(self) -> int:
+        """The bytes that are held where all is in memory: what is read, and what is held beside it."""
+        unpacked = sum(v.info.n_cells for v in self.inputs if v.mask and v.mask.kind is MaskKind.BITMASK)
+        return self.bytes_read + unpacked + self.bytes_held
+
     @abstractmethod
     def results(self, request: Request, payload: Payload, variables: Variables) -> Iterator[Result]:
         """What it gives."""
+
+    @abstractmethod
+    def streamed(self, request: Request, payload: Payload, variables: Variables, memory: int) -> Iterator[Result | Streamed]:
+        """The same, with as many bytes in memory as are allowed at once."""
+
+    def passes(self, memory: int | None) -> int:
+        """How many times what is read is read; 0: often, as its cells decide."""
+        return 1
+
+
+def refuse_beyond(step: Step, memory: int) -> None:
+    """Raise where a step that needs all in memory does not fit."""
+    if step.bytes_in_memory > memory:
+        raise OutOfMemoryError(
+            f"{step.name} takes {step.bytes_in_memory} bytes in memory, and {memory} are allowed; give more with memory "
+            "(--memory)"
+        )
 
 
 def gradient_results(

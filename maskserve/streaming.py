@@ -8,7 +8,7 @@ bits are those of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -40,6 +40,8 @@ WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
 MOST_STATES = 1 << 18
 """States of a region's blocks, before they are joined into one a result: so many stay in the cache."""
+WINDOW_WIDTHS = 8
+"""How many times the bytes of a window are held where new masks are made of its cells."""
 SHARE = 4
 """The part of the budget that they may take."""
 
@@ -51,6 +53,8 @@ class Piece:
     where: Window
     values: Tensor
     mask: Tensor
+    n_masked_before: int = 0
+    """How many cells of the question were masked there, where the request is about masks."""
 
 
 class SourceCells(Cells):
@@ -150,11 +154,35 @@ def whole(plan: Plan) -> Region:
 def run(plan: Plan, source: Source, weights: Source | None, budget: int) -> Masked:
     """(values, mask) of the plan on a source, whole in memory."""
     shape = result_sizes(plan, plan.fold)
-    values = torch.empty(shape, dtype=getattr(torch, plan.result.torch))
-    mask = torch.empty(shape, dtype=torch.bool)
-    for piece in pieces(plan, source, weights, budget):
-        values[piece.where], mask[piece.where] = piece.values, piece.mask
+    values, mask = assembled(shape, getattr(torch, plan.result.torch), pieces(plan, source, weights, budget))
     return values.view(plan.out_shape), mask.view(plan.out_shape)
+
+
+def assembled(shape: tuple[int, ...], dtype: torch.dtype, made: Iterator[Piece]) -> Masked:
+    values, mask = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.bool)
+    for piece in made:
+        values[piece.where], mask[piece.where] = piece.values, piece.mask
+    return values, mask
+
+
+def by_window(source: Source, piece: Callable[[Window], Piece], budget: int) -> Iterator[Piece]:
+    """Windows of a source that follow each other, as many cells at a time as fit."""
+    most = max(budget // (WINDOW_WIDTHS * source.cell_bytes), 1)
+    for where in windows(source.shape, most):
+        yield piece(where)
+
+
+def windows(shape: Sequence[int], most: int) -> Iterator[Window]:
+    """A shape cut along its first dims into windows of at most `most` cells.
+
+    >>> [[(s.start, s.stop) for s in where] for where in windows((3, 4), 8)]
+    [[(0, 2), (0, 4)], [(2, 3), (0, 4)]]
+    """
+    steps, rest = [], most
+    for n in reversed(shape):
+        steps.append(max(min(n, rest), 1))
+        rest //= max(n, 1)
+    return product(*[spans(n, step) for n, step in zip(shape, reversed(steps), strict=True)])
 
 
 def pieces(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
@@ -165,6 +193,13 @@ def pieces(plan: Plan, source: Source, weights: Source | None, budget: int) -> I
             yield from reduced(plan, source, weights, budget)
         else:
             yield from whole_slices(plan, source, weights, budget)
+
+
+def n_passes(plan: Plan, cell_bytes: int, budget: int) -> int:
+    """How many times a source is read; 0 where that depends on its cells."""
+    if lifts(plan) or budget // (2 * bytes_a_slice(plan, cell_bytes)) >= 1:
+        return 1
+    return 2 if isinstance(plan.row, Normalization) else 1 if isinstance(plan.row, Scan) else 0
 
 
 def lifts(plan: Plan) -> bool:
@@ -287,7 +322,7 @@ def side_by_side(
 
 def whole_slices(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
     """What needs its slices whole, as many at a time as fit."""
-    most = budget // (2 * bytes_a_slice(plan, source))
+    most = budget // (2 * bytes_a_slice(plan, source.cell_bytes))
     if most < 1:
         yield from long_slices(plan, source, budget)
         return
@@ -299,12 +334,12 @@ def whole_slices(plan: Plan, source: Source, weights: Source | None, budget: int
         yield Piece(where=of_result(plan, tile), values=values, mask=mask)
 
 
-def bytes_a_slice(plan: Plan, source: Source) -> int:
+def bytes_a_slice(plan: Plan, cell_bytes: int) -> int:
     """The bytes that are held of each slice: its cells, its results, and what the back end makes of them."""
     n = max(plan.n_reduced, 1)
     n_results = n if not isinstance(plan.row, Reduction) else len(plan.labels or (0,))
     widths = backend_of(plan).widths_held * plan.dtype.n_bytes * n
-    return n * source.cell_bytes + n_results * (plan.result.n_bytes + 1) + widths + plan.sorted_bytes
+    return n * cell_bytes + n_results * (plan.result.n_bytes + 1) + widths + plan.sorted_bytes
 
 
 def of_result(plan: Plan, tile: Region) -> Window:
@@ -325,7 +360,7 @@ def long_slices(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
         return searched(plan, source)
     if isinstance(row, Scan) and row.reach is Reach.OWN:
         return cell_by_cell(plan, source, budget)
-    needed = 2 * bytes_a_slice(plan, source)
+    needed = 2 * bytes_a_slice(plan, source.cell_bytes)
     raise OutOfMemoryError(
         f"{row.name} holds each slice whole, {plan.n_reduced} cells: that takes {needed} bytes, and {budget} are allowed; "
         "give more memory, or another dim"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution, masking, sides
+from maskserve import engine, execution, masking, sides, sources, streaming
 from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
@@ -17,15 +17,20 @@ from maskserve.errors import BackendError, DimError, DtypeError, nearest
 from maskserve.loading import device_of, loaded, on_device, without_fill
 from maskserve.ops.rows import Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Payload
+from maskserve.payload.header import Shape
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name
 from maskserve.plan import Plan, plan
 from maskserve.requests import Request
 from maskserve.sides import Payloads, Side
-from maskserve.steps import TORCH, Result, Step, Work, gradient_results
+from maskserve.sources import Source, Window
+from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results, refuse_beyond
+from maskserve.streaming import Piece
 from maskserve.told import Told
 
 NEW_MASK = "a new mask"
+RESULT_SHARE = 4
+"""The part of the memory that a streamed variable's result may take, to be held; a larger one is written as it comes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +100,8 @@ class OfVariable(Step):
                 data, mask = engine.run(self.plan, data, mask, *laid)
         elif isinstance(request.row, Masking) and not self.passes_through:
             n_masked_before = n_masked(data, mask)
-            data, mask = new_mask(request, self, data, mask)
+            others = {side.parameter.name: masking.validity(*loaded(side, self.device), side.means) for side in self.sides}
+            data, mask = new_mask(request, others, data, mask)
         elif mask is None:
             mask = torch.ones(data.shape, dtype=torch.bool)
         else:
@@ -106,6 +112,55 @@ class OfVariable(Step):
             passed_through=self.passes_through, n_masked_before=n_masked_before,
         )  # fmt: skip
 
+    def streamed(self, request: Request, payload: Payload, variables: Variables, memory: int) -> Iterator[Result | Streamed]:
+        if self.is_gradient or self.device != "cpu":
+            refuse_beyond(self, memory)
+            yield from self.results(request, payload, variables)
+            return
+        fill = request.common.get("fill_value")
+        mask_name = answer_mask_name(self.variable, variables)
+        source = sources.stored(payload, self.variable, fill)
+        (told,) = self.written
+        pieces, fold = self.pieces(request, source, memory)
+        made = Streamed(
+            name=self.name, told=told, mask_name=mask_name, dims=self.dims, fold=fold, pieces=pieces,
+            passed_through=self.passes_through, n_masked_before=0 if isinstance(request.row, Masking) else None,
+        )  # fmt: skip
+        yield made if told.n_bytes > memory // RESULT_SHARE else made.in_memory()
+
+    def pieces(self, request: Request, source: Source, memory: int) -> tuple[Callable[[], Iterator[Piece]], Shape]:
+        """The result in parts, and the shape that they lie in."""
+        budget = budget_of(memory)
+        laid = {side.parameter.name: (sources.of_side(side, source.shape), side.means) for side in self.sides}
+        backend = request.running.get("backend")
+        if self.plan is not None:
+            planned = self.plan
+            weights = next((of for of, _ in laid.values()), None)
+            fold = streaming.result_sizes(planned, planned.fold)
+
+            def planned_pieces() -> Iterator[Piece]:
+                with execution.using(backend=backend):
+                    yield from streaming.pieces(planned, source, weights, budget)
+
+            return planned_pieces, fold
+
+        def piece(where: Window) -> Piece:
+            data, mask = source.window(where)
+            if self.passes_through:
+                valid = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask.expand(data.shape)
+                return Piece(where=where, values=engine.hidden_as_zero(data, valid), mask=valid)
+            masks = {name: masking.validity(*of.window(where), means) for name, (of, means) in laid.items()}
+            values, new = new_mask(request, masks, data, mask)
+            return Piece(where=where, values=values, mask=new, n_masked_before=n_masked(data, mask))
+
+        return (lambda: streaming.by_window(source, piece, budget)), source.shape
+
+    def passes(self, memory: int | None) -> int:
+        if memory is None or self.bytes_in_memory <= memory or self.plan is None or self.is_gradient:
+            return 1
+        mask_bytes = 0 if self.variable.mask is None else 1
+        return streaming.n_passes(self.plan, self.variable.info.dtype.n_bytes + mask_bytes, budget_of(memory))
+
     def gradients(self, request: Request, payload: Payload, data: Tensor, mask: Tensor | None) -> Iterator[Result]:
         """The value, and the gradient by the variable."""
         from maskserve import pullbacks  # 20 ms that no other verb needs
@@ -114,6 +169,11 @@ class OfVariable(Step):
         function = pullbacks.of_plan(self.plan, self.name, *(loaded(side, self.device) for side in self.sides))
         leaf = (data.to(getattr(torch, self.plan.stored.torch)), mask)
         yield from gradient_results(request, payload, self, function, {self.name: leaf}, self.above)
+
+
+def budget_of(memory: int) -> int:
+    """What a streamed variable's cells and states may take beside its result."""
+    return memory - memory // RESULT_SHARE
 
 
 def work_of(planned: Plan, choice: Choice, gradient: str | None = None) -> Work:
@@ -229,10 +289,11 @@ def with_gradient(step: OfVariable, variables: Variables) -> OfVariable:
 # -- cells --------------------------------------------------------------------------------------------------------
 
 
-def new_mask(request: Request, step: OfVariable, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The cells under the mask that a request makes; each side input is a mask, or stands for its own."""
+def new_mask(
+    request: Request, masks: Mapping[str, Tensor | None], data: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The cells under the mask that a request makes; `masks` are what each side input says of validity."""
     assert isinstance(request.row, Masking)
-    masks = {side.parameter.name: masking.validity(*loaded(side, step.device), side.means) for side in step.sides}
     params = {name: value for name, value in request.params.items() if name not in masks}
     return masking.compute(request.row, data, mask, params, masks)
 

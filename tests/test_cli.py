@@ -45,7 +45,7 @@ from tests.command_line import (  # noqa: F401  # fixtures are found by name
         ("redcue rain.safetensors", 2, "maskserve: 'redcue' is not a command; did you mean reduce? (maskserve --help)"),
         ("reduce --op mean", 2, "maskserve: reduce needs a FILE; - is stdin"),
         ("reduce --op mean rain.safetensors plain.safetensors", 2,
-         "maskserve: reduce reads one FILE, and 2 are given: this version does not join files"),
+         "maskserve: rain.safetensors has no data, which plain.safetensors has"),
         ("reduce --op mean rain.safetensors -o out.nc", 2,
          "maskserve: -o out.nc: an answer is written as .safetensors, .json or with no suffix; write one of these, then "
          "maskserve convert RESULT.safetensors out.nc"),

@@ -82,6 +82,17 @@ def one_file(command: str, files: Sequence[str] | None) -> str:
     return files[0]
 
 
+def some_files(command: str, files: Sequence[str] | None) -> Sequence[str]:
+    """The files that a command reads as one; stdin once at most."""
+    from maskserve.errors import ParameterError
+
+    if not files:
+        raise ParameterError(f"{command} needs a FILE; - is stdin", parameter="FILE")
+    if files.count("-") > 1:
+        raise ParameterError(f"{command} reads stdin (-) once; give it once", parameter="FILE")
+    return files
+
+
 def imported(where: str) -> Callable[..., object]:
     """The object that "module:name" says."""
     module, _, name = where.partition(":")

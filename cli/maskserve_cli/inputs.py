@@ -6,6 +6,8 @@ import json
 import os
 import stat
 import sys
+import tempfile
+from collections.abc import Sequence
 from typing import BinaryIO, Literal, TypeAlias
 
 from maskserve.errors import InputError, OutOfMemoryError, PayloadError
@@ -15,7 +17,7 @@ from maskserve.payload.header import is_text, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json
 from maskserve.settings import Settings
-from maskserve_cli.exits import say
+from maskserve_cli.exits import about, say
 
 JsonForm: TypeAlias = Literal["plain", "explicit"]
 STDIN = "-"
@@ -29,23 +31,45 @@ def limits_of(settings: Settings) -> Limits:
     )
 
 
+def memory_of(settings: Settings) -> int:
+    """The bytes of its data that a command holds at once."""
+    from maskserve.cgroup import default_memory
+
+    return settings["memory"] or default_memory()
+
+
+def read_all(paths: Sequence[str], limits: Limits, memory: int) -> list[Payload]:
+    """The payloads at all paths; of many files few stay open."""
+    if len(paths) == 1:
+        with about(title(paths[0])):
+            return [read(paths[0], limits, memory)]
+    from maskserve.payload.shelf import Shelf
+
+    shelf = Shelf(lambda path: read(path, limits, memory))
+    opened = []
+    for path in paths:
+        with about(title(path)):
+            opened.append(shelf.payload(path))
+    return opened
+
+
 def title(path: str) -> str:
     """What messages call the input."""
     return "stdin" if path == STDIN else shown(path)
 
 
-def read(path: str, limits: Limits) -> Payload:
+def read(path: str, limits: Limits, memory: int | None = None) -> Payload:
     """The payload at `path`, "-" being stdin; a regular file is read where it lies, a pipe is read to its end.
 
-    What was left out or decided while a file of another format was read is said, a line each.
+    What a pipe holds beyond `memory` goes to a file in the system's folder for such ones first. What was left out or decided while a file of another format was read is said, a line each.
     """
     if path == STDIN:
         if sys.stdin is None:
             raise InputError("stdin is closed; give a file")
-        return read_stream(sys.stdin.buffer, title(path), limits)
+        return read_stream(sys.stdin.buffer, title(path), limits, memory)
     if is_stream(path):
         with open(path, "rb") as stream:
-            return read_stream(stream, title(path), limits)
+            return read_stream(stream, title(path), limits, memory)
     return noted(path, open_any(path, limits))
 
 
@@ -69,7 +93,7 @@ def is_stream(path: str) -> bool:
         return False  # whoever opens it says what is wrong
 
 
-def read_stream(stream: BinaryIO, name: str, limits: Limits) -> Payload:
+def read_stream(stream: BinaryIO, name: str, limits: Limits, memory: int | None = None) -> Payload:
     """The payload that `stream` holds; no more is read than its header announces, and one byte to see a lie."""
     try:
         first = stream.read(LENGTH_BYTES)
@@ -83,7 +107,10 @@ def read_stream(stream: BinaryIO, name: str, limits: Limits) -> Payload:
         n_header = int.from_bytes(first, "little")
         if len(first) == LENGTH_BYTES and n_header <= limits.header_bytes:
             buffer += stream.read(n_header)
-            read_up_to(stream, buffer, len(buffer) + announced(bytes(buffer[LENGTH_BYTES:])) + 1)
+            n_bytes = announced(bytes(buffer[LENGTH_BYTES:]))
+            if memory is not None and n_bytes > memory:
+                return spooled(stream, buffer, len(buffer) + n_bytes + 1, limits)
+            read_up_to(stream, buffer, len(buffer) + n_bytes + 1)
     except OSError as cause:
         error = InputError(f"{name} cannot be read: {cause.strerror or cause}")
         error.errno = cause.errno
@@ -91,6 +118,18 @@ def read_stream(stream: BinaryIO, name: str, limits: Limits) -> Payload:
     except MemoryError as cause:
         raise OutOfMemoryError(f"{name} does not fit into memory; give it as a file, which is read in parts") from cause
     return BytesPayload(buffer, limits)
+
+
+def spooled(stream: BinaryIO, begun: bytearray, n_bytes: int, limits: Limits) -> Payload:
+    """What a stream holds, in a file without a name that is read in parts."""
+    with tempfile.TemporaryFile() as file:
+        file.write(begun)
+        left = n_bytes - len(begun)
+        while left and (chunk := stream.read(min(CHUNK, left))):
+            file.write(chunk)
+            left -= len(chunk)
+        file.flush()
+        return FilePayload(f"/proc/self/fd/{file.fileno()}", limits)
 
 
 def read_up_to(stream: BinaryIO, buffer: bytearray, n_bytes: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import BinaryIO
 
 from maskserve.errors import OutputError, OutputExistsError, ParameterError, nearest
 from maskserve.payload.files import EXISTS, Exists
@@ -15,6 +16,7 @@ from maskserve.payload.header import shown
 from maskserve_cli.inputs import JsonForm
 
 STDOUT = "-"
+CHUNK = 1 << 20
 
 
 class Form(StrEnum):
@@ -158,6 +160,13 @@ def write_bytes(chunks: Iterable[bytes | memoryview]) -> None:
     for chunk in chunks:
         sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
+
+
+def chunks_of(file: BinaryIO) -> Iterator[bytes]:
+    """All that is in a file."""
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        yield chunk
 
 
 def bytes_text(n: int) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
+from maskserve.errors import TooLargeError
+from maskserve.payload.files import failing, placed
 from maskserve.payload.format import Encoded, Output, save
 from maskserve.payload.header import shown as printable
 from maskserve.payload.slices import stored
@@ -22,7 +26,9 @@ if TYPE_CHECKING:
 
 def write(answer: Answer, target: Target, question: JsonForm | None, hint: str | None) -> None:
     """Writes the answer to its target; `hint` is what to do about valid NaN, where the op can do something."""
-    if target.path is not None:
+    if answer.is_streamed:
+        write_streamed(answer, target)
+    elif target.path is not None:
         write_file(answer, target, question)
     elif target.form is Form.SAFETENSORS:
         outputs.write_bytes(answer.encoded().chunks)
@@ -48,6 +54,34 @@ def write_file(answer: Answer, target: Target, question: JsonForm | None) -> Non
         say_skipped(target.path)
 
 
+def write_streamed(answer: Answer, target: Target) -> None:
+    """An answer that is computed while it is written: into its file, or by way of one without a name to a pipe."""
+    if target.form is not Form.SAFETENSORS:
+        raise TooLargeError(
+            f"{summary_of_shapes(answer)} does not fit into --memory as {target.form}; give -o OUT.safetensors, or more memory"
+        )
+    if target.path is None:
+        with tempfile.TemporaryFile() as file:
+            answer.write(file.fileno(), "a temporary file")
+            outputs.write_bytes(outputs.chunks_of(file))
+        return
+    path, sizes = target.path, []
+
+    def make(descriptor: int, _: str) -> None:
+        sizes.append(answer.write(descriptor, path))
+        with failing(f"{printable(path)} cannot be written"):
+            os.fsync(descriptor)
+
+    if placed(path, make, exists=target.exists):
+        say(f"wrote {printable(path)}: {summary(answer)}, {outputs.bytes_text(*sizes)}")
+    else:
+        say_skipped(path)
+
+
+def summary_of_shapes(answer: Answer) -> str:
+    return ", ".join(f"{r.name} {table.dims_text(r.shape, r.dims)}" for r in answer.results if not r.is_coordinate)
+
+
 def say_skipped(path: str) -> None:
     say(f"{printable(path)} exists; skipped")
 
@@ -55,10 +89,10 @@ def say_skipped(path: str) -> None:
 def summary(answer: Answer) -> str:
     """What an answer holds: "rain f32 (lat 8), 3 of 96 masked", or totals where there are several variables."""
     computed = [result for result in answer.results if not result.is_coordinate]
-    n_cells, n_masked = sum(r.data.numel() for r in computed), sum(map(masked, computed))
+    n_cells, n_masked = sum(r.n_cells for r in computed), sum(r.n_masked for r in computed)
     if len(computed) == 1:
         result = computed[0]
-        what = f"{result.name} {result.dtype.name} {table.dims_text(tuple(result.data.shape), result.dims)}"
+        what = f"{result.name} {result.dtype.name} {table.dims_text(result.shape, result.dims)}"
     else:
         what = f"{len(computed)} variables"
     return f"{what}, {n_masked} of {n_cells} masked{before(computed)}"
@@ -68,11 +102,6 @@ def before(computed: list[Result]) -> str:
     """How many cells were masked in the question, where that is what changed."""
     counts = [result.n_masked_before for result in computed if result.n_masked_before is not None]
     return f" ({sum(counts)} before)" if counts else ""
-
-
-def masked(result: Result) -> int:
-    """How many cells of a result are masked."""
-    return 0 if result.mask is None else result.mask.numel() - int(result.mask.count_nonzero())
 
 
 def json_chunks(answer: Answer, question: JsonForm | None) -> Iterator[bytes]:
@@ -93,7 +122,7 @@ def text_lines(answer: Answer) -> Iterator[str]:
     for result in computed:
         refuse_complex(result.name, result.dtype)
         if len(computed) > 1:
-            yield f"# {result.name} {table.dims_text(tuple(result.data.shape), result.dims)}"
+            yield f"# {result.name} {table.dims_text(result.shape, result.dims)}"
         data, *mask = result.outputs()
         shape = data.shape
         texts = texts_of(data.dtype, shape, data.chunks, mask[0] if mask else None)
@@ -123,7 +152,7 @@ def shown(result: Result) -> Shown:
         dims=result.dims,
         cells=stored(whole(data), data.dtype).reshape(data.shape),
         valid=stored(whole(mask[0]), mask[0].dtype).reshape(data.shape) if mask else None,
-        note=f"{masked(result)} of {result.data.numel()} masked{before([result])} (true = valid)",
+        note=f"{result.n_masked} of {result.n_cells} masked{before([result])} (true = valid)",
     )
 
 
@@ -137,14 +166,6 @@ def hint_at_nan(answer: Answer, hint: str | None) -> None:
     for result in answer.results:
         if result.passed_through:
             say(f"{printable(result.name)} has not every dim that was named: it passed through as it is")
-    n = sum(valid_nan(result) for result in answer.results if not result.is_coordinate)
+    n = sum(result.n_nan for result in answer.results if not result.is_coordinate)
     if n:
         say(f"{n} valid NaN{'; ' + hint if hint else ''}")
-
-
-def valid_nan(result: Result) -> int:
-    if not result.dtype.is_float:
-        return 0
-    if result.data.element_size() == 1:  # torch has no isnan for every fp8
-        return int(result.data.float().isnan().sum())
-    return int(result.data.isnan().count_nonzero())  # hidden cells are 0, so each NaN is valid

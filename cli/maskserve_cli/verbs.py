@@ -109,6 +109,14 @@ DRY_RUN = output_option("--dry-run", help="say what would be read, computed and 
 EXPLAIN = output_option(
     "--explain", help="say on stderr who computes, why no other back end does, and where a gradient is"
 )
+MEMORY = typer.Option(
+    "--memory", metavar="SIZE", rich_help_panel=PANELS["running"], show_default=False,
+    help="bytes of the data to hold at once, such as 512MB; default: half of what the machine or container grants",
+)  # fmt: skip
+ALONG = typer.Option(
+    "--along", metavar="DIM", rich_help_panel=PANELS["common"], show_default=False,
+    help="the dim that several FILEs are joined along, by number or name; default: 0",
+)  # fmt: skip
 OUTPUT_OPTIONS = (
     option("out", Annotated[str | None, OUT]),
     option("form", Annotated[str | None, FORM]),
@@ -118,4 +126,6 @@ OUTPUT_OPTIONS = (
     option("dry_run", Annotated[bool, DRY_RUN], False),
     option("explain", Annotated[bool, EXPLAIN], False),
     option("config", Config),
+    option("memory", Annotated[str | None, MEMORY]),
+    option("along", Annotated[str | None, ALONG]),
 )

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from maskserve import requests, sides
-from maskserve.payload.format import Payload
+from maskserve.payload.format import Limits, Payload
 from maskserve.requests import Request
 from maskserve.settings import Settings
 from maskserve.sides import Payloads
 from maskserve_cli import explanations, inputs, outputs, reports
-from maskserve_cli.command import collect_again, one_file, settings_of
+from maskserve_cli.command import collect_again, settings_of, some_files
 from maskserve_cli.exits import about, say, say_data
 from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
 from maskserve_cli.reports import Listing
@@ -38,34 +38,50 @@ class Asked:
     dry_run: bool
     explain: bool
     config: str | None
+    memory: str | None = None
+    along: str | None = None
 
 
 def perform(asked: Asked) -> None:
     """Runs what was asked, or says what would be run."""
-    settings = settings_of(asked.config, {"device": asked.words.get("device")})
+    settings = settings_of(asked.config, {"device": asked.words.get("device"), "memory": asked.memory})
     request = requests.build(asked.verb, {**asked.words, "device": settings["device"]})
-    path = one_file(asked.verb, asked.files)
-    title = inputs.title(path)
+    paths = some_files(asked.verb, asked.files)
     if asked.wanted.out not in (None, outputs.STDOUT):
         outputs.target(asked.wanted, None)  # what cannot be written is an error before stdin is waited for
-    with about(title):
-        payload = inputs.read(path, inputs.limits_of(settings))
+    memory, limits = inputs.memory_of(settings), inputs.limits_of(settings)
     with ExitStack() as stack:
-        stack.enter_context(payload)
+        opened = inputs.read_all(paths, limits, memory)
+        stack.callback(lambda: [payload.close() for payload in opened])
+        others = other_files(request, opened[0], limits, stack)
+        payload = joined(request, paths, opened, others, asked.along)
         target = outputs.target(asked.wanted, inputs.form_of(payload))
-        others = other_files(request, payload, settings, stack)
-        with about(title):
+        with about(inputs.title(paths[0]) if len(paths) == 1 else f"{len(paths)} files"):
             act(asked, request, payload, others, target, settings)
 
 
-def other_files(request: Request, payload: Payload, settings: Settings, stack: ExitStack) -> Payloads:
+def joined(
+    request: Request, paths: Sequence[str], opened: Sequence[Payload], others: Payloads, along: str | None
+) -> Payload:
+    """The one payload, or all of them as one, which is said."""
+    if len(opened) == 1:
+        return opened[0]
+    from maskserve.joining import join
+
+    titles = [inputs.title(path) for path in paths]
+    payload = join(request, list(zip(titles, opened, strict=True)), others, requests.parse_along(along))
+    say(payload.described)
+    return payload
+
+
+def other_files(request: Request, payload: Payload, limits: Limits, stack: ExitStack) -> Payloads:
     """The files that stand where a tensor may be named: a tensor of the payload comes first."""
     words = [str(request.params[p.name]) for p in sides.parameters(request.row) if p.name in request.params]
     others = {}
     for word in words:
         if word not in payload.header.tensors and os.path.exists(word):
             with about(inputs.title(word)):
-                others[word] = stack.enter_context(inputs.read(word, inputs.limits_of(settings)))
+                others[word] = stack.enter_context(inputs.read(word, limits))
     return others
 
 
@@ -122,7 +138,7 @@ def computed(request: Request, payload: Payload, others: Payloads, settings: Set
 
     collect_again()
     with execution.using(threads=settings["threads"] or None):
-        return answers.run(request, payload, others)
+        return answers.run(request, payload, others, memory=inputs.memory_of(settings))
 
 
 def nan_hint(request: Request) -> str | None:

@@ -34,7 +34,7 @@ from maskserve.payload.files import (
     Exists,
     Payload,
     StrPath,
-    _failing,
+    failing,
     _open_regular,
     _stands,
     placed,
@@ -256,7 +256,7 @@ def stands(path: str, row: Format, exists: Exists) -> bool:
     """Whether a file is at `path` and to be left there; a folder only where the format is one."""
     if row.is_folder:
         return folder_stands(os.path.realpath(path), exists)
-    with _failing(f"{shown(path)} cannot be written"):
+    with failing(f"{shown(path)} cannot be written"):
         return _stands(os.path.realpath(path), shown(path), exists)
 
 
@@ -266,7 +266,7 @@ def placed_file(path: str, make: Any, exists: Exists) -> bool:
     def write(fd: int, temp: str) -> None:
         with unwritable(path):
             make(temp)
-        with _failing(f"{shown(path)} cannot be written"):
+        with failing(f"{shown(path)} cannot be written"):
             sync(temp)
 
     return placed(path, write, exists=exists)
@@ -321,7 +321,7 @@ def placed_folder(path: str, make: Any, exists: Exists) -> bool:
     try:
         with unwritable(path):
             make(beside)
-        with _failing(f"{shown(path)} cannot be written"):
+        with failing(f"{shown(path)} cannot be written"):
             for folder, _, names in os.walk(beside):
                 for name in (*names, "."):
                     sync(os.path.join(folder, name))

@@ -256,7 +256,7 @@ def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = 
             f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
         )
     name = shown(os.fspath(path))
-    with _failing(f"{name} cannot be written"):
+    with failing(f"{name} cannot be written"):
         target = os.path.realpath(path)
         if _stands(target, name, exists):
             return False
@@ -269,7 +269,7 @@ def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = 
             make(fd, temp)
         finally:
             os.close(fd)
-        with _failing(f"{name} cannot be written"):
+        with failing(f"{name} cannot be written"):
             if _stands(target, name, exists) or not _COMMIT[exists](temp, target, name):
                 return False
             _sync_folder(folder)
@@ -295,10 +295,10 @@ def _stands(target: str, name: str, exists: Exists) -> bool:
 def _write(fd: int, encoded: Encoded, name: str) -> None:
     for chunk in encoded.chunks:  # its errors are its own: only those of the file become OutputError
         view = chunk
-        with _failing(f"{name} cannot be written"):
+        with failing(f"{name} cannot be written"):
             while view.nbytes:
                 view = view[os.write(fd, view) :]
-    with _failing(f"{name} cannot be written"):
+    with failing(f"{name} cannot be written"):
         os.fsync(fd)
 
 
@@ -355,7 +355,7 @@ def _sync_folder(folder: str) -> None:
 
 
 @contextmanager
-def _failing(what: str) -> Iterator[None]:
+def failing(what: str) -> Iterator[None]:
     """Turns an OSError of the block into an OutputError; what is ours already passes."""
     try:
         yield

@@ -9,7 +9,7 @@ from maskserve.errors import ParameterError
 from maskserve.payload.files import Payload, _Ranges
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, check_shape, parse_header
 from maskserve.payload.json import JsonPayload
-from maskserve.payload.writing import Output, encode_header
+from maskserve.payload.writing import Output, encode_header, in_order
 
 
 class HeldPayload(_Ranges):
@@ -30,7 +30,7 @@ class HeldPayload(_Ranges):
         notes: tuple[str, ...] = (),
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        ordered = sorted(outputs, key=lambda output: (-output.dtype.n_bytes, output.name))
+        ordered = in_order(outputs)
         head = encode_header(ordered, metadata)
         self.n_bytes = len(head) + sum(check_shape(o.name, o.dtype, o.shape) for o in ordered)
         self.header = parse_header(lambda offset, n: head[offset : offset + n], self.n_bytes, limits)

@@ -35,6 +35,10 @@ class Output:
     shape: Shape
     chunks: Buffer | Iterable[Buffer]
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.n_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -46,15 +50,31 @@ class Encoded:
 
 def encode(outputs: Iterable[Output], metadata: Mapping[str, str]) -> Encoded:
     """The payload of `outputs`, by width of dtype (widest first), then name: the same content gives the same bytes."""
-    ordered = sorted(outputs, key=lambda output: (-output.dtype.n_bytes, output.name))
+    ordered = in_order(outputs)
     header = encode_header(ordered, metadata)
-    sizes = [math.prod(output.shape) * output.dtype.n_bytes for output in ordered]
+    sizes = [output.n_bytes for output in ordered]
     for output, n_bytes in zip(ordered, sizes, strict=True):
         if isinstance(output.chunks, Buffer):
             _check_size(output, memoryview(output.chunks).nbytes, n_bytes)
     data = (_chunks(output, n_bytes) for output, n_bytes in zip(ordered, sizes, strict=True))
     chunks = chain([memoryview(header)], chain.from_iterable(data))
     return Encoded(len(header) + sum(sizes), chunks)
+
+
+def in_order(outputs: Iterable[Output]) -> list[Output]:
+    """The outputs as a payload has them: by width of dtype, widest first, then name."""
+    return sorted(outputs, key=lambda output: (-output.dtype.n_bytes, output.name))
+
+
+def places(outputs: Iterable[Output], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The header of the payload of `outputs`, where in it the bytes of each begin by name, and the size of all."""
+    ordered = in_order(outputs)
+    header = encode_header(ordered, metadata)
+    starts, at = {}, len(header)
+    for output in ordered:
+        starts[output.name] = at
+        at += output.n_bytes
+    return header, starts, at
 
 
 def encode_header(ordered: Iterable[Output], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,283 @@
+"""Many payloads as one: their variables joined along a dim, in the order given, and read where they lie. Imports no torch.
+
+What lacks that dim must be the same in each. Masks that differ in kind, or of which some are missing, are joined as the
+bools that they stand for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from math import prod
+from typing import TYPE_CHECKING, TypeAlias
+
+from maskserve.dtypes import DType, boolean
+from maskserve.errors import DimError, MaskserveError, ShapeError, UnknownTensorError, nearest
+from maskserve.payload.files import Payload, _Ranges
+from maskserve.payload.header import DEFAULT_LIMITS, Limits, Shape, check_shape, parse_header, shown, shown_shape
+from maskserve.payload.slices import validity
+from maskserve.payload.variables import MaskKind, Means, Variable, Variables
+from maskserve.payload.writing import Output, encode_header, in_order
+
+if TYPE_CHECKING:
+    from maskserve.payload.slices import Validity
+
+Fill: TypeAlias = Callable[[Sequence[int], memoryview], None]
+"""Fills a buffer with as many bytes of a tensor from each of some places on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One payload, what it is called, and its variables."""
+
+    title: str
+    payload: Payload
+    variables: Variables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """A joined tensor: for each index of the dims before, the bytes of each part follow each other."""
+
+    output: Output
+    fills: tuple[Fill, ...]
+    starts: tuple[int, ...]
+    """Where each part begins in such a row, and where the last one ends."""
+
+    def runs(self, starts: Sequence[int], view: memoryview) -> None:
+        """Fills `view` with runs of equal length; those of one part that follow each other go to it together."""
+        n = view.nbytes // len(starts)
+        row, done = self.starts[-1], 0
+        at: list[int] = []
+        whose = -1
+        for i, start in enumerate(starts):
+            index, rest = divmod(start, row)
+            part = bisect_right(self.starts, rest) - 1
+            inside = rest - self.starts[part]
+            width = self.starts[part + 1] - self.starts[part]
+            if inside + n > width:
+                self._flush(whose, at, view[done : i * n])
+                self._across(start, view[i * n : (i + 1) * n])
+                at, whose, done = [], -1, (i + 1) * n
+                continue
+            if part != whose:
+                self._flush(whose, at, view[done : i * n])
+                at, whose, done = [], part, i * n
+            at.append(index * width + inside)
+        self._flush(whose, at, view[done:])
+
+    def _flush(self, part: int, at: Sequence[int], view: memoryview) -> None:
+        if at:
+            self.fills[part](at, view)
+
+    def _across(self, start: int, view: memoryview) -> None:
+        """One run that several parts share."""
+        done, row = 0, self.starts[-1]
+        while done < view.nbytes:
+            index, rest = divmod(start + done, row)
+            part = bisect_right(self.starts, rest) - 1
+            inside, width = rest - self.starts[part], self.starts[part + 1] - self.starts[part]
+            n = min(width - inside, view.nbytes - done)
+            self.fills[part]([index * width + inside], view[done : done + n])
+            done += n
+
+
+class JoinedPayload(_Ranges):
+    """The parts as one payload; a reader need not know."""
+
+    def __init__(self, parts: Sequence[Part], along: int | str, means: Means, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.parts = tuple(parts)
+        first = parts[0]
+        self.along = Along.of(first.variables, along)
+        joined = [piece for name in names(first.variables) for piece in self._joined(name, means)]
+        by_name = {piece.output.name: piece for piece in joined}
+        outputs = in_order(piece.output for piece in joined)
+        head = encode_header(outputs, first.payload.header.metadata)
+        self.n_bytes = len(head) + sum(check_shape(o.name, o.dtype, o.shape) for o in outputs)
+        self.header = parse_header(lambda offset, n: head[offset : offset + n], self.n_bytes, limits)
+        self._pieces = [by_name[output.name] for output in outputs if output.n_bytes]
+        self._begins = [self.header.data_start + self.info(piece.output.name).begin for piece in self._pieces]
+
+    def _joined(self, name: str, means: Means) -> list[Pieces]:
+        """A variable, and its mask where any part has one."""
+        own = [variable_of(part, name, self.parts[0]) for part in self.parts]
+        for part, variable in zip(self.parts, own, strict=True):
+            with_title(part, partial(check_alike, variable, own[0], self.along, self.parts[0].title))
+        dim = self.along.dim(own[0])
+        sources = [(part.payload, variable) for part, variable in zip(self.parts, own, strict=True)]
+        if dim is None:
+            for part, variable in zip(self.parts[1:], own[1:], strict=True):
+                refuse_other_cells(part, variable, self.parts[0], own[0])
+            sources = sources[:1]
+        fills = [partial(payload.read_runs, name) for payload, _ in sources]
+        info = own[0].info
+        data = joined(name, info.dtype, [v.info.shape for _, v in sources], dim or 0, fills)
+        if all(variable.mask is None for variable in own):
+            return [data]
+        return [data, self._mask(sources, dim or 0, means)]
+
+    def _mask(self, sources: Sequence[tuple[Payload, Variable]], dim: int, means: Means) -> Pieces:
+        masks = [variable.mask for _, variable in sources]
+        named = next((mask for mask in masks if mask is not None), None)
+        variable = sources[0][1]
+        if named is not None and named is masks[0] and all(
+            mask is not None and mask.kind is named.kind and can_join(mask.info.shape, named.info.shape, dim, v, mask.kind)
+            and mask.info.dtype is named.info.dtype
+            for mask, (_, v) in zip(masks, sources, strict=True)
+        ):  # fmt: skip
+            shapes = [mask.info.shape for mask in masks if mask is not None]
+            fills = [partial(p.read_runs, v.mask.info.name) for p, v in sources if v.mask is not None]
+            return joined(named.info.name, named.info.dtype, shapes, dim, fills)
+        is_bool = named is not None and named.kind is MaskKind.BOOL
+        name = named.info.name if named is not None and is_bool else f"{variable.name}.{MaskKind.BOOL}"
+        fills = [partial(fill_validity, validity_of(payload, v), means == "missing") for payload, v in sources]
+        return joined(name, boolean, [v.info.shape for _, v in sources], dim, fills)
+
+    @property
+    def described(self) -> str:
+        """What was joined: "3 files as one (36, 8) along dim 0"."""
+        variable = next(v for v in self.parts[0].variables if self.along.dim(v) is not None)
+        shape = shown_shape(self.header.tensors[variable.name].shape)
+        return f"{len(self.parts)} files as one {shape} along {self.along}"
+
+    def refuse_changed(self) -> None:
+        for part in self.parts:
+            part.payload.refuse_changed()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.payload.close()
+
+    def _range(self, offset: int, n: int) -> memoryview:
+        view = memoryview(bytearray(n))
+        self._fill(offset, view)
+        return view
+
+    def _fill(self, offset: int, view: memoryview) -> None:
+        if view.nbytes:
+            self._fill_runs([offset], view)
+
+    def _fill_runs(self, offsets: Sequence[int], view: memoryview) -> None:
+        at = bisect_right(self._begins, offsets[0]) - 1
+        begin = self._begins[at]
+        self._pieces[at].runs([offset - begin for offset in offsets], view)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Along:
+    """The dim along which payloads are joined: by name where the first variable's dims have names."""
+
+    number: int
+    name: str | None
+
+    @classmethod
+    def of(cls, variables: Variables, along: int | str) -> Along:
+        every = list(variables)
+        if isinstance(along, str):
+            found = next((v for v in every if along in (v.dims or ())), None)
+            if found is None or found.dims is None:
+                have = list(dict.fromkeys(name for v in every for name in v.dims or ()))
+                text = f"the payload's dims are {', '.join(have)}" if have else "the payload names no dims: give a number"
+                raise DimError(f"along: no variable has the dim {along[:64]!r}; {text}{nearest(along, have)}", parameter="along")
+            return cls(number=found.dims.index(along), name=along)
+        n = len(every[0].info.shape)
+        if not -n <= along < n:
+            raise DimError(
+                f"along: dim {along} is out of range for {shown(every[0].name)}, which has {n} dims", parameter="along"
+            )
+        number = along % n
+        return cls(number=number, name=every[0].dims[number] if every[0].dims else None)
+
+    def dim(self, variable: Variable) -> int | None:
+        """The variable's dim to join along; None where it lacks it."""
+        if self.name is not None and variable.dims is not None:
+            return variable.dims.index(self.name) if self.name in variable.dims else None
+        return self.number if self.number < len(variable.info.shape) else None
+
+    def __str__(self) -> str:
+        return f"dim {self.number}" if self.name is None else self.name
+
+
+def names(variables: Variables) -> list[str]:
+    return [*variables.computed, *variables.coordinates, *(n for n in variables.side_inputs if n not in variables.coordinates)]
+
+
+def variable_of(part: Part, name: str, first: Part) -> Variable:
+    extra = [known for known in part.variables.computed if known not in first.variables.computed]
+    for group in (part.variables.computed, part.variables.coordinates, part.variables.side_inputs):
+        if name in group and not extra:
+            return group[name]
+    wrong, has, lacks = (extra[0], part, first) if extra else (name, first, part)
+    raise UnknownTensorError(
+        f"{lacks.title} has no {shown(wrong)}, which {has.title} has: files that are joined have the same variables; "
+        "tensor (--tensor) picks some",
+        parameter="tensor",
+    )
+
+
+def with_title(part: Part, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except MaskserveError as error:
+        error.message = f"{part.title}: {error.message}"
+        raise
+
+
+def check_alike(variable: Variable, first: Variable, along: Along, title: str) -> None:
+    """Raise where a variable differs from the first part's in more than its size along the dim."""
+    mine, theirs = variable.info, first.info
+    dim = along.dim(first)
+    if mine.dtype is not theirs.dtype or variable.dims != first.dims:
+        what = (mine.dtype.name, theirs.dtype.name) if mine.dtype is not theirs.dtype else (variable.dims, first.dims)
+        raise ShapeError(f"{shown(variable.name)} is {shown(str(what[0]))}, in {title} {shown(str(what[1]))}; joined files agree")
+    own, others = [*mine.shape], [*theirs.shape]
+    if dim is not None and dim < min(len(own), len(others)):
+        own[dim] = others[dim] = 0
+    if own != others:
+        raise ShapeError(
+            f"{shown(variable.name)} has shape {shown_shape(mine.shape)}, in {title} {shown_shape(theirs.shape)}; files that "
+            f"are joined along {along} agree in all other dims"
+        )
+
+
+def refuse_other_cells(part: Part, variable: Variable, first: Part, own: Variable) -> None:
+    """Raise where what lacks the dim is not the same in two payloads."""
+    same = part.payload.read(variable.name) == first.payload.read(own.name)
+    masks = [v.mask and p.payload.read(v.mask.info.name) for p, v in ((part, variable), (first, own))]
+    if not same or masks[0] != masks[1]:
+        raise ShapeError(
+            f"{part.title}: {shown(variable.name)} differs from {first.title}'s, and lacks the dim that files are joined "
+            "along: its cells must be the same in each"
+        )
+
+
+def joined(name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill]) -> Pieces:
+    inner = [prod(shape[dim:]) * dtype.n_bytes for shape in shapes]
+    shape = shapes[0] if len(shapes) == 1 else (*shapes[0][:dim], sum(s[dim] for s in shapes), *shapes[0][dim + 1 :])
+    return Pieces(output=Output(name, dtype, shape, ()), fills=tuple(fills), starts=(0, *accumulate(inner)))
+
+
+def can_join(shape: Shape, first: Shape, dim: int, variable: Variable, kind: MaskKind) -> bool:
+    """Whether masks of one kind lie side by side as their tensors do."""
+    if dim >= len(shape) or (kind is MaskKind.BITMASK and dim == len(shape) - 1):
+        return False
+    return shape[dim] == variable.info.shape[dim] and [*shape[:dim], *shape[dim + 1 :]] == [*first[:dim], *first[dim + 1 :]]
+
+
+def validity_of(payload: Payload, variable: Variable) -> Validity | None:
+    return None if variable.mask is None else validity(payload, variable.info, variable.mask)
+
+
+def fill_validity(valid: Validity | None, is_inverted: bool, starts: Sequence[int], view: memoryview) -> None:
+    """Bytes that say which cells are valid, or which are missing."""
+    import numpy as np
+
+    n, into = view.nbytes // len(starts), np.frombuffer(view, np.bool_)
+    for i, start in enumerate(starts):
+        own = into[i * n : (i + 1) * n]
+        own[:] = True if valid is None else valid(start, n)
+    if is_inverted:
+        np.logical_not(into, out=into)
