@@ -99,7 +99,7 @@ def test_every_error_class_has_an_exit_code() -> None:
 
 
 def test_an_error_nobody_expected_is_one_line_and_70(maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr(answers, "run", fail)
@@ -112,7 +112,7 @@ def test_an_error_nobody_expected_is_one_line_and_70(maskserve: Maskserve, monke
 
 
 def test_running_out_of_memory_says_try_again(maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(answers, "run", fail)
