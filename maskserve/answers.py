@@ -110,9 +110,7 @@ def run(
     return Answer(results=tuple(results), metadata=dict(prepared.metadata), sources=sources)
 
 
-def computed(
-    request: Request, payload: Payload, prepared: Prepared, memory: int | None
-) -> list[Result | Streamed]:
+def computed(request: Request, payload: Payload, prepared: Prepared, memory: int | None) -> list[Result | Streamed]:
     """What each step gives; where memory is bounded, what does not fit is streamed."""
     if memory is None:
         return [made for step in prepared.steps for made in step.results(request, payload, prepared.variables)]
@@ -127,7 +125,9 @@ def computed(
     return results
 
 
-def metadata_of(request: Request, payload: Payload, others: Payloads, results: Sequence[Result | Streamed]) -> dict[str, str]:
+def metadata_of(
+    request: Request, payload: Payload, others: Payloads, results: Sequence[Result | Streamed]
+) -> dict[str, str]:
     """What an answer says of itself: a line of history, and the names of dims."""
     named = {r.name: r.dims for r in results if r.dims is not None}
     elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}

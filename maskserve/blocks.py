@@ -133,9 +133,7 @@ class Cut:
     runs: tuple[slice, ...]
 
 
-def cut(
-    plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: bool = False, narrow: int = NARROW
-) -> Cut:
+def cut(plan: Plan, shape: tuple[int, int, int], block_cells: int, *, whole: bool = False, narrow: int = NARROW) -> Cut:
     """Blocks of about `block_cells`; a run is leaf * 2**k cells, so that it is a subtree of its own; or n, if `whole`."""
     outer, n, inner = shape
     run, width = n, inner

@@ -108,7 +108,9 @@ class OfExpression(Step):
         dims = None if self.term.dims == (DATA,) else self.term.dims  # a tensor named like its only dim is a coordinate
         yield Result(name=DATA, data=value.get_data(), mask=value._full_mask(), mask_name=MASK, dims=dims)
 
-    def streamed(self, request: Request, payload: Payload, variables: Variables, memory: int) -> Iterator[Result | Streamed]:
+    def streamed(
+        self, request: Request, payload: Payload, variables: Variables, memory: int
+    ) -> Iterator[Result | Streamed]:
         refuse_beyond(self, memory)
         return self.results(request, payload, variables)
 

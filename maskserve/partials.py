@@ -8,37 +8,52 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maskserve import dtypes, engine, execution, masks
 from maskserve.backends import Parts, choose
 from maskserve.backends.reference import kernel
-from maskserve.dtypes import Kind
 from maskserve.errors import MaskserveError, StateError
 from maskserve.ops import find
+from maskserve.ops.parameters import Type
 from maskserve.ops.rows import Reduction
-from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, to_bytes
+from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, Limits, Payload, TensorInfo, to_bytes
 from maskserve.payload.header import strict_json
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.plan import Plan, plan
 from maskserve.requests import spelled
+from maskserve.shards import Shard
+from maskserve.sources import Source
+from maskserve.streaming import BLOCK, Piece, assembled, lifts, most_states, of_sizes, result_sizes, state, unit_of
 from maskserve.torch_dtypes import dtype_of
+from maskserve.trees import subtrees
 from maskserve.version import ORDER_VERSION, version
 
 PREFIX = "maskserve.state."
 
 
+LIMITS = Limits(tensors=1 << 20, header_bytes=1 << 26, metadata_bytes=1 << 20)
+"""What is read of a state: it has a tensor for each part of each subtree."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """The state of `n_units` leaves from `start` on (both in leaves): parts of shape (outer, inner)."""
+    """The state of a subtree, for `n_rows` indices of the first kept group from `row` on.
 
+    The subtree is `n_units` units of the first reduced group from `start` on (leaves, where it is the only one); parts have
+    the shape (n_rows, all other kept groups).
+    """
+
+    row: int
+    n_rows: int
     start: int
     n_units: int
     parts: Parts
@@ -47,10 +62,18 @@ class Node:
     def stop(self) -> int:
         return self.start + self.n_units
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.n_rows)
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for name, part in self.parts.items():
+            yield f"{self.row}.{self.n_rows}.{self.start}.{self.n_units}.{name}", part
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partial:
-    """States of one plan's subtrees, in the order of the index. `plan` is the plan of the whole."""
+    """States of one plan's subtrees, row by row and in the order of the index. `plan` is the plan of the whole."""
 
     plan: Plan
     backend: str
@@ -62,7 +85,11 @@ class Partial:
 
         `start` is a multiple of the plan's leaf; n is too, or reaches the end of the index.
         """
-        check_sliceable(plan)
+        check_joins(plan)
+        if len(plan.fold) != 3 or plan.weighted:
+            raise StateError(
+                f"{plan.row.name} over dims {plan.dims}: cells of adjacent dims, without weights, are lifted"
+            )
         if dtype_of(data) is not plan.stored or data.device.type != "cpu":
             raise StateError(
                 f"a partial of {plan.stored.name} cells in CPU memory was given {data.dtype} on {data.device}"
@@ -83,50 +110,69 @@ class Partial:
             block = data[:, cells]
             own = None if mask is None else mask[:, cells]
             below = replace(plan, shape=tuple(block.shape), fold=tuple(block.shape))
-            parts = engine.state(below, block, own)
-            shift = getattr(kernel(plan.passes[0].reference), "shift", None)
-            nodes.append(Node(start=unit, n_units=n_units, parts=shift(parts, unit * plan.leaf) if shift else parts))
+            parts = shifted(plan, engine.state(below, block, own), unit * plan.leaf)
+            nodes.append(Node(row=0, n_rows=outer, start=unit, n_units=n_units, parts=parts))
+        return cls(plan=plan, backend=execution.backend_of(plan).name, nodes=tuple(nodes))
+
+    @classmethod
+    def of_shard(cls, plan: Plan, source: Source, weights: Source | None, shard: Shard, budget: int) -> Partial:
+        """The states of a range of all rows' units, read where they lie."""
+        check_joins(plan)
+        most, nodes = most_states(plan, budget), []
+        with execution.using(block_cells=min(execution.backend_of(plan).block_cells, BLOCK)):
+            for rows, start, n_units in rectangles(plan, shard):
+                unit = unit_of(plan, 1)
+                cells = slice(start * unit, min((start + n_units) * unit, plan.fold[1]))
+                region = (rows, cells, *(slice(0, n) for n in plan.fold[2:]))
+                parts = shifted(plan, state(plan, source, weights, region, most), start * unit)
+                nodes.append(
+                    Node(row=rows.start, n_rows=rows.stop - rows.start, start=start, n_units=n_units, parts=parts)
+                )
         return cls(plan=plan, backend=execution.backend_of(plan).name, nodes=tuple(nodes))
 
     def merge(self, other: Partial) -> Partial:
         """The states of both, siblings joined; they must come from one plan and back end, and not overlap."""
-        if self.signature() != other.signature():
-            raise StateError(
-                f"states do not belong together: one is {json.dumps(self.signature())[:200]}, "
-                f"the other {json.dumps(other.signature())[:200]}"
-            )
-        nodes = sorted((*self.nodes, *other.nodes), key=lambda node: node.start)
-        refuse_overlap(nodes)
-        merged: list[Node] = []
-        for node in nodes:
-            merged.append(node)
-            while len(merged) > 1 and are_siblings(merged[-2], merged[-1]):
-                right, left = merged.pop(), merged.pop()
-                merged.append(self.joined(left, right))
-        return replace(self, nodes=tuple(merged))
+        return merged([self, other])
 
     def joined(self, left: Node, right: Node) -> Node:
         with execution.using(backend=self.backend):
             merge = execution.backend_of(self.plan).merge(self.plan)
-        return Node(start=left.start, n_units=left.n_units + right.n_units, parts=merge(left.parts, right.parts))
+        return replace(left, n_units=left.n_units + right.n_units, parts=merge(left.parts, right.parts))
 
     def finalize(self) -> tuple[Tensor, Tensor]:
         """(values, mask) of the whole; what is left over joins from the right. The whole index must be covered."""
-        n_units = -(-self.plan.fold[1] // self.plan.leaf)
-        expected = 0
-        for node in self.nodes:
-            if node.start != expected:
-                break
-            expected = node.stop
-        if expected != n_units:
-            raise StateError(f"the state of leaf {expected} of {n_units} is missing; merge every shard first")
-        if not self.nodes:
-            return engine.finish(self.plan, engine.identity(self.plan, prod(self.plan.out_shape)))
-        last = self.nodes[-1]
-        for node in reversed(self.nodes[:-1]):
-            last = self.joined(node, last)
+        shape = result_sizes(self.plan, self.plan.fold)
+        values, mask = assembled(shape, getattr(torch, self.plan.result.torch), self.pieces())
+        return values.view(self.plan.out_shape), mask.view(self.plan.out_shape)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The result, some rows at a time."""
+        self.refuse_gaps()
+        fold = self.plan.fold
+        if not fold[1]:
+            yield from self.finished(slice(0, fold[0]), engine.identity(self.plan, prod(fold[::2])))
+        for _, group in groupby(self.nodes, key=lambda node: node.row):
+            *nodes, last = group
+            for node in reversed(nodes):
+                last = self.joined(node, last)
+            yield from self.finished(last.rows, last.parts)
+
+    def finished(self, rows: slice, parts: Parts) -> Iterator[Piece]:
+        fold = self.plan.fold
+        below = of_sizes(self.plan, (rows.stop - rows.start, *fold[1:]))
         with execution.using(backend=self.backend):
-            return engine.finish(self.plan, last.parts)
+            values, mask = engine.finish(below, parts)
+        yield Piece(where=(rows, *(slice(0, n) for n in fold[2::2])), values=values, mask=mask)
+
+    def refuse_gaps(self) -> None:
+        """Raise where a row or a part of one is missing."""
+        n_units, row, unit = units(self.plan), 0, 0
+        for node in self.nodes if n_units else ():
+            if (node.row, node.start) != (row, unit):
+                break
+            row, unit = (row, node.stop) if node.stop < n_units else (node.row + node.n_rows, 0)
+        if n_units and row != self.plan.fold[0]:
+            raise StateError(f"the state of leaf {unit} of {n_units} of row {row} is missing; merge every shard first")
 
     def signature(self) -> dict[str, Any]:
         """What two states must share to be merged."""
@@ -144,66 +190,103 @@ class Partial:
 
     def to_bytes(self) -> bytes:
         """The state as a safetensors file: one tensor a part of each subtree, what it belongs to in the metadata."""
-        tensors = [
-            output(f"{node.start}.{node.n_units}.{name}", part)
-            for node in self.nodes
-            for name, part in node.parts.items()
-        ]
+        tensors = [output(name, part) for node in self.nodes for name, part in node.named()]
         return to_bytes(tensors, {PREFIX + key: json.dumps(value) for key, value in self.signature().items()})
 
     @classmethod
     def from_bytes(cls, buffer: Buffer) -> Partial:
         """The Partial that `to_bytes` wrote; StateError where the bytes are anything else."""
-        payload = BytesPayload(buffer)
-        said = _said(payload.header.metadata)
-        if said["order"] != ORDER_VERSION or said["version"] != version():
-            raise StateError(
-                f"the state is of order {said['order']} and version {said['version']}, this is order {ORDER_VERSION} "
-                f"and version {version()}; states of different versions are never merged"
-            )
-        try:
-            whole = _plan_of(said)
-        except MaskserveError as error:
-            raise error if isinstance(error, StateError) else StateError(f"the bytes are no state: {error}") from error
-        nodes = sorted(_nodes(whole, payload), key=lambda node: node.start)
-        refuse_overlap(nodes)
-        return cls(plan=whole, backend=said["backend"], nodes=tuple(nodes))
+        payload = BytesPayload(buffer, LIMITS)
+        return read_partial(_said(payload.header.metadata), payload, payload.header.tensors)
 
 
-def check_sliceable(plan: Plan) -> None:
-    row = plan.row
-    whole = not isinstance(row, Reduction) or bool(row.select) or row.picks or plan.weighted
-    if whole or plan.stored.kind is Kind.COMPLEX or len(plan.fold) != 3:
+def read_partial(said: Mapping[str, Any], payload: Payload, names: Mapping[str, str | TensorInfo]) -> Partial:
+    """The Partial that `said` tells of; `names` has the name of each tensor in the payload by what it is called in a state."""
+    if said["order"] != ORDER_VERSION or said["version"] != version():
         raise StateError(
-            f"{plan.row.name} over dims {plan.dims} has no state that can be merged: "
-            "take a row with passes, over dims that stand side by side"
+            f"the state is of order {said['order']} and version {said['version']}, this is order {ORDER_VERSION} "
+            f"and version {version()}; states of different versions are never merged"
+        )
+    try:
+        whole = _plan_of(said)
+    except MaskserveError as error:
+        raise error if isinstance(error, StateError) else StateError(f"the bytes are no state: {error}") from error
+    nodes = sorted(_nodes(whole, payload, names), key=lambda node: (node.row, node.start))
+    refuse_overlap(nodes)
+    return Partial(plan=whole, backend=said["backend"], nodes=tuple(nodes))
+
+
+def merged(partials: Sequence[Partial]) -> Partial:
+    """The states of all, siblings joined."""
+    first = partials[0]
+    for other in partials[1:]:
+        if first.signature() != other.signature():
+            raise StateError(
+                f"states do not belong together: one is {json.dumps(first.signature())[:200]}, "
+                f"the other {json.dumps(other.signature())[:200]}"
+            )
+    nodes = sorted((node for partial in partials for node in partial.nodes), key=lambda node: (node.row, node.start))
+    refuse_overlap(nodes)
+    joined: list[Node] = []
+    for node in nodes:
+        joined.append(node)
+        while len(joined) > 1 and are_siblings(joined[-2], joined[-1]):
+            right, left = joined.pop(), joined.pop()
+            joined.append(first.joined(left, right))
+    return replace(first, nodes=tuple(joined))
+
+
+def units(plan: Plan) -> int:
+    """The units of the first reduced group."""
+    return -(-plan.fold[1] // unit_of(plan, 1))
+
+
+def rectangles(plan: Plan, shard: Shard) -> Iterator[tuple[slice, int, int]]:
+    """(rows, start, n_units) of a shard: the end of a row, whole rows, and the begin of one.
+
+    Shards are equal parts of all rows' units, so that each reads what lies in one piece.
+    """
+    n_units = units(plan)
+    total = plan.fold[0] * n_units
+    first, last = (i * total // shard.n for i in (shard.index, shard.index + 1))
+    while first < last:
+        row, unit = divmod(first, n_units)
+        if unit == 0 and last - first >= n_units:
+            n_rows = (last - first) // n_units
+            yield slice(row, row + n_rows), 0, n_units
+            first += n_rows * n_units
+            continue
+        stop = min(n_units, unit + last - first)
+        for start, n in subtrees(unit, stop):
+            yield slice(row, row + 1), start, n
+        first += stop - unit
+
+
+def check_joins(plan: Plan) -> None:
+    if not lifts(plan):
+        raise StateError(
+            f"{plan.row.name} of {plan.stored.name} has no state that can be merged: its slices are needed whole; reduce all "
+            "at once, or take a row with passes"
         )
 
 
-def subtrees(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The aligned power-of-two ranges (start, n) that make up start..stop, left to right.
-
-    >>> list(subtrees(0, 7)), list(subtrees(3, 8))
-    ([(0, 4), (4, 2), (6, 1)], [(3, 1), (4, 4)])
-    """
-    while start < stop:
-        n = 1 << (stop - start).bit_length() - 1
-        while start % n:
-            n >>= 1
-        yield start, n
-        start += n
+def shifted(plan: Plan, parts: Parts, start: int) -> Parts:
+    """Places count from the start of the slice: `start` is in indices of the first reduced group."""
+    shift = getattr(kernel(plan.passes[0].reference), "shift", None)
+    return shift(parts, start * prod(plan.fold[3::2])) if shift else parts
 
 
 def are_siblings(left: Node, right: Node) -> bool:
     """Whether the two are the halves of one aligned subtree."""
     n = left.n_units
-    return n == right.n_units and left.stop == right.start and not n & (n - 1) and left.start % (2 * n) == 0
+    is_half = n == right.n_units and left.stop == right.start and not n & (n - 1) and left.start % (2 * n) == 0
+    return is_half and left.rows == right.rows
 
 
-def refuse_overlap(nodes: list[Node]) -> None:
+def refuse_overlap(nodes: Sequence[Node]) -> None:
     for left, right in pairwise(nodes):
-        if right.start < left.stop:
-            raise StateError(f"two states cover leaf {right.start} of the index; merge each shard once")
+        if right.row < left.row + left.n_rows and (left.rows != right.rows or right.start < left.stop):
+            raise StateError(f"two states cover leaf {right.start} of row {right.row}; merge each shard once")
 
 
 FIELDS = {"op": str, "params": dict, "dtype": str, "shape": list, "backend": str, "order": int, "version": str}
@@ -233,53 +316,62 @@ def unspelled(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf") else value
 
 
-def _plan_of(said: dict[str, Any]) -> Plan:
+def _plan_of(said: Mapping[str, Any]) -> Plan:
     row = find(said["op"])
     if not isinstance(row, Reduction):
         raise StateError(f"{row.name} is no reduction")
     params = {name: unspelled(value) for name, value in said["params"].items()}
+    for parameter in row.parameters:
+        if parameter.type is Type.TENSOR and isinstance(params.get(parameter.name), str):
+            params[parameter.name] = dtypes.parse(params[parameter.name])
     shape = said["shape"]
     if len(shape) > DEFAULT_LIMITS.dims or any(
         type(n) is not int or not 0 <= n <= DEFAULT_LIMITS.dim_size for n in shape
     ):
         raise StateError("the bytes are no state of a reduction: the shape is no list of sizes")
     whole = plan(row, tuple(params.items()), tuple(shape), dtypes.parse(said["dtype"]), "cpu")
-    check_sliceable(whole)
+    check_joins(whole)
     choose(whole, said["backend"])
     return whole
 
 
-def _nodes(whole: Plan, payload: BytesPayload) -> Iterator[Node]:
+def _nodes(whole: Plan, payload: Payload, names: Mapping[str, str | TensorInfo]) -> Iterator[Node]:
     """The nodes, each with exactly the parts that the plan's pass has, in their dtypes and shape."""
-    outer, _, inner = whole.fold
+    others = prod(whole.fold[2::2])
     wanted = MappingProxyType({part.name: part.dtype for part in whole.passes[0].parts(whole.dtype)})
-    found: dict[tuple[int, int], Parts] = {}
-    for name, info in payload.header.tensors.items():
-        start, n_units, part = _node_name(name)
-        if info.dtype is not wanted.get(part) or info.shape != (outer, inner):
+    found: dict[tuple[int, int, int, int], Parts] = {}
+    for name, of in names.items():
+        row, n_rows, start, n_units, part = _node_name(name)
+        info = payload.header.tensors[of] if isinstance(of, str) else of
+        if info.dtype is not wanted.get(part) or info.shape != (n_rows, others):
             raise StateError(f"{name[:64]} is no part of this state: {info.dtype} {info.shape}")
-        found.setdefault((start, n_units), {})[part] = load_tensor(payload, info)
-    for (first, size), parts in found.items():
-        check_node(whole, first, size, parts, wanted.keys())
-        yield Node(start=first, n_units=size, parts=parts)
+        found.setdefault((row, n_rows, start, n_units), {})[part] = load_tensor(payload, info)
+    for (row, n_rows, start, n_units), parts in found.items():
+        node = Node(row=row, n_rows=n_rows, start=start, n_units=n_units, parts=parts)
+        check_node(whole, node, wanted.keys())
+        yield node
 
 
-def _node_name(name: str) -> tuple[int, int, str]:
-    """(start, n_units, part) of "4.2.total"; each number in its one spelling."""
-    found = re.fullmatch(r"(0|[1-9][0-9]{0,15})\.([1-9][0-9]{0,15})\.([a-z0-9_]+)", name)
+_NODE = re.compile(r"(0|[1-9][0-9]{0,15})\.([1-9][0-9]{0,15})\.(0|[1-9][0-9]{0,15})\.([1-9][0-9]{0,15})\.([a-z0-9_]+)")
+
+
+def _node_name(name: str) -> tuple[int, int, int, int, str]:
+    """(row, n_rows, start, n_units, part) of "0.1.4.2.total"; each number in its one spelling."""
+    found = _NODE.fullmatch(name)
     if found is None:
         raise StateError(f"{name[:64]!r} names no part of a state")
-    return int(found[1]), int(found[2]), found[3]
+    row, n_rows, start, n_units = (int(word) for word in found.groups()[:4])
+    return row, n_rows, start, n_units, found[5]
 
 
-def check_node(whole: Plan, first: int, size: int, parts: Parts, wanted: Collection[str]) -> None:
-    """An aligned subtree inside the index (only the last may be smaller), whole, with counts that it can have."""
-    n = whole.fold[1]
-    n_units = -(-n // whole.leaf)
-    aligned = not size & (size - 1) and first % size == 0
-    if parts.keys() != set(wanted) or not aligned or first + size > n_units:
+def check_node(whole: Plan, node: Node, wanted: Collection[str]) -> None:
+    """An aligned subtree inside the index (only the last may be smaller, or all units), whole, with counts that it can have."""
+    n, n_units, first, size, unit = whole.fold[1], units(whole), node.start, node.n_units, unit_of(whole, 1)
+    aligned = (not size & (size - 1) and first % size == 0) or (first == 0 and size == n_units)
+    fits = node.stop <= n_units and node.row + node.n_rows <= whole.fold[0]
+    if node.parts.keys() != set(wanted) or not aligned or not fits:
         raise StateError(f"the state of leaves {first} to {first + size} is incomplete, unaligned or outside the index")
-    cells = min((first + size) * whole.leaf, n) - first * whole.leaf
-    count = parts["count"]
+    cells = (min((first + size) * unit, n) - first * unit) * prod(whole.fold[3::2])
+    count = node.parts["count"]
     if count.numel() and not 0 <= int(count.min()) <= int(count.max()) <= cells:
         raise StateError(f"the state of leaves {first} to {first + size} counts cells that it cannot have")

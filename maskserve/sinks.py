@@ -31,6 +31,7 @@ def write(descriptor: int, name: str, results: Iterable[Result | Streamed], meta
     results = tuple(results)
     outputs = [out for result in results for out in result.outputs()]
     header, starts, n_bytes = places(outputs, metadata)
+
     def put(view: memoryview, offset: int) -> None:
         with failing(f"{shown(name)} cannot be written"):
             while view.nbytes:

@@ -215,7 +215,9 @@ class Step(ABC):
         """What it gives."""
 
     @abstractmethod
-    def streamed(self, request: Request, payload: Payload, variables: Variables, memory: int) -> Iterator[Result | Streamed]:
+    def streamed(
+        self, request: Request, payload: Payload, variables: Variables, memory: int
+    ) -> Iterator[Result | Streamed]:
         """The same, with as many bytes in memory as are allowed at once."""
 
     def passes(self, memory: int | None) -> int:

@@ -24,7 +24,7 @@ from maskserve.backends.reference import kernel
 from maskserve.blocks import Cells, counting, covering, cut, seen, spans
 from maskserve.dtypes import Kind
 from maskserve.errors import OutOfMemoryError
-from maskserve.execution import backend_of, finisher_of, n_threads, nan_policy
+from maskserve.execution import backend_of, finisher_of, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
@@ -67,7 +67,9 @@ class SourceCells(Cells):
         self.plan, self.policy, self.region, self.sizes = plan, policy, region, sizes
         self.shape = (prod(sizes[:-2]), sizes[-2], sizes[-1])
         *outer, n, inner = plan.fold
-        self.first = flat_index(plan.fold[:-2], [s.start for s in region[:-2]]) if is_run(plan.fold[:-2], region[:-2]) else -1
+        self.first = (
+            flat_index(plan.fold[:-2], [s.start for s in region[:-2]]) if is_run(plan.fold[:-2], region[:-2]) else -1
+        )
         shape = plan.fold if self.first < 0 else (prod(outer), n, inner)
         self.source = source.folded(shape)
         self.weights_source = None if weights is None else weights.folded(shape)
@@ -300,9 +302,7 @@ def placed(plan: Plan, parts: Parts, axis: int, by: int) -> Parts:
     return shift(parts, by * prod(plan.fold[axis + 2 :: 2])) if shift and by else parts
 
 
-def side_by_side(
-    plan: Plan, source: Source, weights: Source | None, region: Region, most: int, axis: int
-) -> Parts:
+def side_by_side(plan: Plan, source: Source, weights: Source | None, region: Region, most: int, axis: int) -> Parts:
     """States of a region cut along a kept group."""
     n_results, size = n_states(plan, region), region[axis].stop - region[axis].start
     step = max(1, most // max(-(-n_results // size), 1))

@@ -100,7 +100,9 @@ class OfVariable(Step):
                 data, mask = engine.run(self.plan, data, mask, *laid)
         elif isinstance(request.row, Masking) and not self.passes_through:
             n_masked_before = n_masked(data, mask)
-            others = {side.parameter.name: masking.validity(*loaded(side, self.device), side.means) for side in self.sides}
+            others = {
+                side.parameter.name: masking.validity(*loaded(side, self.device), side.means) for side in self.sides
+            }
             data, mask = new_mask(request, others, data, mask)
         elif mask is None:
             mask = torch.ones(data.shape, dtype=torch.bool)
@@ -112,7 +114,9 @@ class OfVariable(Step):
             passed_through=self.passes_through, n_masked_before=n_masked_before,
         )  # fmt: skip
 
-    def streamed(self, request: Request, payload: Payload, variables: Variables, memory: int) -> Iterator[Result | Streamed]:
+    def streamed(
+        self, request: Request, payload: Payload, variables: Variables, memory: int
+    ) -> Iterator[Result | Streamed]:
         if self.is_gradient or self.device != "cpu":
             refuse_beyond(self, memory)
             yield from self.results(request, payload, variables)

@@ -272,7 +272,7 @@ def state(**changes: Any) -> bytes:
     whole = plan(OPS["mean"], (), (10_000,), dtypes.f64, "cpu")  # type: ignore[arg-type]
     partial = Partial.lift(whole, torch.ones(1, 10_000, 1, dtype=torch.float64))
     said = {PREFIX + k: json.dumps(v) for k, v in partial.signature().items()}
-    tensors = {f"{n.start}.{n.n_units}.{k}": p for n in partial.nodes for k, p in n.parts.items()}
+    tensors = {name: part for node in partial.nodes for name, part in node.named()}
     said |= {PREFIX + k: v for k, v in changes.items() if isinstance(v, str)}
     tensors = changes.get("tensors", lambda t: t)(tensors)
     return to_bytes([output(name, part) for name, part in tensors.items()], said)
@@ -289,15 +289,15 @@ def test_an_unchanged_state_is_accepted() -> None:
         {"shape": '{"2": 1}'}, {"shape": "[-1]"}, {"shape": "[" + "1," * 99 + "1]"}, {"params": "[1]"}, {"params": '"x"'},
         {"params": '{"min_count": ' + "9" * 30 + "}"}, {"dtype": "5"}, {"dtype": "null"}, {"backend": "null"}, {"order": "true"},
         {"backend": '"nobody"'}, {"version": '"0.0.0"'}, {"shape": "[1000000]"},
-        {"tensors": lambda t: {k.replace("0.2.", "0.3."): v for k, v in t.items()}},
-        {"tensors": lambda t: {k.replace("0.2.", "1.2."): v for k, v in t.items()}},
-        {"tensors": lambda t: {k.replace("0.2.", "00.2."): v for k, v in t.items()}},
-        {"tensors": lambda t: {k.replace("0.2.", "0.\uff12."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k.replace("0.1.0.2.", "0.1.0.3."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k.replace("0.1.0.2.", "0.1.1.2."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k.replace("0.1.0.2.", "0.1.00.2."): v for k, v in t.items()}},
+        {"tensors": lambda t: {k.replace("0.1.0.2.", "0.1.0.\uff12."): v for k, v in t.items()}},
         {"tensors": lambda t: {k: v for k, v in t.items() if "count" not in k}},
         {"tensors": lambda t: {k: v - 10**6 if "count" in k else v for k, v in t.items()}},
         {"tensors": lambda t: {k: v + 10**6 if "count" in k else v for k, v in t.items()}},
         {"tensors": lambda t: {k: v.float() if v.is_floating_point() else v for k, v in t.items()}},
-        {"tensors": lambda t: t | {"0.1." + k.rsplit(".")[-1]: v for k, v in t.items()}},
+        {"tensors": lambda t: t | {"0.1.0.1." + k.rsplit(".")[-1]: v for k, v in t.items()}},
         {"tensors": lambda t: t | {"junk": torch.ones(1)}},
     ],
 )  # fmt: skip

@@ -34,9 +34,9 @@ from maskserve.payload.files import (
     Exists,
     Payload,
     StrPath,
-    failing,
     _open_regular,
     _stands,
+    failing,
     placed,
 )
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, shown

@@ -180,8 +180,12 @@ class Along:
             found = next((v for v in every if along in (v.dims or ())), None)
             if found is None or found.dims is None:
                 have = list(dict.fromkeys(name for v in every for name in v.dims or ()))
-                text = f"the payload's dims are {', '.join(have)}" if have else "the payload names no dims: give a number"
-                raise DimError(f"along: no variable has the dim {along[:64]!r}; {text}{nearest(along, have)}", parameter="along")
+                text = (
+                    f"the payload's dims are {', '.join(have)}" if have else "the payload names no dims: give a number"
+                )
+                raise DimError(
+                    f"along: no variable has the dim {along[:64]!r}; {text}{nearest(along, have)}", parameter="along"
+                )
             return cls(number=found.dims.index(along), name=along)
         n = len(every[0].info.shape)
         if not -n <= along < n:
@@ -202,7 +206,11 @@ class Along:
 
 
 def names(variables: Variables) -> list[str]:
-    return [*variables.computed, *variables.coordinates, *(n for n in variables.side_inputs if n not in variables.coordinates)]
+    return [
+        *variables.computed,
+        *variables.coordinates,
+        *(n for n in variables.side_inputs if n not in variables.coordinates),
+    ]
 
 
 def variable_of(part: Part, name: str, first: Part) -> Variable:
@@ -232,7 +240,9 @@ def check_alike(variable: Variable, first: Variable, along: Along, title: str) -
     dim = along.dim(first)
     if mine.dtype is not theirs.dtype or variable.dims != first.dims:
         what = (mine.dtype.name, theirs.dtype.name) if mine.dtype is not theirs.dtype else (variable.dims, first.dims)
-        raise ShapeError(f"{shown(variable.name)} is {shown(str(what[0]))}, in {title} {shown(str(what[1]))}; joined files agree")
+        raise ShapeError(
+            f"{shown(variable.name)} is {shown(str(what[0]))}, in {title} {shown(str(what[1]))}; joined files agree"
+        )
     own, others = [*mine.shape], [*theirs.shape]
     if dim is not None and dim < min(len(own), len(others)):
         own[dim] = others[dim] = 0
@@ -264,7 +274,10 @@ def can_join(shape: Shape, first: Shape, dim: int, variable: Variable, kind: Mas
     """Whether masks of one kind lie side by side as their tensors do."""
     if dim >= len(shape) or (kind is MaskKind.BITMASK and dim == len(shape) - 1):
         return False
-    return shape[dim] == variable.info.shape[dim] and [*shape[:dim], *shape[dim + 1 :]] == [*first[:dim], *first[dim + 1 :]]
+    return shape[dim] == variable.info.shape[dim] and [*shape[:dim], *shape[dim + 1 :]] == [
+        *first[:dim],
+        *first[dim + 1 :],
+    ]
 
 
 def validity_of(payload: Payload, variable: Variable) -> Validity | None:
