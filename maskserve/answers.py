@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -10,15 +10,15 @@ from types import MappingProxyType
 import torch
 
 from maskserve import sides, variable_steps
-from maskserve.errors import MaskserveError, TooLargeError
+from maskserve.errors import TooLargeError
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load
-from maskserve.payload.variables import Variable, Variables, answer_mask_name, answer_metadata, resolve
+from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.requests import Request
 from maskserve.sides import Payloads
-from maskserve.steps import Result, Step, Streamed
+from maskserve.steps import Result, Step, Streamed, refuse_beyond
 from maskserve.version import version
 
 NOTHING: Payloads = MappingProxyType({})
@@ -44,6 +44,11 @@ class Answer:
     def is_streamed(self) -> bool:
         """Whether some of it does not fit into memory, and is computed while it is written."""
         return any(isinstance(result, Streamed) for result in self.results)
+
+    @property
+    def held(self) -> tuple[Result, ...]:
+        """The variables that are in memory: all of them, where nothing is streamed."""
+        return tuple(result for result in self.results if isinstance(result, Result))
 
     def write(self, descriptor: int, name: str) -> int:
         """The bytes of the answer, once they are in an empty file, which messages call by its name."""
@@ -94,13 +99,12 @@ def run(
     held at once: what is more is read, and where it has to be written, in parts, with the same bits.
     """
     prepared = prepare(request, payload, others)
-    variables, planned = prepared.variables, prepared.steps
+    planned = prepared.steps
     if admit:
         admit(prepared.bytes_held)
     results = computed(request, payload, prepared, memory)
     if not request.is_gradient:
-        alive = {dim for step in planned for dim in step.dims_alive} - {r.name for r in results}
-        results += [coordinate(payload, c, variables) for c in variables.coordinates.values() if c.name in alive]
+        results += alive(payload, prepared, {r.name for r in results})
         results += labels(planned, {r.name for r in results})
     sources = (payload, *others.values())
     for source in sources:
@@ -108,6 +112,23 @@ def run(
     if prepared.metadata is None:
         prepared.metadata = metadata_of(request, payload, others, results)
     return Answer(results=tuple(results), metadata=dict(prepared.metadata), sources=sources)
+
+
+def alive(payload: Payload, prepared: Prepared, taken: set[str]) -> Iterator[Result]:
+    """The coordinates of the dims that live on."""
+    names = {dim for step in prepared.steps for dim in step.dims_alive} - taken
+    for found in prepared.variables.coordinates.values():
+        if found.name in names:
+            yield coordinate(payload, found, prepared.variables)
+
+
+def kept(request: Request, payload: Payload, prepared: Prepared, memory: int) -> list[Result]:
+    """What a reduction does not reduce: the variables without the dim, and the coordinates."""
+    passed = [step for step in prepared.steps if step.passes_through]
+    for step in passed:
+        refuse_beyond(step, memory)
+    results = [result for step in passed for result in step.results(request, payload, prepared.variables)]
+    return [*results, *alive(payload, prepared, {step.name for step in prepared.steps})]
 
 
 def computed(request: Request, payload: Payload, prepared: Prepared, memory: int | None) -> list[Result | Streamed]:
@@ -129,7 +150,10 @@ def metadata_of(
     request: Request, payload: Payload, others: Payloads, results: Sequence[Result | Streamed]
 ) -> dict[str, str]:
     """What an answer says of itself: a line of history, and the names of dims."""
-    named = {r.name: r.dims for r in results if r.dims is not None}
+    return metadata_of_dims(request, payload, others, {r.name: r.dims for r in results if r.dims is not None})
+
+
+def metadata_of_dims(request: Request, payload: Payload, others: Payloads, named: Mapping[str, Dims]) -> dict[str, str]:
     elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
     line = {"maskserve": version(), **request.canonical(), **elsewhere}
     return answer_metadata(payload.header.metadata, named, line, version())
@@ -187,16 +211,7 @@ def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
         raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
 
 
-def resolved(request: Request, payload: Payload, others: Payloads, title: str | None = None) -> Variables:
-    """The variables of a payload as the request reads it; errors name the payload by its title, where it has one."""
-    try:
-        return variables_of(request, payload, others)
-    except MaskserveError as error:
-        error.message = error.message if title is None else f"{title}: {error.message}"
-        raise
-
-
-def variables_of(request: Request, payload: Payload, others: Payloads) -> Variables:
+def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:
     common = request.common
     refuse_other_masks(payload, common.get("mask"), common.get("mask_means"))
     return resolve(

@@ -45,7 +45,8 @@ A message says what was given, what is allowed and what to do; it never holds a 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -292,3 +293,13 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(given, list(allowed), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+@contextmanager
+def about(title: str) -> Iterator[None]:
+    """Errors of the block say which file they are about, unless they name one already."""
+    try:
+        yield
+    except (RequestError, DataError, PayloadError) as error:
+        error.message = f"{title}: {error.message}"
+        raise

@@ -1,24 +1,75 @@
-"""Many payloads as the one that a request is about: their variables joined along a dim."""
+"""What a request reads: its payloads, joined to one where they are several, and those that it names beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
-from maskserve.answers import resolved
+from maskserve import sides
+from maskserve.errors import about
 from maskserve.payload.format import Payload
+from maskserve.payload.header import shown
 from maskserve.payload.joined import JoinedPayload, Part
 from maskserve.payload.metadata import mask_means_of
+from maskserve.payload.shelf import Shelf
 from maskserve.requests import Request
 from maskserve.sides import Payloads
+
+Read = Callable[[str], Payload]
+"""The payload at a path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A payload, and the ones that the request names by their paths."""
+
+    payload: Payload
+    others: Payloads
+    first: Payload
+    """The payload itself, or the first one where it is joined of several."""
+
+
+@contextmanager
+def question(
+    request: Request, paths: Sequence[str], read: Read, along: int | str = 0, titled: Callable[[str], str] = shown
+) -> Iterator[Question]:
+    """What the request reads at `paths`, open; of many files few are open at once. Errors name files by their title."""
+    with ExitStack() as stack:
+        shelf = Shelf(read)
+        opened = [opened_at(path, read if len(paths) == 1 else shelf.payload, titled(path)) for path in paths]
+        for payload in opened:
+            stack.callback(payload.close)
+        others = {}
+        for word in files_named(request, opened[0]):
+            others[word] = stack.enter_context(opened_at(word, read, titled(word)))
+        payload = opened[0]
+        if len(paths) > 1:
+            payload = join(request, [*zip(map(titled, paths), opened, strict=True)], others, along)
+        yield Question(payload=payload, others=others, first=opened[0])
+
+
+def opened_at(path: str, read: Read, title: str) -> Payload:
+    with about(title):
+        return read(path)
+
+
+def files_named(request: Request, payload: Payload) -> list[str]:
+    """The files that stand where a tensor may be named: a tensor of the payload comes first."""
+    words = [str(request.params[p.name]) for p in sides.parameters(request.row) if p.name in request.params]
+    return [word for word in words if word not in payload.header.tensors and os.path.exists(word)]
 
 
 def join(
     request: Request, opened: Sequence[tuple[str, Payload]], others: Payloads, along: int | str = 0
 ) -> JoinedPayload:
-    """The payloads, each with what it is called, side by side along a dim, in their order."""
-    parts = [
-        Part(title=title, payload=payload, variables=resolved(request, payload, others, title=title))
-        for title, payload in opened
-    ]
+    """The payloads, each with its title, side by side along a dim, in their order."""
+    from maskserve.answers import resolved  # which brings torch along: a file that cannot be read is told without
+
+    parts = []
+    for title, payload in opened:
+        with about(title):
+            parts.append(Part(title=title, payload=payload, variables=resolved(request, payload, others)))
     means = mask_means_of(parts[0].payload.header.metadata, request.common.get("mask_means"))
     return JoinedPayload(parts, along, means)

@@ -153,14 +153,14 @@ def whole(plan: Plan) -> Region:
 # -- results ------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, source: Source, weights: Source | None, budget: int) -> Masked:
+def run(plan: Plan, source: Source, weights: Source | None, budget: int) -> tuple[Tensor, Tensor]:
     """(values, mask) of the plan on a source, whole in memory."""
     shape = result_sizes(plan, plan.fold)
     values, mask = assembled(shape, getattr(torch, plan.result.torch), pieces(plan, source, weights, budget))
     return values.view(plan.out_shape), mask.view(plan.out_shape)
 
 
-def assembled(shape: tuple[int, ...], dtype: torch.dtype, made: Iterator[Piece]) -> Masked:
+def assembled(shape: tuple[int, ...], dtype: torch.dtype, made: Iterator[Piece]) -> tuple[Tensor, Tensor]:
     values, mask = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.bool)
     for piece in made:
         values[piece.where], mask[piece.where] = piece.values, piece.mask

@@ -144,7 +144,7 @@ class Work:
 
 def cells_of(computed: Answer) -> tuple[int, int]:
     """How many cells are valid, and how many masked."""
-    masks = [result.mask for result in computed.results if result.mask is not None and not result.is_coordinate]
+    masks = [result.mask for result in computed.held if result.mask is not None and not result.is_coordinate]
     n_valid = sum(int(np.count_nonzero(mask.numpy(force=True))) for mask in masks)  # torch takes 50 times as long
     return n_valid, sum(mask.numel() for mask in masks) - n_valid
 

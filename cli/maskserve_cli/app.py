@@ -91,6 +91,14 @@ OWN: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "maskserve diff --rtol 1e-6 --json a.safetensors b.json",
         ),
     ),
+    "merge": (
+        "maskserve_cli.shards:merge",
+        "the answer of all shards of a reduction, from their states",
+        (
+            "maskserve reduce --op mean --dim 0 --shard 0/2 --state 0.state rain.safetensors",
+            "maskserve merge *.state -o mean.safetensors",
+        ),
+    ),
     "ops": (
         "maskserve_cli.ops:ops",
         "what can be computed, and the parameters of one op",

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from maskserve.convert.formats import FORMATS, by_suffix
-from maskserve.errors import ParameterError
+from maskserve.errors import ParameterError, about
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.payload.metadata import MEANS, Means
 from maskserve_cli import inputs
 from maskserve_cli.command import Config, settings_of
-from maskserve_cli.exits import about, say
+from maskserve_cli.exits import say
 from maskserve_cli.outputs import STDOUT, Wanted, asked_exists, check_folder, stands
 from maskserve_cli.progress import patience
 from maskserve_cli.table import dims_text

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from maskserve.dtypes import DType
-from maskserve.errors import ParameterError, UnknownTensorError, nearest
+from maskserve.errors import ParameterError, UnknownTensorError, about, nearest
 from maskserve.payload.format import Payload
 from maskserve.payload.header import shown
 from maskserve.payload.variables import Variable, resolve
 from maskserve_cli import exits, inputs, outputs
 from maskserve_cli.command import AsJson, Config, settings_of
-from maskserve_cli.exits import about
 from maskserve_cli.progress import progress
 from maskserve_cli.table import dims_text, spelled
 

@@ -9,8 +9,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from maskserve import errors
@@ -144,13 +143,3 @@ def write_line(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
-
-
-@contextmanager
-def about(name: str) -> Iterator[None]:
-    """Errors of the block say which file they are about, unless they name one already."""
-    try:
-        yield
-    except (errors.RequestError, errors.DataError, errors.PayloadError) as error:
-        error.message = f"{name}: {error.message}"
-        raise

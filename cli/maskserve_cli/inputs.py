@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Sequence
 from typing import BinaryIO, Literal, TypeAlias
 
 from maskserve.errors import InputError, OutOfMemoryError, PayloadError
@@ -17,7 +16,7 @@ from maskserve.payload.header import is_text, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json
 from maskserve.settings import Settings
-from maskserve_cli.exits import about, say
+from maskserve_cli.exits import say
 
 JsonForm: TypeAlias = Literal["plain", "explicit"]
 STDIN = "-"
@@ -38,21 +37,6 @@ def memory_of(settings: Settings) -> int:
     return settings["memory"] or default_memory()
 
 
-def read_all(paths: Sequence[str], limits: Limits, memory: int) -> list[Payload]:
-    """The payloads at all paths; of many files few stay open."""
-    if len(paths) == 1:
-        with about(title(paths[0])):
-            return [read(paths[0], limits, memory)]
-    from maskserve.payload.shelf import Shelf
-
-    shelf = Shelf(lambda path: read(path, limits, memory))
-    opened = []
-    for path in paths:
-        with about(title(path)):
-            opened.append(shelf.payload(path))
-    return opened
-
-
 def title(path: str) -> str:
     """What messages call the input."""
     return "stdin" if path == STDIN else shown(path)
@@ -61,7 +45,8 @@ def title(path: str) -> str:
 def read(path: str, limits: Limits, memory: int | None = None) -> Payload:
     """The payload at `path`, "-" being stdin; a regular file is read where it lies, a pipe is read to its end.
 
-    What a pipe holds beyond `memory` goes to a file in the system's folder for such ones first. What was left out or decided while a file of another format was read is said, a line each.
+    What a pipe holds beyond `memory` goes to a file in the system's folder for such ones first. What was left
+    out or decided while a file of another format was read is said, a line each.
     """
     if path == STDIN:
         if sys.stdin is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskserve.errors import MaskserveError, ParameterError
+from maskserve.errors import MaskserveError, ParameterError, about
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.payload.held import HeldPayload
@@ -18,7 +18,6 @@ from maskserve.payload.metadata import KEY_HISTORY
 from maskserve.payload.variables import Variable, Variables, resolve
 from maskserve_cli import exits, inputs, outputs
 from maskserve_cli.command import AsJson, Config, Files, one_file, settings_of
-from maskserve_cli.exits import about
 from maskserve_cli.progress import progress
 from maskserve_cli.table import columns, dims_text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from maskserve_cli.table import Shown
 
 if TYPE_CHECKING:
     from maskserve.answers import Answer
-    from maskserve.steps import Result
+    from maskserve.steps import Result, Streamed
 
 
 def write(answer: Answer, target: Target, question: JsonForm | None, hint: str | None) -> None:
@@ -98,7 +98,7 @@ def summary(answer: Answer) -> str:
     return f"{what}, {n_masked} of {n_cells} masked{before(computed)}"
 
 
-def before(computed: list[Result]) -> str:
+def before(computed: Sequence[Result | Streamed]) -> str:
     """How many cells were masked in the question, where that is what changed."""
     counts = [result.n_masked_before for result in computed if result.n_masked_before is not None]
     return f" ({sum(counts)} before)" if counts else ""
@@ -138,8 +138,8 @@ def text_cell(word: str) -> str:
 
 def table_lines(answer: Answer) -> Iterator[str]:
     """Every variable as a table, with labels from the coordinates of its dims."""
-    coordinates = {r.name: shown(r) for r in answer.results if r.is_coordinate}
-    yield from table.tables((shown(r) for r in answer.results if not r.is_coordinate), coordinates)
+    coordinates = {r.name: shown(r) for r in answer.held if r.is_coordinate}
+    yield from table.tables((shown(r) for r in answer.held if not r.is_coordinate), coordinates)
 
 
 def shown(result: Result) -> Shown:

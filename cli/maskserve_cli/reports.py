@@ -78,7 +78,7 @@ def refuse_output(listing: Listing, target: Target) -> None:
 
 def write(listing: Listing, answer: Answer, target: Target) -> None:
     """The report on every variable of the answer."""
-    computed = [result for result in answer.results if not result.is_coordinate]
+    computed = [result for result in answer.held if not result.is_coordinate]
     listed = [found for result in computed if (found := looked_at(listing, result)) is not None]
     if not listed:
         raise no_such_dim(listing, computed)

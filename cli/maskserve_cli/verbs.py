@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -12,15 +12,27 @@ import typer
 from maskserve import requests
 from maskserve.ops import default
 from maskserve.ops.parameters import REPEATED, Parameter, Type
-from maskserve.ops.rows import Report
+from maskserve.ops.rows import Reduction, Report
 from maskserve_cli import reports
 from maskserve_cli.command import AsJson, Config, Files
+from maskserve_cli.options import (
+    ALONG,
+    DRY_RUN,
+    EXISTS,
+    EXPLAIN,
+    FORCE,
+    FORM,
+    MEMORY,
+    OUT,
+    PANELS,
+    SHARD,
+    STATE,
+    WORKERS,
+)
 from maskserve_cli.outputs import Wanted
 from maskserve_cli.words import flag, help_text, keyword, metavar, rows
 from maskserve_cli.work import Asked, perform
 
-PANELS: Mapping[str, str] = {"common": "Reading the payload", "running": "Running", "own": "Parameters of the op"}
-OUTPUT = "Output"
 REPORTS = "Reports"
 
 
@@ -36,7 +48,8 @@ def command(verb: str) -> Callable[..., None]:
         listing = reports.chosen(listings, {name: given.pop(name) for name in reports.options(listings)})
         perform(Asked(verb=verb, words=said, wanted=wanted, listing=listing, **given))
 
-    options = [*own_options(verb, parameters), *report_options(listings), *OUTPUT_OPTIONS]
+    shards = SHARD_OPTIONS if all(isinstance(row, Reduction) for row in rows(verb)) else ()
+    options = [*own_options(verb, parameters), *report_options(listings), *shards, *OUTPUT_OPTIONS]
     callback.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # typer reads the options here
     callback.__annotations__ = {option.name: option.annotation for option in options}
     return callback
@@ -97,26 +110,11 @@ def completion(words: tuple[str, ...]) -> Callable[[str], list[str]]:
     return complete
 
 
-def output_option(*names: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=OUTPUT, show_default=False, **more)
-
-
-OUT = output_option("-o", "--out", metavar="OUT", help="file to write: .safetensors, .json or no suffix; - is stdout")
-FORM = output_option("--format", metavar="table|text|json|safetensors", help="default: table on a terminal, else text")
-EXISTS = output_option("--exists", metavar="error|replace|skip", help="what to do where OUT stands; default: error")
-FORCE = output_option("--force", help="the same as --exists replace")
-DRY_RUN = output_option("--dry-run", help="say what would be read, computed and written; do nothing")
-EXPLAIN = output_option(
-    "--explain", help="say on stderr who computes, why no other back end does, and where a gradient is"
+SHARD_OPTIONS = (
+    option("shard", Annotated[str | None, SHARD]),
+    option("state", Annotated[str | None, STATE]),
+    option("workers", Annotated[int | None, WORKERS]),
 )
-MEMORY = typer.Option(
-    "--memory", metavar="SIZE", rich_help_panel=PANELS["running"], show_default=False,
-    help="bytes of the data to hold at once, such as 512MB; default: half of what the machine or container grants",
-)  # fmt: skip
-ALONG = typer.Option(
-    "--along", metavar="DIM", rich_help_panel=PANELS["common"], show_default=False,
-    help="the dim that several FILEs are joined along, by number or name; default: 0",
-)  # fmt: skip
 OUTPUT_OPTIONS = (
     option("out", Annotated[str | None, OUT]),
     option("form", Annotated[str | None, FORM]),

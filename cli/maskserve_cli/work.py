@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from maskserve import requests, sides
-from maskserve.payload.format import Limits, Payload
+from maskserve import requests
+from maskserve.errors import about
+from maskserve.joining import Question, question
+from maskserve.payload.format import Payload
+from maskserve.payload.joined import JoinedPayload
 from maskserve.requests import Request
 from maskserve.settings import Settings
 from maskserve.sides import Payloads
-from maskserve_cli import explanations, inputs, outputs, reports
+from maskserve_cli import explanations, inputs, outputs, reports, shards
 from maskserve_cli.command import collect_again, settings_of, some_files
-from maskserve_cli.exits import about, say, say_data
+from maskserve_cli.exits import say, say_data
 from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
 from maskserve_cli.reports import Listing
 
@@ -40,6 +43,9 @@ class Asked:
     config: str | None
     memory: str | None = None
     along: str | None = None
+    shard: str | None = None
+    state: str | None = None
+    workers: int | None = None
 
 
 def perform(asked: Asked) -> None:
@@ -47,42 +53,31 @@ def perform(asked: Asked) -> None:
     settings = settings_of(asked.config, {"device": asked.words.get("device"), "memory": asked.memory})
     request = requests.build(asked.verb, {**asked.words, "device": settings["device"]})
     paths = some_files(asked.verb, asked.files)
+    if asked.shard is not None or asked.state is not None:
+        shards.write_state(asked, request, paths, settings)
+        return
     if asked.wanted.out not in (None, outputs.STDOUT):
         outputs.target(asked.wanted, None)  # what cannot be written is an error before stdin is waited for
-    memory, limits = inputs.memory_of(settings), inputs.limits_of(settings)
-    with ExitStack() as stack:
-        opened = inputs.read_all(paths, limits, memory)
-        stack.callback(lambda: [payload.close() for payload in opened])
-        others = other_files(request, opened[0], limits, stack)
-        payload = joined(request, paths, opened, others, asked.along)
+    with questioned(request, paths, asked.along, settings) as question:
+        payload, others = question.payload, question.others
         target = outputs.target(asked.wanted, inputs.form_of(payload))
-        with about(inputs.title(paths[0]) if len(paths) == 1 else f"{len(paths)} files"):
+        with about(title_of(paths)):
             act(asked, request, payload, others, target, settings)
 
 
-def joined(
-    request: Request, paths: Sequence[str], opened: Sequence[Payload], others: Payloads, along: str | None
-) -> Payload:
-    """The one payload, or all of them as one, which is said."""
-    if len(opened) == 1:
-        return opened[0]
-    from maskserve.joining import join
-
-    titles = [inputs.title(path) for path in paths]
-    payload = join(request, list(zip(titles, opened, strict=True)), others, requests.parse_along(along))
-    say(payload.described)
-    return payload
+def title_of(paths: Sequence[str]) -> str:
+    return inputs.title(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
 
 
-def other_files(request: Request, payload: Payload, limits: Limits, stack: ExitStack) -> Payloads:
-    """The files that stand where a tensor may be named: a tensor of the payload comes first."""
-    words = [str(request.params[p.name]) for p in sides.parameters(request.row) if p.name in request.params]
-    others = {}
-    for word in words:
-        if word not in payload.header.tensors and os.path.exists(word):
-            with about(inputs.title(word)):
-                others[word] = stack.enter_context(inputs.read(word, limits))
-    return others
+@contextmanager
+def questioned(request: Request, paths: Sequence[str], along: str | None, settings: Settings) -> Iterator[Question]:
+    """What the request reads, open; that files are taken as one is said."""
+    memory, limits = inputs.memory_of(settings), inputs.limits_of(settings)
+    read = partial(inputs.read, limits=limits, memory=memory)
+    with question(request, paths, read, requests.parse_along(along), inputs.title) as opened:
+        if isinstance(opened.payload, JoinedPayload):
+            say(opened.payload.described)
+        yield opened
 
 
 def act(asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, settings: Settings) -> None:
@@ -100,7 +95,10 @@ def act(asked: Asked, request: Request, payload: Payload, others: Payloads, targ
         explain(None)
         outputs.write_text(dry_run(request, payload, others, target))
         return
-    answer = computed(request, payload, others, settings)
+    if asked.workers is not None:
+        answer = shards.by_workers(asked, request, settings)
+    else:
+        answer = computed(request, payload, others, settings)
     explain(answer)
     if asked.listing is not None:
         reports.write(asked.listing, answer, target)

@@ -51,6 +51,7 @@ class Payload(Protocol):
     def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview: ...
     def read_runs(self, name: str, start_bytes: Sequence[int], view: memoryview) -> None: ...
     def refuse_changed(self) -> None: ...
+    def identity(self) -> Iterator[tuple[object, ...]]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...
@@ -61,6 +62,8 @@ class _Ranges(ABC):
 
     header: Header
     n_bytes: int
+    title = ""
+    """The name of the file, without its folder."""
 
     def read(self, name: str) -> memoryview:
         """Exactly the bytes of tensor `name`."""
@@ -80,6 +83,11 @@ class _Ranges(ABC):
 
     def refuse_changed(self) -> None:  # noqa: B027 - what lies in memory is as it was
         """Raises where the bytes may be other ones than at first: to be asked once all is read."""
+
+    def identity(self) -> Iterator[tuple[object, ...]]:
+        """What tells the payload from another one, without a look at its cells: what it is called, its size and its tensors."""
+        tensors = [(i.name, i.dtype.name, i.shape, i.begin) for i in self.header.tensors.values()]
+        yield self.title, self.n_bytes, tensors, sorted(self.header.metadata.items())
 
     def _offset(self, name: str, start_byte: int, n_bytes: int) -> int:
         info = self.info(name)
@@ -147,6 +155,7 @@ class FilePayload(_Ranges):
 
     def __init__(self, path: StrPath, limits: Limits = DEFAULT_LIMITS) -> None:
         self._shown = shown(os.fspath(path))
+        self.title = os.path.basename(os.fspath(path))
         self._fd = _open_regular(path)
         try:
             self.state = file_state(os.fstat(self._fd))

@@ -7,7 +7,7 @@ bools that they stand for.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -146,6 +146,10 @@ class JoinedPayload(_Ranges):
     def refuse_changed(self) -> None:
         for part in self.parts:
             part.payload.refuse_changed()
+
+    def identity(self) -> Iterator[tuple[object, ...]]:
+        for part in self.parts:
+            yield from part.payload.identity()
 
     def close(self) -> None:
         for part in self.parts:

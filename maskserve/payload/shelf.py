@@ -54,6 +54,7 @@ class Shelved(_Ranges):
 
     def __init__(self, shelf: Shelf, path: str, payload: FilePayload) -> None:
         self.header, self.n_bytes, self.state = payload.header, payload.n_bytes, payload.state
+        self.title = payload.title
         self._shelf, self._path = shelf, path
 
     def _file(self) -> FilePayload:

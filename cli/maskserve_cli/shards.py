@@ -1,0 +1,106 @@
+"""Parts of a reduction: their states as files, the answer that `merge` makes of them, and parts in processes of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from maskserve.errors import ParameterError, about
+from maskserve.shards import WHOLE, parse_shard
+from maskserve_cli import inputs, outputs
+from maskserve_cli.command import AsJson, Config, Files, collect_again, settings_of, some_files
+from maskserve_cli.exits import say
+from maskserve_cli.options import EXISTS, FORCE, FORM, MEMORY, OUT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from maskserve.answers import Answer
+    from maskserve.requests import Request
+    from maskserve.settings import Settings
+    from maskserve_cli.work import Asked
+
+
+def write_state(asked: Asked, request: Request, paths: Sequence[str], settings: Settings) -> None:
+    """The state of a shard, in its file."""
+    from maskserve.payload.format import save
+
+    path, shard = state_path(asked), WHOLE if asked.shard is None else parse_shard(asked.shard)
+    exists = outputs.asked_exists(asked.wanted)
+    if outputs.stands(path, exists):
+        say(f"{path} exists; skipped")
+        return
+    from maskserve import states
+    from maskserve_cli.work import questioned, title_of
+
+    with questioned(request, paths, asked.along, settings) as question, about(title_of(paths)):
+        collect_again()
+        memory = inputs.memory_of(settings)
+        state = states.lift(request, question.payload, question.others, shard, memory)
+        encoded = state.encoded()
+    if save(path, encoded, exists=exists):
+        say(f"wrote {path}: the state of shard {shard}, {outputs.bytes_text(encoded.n_bytes)}")
+    else:
+        say(f"{path} exists; skipped")
+
+
+def state_path(asked: Asked) -> str:
+    if asked.state is None:
+        raise ParameterError(
+            "--shard needs --state OUT, the file for the state; maskserve merge makes the answer", parameter="state"
+        )
+    if asked.wanted.out is not None or asked.wanted.form is not None or asked.wanted.as_json or asked.dry_run:
+        raise ParameterError(
+            "--state writes a state, and no answer: leave -o, --format, --json and --dry-run out", parameter="state"
+        )
+    if asked.workers is not None:
+        raise ParameterError("--workers goes with an answer, not with --state; leave one out", parameter="workers")
+    return asked.state
+
+
+def by_workers(asked: Asked, request: Request, settings: Settings) -> Answer:
+    """The answer, its parts reduced in processes."""
+    from maskserve.crews import reduce
+
+    paths = some_files(asked.verb, asked.files)
+    if any(path == inputs.STDIN or inputs.is_stream(path) for path in paths):
+        raise ParameterError(
+            "--workers reads files, which each process opens; stdin cannot be shared", parameter="workers"
+        )
+    words = {**asked.words, "device": settings["device"]}
+    return reduce(
+        request.verb, words, paths, asked.along, workers=asked.workers or 0, limits=inputs.limits_of(settings),
+        memory=inputs.memory_of(settings), tell=say,
+    )  # fmt: skip
+
+
+# -- merge --------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    files: Files = None,
+    out: Annotated[str | None, OUT] = None,
+    form: Annotated[str | None, FORM] = None,
+    as_json: AsJson = False,
+    exists: Annotated[str | None, EXISTS] = None,
+    force: Annotated[bool, FORCE] = False,
+    memory: Annotated[str | None, MEMORY] = None,
+    config: Config = None,
+) -> None:
+    paths = some_files("merge", files)
+    settings = settings_of(config, {"memory": memory})
+    wanted = outputs.Wanted(out=out, form=form, as_json=as_json, exists=exists, force=force)
+    target = outputs.target(wanted, None)
+    if target.skip:
+        say(f"{target.path} exists; skipped")
+        return
+    from maskserve import states
+    from maskserve.partials import LIMITS
+    from maskserve_cli import render
+
+    collect_again()
+    read = []
+    for path in paths:
+        with about(inputs.title(path)), inputs.read(path, LIMITS) as payload:
+            read.append((inputs.title(path), states.read(payload)))
+    answer = states.merge(read).answer(inputs.memory_of(settings))
+    render.write(answer, target, None, None)

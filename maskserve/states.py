@@ -1,0 +1,306 @@
+"""States of a whole request: what a shard makes of its part of every variable, as a file; and the answer of all shards.
+
+A state says what it belongs to: the request, the inputs, the shard. Those that do not belong together, a shard that is
+missing and one that is there twice are refused, so that an answer is never of other cells than it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+from maskserve import answers, execution, sources, streaming
+from maskserve.answers import Answer, Prepared
+from maskserve.dtypes import boolean
+from maskserve.errors import MaskserveError, ParameterError, StateError
+from maskserve.ops.rows import Reduction
+from maskserve.partials import FIELDS, LIMITS, Partial, merged, read_partial
+from maskserve.payload.format import Buffer, BytesPayload, Encoded, Output, Payload, encode
+from maskserve.payload.header import TensorInfo, strict_json
+from maskserve.payload.tensors import load_tensor, output
+from maskserve.payload.variables import answer_mask_name
+from maskserve.requests import Request
+from maskserve.shards import Shard
+from maskserve.sides import Payloads
+from maskserve.steps import Result, Streamed
+from maskserve.told import Told
+from maskserve.variable_steps import OfVariable, budget_of
+
+KEY = "maskserve.state"
+MOST_SHARDS = 1 << 24
+Said: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifted:
+    """A variable's partial, and what its result will be called."""
+
+    name: str
+    mask_name: str
+    dims: tuple[str, ...] | None
+    partial: Partial
+
+    def said(self) -> Said:
+        return {"name": self.name, "mask_name": self.mask_name, "dims": self.dims, **self.partial.signature()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """One shard of a request, or several merged: `key` is what must be equal, `shards` which of `n` are in it."""
+
+    key: Said
+    shards: tuple[int, ...]
+    n: int
+    lifted: tuple[Lifted, ...]
+    kept: tuple[Result, ...]
+    """What is not reduced: coordinates, and variables without the dim. The first shard has it."""
+
+    def encoded(self) -> Encoded:
+        """The state as safetensors."""
+        said = {
+            "key": self.key,
+            "shards": [*self.shards],
+            "n": self.n,
+            "lifted": [lifted.said() for lifted in self.lifted],
+            "kept": [kept_said(result) for result in self.kept],
+        }
+        return encode(self._outputs(), {KEY: json.dumps(said, sort_keys=True)})
+
+    def to_bytes(self) -> bytes:
+        return b"".join(self.encoded().chunks)
+
+    def _outputs(self) -> Iterator[Output]:
+        for i, lifted in enumerate(self.lifted):
+            for node in lifted.partial.nodes:
+                for name, part in node.named():
+                    yield output(f"{i}.{name}", part)
+        for i, result in enumerate(self.kept):
+            yield output(f"kept.{i}", result.data)
+            if result.mask is not None:
+                yield output(f"kept.{i}.mask", result.mask)
+
+    def answer(self, memory: int | None = None) -> Answer:
+        """The answer of all shards; a result that is larger than its share of `memory` is made while it is written."""
+        missing = [str(i) for i in range(self.n) if i not in {*self.shards}]
+        if missing:
+            some = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
+            raise StateError(
+                f"shard{'s' if len(missing) > 1 else ''} {some} of {self.n} {'are' if len(missing) > 1 else 'is'} missing: "
+                "give the states of all"
+            )
+        most = None if memory is None else memory // streaming.SHARE
+        reduced = [result_of(lifted, most) for lifted in self.lifted]
+        by_name = {result.name: result for result in (*reduced, *self.kept)}
+        return Answer(results=tuple(by_name[name] for name in self.key["order"]), metadata=dict(self.key["metadata"]))
+
+
+def result_of(lifted: Lifted, most_bytes: int | None) -> Result | Streamed:
+    plan = lifted.partial.plan
+    told = Told(dtype=plan.result, shape=tuple(plan.out_shape), dims=lifted.dims)
+    lifted.partial.refuse_gaps()
+    made = Streamed(
+        name=lifted.name, told=told, mask_name=lifted.mask_name, dims=lifted.dims,
+        fold=streaming.result_sizes(plan, plan.fold), pieces=lifted.partial.pieces,
+    )  # fmt: skip
+    return made if most_bytes is not None and told.n_bytes > most_bytes else made.in_memory()
+
+
+# -- one shard ----------------------------------------------------------------------------------------------------
+
+
+def lift(request: Request, payload: Payload, others: Payloads, shard: Shard, memory: int) -> State:
+    """The state of a shard of the request on a payload."""
+    if not isinstance(request.row, Reduction) or request.is_gradient:
+        raise ParameterError(f"{request.verb} has no states: shards are of reductions", parameter="shard")
+    prepared = answers.prepare(request, payload, others)
+    steps = [step for step in prepared.steps if isinstance(step, OfVariable)]
+    lifted = [lifted_of(request, step, payload, prepared, shard, memory) for step in steps if not step.passes_through]
+    kept = answers.kept(request, payload, prepared, memory)
+    for source in (payload, *others.values()):
+        source.refuse_changed()
+    named = {step.name: step.dims for step in steps if step.dims is not None}
+    named |= {result.name: result.dims for result in kept if result.dims is not None}
+    key = {
+        "request": request.canonical(),
+        "inputs": identity(payload, others),
+        "order": [*(step.name for step in steps), *(result.name for result in kept if result.is_coordinate)],
+        "metadata": answers.metadata_of_dims(request, payload, others, named),
+    }
+    own = tuple(kept) if shard.index == 0 else ()
+    return State(key=key, shards=(shard.index,), n=shard.n, lifted=tuple(lifted), kept=own)
+
+
+def lifted_of(
+    request: Request, step: OfVariable, payload: Payload, prepared: Prepared, shard: Shard, memory: int
+) -> Lifted:
+    assert step.plan is not None
+    source = sources.stored(payload, step.variable, request.common.get("fill_value"))
+    weights = next((sources.of_side(side, source.shape) for side in step.sides), None)
+    with execution.using(backend=request.running.get("backend")):
+        partial = Partial.of_shard(step.plan, source, weights, shard, budget_of(memory))
+    mask_name = answer_mask_name(step.variable, prepared.variables)
+    return Lifted(name=step.name, mask_name=mask_name, dims=step.dims, partial=partial)
+
+
+def identity(payload: Payload, others: Payloads) -> str:
+    """What tells inputs of one job from those of another: names, sizes, headers; not their folders, which differ by machine."""
+    digest = hashlib.sha256()
+    for source in (payload, *(others[word] for word in sorted(others))):
+        for line in source.identity():
+            digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+# -- all shards ---------------------------------------------------------------------------------------------------
+
+
+def merge(states: Sequence[tuple[str, State]]) -> State:
+    """The states of several shards as one; each comes with its title, for errors."""
+    (title, first), *others = states
+    for other_title, other in others:
+        if why := differs(first, other):
+            raise StateError(f"{other_title} does not belong to {title}: {why}")
+    owners: dict[int, str] = {}
+    for name, one in states:
+        for shard in one.shards:
+            if shard in owners:
+                raise StateError(
+                    f"shard {shard} of {first.n} is there twice, in {owners[shard]} and {name}; merge each once"
+                )
+            owners[shard] = name
+    lifted = tuple(
+        Lifted(
+            name=own.name, mask_name=own.mask_name, dims=own.dims,
+            partial=merged([one.lifted[i].partial for _, one in states]),
+        )
+        for i, own in enumerate(first.lifted)
+    )  # fmt: skip
+    kept = next((one.kept for _, one in states if 0 in one.shards), ())
+    return State(key=first.key, shards=tuple(sorted(owners)), n=first.n, lifted=lifted, kept=kept)
+
+
+def differs(a: State, b: State) -> str | None:
+    """What keeps two states from being merged."""
+    if a.key["request"] != b.key["request"]:
+        return f"its request is {json.dumps(b.key['request'])[:200]}, the other's {json.dumps(a.key['request'])[:200]}"
+    if a.n != b.n:
+        return f"it is of {b.n} shards, the other of {a.n}"
+    if a.key["inputs"] != b.key["inputs"]:
+        return "it is of other inputs"
+    if a.key != b.key or [one.said() for one in a.lifted] != [one.said() for one in b.lifted]:
+        return "it is of other variables, or of another back end"
+    return None
+
+
+def kept_said(result: Result) -> Said:
+    return {
+        "name": result.name,
+        "mask_name": result.mask_name,
+        "dims": result.dims,
+        "is_coordinate": result.is_coordinate,
+        "passed_through": result.passed_through,
+        "has_mask": result.mask is not None,
+    }
+
+
+# -- bytes to states ----------------------------------------------------------------------------------------------
+
+
+def from_bytes(buffer: Buffer) -> State:
+    """The State that `to_bytes` wrote; StateError where the bytes are anything else."""
+    return read(BytesPayload(buffer, LIMITS))
+
+
+def read(payload: Payload) -> State:
+    """The state in a payload, which was opened with the limits of states."""
+    said = said_of(payload)
+    lifted_said: list[Said] = said["lifted"]
+    by_variable: list[dict[str, str | TensorInfo]] = [{} for _ in lifted_said]
+    for name, info in payload.header.tensors.items():
+        first, _, rest = name.partition(".")
+        if first == "kept":
+            continue
+        if not (first.isascii() and first.isdecimal() and int(first) < len(by_variable)):
+            raise StateError(f"{name[:64]!r} names no part of a state")
+        by_variable[int(first)][rest] = info
+    lifted = tuple(lifted_from(one, payload, names) for one, names in zip(lifted_said, by_variable, strict=True))
+    kept = tuple(kept_from(i, one, payload) for i, one in enumerate(said["kept"]))
+    check_key(said, lifted, kept)
+    return State(key=said["key"], shards=tuple(said["shards"]), n=said["n"], lifted=lifted, kept=kept)
+
+
+def said_of(payload: Payload) -> Said:
+    text = payload.header.metadata.get(KEY)
+    if text is None:
+        raise StateError(
+            f"it is no state of a shard: its metadata has no {KEY}; reduce --shard i/N --state OUT writes one"
+        )
+    try:
+        said, end = strict_json(text, KEY, numbers=True)
+    except MaskserveError as error:
+        raise StateError(f"it is no state of a shard: {error}") from error
+    kinds = {"key": dict, "shards": list, "n": int, "lifted": list, "kept": list}
+    if not isinstance(said, dict) or text[end:].strip() or {k: type(v) for k, v in said.items()} != kinds:
+        raise StateError(f"it is no state of a shard: {KEY} says other things than {', '.join(kinds)}")
+    shards, n = said["shards"], said["n"]
+    if not 0 < n <= MOST_SHARDS or not shards or not all(type(i) is int and 0 <= i < n for i in shards):
+        raise StateError("it is no state of a shard: which shards of how many it holds makes no sense")
+    if any(b <= a for a, b in pairwise(shards)):
+        raise StateError("it is no state of a shard: its shards are not in order")
+    return said
+
+
+def lifted_from(said: object, payload: Payload, names: Mapping[str, str | TensorInfo]) -> Lifted:
+    named = {"name": str, "mask_name": str}
+    if not isinstance(said, dict) or any(type(said.get(k)) is not kind for k, kind in {**FIELDS, **named}.items()):
+        raise StateError("it is no state of a shard: what it says of a variable is incomplete")
+    partial = read_partial(said, payload, names)
+    dims = dims_from(said.get("dims"), len(partial.plan.out_shape))
+    return Lifted(name=said["name"], mask_name=said["mask_name"], dims=dims, partial=partial)
+
+
+def kept_from(i: int, said: object, payload: Payload) -> Result:
+    kinds = {"name": str, "mask_name": str, "is_coordinate": bool, "passed_through": bool, "has_mask": bool}
+    tensors = payload.header.tensors
+    wanted = [f"kept.{i}", f"kept.{i}.mask"]
+    if not isinstance(said, dict) or any(type(said.get(k)) is not kind for k, kind in kinds.items()):
+        raise StateError("it is no state of a shard: what it says of a variable that is kept is incomplete")
+    if any(name not in tensors for name in wanted[: 1 + said["has_mask"]]):
+        raise StateError(f"it is no state of a shard: {wanted[0]} is missing")
+    data = load_tensor(payload, tensors[wanted[0]])
+    mask = load_tensor(payload, tensors[wanted[1]]) if said["has_mask"] else None
+    if mask is not None and (tensors[wanted[1]].dtype is not boolean or mask.dim() != data.dim()):
+        raise StateError(f"it is no state of a shard: {wanted[1]} is no mask")
+    return Result(
+        name=said["name"], data=data, mask=mask, mask_name=said["mask_name"], dims=dims_from(said.get("dims"), data.dim()),
+        is_coordinate=said["is_coordinate"], passed_through=said["passed_through"],
+    )  # fmt: skip
+
+
+def dims_from(said: object, n_dims: int) -> tuple[str, ...] | None:
+    if said is None:
+        return None
+    if not isinstance(said, list) or len(said) != n_dims or not all(isinstance(name, str) for name in said):
+        raise StateError("it is no state of a shard: its names of dims do not fit its shapes")
+    return tuple(said)
+
+
+def check_key(said: Said, lifted: Sequence[Lifted], kept: Sequence[Result]) -> None:
+    """What the answer will be made of must be there, and nothing else."""
+    key = said["key"]
+    kinds = {"request": dict, "inputs": str, "order": list, "metadata": dict}
+    if {k: type(v) for k, v in key.items()} != kinds or not all(isinstance(v, str) for v in key["metadata"].values()):
+        raise StateError("it is no state of a shard: what it belongs to is incomplete")
+    own = [one.name for one in lifted]
+    names = own + [result.name for result in kept]
+    fits = (
+        sorted(map(str, key["order"])) == sorted(names)
+        if 0 in said["shards"]
+        else set(own) <= set(map(str, key["order"]))
+    )
+    if not fits or len({*names}) < len(names):
+        raise StateError("it is no state of a shard: its variables are others than it says")
