@@ -410,7 +410,7 @@ def applied(plan: Plan, parts: Parts, cells: Cells, where: tuple[slice, slice, s
     row, own = plan.row, {name: part[where[0], where[2]] for name, part in parts.items()}
     assert isinstance(row, Normalization)
     data, mask = cells.block(*where)
-    values = kernel(row.apply)(plan, data, mask, own)
+    values = backend_of(plan).apply(plan, data, mask, own)
     if row.needs is not None:
         mask = intersection([mask, (own["count"] > row.needs(plan.params)).unsqueeze(1).expand(data.shape)])
     values = narrowed(plan, select(values, mask))

@@ -95,6 +95,12 @@ def poisoned(sample: Masked) -> Iterator[Tensor]:
         yield torch.where(sample.mask, as_bits(sample.data), as_bits(filler)).view(sample.data.dtype)
 
 
+def with_junk(sample: Masked) -> Masked:
+    """The sample with one kind of junk under its mask."""
+    kinds = list(poisoned(sample))
+    return Masked(sample.seed, kinds[sample.seed % len(kinds)], sample.mask)
+
+
 def as_bits(data: Tensor) -> Tensor:
     """The cells as signed integers: torch moves no others of every dtype."""
     return data.view(BITS[data.element_size()])

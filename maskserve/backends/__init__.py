@@ -35,6 +35,8 @@ class Backend(Protocol):
 
     def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]: ...
 
+    def apply(self, plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts) -> Tensor: ...
+
 
 class Search(Protocol):
     """A selection from a few long slices side by side, in rounds: sample all blocks, bracket, sift all blocks, settle."""

@@ -199,6 +199,12 @@ def raised(cells: Tensor) -> Tensor:
     return powers
 
 
+def logarithms(cells: Tensor) -> Tensor:
+    """log of a few float64 cells, of each as if it were alone."""
+    values = [math.log(x) if x > 0 else -math.inf if x == 0 else math.nan for x in cells.flatten().tolist()]
+    return torch.tensor(values, dtype=torch.float64).view(cells.shape)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finishing:
     """What the native finish of a plan needs, decided once."""
@@ -352,6 +358,13 @@ class CpuBackend:
         """The reference's merge; where that raises e to a power, with the kernels' own exp."""
         of = reference(plan.passes[0].reference)
         return of.merge if plan.passes[0].exact_bits else partial(of.merge, exp=raised)
+
+    def apply(self, plan: Plan, data: Tensor, mask: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+        """A block of a long slice normalized by the slice's state, with the kernels' own exp."""
+        assert isinstance(plan.row, Normalization)
+        functions = () if plan.passes[0].exact_bits else ((raised, logarithms),)
+        values: Tensor = reference(plan.row.apply)(plan, data, mask, parts, *functions)
+        return values
 
     def fill(
         self,

@@ -338,12 +338,12 @@ def finite(top: Tensor) -> Tensor:
     return torch.where(top.isfinite(), top, 0.0)
 
 
-def exponential(cells: Tensor, top: Tensor, *, precise: bool) -> Tensor:
+def exponential(cells: Tensor, top: Tensor, *, precise: bool, exp: Callable[[Tensor], Tensor] = torch.exp) -> Tensor:
     """exp(cells - top); with `precise` the rounding error of the difference is made good: exp(d + e) = exp(d) + exp(d) e."""
     if not precise:
-        return torch.exp_(cells - top)
+        return exp(cells - top)
     difference, error = two_sum(cells, -top)
-    raised = torch.exp(difference)
+    raised = exp(difference)
     return torch.where(difference.isfinite(), raised + raised * error, raised)
 
 

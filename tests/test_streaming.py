@@ -1,0 +1,493 @@
+"""What is read in parts gives the bits of the whole: every row, under budgets of a few kilobytes, from files and from shards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskserve import answers, dtypes, engine, requests, sources, states, streaming
+from maskserve.dtypes import DType
+from maskserve.errors import (
+    DimError,
+    InputChangedError,
+    MaskDtypeError,
+    MaskserveError,
+    OutOfMemoryError,
+    PayloadError,
+    ShapeError,
+    StateError,
+    UnknownTensorError,
+)
+from maskserve.execution import backend_of
+from maskserve.joining import question
+from maskserve.opening import open_any
+from maskserve.ops import OPS, served
+from maskserve.ops.rows import Reduction, Row
+from maskserve.payload.format import BytesPayload, Payload, open_payload, to_bytes
+from maskserve.payload.tensors import output
+from maskserve.payload.variables import resolve
+from maskserve.plan import Plan, plan
+from maskserve.shards import Shard
+from maskserve.sources import Held, Laid
+from tests.samples import MERGEABLE, SLICED, Masked, assert_same_bits, cells, needed, with_junk
+
+SEEDS = st.integers(0, 2**32 - 1)
+SHAPES = ((3, 1, 70, 2), (129, 65), (9000,), (2, 5, 4, 3, 2), (70, 9))
+BUDGETS = (20_000, 200_000, 20_000_000)
+STREAMED = [row for verb in ("reduce", "softmax", "scan", "fill") for row in served(verb)]
+
+every_streamed_row = pytest.mark.parametrize("row", STREAMED, ids=lambda row: row.name)
+every_mergeable_row = pytest.mark.parametrize("row", MERGEABLE, ids=lambda row: row.name)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, leaves of states and long slices at sizes that tests can have many of."""
+    monkeypatch.setattr(streaming, "BLOCK", 1 << 9)
+    monkeypatch.setattr(streaming, "WIDE", 1 << 4)
+    monkeypatch.setattr(streaming, "MOST_STATES", 1 << 6)
+    monkeypatch.setattr(engine, "LONG", 1 << 6)
+    monkeypatch.setattr(engine, "SMALL", 1 << 6)
+
+
+def written(answer: answers.Answer) -> bytes:
+    """The bytes of an answer that may be streamed."""
+    with tempfile.TemporaryFile() as file:
+        assert answer.write(file.fileno(), "out") == file.seek(0, 2)
+        file.seek(0)
+        return file.read()
+
+
+def dims_of(row: Row, n: int) -> Iterator[Any]:
+    """What the row may be asked to work along, of n dims."""
+    named = {p.name for p in row.parameters}
+    if "dim" not in named:
+        yield None
+    elif isinstance(row, Reduction):
+        yield from (None, *itertools.chain(*(itertools.combinations(range(n), k) for k in range(1, n + 1))))
+    else:
+        yield from range(n)
+
+
+def planned(row: Row, dim: Any, sample: Masked) -> Plan:
+    said = {**needed(row), **({} if dim is None else {"dim": dim})}
+    return plan(row, tuple(said.items()), tuple(sample.data.shape), dtypes.BY_TORCH[str(sample.data.dtype)[6:]], "cpu")  # type: ignore[arg-type]
+
+
+@every_streamed_row
+@given(shape=st.sampled_from(SHAPES), seed=SEEDS, data=st.data())
+def test_a_source_gives_the_bits_of_its_cells(row: Row, shape: tuple[int, ...], seed: int, data: st.DataObject) -> None:
+    dtype: DType = data.draw(st.sampled_from(sorted(row.accepts, key=lambda d: d.name)))  # type: ignore[attr-defined]
+    sample = with_junk(cells(dtype, shape, seed, row=row))
+    dim = data.draw(st.sampled_from([*dims_of(row, len(shape))]))
+    of = planned(row, dim, sample)
+    whole = engine.run(of, sample.data, sample.mask)
+    for budget in BUDGETS:
+        try:
+            got = streaming.run(of, Held(sample.data, sample.mask), None, budget)
+        except OutOfMemoryError:
+            assert not streaming.lifts(of), "a reduction with states needs no slice whole"
+            assert budget < BUDGETS[-1]
+            continue
+        if exp_of_torch(of):
+            assert torch.equal(got[1], whole[1])
+            torch.testing.assert_close(got[0], whole[0], equal_nan=True)
+        else:
+            assert_same_bits(got, whole, (sample, dim, budget))
+
+
+def exp_of_torch(of: Plan) -> bool:
+    """Whether the reference raises e to cells: torch's bits depend on where in a tensor a cell stands."""
+    return backend_of(of).name == "reference" and any(not step.exact_bits for step in of.passes)
+
+
+@every_mergeable_row
+@given(shape=st.sampled_from(SHAPES), seed=SEEDS, n=st.integers(1, 9), data=st.data())
+def test_shards_merged_in_any_order_are_the_whole(
+    row: Reduction, shape: tuple[int, ...], seed: int, n: int, data: st.DataObject
+) -> None:
+    dtype = data.draw(st.sampled_from(sorted(row.accepts - dtypes.COMPLEX, key=lambda d: d.name)))
+    sample = with_junk(cells(dtype, shape, seed, row=row))
+    said = {p.name: v for p, v in zip(row.parameters, [None] * 99, strict=False) if v is not None}
+    dim = data.draw(st.sampled_from([d for d in dims_of(row, len(shape)) if d]))
+    words = {"op": row.name, "dim": ",".join(map(str, dim)), **said}
+    payload = BytesPayload(bytes_of(rain=sample.data, **{"rain.mask": sample.mask}))
+    request = requests.build("reduce", words)
+    whole = answers.run(request, payload).to_bytes()
+    found = [states.lift(request, payload, {}, Shard(i, n), 100_000) for i in range(n)]
+    read = [(str(one.shards), states.from_bytes(one.to_bytes())) for one in data.draw(st.permutations(found))]
+    assert states.merge(read).answer().to_bytes() == whole
+    if n > 2:  # and a merge of merges
+        half = [("a", states.merge(read[: n // 2])), ("b", states.merge(read[n // 2 :]))]
+        assert states.merge(half).answer().to_bytes() == whole
+
+
+# -- masks and weights of every form ------------------------------------------------------------------------------
+
+
+def bytes_of(metadata: dict[str, str] | None = None, **tensors: Tensor) -> bytes:
+    return to_bytes([output(name, tensor) for name, tensor in tensors.items()], metadata or {})
+
+
+def companions(seed: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """A mask of each form, by the name of the companion and what it shows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(*sizes: int) -> Tensor:
+        return torch.rand(sizes, generator=generator) < 0.6
+
+    a, b, c = shape
+    return {
+        "full": some(a, b, c), "first": some(a, 1, 1), "last": some(1, 1, c), "middle": some(1, b, 1), "alike": some(1, b, c),
+        "padding": some(a, b, 1), "one": some(1, 1, 1), "split": some(a, 1, c), "u8": some(a, b, c).to(torch.uint8),
+    }  # fmt: skip
+
+
+@given(seed=SEEDS, data=st.data())
+@pytest.mark.parametrize("missing", [False, True])
+def test_masks_of_every_form_are_read_in_windows(
+    seed: int, missing: bool, data: st.DataObject, tmp_path_factory: Any
+) -> None:
+    shape = data.draw(st.tuples(*[st.integers(1, 9)] * 3))
+    rain = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    path = tmp_path_factory.mktemp("masks") / "m.safetensors"
+    extra = {
+        "lengths": torch.randint(0, shape[1] + 1, shape[:1]),
+        "lengths2": torch.randint(0, shape[2] + 1, shape[:2]),
+    }
+    extra["bits"] = torch.randint(0, 256, (*shape[:2], -(-shape[2] // 8)), dtype=torch.uint8)
+    for kind, mask in (companions(seed, shape) | extra).items():
+        name = {"lengths": "rain.lengths", "lengths2": "rain.lengths", "bits": "rain.bitmask"}.get(kind, "rain.mask")
+        said = {"maskserve.mask_means": "missing"} if missing else {}
+        path.write_bytes(bytes_of(said, rain=rain, **{name: mask}))
+        with open_payload(path) as payload:
+            variable = resolve(payload.header)["rain"]
+            fill = data.draw(st.sampled_from((None, float(rain.reshape(-1)[0]))))
+            want = answers.run(requests.build("reduce", {"op": "sum", "fill_value": fill}), payload).results[0]
+            source = sources.stored(payload, variable, fill)
+            where = tuple(
+                data.draw(
+                    st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(
+                        lambda ab: slice(ab[0], max(ab[0] + 1, ab[1]))
+                    )
+                )
+                for n in shape
+            )
+            whole, valid = source.whole()
+            window, part = source.window(where)
+            assert torch.equal(window, rain[where])
+            assert torch.equal(whole, rain)
+            if valid is None:
+                assert part is None
+            else:
+                assert part is not None
+                assert torch.equal(part, valid[where]), kind
+                assert want.data == torch.where(valid, rain.double(), 0).sum().float() or not valid.any(), kind
+
+
+@given(seed=SEEDS, data=st.data())
+def test_weights_are_laid_over_windows(seed: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (5, 3, 7)
+    rain, weights = torch.randn(shape, generator=generator), torch.rand((7, 5), generator=generator)
+    laid = Laid(Held(weights, weights < 0.5), (1, 0), (5, 1, 7), shape)
+    want = weights.T.reshape(5, 1, 7).expand(shape)
+    where = data.draw(
+        st.sampled_from([(slice(1, 4), slice(0, 2), slice(2, 7)), (slice(0, 5), slice(2, 3), slice(6, 7))])
+    )
+    got, mask = laid.window(where)
+    assert torch.equal(got, want[where])
+    assert mask is not None
+    assert torch.equal(mask, (want < 0.5)[where])
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "y", "x"], "area": ["x", "t"]})}
+    payload = BytesPayload(bytes_of(names, rain=rain, area=weights))
+    for op, dim in itertools.product(("sum", "mean"), ("t", "x", "t,x", "y", "t,y,x")):
+        request = requests.build("reduce", {"op": op, "dim": dim, "weights": "area"})
+        assert answers.run(request, payload, memory=1_000).to_bytes() == answers.run(request, payload).to_bytes()
+        parts = [("", states.lift(request, payload, {}, Shard(i, 3), 1_000)) for i in (2, 0, 1)]
+        assert states.merge(parts).answer().to_bytes() == answers.run(request, payload).to_bytes()
+
+
+def test_a_byte_that_is_no_bool_is_found_where_it_is_read(tmp_path: Path) -> None:
+    mask = torch.ones(5000, dtype=torch.uint8)
+    mask[4321] = 2
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(bytes_of(rain=torch.ones(5000), **{"rain.mask": mask}))
+    with open_payload(path) as payload, pytest.raises(MaskDtypeError, match=r"rain\.mask"):
+        answers.run(requests.build("reduce", {"op": "sum"}), payload, memory=1_000)
+
+
+# -- answers that are larger than the memory ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("softmax", {"op": "softmax", "dim": 0}), ("softmax", {"op": "log_softmax", "dim": 1}),
+        ("softmax", {"op": "standardize", "dim": 1}), ("scan", {"op": "cumsum", "dim": 0}), ("scan", {"op": "rank", "dim": 1}),
+        ("fill", {"op": "value", "value": 7}), ("fill", {"op": "bfill", "dim": 0}), ("mask", {"greater": 1, "or": "other"}),
+        ("mask", {"inside": "0,1", "and": "other"}), ("reduce", {"op": "quantile", "q": "0.1,0.5", "dim": 0}),
+        ("reduce", {"op": "mean", "dim": 1, "keepdim": True}), ("reduce", {"op": "argmax", "dim": 0}),
+        ("reduce", {"op": "mean", "dim": "t"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_answer_is_written_as_it_is_computed(verb: str, words: dict[str, Any], tmp_path: Path) -> None:
+    sample = with_junk(cells(dtypes.f32, (90, 40), 3))
+    other = cells(dtypes.f32, (90, 40), 4)
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "x"], "other": ["t", "x"], "t": ["t"], "still": ["x"]})}
+    path = tmp_path / "in.safetensors"
+    path.write_bytes(
+        bytes_of(
+            names, rain=sample.data, other=other.data, t=torch.arange(90), still=torch.arange(40.0),
+            **{"rain.mask": sample.mask, "other.mask": other.mask},
+        )
+    )  # fmt: skip
+    request = requests.build(verb, {**words, "tensor": ["rain"] if words.get("dim") != "t" else None})
+    with open_payload(path) as payload:
+        whole = answers.run(request, payload).to_bytes()
+        for memory in (9_000, 20_000, 60_000):
+            answer = answers.run(request, payload, memory=memory)
+            assert written(answer) == whole
+    assert answers.run(request, BytesPayload(path.read_bytes()), memory=9_000).is_streamed == (verb != "reduce")
+
+
+def test_a_file_that_changes_while_an_answer_is_written_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "in.safetensors"
+    path.write_bytes(bytes_of(rain=torch.randn(90, 40)))
+    with open_payload(path) as payload:
+        answer = answers.run(requests.build("scan", {"op": "cumsum", "dim": 0}), payload, memory=9_000)
+        with open(path, "r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\0")
+        with open(tmp_path / "out", "wb") as out, pytest.raises(InputChangedError, match="changed while it was read"):
+            answer.write(out.fileno(), "out")
+
+
+def test_a_file_that_shrinks_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "in.safetensors"
+    path.write_bytes(bytes_of(rain=torch.randn(90, 40)))
+    with open_payload(path) as payload:
+        path.write_bytes(path.read_bytes()[:2000])
+        for dim in (0, 1):
+            with pytest.raises(InputChangedError, match="ends at byte 2000"):
+                answers.run(requests.build("reduce", {"op": "sum", "dim": dim}), payload, memory=9_000)
+
+
+def test_what_needs_its_slices_whole_says_how_much_memory_it_takes() -> None:
+    payload = BytesPayload(bytes_of(rain=torch.randn(5000)))
+    with pytest.raises(OutOfMemoryError, match=r"holds each slice whole, 5000 cells: that takes [0-9]+ bytes"):
+        answers.run(requests.build("reduce", {"op": "mode"}), payload, memory=9_000)
+
+
+# -- many files as one --------------------------------------------------------------------------------------------
+
+NAMES = {"maskserve.dims": json.dumps({"rain": ["t", "y", "x"], "t": ["t"], "y": ["y"], "still": ["y"]})}
+
+
+def parts_of(
+    tmp_path: Path, dim: int, cuts: tuple[int, ...], kinds: tuple[str, ...], *, names: dict[str, str] = NAMES
+) -> tuple[list[str], Path]:
+    """Files that hold parts of a tensor along a dim, with masks of these kinds in turn, and one that holds it whole."""
+    sample = cells(dtypes.f32, (7, 4, 6), 11)
+    t, y = torch.arange(7) * 10, torch.arange(4)
+    paths, masks, start = [], [], 0
+    for i, (n, kind) in enumerate(zip(cuts, itertools.cycle(kinds), strict=False)):
+        own = tuple(slice(start, start + n) if d == dim else slice(None) for d in range(3))
+        start += n
+        data, mask = sample.data[own].contiguous(), sample.mask[own].contiguous()
+        if kind == "none":
+            mask = torch.ones_like(mask)
+        elif kind == "lengths":
+            mask = (
+                torch.arange(data.shape[1])[:, None].expand(data.shape[1:])
+                < mask.sum((1, 2)).clamp(max=data.shape[1])[:, None, None]
+            )
+        elif kind == "broadcast":
+            mask = mask[:, :1].expand(data.shape)
+        tensors = {"rain": data, "t": t[own[0]].clone(), "y": y[own[1]].clone(), "still": torch.ones(4)[own[1]].clone()}
+        companion = {
+            "bool": {"rain.mask": mask}, "none": {}, "broadcast": {"rain.mask": mask[:, :1].contiguous()},
+            "lengths": {"rain.lengths": mask[:, :, 0].sum(1)},
+            "bits": {"rain.bitmask": torch.from_numpy(__import__("numpy").packbits(mask.numpy(), axis=-1, bitorder="little"))},
+        }[kind]  # fmt: skip
+        masks.append(mask)
+        paths.append(str(tmp_path / f"part-{i}.safetensors"))
+        Path(paths[-1]).write_bytes(bytes_of(names, **tensors, **companion))
+    whole = tmp_path / "whole.safetensors"
+    tensors = {"rain": sample.data, "rain.mask": torch.cat(masks, dim), "t": t, "y": y, "still": torch.ones(4)}
+    whole.write_bytes(bytes_of(names, **tensors))
+    return paths, whole
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("bool",), ("none", "bool"), ("bits", "lengths", "none"), ("lengths",), ("broadcast",), ("bits",)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("dim", "cuts"), [(0, (2, 4, 1)), (1, (1, 3)), (2, (2, 1, 3)), (0, (7,)), (0, (1,) * 7)], ids=str
+)
+@pytest.mark.parametrize("memory", [None, 200])
+def test_files_joined_along_a_dim_are_their_whole(
+    dim: int, cuts: tuple[int, ...], kinds: tuple[str, ...], memory: int | None, tmp_path: Path
+) -> None:
+    paths, whole = parts_of(tmp_path, dim, cuts, kinds)
+    for words in ({"op": "mean", "dim": "t"}, {"op": "sum", "dim": "t,x"}, {"op": "argmax", "dim": "x"}):
+        request = requests.build("reduce", {**words, "tensor": ["rain"]})
+        want = answers.run(request, open_any(str(whole))).to_bytes()
+        for along in {"tyx"[dim], dim, dim - 3}:
+            with question(request, paths, open_any, along) as asked:
+                assert written(answers.run(request, asked.payload, memory=memory)) == want
+                read = [("", states.lift(request, asked.payload, {}, Shard(i, 2), 200)) for i in (1, 0)]
+                assert states.merge(read).answer().to_bytes() == want
+
+
+def test_thousands_of_files_are_joined_with_few_open(tmp_path: Path) -> None:
+    import resource
+
+    n = 600
+    for i in range(n):
+        (tmp_path / f"{i:04d}.safetensors").write_bytes(bytes_of(rain=torch.full((1, 3), float(i))))
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        request = requests.build("reduce", {"op": "sum", "dim": 0})
+        with question(request, paths, open_any) as asked:
+            assert "600 files as one (600, 3) along dim 0" in asked.payload.described  # type: ignore[attr-defined]
+            assert answers.run(request, asked.payload).results[0].data.tolist() == [n * (n - 1) / 2] * 3  # type: ignore[union-attr]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def failing_to_join(tmp_path: Path, *tensors: dict[str, Tensor], along: int | str = 0, **words: Any) -> None:
+    paths = []
+    for i, own in enumerate(tensors):
+        named = {name: list("tyxz"[: t.dim()]) if name != "y" else ["y"] for name, t in own.items()}
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        Path(paths[-1]).write_bytes(bytes_of({"maskserve.dims": json.dumps(named)}, **own))
+    request = requests.build("reduce", {"op": "sum", "dim": 0, **words})
+    with question(request, paths, open_any, along, lambda path: Path(path).name) as asked:
+        answers.run(request, asked.payload)
+
+
+def test_files_that_cannot_be_joined_are_named(tmp_path: Path) -> None:
+    rain, y = torch.ones(2, 3), torch.arange(3)
+    with pytest.raises(
+        ShapeError, match=r"1\.safetensors: rain has shape \(2, 4\), in 0\.safetensors \(2, 3\).* along t"
+    ):
+        failing_to_join(tmp_path, {"rain": rain}, {"rain": torch.ones(2, 4)})
+    with pytest.raises(ShapeError, match=r"1\.safetensors: rain is f64, in 0\.safetensors f32"):
+        failing_to_join(tmp_path, {"rain": rain}, {"rain": rain.double()})
+    with pytest.raises(ShapeError, match=r"1\.safetensors: rain is .*'x'.*, in 0\.safetensors"):
+        failing_to_join(tmp_path, {"rain": rain}, {"rain": rain[None]})
+    with pytest.raises(UnknownTensorError, match=r"0\.safetensors has no snow, which 1\.safetensors has"):
+        failing_to_join(tmp_path, {"rain": rain}, {"rain": rain, "snow": rain})
+    with pytest.raises(UnknownTensorError, match=r"1\.safetensors has no snow, which 0\.safetensors has"):
+        failing_to_join(tmp_path, {"rain": rain, "snow": rain}, {"rain": rain})
+    with pytest.raises(ShapeError, match=r"1\.safetensors: y differs from 0\.safetensors's"):
+        failing_to_join(tmp_path, {"rain": rain, "y": y}, {"rain": rain, "y": y + 1})
+    with pytest.raises(DimError, match=r"along: no variable has the dim 'time'; the payload's dims are t, y"):
+        failing_to_join(tmp_path, {"rain": rain}, {"rain": rain}, along="time")
+    with pytest.raises(DimError, match=r"along: dim 2 is out of range for rain, which has 2 dims"):
+        failing_to_join(tmp_path, {"rain": rain}, {"rain": rain}, along=2)
+
+
+def test_a_file_that_is_replaced_while_it_is_joined_is_told(tmp_path: Path) -> None:
+    from maskserve.payload.shelf import Shelf
+
+    for i in range(3):
+        (tmp_path / f"{i}.safetensors").write_bytes(bytes_of(rain=torch.ones(1, 3)))
+    shelf = Shelf(open_any, 1)
+    opened = [shelf.payload(str(tmp_path / f"{i}.safetensors")) for i in range(3)]
+    (tmp_path / "new").write_bytes(bytes_of(rain=torch.zeros(1, 3)))
+    (tmp_path / "new").replace(tmp_path / "0.safetensors")
+    with pytest.raises(InputChangedError, match=r"0\.safetensors changed while it was read"):
+        opened[0].read("rain")
+    with pytest.raises(InputChangedError, match=r"0\.safetensors changed"):
+        opened[0].refuse_changed()
+
+
+# -- states that nobody vouches for -------------------------------------------------------------------------------
+
+
+def shard(i: int, n: int, payload: Payload, **words: Any) -> states.State:
+    return states.lift(requests.build("reduce", {"op": "mean", "dim": 0, **words}), payload, {}, Shard(i, n), 10_000)
+
+
+def test_shards_that_do_not_belong_together_are_refused() -> None:
+    one, other = (BytesPayload(bytes_of({"title": title}, rain=torch.ones(300, 3))) for title in ("a", "b"))
+    states_of = [("a", shard(0, 3, one)), ("b", shard(1, 3, one)), ("c", shard(2, 3, one))]
+    assert states.merge(states_of).answer().results[0].data.tolist() == [1, 1, 1]  # type: ignore[union-attr]
+    with pytest.raises(StateError, match="shards 1, 2 of 3 are missing"):
+        states.merge(states_of[:1]).answer()
+    with pytest.raises(StateError, match="shard 0 of 3 is there twice, in a and a"):
+        states.merge([*states_of, states_of[0]])
+    for foreign, why in (
+        (shard(2, 3, other), "it is of other inputs"), (shard(2, 4, one), "it is of 4 shards, the other of 3"),
+        (shard(2, 3, one, op="sum"), "its request is"), (shard(2, 3, one, backend="reference"), "another back end"),
+    ):  # fmt: skip
+        with pytest.raises(StateError, match=f"d does not belong to a: {why}|d does not belong to a: .*{why}"):
+            states.merge([*states_of[:2], ("d", foreign)])
+
+
+@pytest.mark.parametrize("op", ["median", "mode"])
+def test_a_row_without_states_says_so(op: str) -> None:
+    with pytest.raises(StateError, match=f"{op} of f32 has no state that can be merged"):
+        shard(0, 2, BytesPayload(bytes_of(rain=torch.ones(30, 3))), op=op)
+
+
+def test_bytes_that_are_no_state_are_refused() -> None:
+    good = shard(0, 1, BytesPayload(bytes_of(rain=torch.ones(300, 3))))
+    said = json.loads(BytesPayload(good.to_bytes()).header.metadata[states.KEY])
+    tensors = {f"0.{name}": part for node in good.lifted[0].partial.nodes for name, part in node.named()}
+
+    def changed(change: Any) -> bytes:
+        new, parts = json.loads(json.dumps(said)), dict(tensors)
+        change(new, parts)
+        return bytes_of({states.KEY: json.dumps(new)}, **parts)
+
+    assert states.from_bytes(changed(lambda s, t: None)).answer().results[0].data.tolist() == [1, 1, 1]  # type: ignore[union-attr]
+    named = {"name": "y", "mask_name": "m"}
+    changes = [
+        lambda s, t: s.update(n=0), lambda s, t: s.update(n=10**12), lambda s, t: s.update(shards=[1]),
+        lambda s, t: s.update(shards=[]), lambda s, t: s.update(shards=["0"]), lambda s, t: s.update(shards=[0, 0], n=2),
+        lambda s, t: s.update(more=1), lambda s, t: s.pop("key"), lambda s, t: s["key"].pop("inputs"),
+        lambda s, t: s["key"].update(order=["rain", "rain"]), lambda s, t: s["key"].update(metadata={"a": 1}),
+        lambda s, t: s["lifted"].append({}), lambda s, t: s["lifted"][0].update(name=7), lambda s, t: s.update(lifted=[7]),
+        lambda s, t: s["lifted"][0].update(dims=["t"] * 9), lambda s, t: s["lifted"][0].update(op="median"),
+        lambda s, t: s["lifted"][0].update(shape=[10**9, 3]), lambda s, t: t.clear(), lambda s, t: t.update(junk=torch.ones(1)),
+        lambda s, t: t.update({"7.0.1.0.1.count": torch.ones(1)}), lambda s, t: s.update(kept=[{"name": "y"}]),
+        lambda s, t: s.update(kept=[{**named, "is_coordinate": True, "passed_through": False, "has_mask": False}]),
+    ]  # fmt: skip
+    for i, change in enumerate(changes):
+        with pytest.raises(StateError):
+            print(f"accepted: change {i}: {states.from_bytes(changed(change)).answer()}")
+    for junk in (b"", b"\0" * 40, bytes_of(rain=torch.ones(2))):
+        with pytest.raises(PayloadError):
+            states.from_bytes(junk)
+    source = random.Random(5)
+    whole = bytearray(good.to_bytes())
+    for _ in range(200):
+        flipped = bytearray(whole)
+        flipped[source.randrange(8 + 1, len(whole) // 2)] ^= 1 << source.randrange(8)
+        with suppress(MaskserveError):  # any other error fails
+            states.from_bytes(bytes(flipped)).answer()
+
+
+def test_every_row_that_is_sliced_is_streamed() -> None:
+    assert {row.name for row in SLICED if row.verb} == {row.name for row in STREAMED}
+    assert {row.name for row in STREAMED} <= OPS.keys()
