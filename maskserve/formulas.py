@@ -8,13 +8,13 @@ from math import prod
 
 import torch
 
-from maskserve import execution
+from maskserve import execution, sources
 from maskserve.above import Above, above_of, differentiable
 from maskserve.backends import refuse_unknown
 from maskserve.dtypes import boolean
 from maskserve.errors import GradientError, ParameterError, nearest
 from maskserve.evaluation import Declared, Term, evaluated, fused, planned, stages
-from maskserve.expression import Expression
+from maskserve.expression import Expression, Name
 from maskserve.loading import device_of, on_device, without_fill
 from maskserve.payload.format import Payload
 from maskserve.payload.header import shown
@@ -24,10 +24,11 @@ from maskserve.pullbacks import Leaves
 from maskserve.requests import Request
 from maskserve.sides import Payloads
 from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results, refuse_beyond
+from maskserve.streaming import Piece
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 from maskserve.tracing import is_followed
-from maskserve.variable_steps import puller, work_of
+from maskserve.variable_steps import RESULT_SHARE, budget_of, puller, work_of
 
 ONLY = "x"
 """What an expression may call a payload's only variable."""
@@ -111,8 +112,25 @@ class OfExpression(Step):
     def streamed(
         self, request: Request, payload: Payload, variables: Variables, memory: int
     ) -> Iterator[Result | Streamed]:
-        refuse_beyond(self, memory)
-        return self.results(request, payload, variables)
+        if self.wrt or self.device != "cpu" or isinstance(self.term.node, Name):
+            refuse_beyond(self, memory)
+            yield from self.results(request, payload, variables)
+            return
+        from maskserve.streamed_terms import Terms  # which few expressions need
+
+        fill = request.common.get("fill_value")
+        given = {name: sources.stored(payload, variable, fill) for name, variable in self.sources.items()}
+        terms = Terms(given, budget_of(memory))
+
+        def pieces() -> Iterator[Piece]:
+            with execution.using(backend=self.backend):
+                yield from terms.pieces(self.term)
+
+        dims = None if self.term.dims == (DATA,) else self.term.dims
+        made = Streamed(
+            name=DATA, told=self.result, mask_name=MASK, dims=dims, fold=terms.fold(self.term), pieces=pieces,
+        )  # fmt: skip
+        yield made if self.result.n_bytes > memory // RESULT_SHARE else made.in_memory()
 
     def loaded(self, payload: Payload, variable: Variable, fill: float | None) -> MaskedTensor:
         data, mask = on_device(load(payload, variable), self.device)

@@ -32,7 +32,17 @@ from maskserve.plan import Plan, plan
 from maskserve.requests import spelled
 from maskserve.shards import Shard
 from maskserve.sources import Source
-from maskserve.streaming import BLOCK, Piece, assembled, lifts, most_states, of_sizes, result_sizes, state, unit_of
+from maskserve.streaming import (
+    Piece,
+    assembled,
+    block_cells,
+    lifts,
+    most_states,
+    of_sizes,
+    result_sizes,
+    state,
+    unit_of,
+)
 from maskserve.torch_dtypes import dtype_of
 from maskserve.trees import subtrees
 from maskserve.version import ORDER_VERSION, version
@@ -119,7 +129,7 @@ class Partial:
         """The states of a range of all rows' units, read where they lie."""
         check_joins(plan)
         most, nodes = most_states(plan, budget), []
-        with execution.using(block_cells=min(execution.backend_of(plan).block_cells, BLOCK)):
+        with execution.using(block_cells=block_cells(plan, source, budget)):
             for rows, start, n_units in rectangles(plan, shard):
                 unit = unit_of(plan, 1)
                 cells = slice(start * unit, min((start + n_units) * unit, plan.fold[1]))

@@ -24,7 +24,7 @@ from maskserve.backends.reference import kernel
 from maskserve.blocks import Cells, counting, covering, cut, seen, spans
 from maskserve.dtypes import Kind
 from maskserve.errors import OutOfMemoryError
-from maskserve.execution import backend_of, finisher_of, nan_policy
+from maskserve.execution import backend_of, finisher_of, n_threads, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
@@ -40,6 +40,10 @@ WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
 MOST_STATES = 1 << 18
 """States of a region's blocks, before they are joined into one a result: so many stay in the cache."""
+BLOCKS_SHARE = 4
+"""The part of the budget for the blocks of all threads."""
+LEAST_BLOCK = 1 << 14
+"""Cells below which blocks cost more in calls than they save."""
 WINDOW_WIDTHS = 8
 """How many times the bytes of a window are held where new masks are made of its cells."""
 SHARE = 4
@@ -160,6 +164,12 @@ def run(plan: Plan, source: Source, weights: Source | None, budget: int) -> tupl
     return values.view(plan.out_shape), mask.view(plan.out_shape)
 
 
+def block_cells(plan: Plan, source: Source, budget: int) -> int:
+    """The cells that each thread reads at a time: fewer where each takes much memory while it is made."""
+    fit = budget // (BLOCKS_SHARE * n_threads() * source.cell_bytes)
+    return min(backend_of(plan).block_cells, BLOCK, max(fit, LEAST_BLOCK))
+
+
 def assembled(shape: tuple[int, ...], dtype: torch.dtype, made: Iterator[Piece]) -> tuple[Tensor, Tensor]:
     values, mask = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.bool)
     for piece in made:
@@ -189,8 +199,7 @@ def windows(shape: Sequence[int], most: int) -> Iterator[Window]:
 
 def pieces(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
     """The result in parts, each from what the budget holds at once."""
-    block_cells = min(backend_of(plan).block_cells, BLOCK)
-    with execution.using(block_cells=block_cells):
+    with execution.using(block_cells=block_cells(plan, source, budget)):
         if lifts(plan):
             yield from reduced(plan, source, weights, budget)
         else:

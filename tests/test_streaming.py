@@ -491,3 +491,29 @@ def test_bytes_that_are_no_state_are_refused() -> None:
 def test_every_row_that_is_sliced_is_streamed() -> None:
     assert {row.name for row in SLICED if row.verb} == {row.name for row in STREAMED}
     assert {row.name for row in STREAMED} <= OPS.keys()
+
+
+# -- expressions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x - mean(x, dim=t)", "(x - mean(x)) / std(x)", "sum((x - y) ** 2, dim=k)", "mean(x * w, dim=(t, k))", "x * w + 1",
+        "softmax(x / 2, dim=t)", "cumsum(x - y, dim=k) * 2", "where(x > 0, x, y)", "median(abs(x - median(x)))",
+        "sum(x, weights=w)", "mean(x + y, weights=w, dim=k)", "max(x, dim=t) / 10", "ffill(x, dim=k) - first(x, dim=k)",
+        "count(x > mean(x), dim=t)", "rank(x, dim=t) + y", "-x", "2 * w", "(x < y) & (y < 3)", "sqrt(abs(x)) - amin(w * w)",
+    ],
+)  # fmt: skip
+@given(seed=SEEDS)
+def test_an_expression_is_streamed(text: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("eval") / "in.safetensors"
+    x, y = (with_junk(cells(dtypes.f32, (60, 33), seed + i)) for i in range(2))
+    w = torch.rand(33, generator=torch.Generator().manual_seed(seed))
+    names = {"maskserve.dims": json.dumps({"x": ["t", "k"], "y": ["t", "k"], "w": ["k"]})}
+    path.write_bytes(bytes_of(names, x=x.data, y=y.data, w=w, **{"x.mask": x.mask, "y.mask": y.mask}))
+    request = requests.build("eval", {"expr": text})
+    with open_payload(path) as payload:
+        whole = answers.run(request, payload).to_bytes()
+        for memory in (6_000, 15_000):
+            assert written(answers.run(request, payload, memory=memory)) == whole, memory

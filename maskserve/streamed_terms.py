@@ -1,0 +1,132 @@
+"""Terms of an expression as sources: what is elementwise is computed window by window, the rest is held, or put into a file.
+
+Nothing elementwise is ever whole: a reduction of an expression reads the variables' windows and computes what it reduces.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+
+import torch
+
+from maskserve import sinks, streaming
+from maskserve.blockwise import Cells, Op, at_once, laid
+from maskserve.evaluation import Term, is_elementwise, program
+from maskserve.expression import Name
+from maskserve.payload.files import open_payload
+from maskserve.payload.variables import MASK, resolve
+from maskserve.sources import Folded, Held, Laid, Masked, Shape, Source, Window, stored
+from maskserve.steps import Streamed
+from maskserve.streaming import Piece
+from maskserve.told import Told
+
+RESULT_SHARE = 8
+"""The part of the budget that one result between may take, to be held; a larger one is put into a file."""
+
+
+class Stage(Source):
+    """Adjacent elementwise ops on the windows of their leaves."""
+
+    def __init__(self, term: Term, leaves: Sequence[tuple[Source, Shape]], ops: Sequence[Op]) -> None:
+        self.shape, self.leaves, self.ops = term.shape, leaves, ops
+        self.dtype, self.is_masked = term.sample._data.dtype, term.sample._mask is not None
+        n_cells = max(prod(term.shape), 1)
+        self.between = sum(source.cell_bytes for source, _ in leaves) + -(-term.between_bytes // n_cells)
+
+    @property
+    def cell_bytes(self) -> int:
+        """What a cell of a window takes while it is computed."""
+        return self.between
+
+    def window(self, where: Window) -> Masked:
+        n_dims, cells = len(where), []
+        for of, axes in self.leaves:
+            own, valid = part(of, axes, where)
+            cells.append(Cells(laid(own, axes, n_dims), None if valid is None else laid(valid, axes, n_dims)))
+        data, mask = at_once(self.ops, cells)
+        shape = tuple(s.stop - s.start for s in where)
+        return data.expand(shape), None if mask is None else mask.expand(shape)
+
+    def folded(self, shape: Shape) -> Source:
+        return Folded(self, shape)
+
+
+def part(leaf: Source, axes: Shape, where: Window) -> Masked:
+    """What of a leaf lies in a window; a size 1 lies in each."""
+    return leaf.window(tuple(where[dim] if n > 1 else slice(0, n) for n, dim in zip(leaf.shape, axes, strict=True)))
+
+
+class Terms:
+    """The sources of terms, on variables that are sources."""
+
+    def __init__(self, variables: Mapping[str, Source], budget: int) -> None:
+        self.variables, self.budget = variables, budget
+
+    def source(self, term: Term) -> Source:
+        """The cells of a term: computed where they are asked for if it is elementwise, else now."""
+        if isinstance(term.node, Name):
+            return self.variables[term.node.name] if term.node.name else Held(term.sample._data, term.sample._mask)
+        return self.stage(term) if is_elementwise(term) else self.kept(term)
+
+    def stage(self, term: Term) -> Stage:
+        made = program(term)
+        leaves = [(self.kept(leaf) if is_small(leaf, term) else self.source(leaf), axes) for leaf, axes in made.leaves]
+        return Stage(term, leaves, made.ops)
+
+    def kept(self, term: Term) -> Source:
+        """The cells of a term, whole: in memory, or in a file."""
+        if isinstance(term.node, Name):
+            return self.source(term)
+        made = Streamed(
+            name="data", told=Told(dtype=term.dtype, shape=term.shape, dims=None), mask_name=MASK, dims=None,
+            fold=self.fold(term), pieces=lambda: self.pieces(term),
+        )  # fmt: skip
+        if term.n_bytes <= self.budget // RESULT_SHARE:
+            result = made.in_memory()
+            return Held(result.data, result.mask)
+        return in_a_file(made)
+
+    def fold(self, term: Term) -> Shape:
+        """The shape that the pieces of a term lie in."""
+        return term.shape if term.plan is None else streaming.result_sizes(term.plan, term.plan.fold)
+
+    def pieces(self, term: Term) -> Iterator[Piece]:
+        """The cells of a term in parts."""
+        if term.plan is not None:
+            (inputs, _), *sides = term.terms
+            source = self.source(inputs)
+            weights = next((over(self.source(side), axes, source.shape) for side, axes in sides), None)
+            yield from streaming.pieces(term.plan, source, weights, self.budget)
+            return
+        source = self.source(term)
+
+        def piece(where: Window) -> Piece:
+            data, mask = source.window(where)
+            valid = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask
+            return Piece(where=where, values=data, mask=valid)
+
+        yield from streaming.by_window(source, piece, self.budget)
+
+
+def is_small(leaf: Term, of: Term) -> bool:
+    """Whether an elementwise leaf is smaller than what it is an operand of: it is computed once, not for each window."""
+    return is_elementwise(leaf) and leaf.shape != of.shape
+
+
+def over(source: Source, axes: Shape, shape: Shape) -> Source:
+    """A source whose dims lie along `axes` of a larger shape."""
+    sizes = [1] * len(shape)
+    for n, dim in zip(source.shape, axes, strict=True):
+        sizes[dim] = n
+    order = tuple(sorted(range(len(axes)), key=axes.__getitem__))
+    return Laid(source, order, tuple(sizes), shape)
+
+
+def in_a_file(made: Streamed) -> Source:
+    """The cells of a result that does not fit, from a file without a name."""
+    with tempfile.TemporaryFile() as file:
+        sinks.write(file.fileno(), "a temporary file", [made], {})
+        payload = open_payload(f"/proc/self/fd/{file.fileno()}")
+    return stored(payload, resolve(payload.header)[made.name])
