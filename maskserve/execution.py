@@ -37,6 +37,8 @@ class Execution:
     block_cells: int | None = None
     checkpoint: Callable[[], None] | None = None
     """Called before each block, in the thread that will compute it: it may wait, and what it raises ends the request."""
+    tick: Callable[[int], None] | None = None
+    """Hears of the bytes of each window that is read of what is not in memory."""
 
 
 _DEFAULT = Execution()
@@ -55,10 +57,11 @@ def using(
     threads: int | None = None,
     block_cells: int | None = None,
     checkpoint: Callable[[], None] | None = None,
+    tick: Callable[[int], None] | None = None,
 ) -> Iterator[None]:
-    """Run what is inside with this back end (by name), threads, block size and checkpoint; None leaves one as it is."""
+    """Run what is inside with this back end (by name), threads, block size, checkpoint and tick; None leaves one as it is."""
     given: dict[str, Any] = {
-        "backend": backend, "threads": threads, "block_cells": block_cells, "checkpoint": checkpoint
+        "backend": backend, "threads": threads, "block_cells": block_cells, "checkpoint": checkpoint, "tick": tick
     }  # fmt: skip
     said = {k: v for k, v in given.items() if v is not None}
     if not said:  # as every small request has it

@@ -132,6 +132,11 @@ class OfExpression(Step):
         )  # fmt: skip
         yield made if self.result.n_bytes > memory // RESULT_SHARE else made.in_memory()
 
+    def passes(self, memory: int | None) -> int:
+        if memory is None or self.bytes_in_memory <= memory or self.wrt:
+            return 1
+        return 1 + sum(stage.plan is not None for stage in stages(self.term))  # at most: each reads what lies below it
+
     def loaded(self, payload: Payload, variable: Variable, fill: float | None) -> MaskedTensor:
         data, mask = on_device(load(payload, variable), self.device)
         return MaskedTensor._of(data, without_fill(data, mask, fill))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from maskserve.blocks import covering
 from maskserve.dtypes import boolean
+from maskserve.execution import execution
 from maskserve.loading import without_fill
 from maskserve.payload.format import Payload
 from maskserve.payload.header import TensorInfo
@@ -67,6 +68,7 @@ class Stored(Source):
         self, cells: Read, valid: Read | None, dtype: torch.dtype, shape: Shape, fill: float | None = None
     ) -> None:
         self.cells, self.valid, self.dtype, self.shape, self.fill = cells, valid, dtype, shape, fill
+        self.tick = execution().tick  # of whoever asks for the source: threads that read have no context of their own
         self.is_masked = valid is not None or fill is not None
 
     def folded(self, shape: Shape) -> Stored:
@@ -80,6 +82,8 @@ class Stored(Source):
         if self.valid is not None:
             mask = torch.empty(sizes, dtype=torch.bool)
             self.valid(starts, mask.view(-1))
+        if self.tick is not None:
+            self.tick(data.nbytes + (0 if mask is None else mask.nbytes))
         return data, without_fill(data, mask, self.fill)
 
 

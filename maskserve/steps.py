@@ -221,8 +221,12 @@ class Step(ABC):
         """The same, with as many bytes in memory as are allowed at once."""
 
     def passes(self, memory: int | None) -> int:
-        """How many times what is read is read; 0: often, as its cells decide."""
+        """How many times what is read is read, at most; 0: as often as its cells decide."""
         return 1
+
+    def is_streamed(self, memory: int | None) -> bool:
+        """Whether it is read in parts."""
+        return memory is not None and self.bytes_in_memory > memory
 
 
 def refuse_beyond(step: Step, memory: int) -> None:

@@ -22,6 +22,7 @@ from maskserve_cli import explanations, inputs, outputs, reports, shards
 from maskserve_cli.command import collect_again, settings_of, some_files
 from maskserve_cli.exits import say, say_data
 from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
+from maskserve_cli.progress import progress
 from maskserve_cli.reports import Listing
 
 if TYPE_CHECKING:
@@ -93,17 +94,14 @@ def act(asked: Asked, request: Request, payload: Payload, others: Payloads, targ
     explain = explainer(request, payload, others, target) if asked.explain else unexplained
     if asked.dry_run:
         explain(None)
-        outputs.write_text(dry_run(request, payload, others, target))
+        outputs.write_text(dry_run(request, payload, others, target, inputs.memory_of(settings)))
         return
-    if asked.workers is not None:
-        answer = shards.by_workers(asked, request, settings)
-    else:
-        answer = computed(request, payload, others, settings)
-    explain(answer)
-    if asked.listing is not None:
-        reports.write(asked.listing, answer, target)
-        return
-    render.write(answer, target, inputs.form_of(payload), nan_hint(request))
+    with answered(asked, request, payload, others, settings) as answer:
+        explain(answer)
+        if asked.listing is not None:
+            reports.write(asked.listing, answer, target)
+            return
+        render.write(answer, target, inputs.form_of(payload), nan_hint(request))
 
 
 def explainer(request: Request, payload: Payload, others: Payloads, target: Target) -> Callable[[Answer | None], None]:
@@ -130,13 +128,22 @@ def unexplained(_: Answer | None) -> None:
     """Nothing was asked for."""
 
 
-def computed(request: Request, payload: Payload, others: Payloads, settings: Settings) -> Answer:
-    """The answer, on the threads that the settings give."""
+@contextmanager
+def answered(
+    asked: Asked, request: Request, payload: Payload, others: Payloads, settings: Settings
+) -> Iterator[Answer]:
+    """The answer, on the threads that the settings give; what does not fit into memory is computed while it is written."""
     from maskserve import answers, execution
 
+    if asked.workers is not None:
+        yield shards.by_workers(asked, request, settings)
+        return
     collect_again()
-    with execution.using(threads=settings["threads"] or None):
-        return answers.run(request, payload, others, memory=inputs.memory_of(settings))
+    memory = inputs.memory_of(settings)
+    steps = [step for step in answers.explain(request, payload, others) if step.is_streamed(memory)]
+    n_bytes = sum(step.bytes_read * max(step.passes(memory), 1) for step in steps)
+    with progress("reading", n_bytes) as tick, execution.using(threads=settings["threads"] or None, tick=tick):
+        yield answers.run(request, payload, others, memory=memory)
 
 
 def nan_hint(request: Request) -> str | None:
@@ -162,9 +169,13 @@ class Outlook:
     bytes_written: int
     bytes_held: int
     backend: str | None
+    streamed: bool
+    """Whether it is read in parts, since it is larger than --memory."""
+    passes: int
+    """How many times it is read at most; 0: as its cells decide."""
 
 
-def outlook(step: Step) -> Outlook:
+def outlook(step: Step, memory: int) -> Outlook:
     from maskserve_cli.table import dims_text
 
     return Outlook(
@@ -176,14 +187,16 @@ def outlook(step: Step) -> Outlook:
         bytes_written=step.bytes_written,
         bytes_held=step.bytes_held,
         backend=", ".join(dict.fromkeys(work.backend for work in step.works)) or None,
+        streamed=step.is_streamed(memory),
+        passes=step.passes(memory),
     )
 
 
-def dry_run(request: Request, payload: Payload, others: Payloads, target: Target) -> Iterator[str]:
+def dry_run(request: Request, payload: Payload, others: Payloads, target: Target, memory: int) -> Iterator[str]:
     """Lines that say what would be read, computed and written."""
     from maskserve import answers
 
-    looks = [outlook(step) for step in answers.explain(request, payload, others)]
+    looks = [outlook(step, memory) for step in answers.explain(request, payload, others)]
     if target.form is Form.JSON and target.path is None:
         yield as_json(request, looks, target)
         return
@@ -196,10 +209,19 @@ def dry_run(request: Request, payload: Payload, others: Payloads, target: Target
     kept = " (it exists and would be skipped)" if target.skip else ""
     sizes = f"would read {bytes_text(n_read)} and write {bytes_text(n_written)} of cells and masks"
     yield f"{sizes} to {where} as {target.form}{kept}"
-    n_held = sum(look.bytes_held for look in looks)
+    for look in looks:
+        if look.streamed:
+            yield f"{look.name} is larger than --memory {bytes_text(memory)}: would be read in parts, {often(look.passes)}"
+    n_held = sum(look.bytes_held for look in looks if not look.streamed)
     if n_held > n_written:
         yield f"would hold at most {bytes_text(n_held)} at once beside what is read"
     yield "a dry run: nothing was computed or written"
+
+
+def often(passes: int) -> str:
+    if passes == 0:
+        return "several times, as its cells decide"
+    return "once" if passes == 1 else f"at most {passes} times"
 
 
 def outlook_words(look: Outlook) -> tuple[str, ...]:
