@@ -349,8 +349,14 @@ def of_numbers(node: Call, operands: Mapping[str, Any]) -> int | float:
 
 def of_tensors(text: str, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
     """The value of an expression on tensors by name; where any of them is followed, so is the result."""
-    node = parse(text).root
-    return evaluated(planned(node, {name: declared_of(tensor) for name, tensor in variables.items()}), variables)
+    declared = tuple((name, declared_of(tensor)) for name, tensor in variables.items())
+    return evaluated(remembered(text, declared, torch.get_default_dtype()), variables)
+
+
+@lru_cache(maxsize=256)
+def remembered(text: str, declared: tuple[tuple[str, Declared], ...], _default: torch.dtype) -> Term:
+    """The plan of a text on variables with these headers: the same each time, as torch's default dtype is the same."""
+    return planned(parse(text).root, dict(declared))
 
 
 def declared_of(tensor: MaskedTensor) -> Declared:

@@ -75,6 +75,7 @@ class OfExpression(Step):
             return max(self.term.peak_bytes, self.bytes_written)
         terms = [term for stage in stages(self.term) for term in fused(stage)]
         saved = sum(term.n_bytes + REACH * prod(term.shape) for term in terms)
+        saved += sum(term.outline.held_bytes for term in terms if term.outline is not None)
         sizes = [prod(t.shape) * t.dtype.n_bytes for term in terms for t in (term, *(o for o, _ in term.terms))]
         return self.bytes_written + saved + WIDTHS * max(sizes, default=0)
 

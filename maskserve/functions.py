@@ -214,8 +214,11 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
 
 def formula(row: Formula, expr: str, variables: dict[str, Any]) -> MaskedTensor:
     """An expression on tensors by name."""
-    made: MaskedTensor = implementation(row)(expr, {name: as_masked_tensor(given) for name, given in variables.items()})
-    return made
+    tensors = {
+        name: given if isinstance(given, MaskedTensor) else as_masked_tensor(given) for name, given in variables.items()
+    }
+    made: MaskedTensor = implementation(row)(expr, tensors)
+    return as_masked_tensor(made) if any(made is tensor for tensor in tensors.values()) else made
 
 
 def loss(row: Loss, given: Any, target: Any, params: dict[str, Any]) -> MaskedTensor:

@@ -101,6 +101,10 @@ def distinct(names: tuple[str | None, ...]) -> Dims | None:
 # -- moves --------------------------------------------------------------------------------------------------------
 
 
+COPIES = 3
+"""How many more copies of cells and masks a move holds whose result has memory of its own."""
+
+
 def move(row: Move, given: Operands, params: Params) -> Outline:
     """Cells in other places; a result whose dims are not all old ones has no names."""
     (source,) = given.values()
@@ -109,16 +113,17 @@ def move(row: Move, given: Operands, params: Params) -> Outline:
     layout: Layout = row.layout(source.shape, said)
     own = source.dims
     names = None if own is None else distinct(tuple(None if p.source is None else own[p.source] for p in layout))
+    copied = COPIES * (source.dtype.n_bytes + 1) * prod(place.size for place in layout) if row.copies else 0
     return Outline(
         shape=tuple(place.size for place in layout), dtype=source.dtype, dims=names, params=said,
-        held_bytes=2 * prod(source.shape) if row.zeros else 0,
+        held_bytes=copied,
     )  # fmt: skip
 
 
 # -- contractions -------------------------------------------------------------------------------------------------
 
-OPERAND_BYTES, RESULT_BYTES = 5, 5
-"""How many times the bytes of float cells, and of their masks, a product holds copies: some more where inf or NaN meet masks."""
+OPERAND_WIDTHS, RESULT_WIDTHS = 10, 13
+"""How many times the bytes of its float cells and masks a product holds: a third where no valid cell is inf or NaN."""
 WHOLE_BYTES = 80
 """The bytes a cell that products of whole numbers hold: limbs of 20 bits as float64."""
 
@@ -158,7 +163,7 @@ def held_by_product(n_cells: int, n_results: int, dtype: DType) -> int:
     if dtype.is_integral:
         return WHOLE_BYTES * (n_cells + n_results)
     width = max(dtype.n_bytes, 4)
-    return OPERAND_BYTES * (width + 1) * n_cells + RESULT_BYTES * (width + 1) * n_results
+    return OPERAND_WIDTHS * (width + 1) * n_cells + RESULT_WIDTHS * (width + 1) * n_results
 
 
 # -- losses -------------------------------------------------------------------------------------------------------
@@ -296,7 +301,7 @@ def reduced(row: Loss, losses: Losses, reduction: str, dim: Any) -> tuple[Shape,
 
 # -- layers -------------------------------------------------------------------------------------------------------
 
-LAYER_WIDTHS = 5
+LAYER_WIDTHS = 7
 """How many times the bytes of its cells and masks a layer holds beside its result."""
 
 
@@ -342,6 +347,10 @@ def of_one_dtype(row: Layer, given: Operands) -> DType:
     return first
 
 
+COSINE_WIDTHS = 12
+"""How many times those of its common shape the cosine of two tensors holds."""
+
+
 def cosine(row: Layer, given: Operands, params: Params) -> Outline:
     """Two tensors beside each other, without the dim that vectors lie along."""
     dtype = of_one_dtype(row, given)
@@ -350,15 +359,16 @@ def cosine(row: Layer, given: Operands, params: Params) -> Outline:
     op = OPS["sum"]  # as the layer itself calls it
     assert isinstance(op, Reduction)
     planned = plan(op, (("dim", said.get("dim", 1)),), shape, dtype, "cpu")
-    held = 2 * LAYER_WIDTHS * (dtype.n_bytes + 1) * prod(shape)
+    held = COSINE_WIDTHS * (dtype.n_bytes + 1) * prod(shape)
     return Outline(
         shape=tuple(planned.out_shape), dtype=planned.result, dims=result_dims(planned, dims), held_bytes=held,
         params=said, axes=axes, n_dims=len(shape), n_between=prod(shape),
     )  # fmt: skip
 
 
-SCORE_WIDTHS = 6
-"""How many times the bytes of the scores and their masks attention holds; none where torch's fused kernel computes it."""
+SCORE_WIDTHS = 18
+"""How many times the bytes of the scores and their masks attention holds: a third where no valid cell is inf or NaN, and
+none where torch's fused kernel computes it."""
 
 
 def attention(row: Layer, given: Operands, params: Params) -> Outline:
@@ -388,8 +398,7 @@ def attention(row: Layer, given: Operands, params: Params) -> Outline:
     if q.dims is not None and v.dims is not None and len(q.shape) == len(shape):
         names = distinct((*q.dims[:-1], v.dims[-1]))
     n_cells, n_scores = sum(prod(g.shape) for g in own.values()), prod(scores)
-    wide = dtype.n_bytes + 1
-    held = held_by_product(n_cells + n_scores, prod(shape) + n_scores, dtype) + SCORE_WIDTHS * wide * n_scores
+    held = held_by_product(n_cells, prod(shape), dtype) + SCORE_WIDTHS * (max(dtype.n_bytes, 4) + 1) * n_scores
     return Outline(
         shape=shape, dtype=dtype, dims=names, held_bytes=held, params=params,
         n_products=n_scores * q.shape[-1] + prod(shape) * k.shape[-2], n_between=n_scores,

@@ -477,6 +477,8 @@ class Move(Row):
     several: bool = False
     """It gives a tuple of tensors, as torch does."""
     layout: Rule | None = None
+    copies: bool = False
+    """Whether its result may have memory of its own."""
 
     attribute: bool = False
     """m.real stands without parentheses."""
