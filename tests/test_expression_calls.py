@@ -7,13 +7,16 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import maskserve as ms
-from maskserve import MaskedTensor
+from benchmarks.expressions import held
+from maskserve import MaskedTensor, evaluation
+from maskserve.answers import explain, run
 from maskserve.errors import MaskserveError
 from maskserve.evaluation import Declared, declared_of, evaluated, planned
 from maskserve.expression import functions, parse
@@ -21,7 +24,10 @@ from maskserve.moving import function
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.ops.rows import Move
+from maskserve.payload.format import BytesPayload, to_bytes
+from maskserve.payload.tensors import output
 from maskserve.payload.variables import Dims
+from maskserve.requests import build
 from maskserve.torch_dtypes import dtype_of
 
 Tensors = Mapping[str, MaskedTensor]
@@ -353,3 +359,72 @@ def test_products_of_matrices_are_bounded() -> None:
         planned(parse("mm(x, x)").root, large)
     with pytest.raises(MaskserveError, match="scaled_dot_product_attention would have 4294967296 cells in between"):
         planned(parse("scaled_dot_product_attention(s, s, s)").root, {"s": large["s"]})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 4), (2, 0, 4), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "scaled_dot_product_attention(x, x, x)",
+        "layer_norm(x, normalized_shape={n})",
+        "rms_norm(x, normalized_shape={n})",
+        "group_norm(x, num_groups=1)",
+        "cosine_similarity(x, x)",
+        "mse_loss(x, x)",
+        "matmul(x, transpose(x, dim0=-1, dim1=-2))",
+        "flatten(x) + 1",
+    ],
+)
+def test_dims_of_size_0_are_computed_on(text: str, shape: tuple[int, ...]) -> None:
+    x = ms.masked_tensor(torch.ones(shape))
+    term = planned(parse(text.format(n=shape[-1])).root, {"x": declared_of(x)})
+    made = evaluated(term, {"x": x})
+    assert tuple(made.shape) == term.shape
+    assert not made.get_mask().any() or "+ 1" in text
+
+
+def test_a_plan_is_remembered_for_its_text_and_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[object] = []
+    monkeypatch.setattr(evaluation, "planned", lambda *args: counted.append(args) or planned(*args))
+    evaluation.remembered.cache_clear()
+    one, two = ms.masked_tensor(torch.ones(3)), ms.masked_tensor(torch.ones(3).double())
+    for x in (one, one, two, one, two):
+        assert ms.eval("x + 2.5", x=x).dtype is x.dtype
+    assert len(counted) == 2
+    assert ms.eval("x", x=one) is not one, "a result is a tensor of its own"
+
+
+WIDTHS = [
+    ("eval", "mse_loss(x, y, weight=w)"),
+    ("eval", "cross_entropy(x, c, label_smoothing=.1)"),
+    ("eval", "layer_norm(x, w, w, normalized_shape=512)"),
+    ("eval", "cosine_similarity(x, y)"),
+    ("eval", "linear(x, w)"),
+    ("eval", "flatten(t(x)) + 1"),
+    ("eval", "roll(x, shifts=(1, 2), dims=(0, 1))"),
+    ("eval", "mm(x, t(y))"),
+    ("eval", "scaled_dot_product_attention(q, q, q)"),
+    ("grad", "mse_loss(x, y)"),
+    ("grad", "sum(cosine_similarity(x, y))"),
+    ("grad", "sum(scaled_dot_product_attention(q, q, q))"),
+]
+
+
+@pytest.mark.parametrize(("verb", "text"), WIDTHS, ids=lambda word: word)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark of memory is Linux'")
+def test_no_call_holds_more_than_its_estimate_and_a_tenth(verb: str, text: str) -> None:
+    """Valid NaN and inf beside masked cells: products then hold the most."""
+
+    def question(n: int) -> BytesPayload:
+        x, y = torch.randn(n, 512), torch.randn(n, 512)
+        x.view(-1)[::37] = math.nan
+        y.view(-1)[5::41] = math.inf
+        q = x.view(-1)[: n // 2 * 64].view(1, 1, n // 2, 64)
+        parts = {"x": x, "y": y, "w": torch.rand(512), "c": torch.randint(0, 512, (n,)), "q": q}
+        masks = {f"{name}.mask": torch.rand(part.shape) > 0.3 for name, part in parts.items()}
+        return BytesPayload(to_bytes([output(name, part) for name, part in {**parts, **masks}.items()], {}))
+
+    request, payload = build(verb, {"expr": text}), question(2048)
+    run(request, question(8))  # imports
+    told = sum(step.bytes_held for step in explain(request, payload))
+    assert held(lambda: run(request, payload)) <= told * 1.1 + (1 << 21)  # what the allocator keeps
