@@ -341,6 +341,8 @@ def of_one_dtype(row: Layer, given: Operands) -> DType:
     """The dtype that all operands are computed in."""
     first: DType = next(iter(given.values())).dtype
     for word, g in given.items():
+        if g.dtype.is_integral:
+            raise DtypeError(f"{word} is {g.dtype.name}, and must be of floats: divide it by 1, as in x / 1")
         accept(row, g.dtype)
         if g.dtype is not first:
             raise DtypeError(f"{word} is {g.dtype.name}, {next(iter(given))} {first.name}; they must be the same")

@@ -144,7 +144,8 @@ there is none.
   `cross_entropy(logits, target, label_smoothing=.1, reduction=sum)`, `layer_norm(x, w, b, normalized_shape=8)`,
   `scaled_dot_product_attention(q, k, v, m, is_causal=False)`, `linear(x, w)`, `permute(x, dims=(lat, time))`,
   `reshape(x, shape=(2, -1))`. `weight=` takes a variable by its name. An op is not here where its result's shape is in its cells
-  (`masked_select`), where it draws numbers (`dropout`), or where it takes text or lists of tensors (`einsum`, `cat`). Layers take floats: `x / 1` makes whole numbers floats.
+  (`masked_select`), where it draws numbers (`dropout`), or where it takes text or lists of tensors (`einsum`, `cat`).
+  Layers take floats: `x / 1` makes whole numbers floats.
 - At most {bytes} bytes, {nodes} terms, {depth} levels, {calls} calls. A term may have {growth} times the cells of the largest
   variable, or {small}; what an op makes in between (the scores of an attention) {between} times as many; and products of
   matrices may multiply {products} pairs of cells in all. What is refused is refused at its column, before a cell is read:

@@ -329,7 +329,7 @@ REFUSED = [
     ("layer_norm(x, normalized_shape=4)", 1, "must be the end of the input's shape (4, 5)"),
     ("layer_norm(x)", 1, "layer_norm needs normalized_shape"),
     ("layer_norm(x, y, normalized_shape=5)", 1, "weight has shape (4, 5); it must be normalized_shape"),
-    ("rms_norm(c, normalized_shape=4)", 1, "does not take i64"),
+    ("rms_norm(c, normalized_shape=4)", 1, "input is i64, and must be of floats: divide it by 1"),
     ("group_norm(x, num_groups=3)", 1, "3 groups do not divide the channels"),
     ("cosine_similarity(x, w, dim=3)", 1, "out of range"),
     ("scaled_dot_product_attention(q, x, q)", 1, "must have as many cells"),
