@@ -12,6 +12,7 @@ from maskserve import execution
 from maskserve.above import Above, above_of, differentiable
 from maskserve.backends import refuse_unknown
 from maskserve.dtypes import boolean
+from maskserve.engine import hidden_as_zero
 from maskserve.errors import GradientError, ParameterError, nearest
 from maskserve.evaluation import Declared, Term, evaluated, fused, planned, stages
 from maskserve.expression import Expression
@@ -107,7 +108,9 @@ class OfExpression(Step):
         with execution.using(backend=self.backend):
             value = evaluated(self.term, tensors)
         dims = None if self.term.dims == (DATA,) else self.term.dims  # a tensor named like its only dim is a coordinate
-        yield Result(name=DATA, data=value.get_data(), mask=value._full_mask(), mask_name=MASK, dims=dims)
+        mask = value._full_mask()
+        data = hidden_as_zero(value._data, mask)  # a variable, or a view of one, has what its payload had there
+        yield Result(name=DATA, data=data, mask=mask, mask_name=MASK, dims=dims)
 
     def loaded(self, payload: Payload, variable: Variable, fill: float | None) -> MaskedTensor:
         data, mask = on_device(load(payload, variable), self.device)

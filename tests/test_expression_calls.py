@@ -428,3 +428,23 @@ def test_no_call_holds_more_than_its_estimate_and_a_tenth(verb: str, text: str) 
     run(request, question(8))  # imports
     told = sum(step.bytes_held for step in explain(request, payload))
     assert held(lambda: run(request, payload)) <= told * 1.1 + (1 << 21)  # what the allocator keeps
+
+
+@pytest.mark.parametrize("offset", [0, 2, 3, -9007199254740992])
+def test_a_few_cells_of_many_are_written(offset: int) -> None:
+    """One cell, or none, has any stride."""
+    body = to_bytes([output("x", torch.arange(12.0).reshape(4, 3))], {})
+    answer = ms.load(ms.compute("eval", body, expr=f"diagonal(x, offset={offset})").to_bytes())
+    assert answer["data"].tolist() == torch.arange(12.0).reshape(4, 3).diagonal(offset).tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "t(x)", "flip(x, dims=0)", "squeeze(x)", "select(x, dim=0, index=1)", "expand(x, size=(2, 4, 3))"]
+)
+def test_what_is_masked_is_written_as_0(text: str) -> None:
+    mask = torch.rand(4, 3) > 0.5
+    body = to_bytes([output("x", torch.full((4, 3), math.nan).masked_fill(mask, 1.0)), output("x.mask", mask)], {})
+    answer = ms.load(ms.compute("eval", body, expr=text).to_bytes())["data"]
+    assert torch.equal(answer.get_data(), answer.get_mask().float())
+    value = ms.load(ms.compute("grad", body, expr=text).to_bytes())["value"]
+    assert torch.equal(value.get_data(), value.get_mask().float())
