@@ -73,12 +73,12 @@ def whole_mask(cells: Masked) -> Tensor | None:
     return None if cells.mask is None else cells.mask.expand(cells.data.shape)
 
 
-def check_joins(row: Contraction, made: Masked, other: Masked) -> None:
-    """ShapeError unless an optional operand broadcasts to the result."""
-    shape, grown = made.data.shape, (1,) * (made.data.ndim - other.data.ndim) + tuple(other.data.shape)
+def check_joins(row: Contraction, shape: Sequence[int], other: Sequence[int]) -> None:
+    """ShapeError unless an optional operand of shape `other` broadcasts to the result."""
+    grown = (1,) * (len(shape) - len(other)) + tuple(other)
     if len(grown) != len(shape) or any(m not in (1, n) for m, n in zip(grown, shape, strict=True)):
         raise ShapeError(
-            f"{row.name}: {row.operands[-1]} has shape {tuple(other.data.shape)}, the result {tuple(shape)}; it must "
+            f"{row.name}: {row.operands[-1]} has shape {tuple(other)}, the result {tuple(shape)}; it must "
             "broadcast to the result"
         )
 

@@ -33,7 +33,7 @@ from maskserve.dtypes import (
 )
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED
-from maskserve.ops.rows import GRAD, Contraction, Elementwise, Loss, Move, Row, Sliced, Whole
+from maskserve.ops.rows import GRAD, Contraction, Elementwise, Layer, Loss, Move, Row, Sliced, Whole
 
 KEYWORDS = (
     "Each takes `policy` (intersect, strict, union: what different masks give) and `nan` (propagate, omit, raise) by keyword; "
@@ -109,8 +109,10 @@ def gradient_word(row: Row) -> str:
 def op_line(row: Row) -> str:
     words = ", ".join(f"`{p.name}`" + ("" if p.default is not REQUIRED else " (required)") for p in row.parameters)
     also = f" (in requests also {', '.join(f'`{a}`' for a in row.aliases)})" if row.aliases else ""
-    operands = f"({', '.join(row.operands)})" if isinstance(row, Elementwise | Contraction | Loss) else ""
+    operands = f"({', '.join(row.operands)})" if isinstance(row, Elementwise | Contraction | Loss | Layer) else ""
     accepted = "any" if isinstance(row, Move) else dtype_words(row)
+    if isinstance(row, Move | Layer):  # Python takes torch's own arguments
+        words = "as torch" + (f"; in expressions {words}" if words else "")
     summary = row.summary.replace("|", "\\|") + ("" if row.verb or row.kind != "reduction" else " (Python only)")
     return f"| `{row.name}{operands}`{also} | {summary} | {words or 'as torch'} | {accepted} |"
 

@@ -13,17 +13,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from maskserve import blockwise
+from maskserve.alignment import dim_numbers, laid_over, laid_together
 from maskserve.backends import Choice, choose
 from maskserve.blockwise import Cells, Op, Slot, at_once, in_blocks, laid, op
-from maskserve.dim_names import numbers_of, result_dims
+from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run
-from maskserve.errors import DimError, DtypeError, MaskserveError, ShapeError, TooLargeError, nearest
+from maskserve.errors import DtypeError, MaskserveError, TooLargeError, nearest
 from maskserve.execution import n_threads
-from maskserve.expression import MOST_INT, Call, Name, Node, Number, brief, operands_of, parse, placed, refusal
+from maskserve.expression import MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.making import masked_tensor
 from maskserve.ops.rows import Elementwise, MaskRule
+from maskserve.outlines import Outline, outline
 from maskserve.payload.variables import Dims
 from maskserve.plan import Plan, plan
 from maskserve.tensor import MaskedTensor
@@ -35,6 +37,10 @@ Index: TypeAlias = tuple[slice, ...]
 
 GROWTH, SMALL = 4, 1 << 16
 """A term may have this many times the cells of the largest variable, or this many: sizes 1 that broadcast make outer products."""
+BETWEEN = 16
+"""How many times as many the largest tensor in between may have that an op makes for itself: the scores of an attention."""
+MOST_PRODUCTS = 1 << 40
+"""Pairs of cells that an expression may multiply in products of matrices: half a minute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +70,8 @@ class Term:
     """Of an op along dims."""
     choice: Choice | None = None
     """Who computes that."""
+    outline: Outline | None = None
+    """Of an op that is made of others, or moves cells."""
 
     @property
     def dtype(self) -> DType:
@@ -97,6 +105,14 @@ class Term:
         assert isinstance(self.node, Call)
         return self.node.row.name
 
+    def n_dims_of(self, word: str) -> int:
+        """The dims of what an operand is laid over."""
+        if is_elementwise(self):
+            return len(self.shape)
+        if self.outline is not None:
+            return self.outline.n_dims if word in self.outline.axes else len(self.axes[word])
+        return len(self.axes["input"])
+
     @property
     def peak_bytes(self) -> int:
         """The most bytes that hold at once what is computed: the result, and what is between; variables not counted."""
@@ -117,6 +133,8 @@ class Term:
             slices = n_cells // max(prod(self.plan.shape[dim] for dim in self.plan.dims), 1)
             widths = self.choice.backend.widths_held * self.plan.dtype.n_bytes
             return self.n_bytes + self.plan.sorted_bytes * min(slices, n_threads()) + widths * n_cells
+        if self.outline is not None:
+            return self.n_bytes + self.outline.held_bytes
         n_cells = prod(self.shape)
         if n_cells <= blockwise.SMALL:
             return self.between_bytes
@@ -169,6 +187,7 @@ class Planner:
 
     def __init__(self, variables: Mapping[str, Declared], most_cells: int, device: str, backend: str | None) -> None:
         self.variables, self.most_cells, self.device, self.backend = variables, most_cells, device, backend
+        self.n_products = 0
 
     def of(self, node: Node) -> Term | int | float:
         if isinstance(node, Number):
@@ -179,29 +198,44 @@ class Planner:
                 raise refusal(unknown(node.name, tuple(self.variables)), node.column)
             sample = sample_of(declared.shape, declared.dtype, declared.is_masked)
             return Term(node=node, shape=declared.shape, dims=declared.dims, sample=sample)
-        words = operands_of(node.row)
+        words = node.row.operands
         operands = {
             word: self.of(operand) for word, operand in zip(words, node.operands, strict=True) if operand is not None
         }
         with at(node):
-            term = (
-                self.elementwise(node, operands) if isinstance(node.row, Elementwise) else self.sliced(node, operands)
-            )
-            if isinstance(term, Term) and prod(term.shape) > self.most_cells:
-                raise TooLargeError(
-                    f"{node.row.name} would give {prod(term.shape)} cells, of shape {term.shape}; a term may have at most "
-                    f"{self.most_cells}"
-                )
+            if isinstance(node.row, Elementwise):
+                term = self.elementwise(node, operands)
+            else:
+                term = self.outlined(node, operands) if node.row.outline else self.sliced(node, operands)
+            if isinstance(term, Term):
+                self.check_size(term)
         return term
+
+    def check_size(self, term: Term) -> None:
+        """TooLargeError where a term, or what it is made of, is out of all proportion to the variables."""
+        if prod(term.shape) > self.most_cells:
+            raise TooLargeError(
+                f"{term.op} would give {prod(term.shape)} cells, of shape {term.shape}; a term may have at most "
+                f"{self.most_cells}"
+            )
+        if term.outline is None:
+            return
+        if term.outline.n_between > BETWEEN * self.most_cells:
+            raise TooLargeError(
+                f"{term.op} would have {term.outline.n_between} cells in between; there may be at most "
+                f"{BETWEEN * self.most_cells}"
+            )
+        self.n_products += term.outline.n_products
+        if self.n_products > MOST_PRODUCTS:
+            raise TooLargeError(
+                f"{term.op}: {self.n_products} pairs of cells would be multiplied; an expression may multiply {MOST_PRODUCTS}"
+            )
 
     def elementwise(self, node: Call, operands: Mapping[str, Term | int | float]) -> Term | int | float:
         terms = {word: term for word, term in operands.items() if isinstance(term, Term)}
         if not terms:
             return of_numbers(node, operands)
-        dims, axes = aligned(terms)
-        shape = broadcast(
-            node, terms, axes, len(dims) if dims is not None else max(len(t.shape) for t in terms.values())
-        )
+        shape, dims, axes = laid_together(node.row.name, terms)
         samples = {
             word: laid(term.sample, axes[word], len(shape)) if isinstance(term, Term) else term
             for word, term in operands.items()
@@ -216,7 +250,7 @@ class Planner:
         made: dict[str, Term] = {"input": inputs}
         for name, value in node.params.items():
             if name == "dim" and value is not None:
-                value = dim_numbers(row.name, inputs, value)
+                value = dim_numbers(row.name, inputs.dims, value)
             if isinstance(value, Name):
                 side = self.of(value)
                 assert isinstance(side, Term)
@@ -230,6 +264,27 @@ class Planner:
             node=node, shape=tuple(decided.out_shape), dims=result_dims(decided, inputs.dims), sample=sample,
             operands=made, axes=axes, params=MappingProxyType(params), plan=decided, choice=choose(decided, self.backend),
         )  # fmt: skip
+
+    def outlined(self, node: Call, operands: Mapping[str, Term | int | float]) -> Term:
+        """An op that says from headers alone what it gives; a number is a tensor where the row takes no numbers."""
+        row = node.row
+        given = {word: o if word in row.numbers else as_term(o) for word, o in operands.items()}
+        sides = {name: self.of(value) for name, value in node.params.items() if isinstance(value, Name)}
+        params = {name: value for name, value in node.params.items() if name not in sides}
+        found = outline(row, {**given, **sides}, params)
+        return Term(
+            node=node, shape=found.shape, dims=found.dims, sample=sample_of(found.shape, found.dtype, True),
+            operands={**given, **sides}, axes=axes_of(found, {**given, **sides}), params=found.params, outline=found,
+        )  # fmt: skip
+
+
+def axes_of(found: Outline, given: Mapping[str, Term | int | float]) -> Mapping[str, Shape]:
+    """The dims that operands lie along: what is not laid beside others stays as it is."""
+    return {
+        word: found.axes.get(word, tuple(range(len(term.shape))))
+        for word, term in given.items()
+        if isinstance(term, Term)
+    }
 
 
 @contextmanager
@@ -289,66 +344,19 @@ def of_numbers(node: Call, operands: Mapping[str, Any]) -> int | float:
     return number
 
 
-def aligned(terms: Mapping[str, Term]) -> tuple[Dims | None, Mapping[str, Shape]]:
-    """The names of the result's dims, and for each operand the dims that its own lie along: by name where all have names."""
-    n_dims = max(len(term.shape) for term in terms.values())
-    with_dims = [term for term in terms.values() if term.shape]
-    if all(term.dims is not None for term in with_dims):
-        named = [term.dims or () for term in with_dims]
-        every = tuple(dict.fromkeys(name for dims in named for name in dims))
-        dims = next((own for own in named if len(own) == len(every)), every)
-        return dims, {word: tuple(dims.index(d) for d in term.dims or ()) for word, term in terms.items()}
-    last = {word: tuple(range(n_dims - len(term.shape), n_dims)) for word, term in terms.items()}
-    return next((t.dims for t in with_dims if t.dims is not None and len(t.shape) == n_dims), None), last
-
-
-def broadcast(node: Call, terms: Mapping[str, Term], axes: Mapping[str, Shape], n_dims: int) -> Shape:
-    shape = [1] * n_dims
-    for word, term in terms.items():
-        for n, dim in zip(term.shape, axes[word], strict=True):
-            if shape[dim] not in (1, n) and n != 1:
-                shapes = " and ".join(described(t) for t in terms.values())
-                raise ShapeError(f"{node.row.name}: shapes {shapes} do not broadcast; sizes must be equal or 1")
-            shape[dim] = n if shape[dim] == 1 else shape[dim]
-    return tuple(shape)
-
-
-def described(term: Term) -> str:
-    if term.dims is None:
-        return str(term.shape)
-    return "(" + ", ".join(f"{d[:40]} {n}" for d, n in zip(term.dims, term.shape, strict=True)) + ")"
-
-
-def laid_over(name: str, side: Term, inputs: Term) -> Shape:
-    _, axes = aligned({"input": inputs, name: side})
-    n_dims = len(inputs.shape)
-    by_name = not side.shape or not inputs.shape or (side.dims is not None and inputs.dims is not None)
-    fits = len(side.shape) <= n_dims and (not by_name or set(side.dims or ()) <= set(inputs.dims or ()))
-    if not fits or any(n not in (1, inputs.shape[d]) for n, d in zip(side.shape, axes[name], strict=True)):
-        raise ShapeError(f"{name} has shape {described(side)}, the data {described(inputs)}: it cannot be laid over it")
-    return axes[name]
-
-
-def dim_numbers(op: str, term: Term, given: Any) -> Any:
-    """Dims by number; a name that the term has none of is an error."""
-    names, asked = term.dims or (), given if isinstance(given, tuple) else (given,)
-    numbers = numbers_of(asked, names)
-    if numbers is None:
-        dim = next(dim for dim in asked if isinstance(dim, str) and dim not in names)
-        have = f"it has {', '.join(names)}" if names else "its dims have no names: give a number"
-        raise DimError(
-            f"{op}: there is no dim {dim[:64]!r}; {have}{nearest(dim, names)}", parameter="dim", allowed=names
-        )
-    return numbers if isinstance(given, tuple) else numbers[0]
-
-
 # -- cells --------------------------------------------------------------------------------------------------------
 
 
 def of_tensors(text: str, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
     """The value of an expression on tensors by name; where any of them is followed, so is the result."""
-    node = parse(text).root
-    return evaluated(planned(node, {name: declared_of(tensor) for name, tensor in variables.items()}), variables)
+    declared = tuple((name, declared_of(tensor)) for name, tensor in variables.items())
+    return evaluated(remembered(text, declared, torch.get_default_dtype()), variables)
+
+
+@lru_cache(maxsize=256)
+def remembered(text: str, declared: tuple[tuple[str, Declared], ...], _default: torch.dtype) -> Term:
+    """The plan of a text on variables with these headers: the same each time, as torch's default dtype is the same."""
+    return planned(parse(text).root, dict(declared))
 
 
 def declared_of(tensor: MaskedTensor) -> Declared:
@@ -364,21 +372,22 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
     if any(is_followed(value._data) for value in values):
         known = {leaf_key(leaf, axes): value for (leaf, axes), value in zip(inputs, values, strict=True)}
         return called(term, {leaf: known[leaf_key(leaf, axes)] for leaf, axes in term.leaves.items()})
+    if term.outline is not None:
+        return called(term, dict(zip((leaf for leaf, _ in inputs), values, strict=True)))
     return elementwise(term, values) if is_elementwise(term) else sliced(term, values)
 
 
 def called(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
     """The term of its leaves by the public functions, which leave a trace for autograd."""
     assert isinstance(term.node, Call)
-    n_dims = len(term.shape) if is_elementwise(term) else len(next(iter(term.axes.values())))
     operands: dict[str, Any] = {}
     for word, operand in term.operands.items():
         if isinstance(operand, Term):
             value = leaves[operand] if operand in leaves else called(operand, leaves)
-            operands[word] = laid(value, term.axes[word], n_dims)
+            operands[word] = laid(value, term.axes[word], term.n_dims_of(word))
         else:
             operands[word] = operand
-    first = () if is_elementwise(term) else (operands.pop("input"),)
+    first = () if is_elementwise(term) else (operands.pop(term.node.row.operands[0]),)
     with at(term.node):
         made = public(term.op)(*first, **operands, **term.params)
     return made.values if isinstance(made, Pair) else made

@@ -20,7 +20,7 @@ from maskserve import requests
 from maskserve.errors import ExpressionError, MaskserveError, RequestError, nearest
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
-from maskserve.ops.rows import Elementwise, Row, Sliced
+from maskserve.ops.rows import Elementwise, Row
 from maskserve.requests import MOST_NAMES
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_CALLS = 2000, 256, 32, 64
@@ -201,7 +201,7 @@ class Builder:
         if row is None:
             word = brief(node.func.id)
             self.refuse(node.func, f"there is no function {word}{nearest(word, functions())}")
-        words = operands_of(row)
+        words = row.operands
         given: dict[str, Node] = {}
         for argument in node.args:
             if len(given) == len(words):
@@ -217,7 +217,7 @@ class Builder:
                 given[name] = self.node(value, depth)
             else:
                 said[name] = value
-        n_needed = len(words) - (row.n_optional if isinstance(row, Elementwise) else 0)
+        n_needed = len(words) - row.n_optional
         missing = [word for word in words[:n_needed] if word not in given]
         if missing:
             self.refuse(node, f"{row.name} needs {missing[0]}: it takes {counted(words[:n_needed])}")
@@ -288,7 +288,7 @@ BUILDERS: Mapping[type[ast.expr], Callable[..., Node]] = MappingProxyType({
 @cache
 def functions() -> Mapping[str, Row]:
     """The rows that an expression may call, by name and by the other words of requests."""
-    served = [row for row in OPS.values() if isinstance(row, Elementwise) or (isinstance(row, Sliced) and row.verb)]
+    served = [row for row in OPS.values() if row.in_expressions]
     words = {alias: row for row in served for alias in row.aliases}
     return MappingProxyType(words | {row.name: row for row in served})
 
@@ -296,11 +296,6 @@ def functions() -> Mapping[str, Row]:
 @cache
 def by_operator() -> Mapping[str, Row]:
     return {row.operator: row for row in OPS.values() if isinstance(row, Elementwise) and row.operator}
-
-
-def operands_of(row: Row) -> tuple[str, ...]:
-    """The names of what it is computed on."""
-    return row.operands if isinstance(row, Elementwise) else ("input",)
 
 
 def counted(words: tuple[str, ...]) -> str:
@@ -349,7 +344,7 @@ def enclosed(text: str, binds: int, needed: int) -> str:
 def arguments(node: Call) -> Iterator[str]:
     """The operands of a call; after one that is left out they have names."""
     is_named = False
-    for word, operand in zip(operands_of(node.row), node.operands, strict=True):
+    for word, operand in zip(node.row.operands, node.operands, strict=True):
         if operand is None:
             is_named = True
         else:

@@ -12,6 +12,7 @@ from maskserve import execution, sources
 from maskserve.above import Above, above_of, differentiable
 from maskserve.backends import refuse_unknown
 from maskserve.dtypes import boolean
+from maskserve.engine import hidden_as_zero
 from maskserve.errors import GradientError, ParameterError, nearest
 from maskserve.evaluation import Declared, Term, evaluated, fused, planned, stages
 from maskserve.expression import Expression, Name
@@ -76,6 +77,7 @@ class OfExpression(Step):
             return max(self.term.peak_bytes, self.bytes_written)
         terms = [term for stage in stages(self.term) for term in fused(stage)]
         saved = sum(term.n_bytes + REACH * prod(term.shape) for term in terms)
+        saved += sum(term.outline.held_bytes for term in terms if term.outline is not None)
         sizes = [prod(t.shape) * t.dtype.n_bytes for term in terms for t in (term, *(o for o, _ in term.terms))]
         return self.bytes_written + saved + WIDTHS * max(sizes, default=0)
 
@@ -107,7 +109,9 @@ class OfExpression(Step):
         with execution.using(backend=self.backend):
             value = evaluated(self.term, tensors)
         dims = None if self.term.dims == (DATA,) else self.term.dims  # a tensor named like its only dim is a coordinate
-        yield Result(name=DATA, data=value.get_data(), mask=value._full_mask(), mask_name=MASK, dims=dims)
+        mask = value._full_mask()
+        data = hidden_as_zero(value._data, mask)  # a variable, or a view of one, has what its payload had there
+        yield Result(name=DATA, data=data, mask=mask, mask_name=MASK, dims=dims)
 
     def streamed(
         self, request: Request, payload: Payload, variables: Variables, memory: int

@@ -206,7 +206,7 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
     """The sums and an optional operand, by the elementwise op that the row names."""
     added = OPS[row.added]
     assert isinstance(added, Elementwise)
-    contracting.check_joins(row, made, other)
+    contracting.check_joins(row, made.data.shape, other.data.shape)
     sides = [c.data if c.mask is None and c.reach is None else MaskedTensor._of(*c) for c in (made, other)]
     joined = elementwise(added, tuple(sides), None, None, {})
     return Masked(joined._data, joined._mask, joined._reach)
@@ -214,8 +214,11 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
 
 def formula(row: Formula, expr: str, variables: dict[str, Any]) -> MaskedTensor:
     """An expression on tensors by name."""
-    made: MaskedTensor = implementation(row)(expr, {name: as_masked_tensor(given) for name, given in variables.items()})
-    return made
+    tensors = {
+        name: given if isinstance(given, MaskedTensor) else as_masked_tensor(given) for name, given in variables.items()
+    }
+    made: MaskedTensor = implementation(row)(expr, tensors)
+    return as_masked_tensor(made) if any(made is tensor for tensor in tensors.values()) else made
 
 
 def loss(row: Loss, given: Any, target: Any, params: dict[str, Any]) -> MaskedTensor:
@@ -473,6 +476,8 @@ _HINTS = {
     Type.RANGE: "Sequence[float]",
     Type.MEETING: "int | Sequence[int | Sequence[int]]",
     Type.EQUATION: "str",
+    Type.WHOLE: "int",
+    Type.SIZES: "int | Sequence[int]",
     Type.EXPRESSION: "str",
     Type.TENSOR: "Operand",
     Type.DTYPE: "torch.dtype | str",

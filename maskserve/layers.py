@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.functions import public
-from maskserve.gates import kept
+from maskserve.gates import kept, kept_in_place
 from maskserve.making import as_masked_tensor
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import in_transform, is_followed
@@ -50,7 +50,7 @@ def group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None
         raise ShapeError(
             f"group_norm: {num_groups} groups do not divide the channels (dim 1) of shape {tuple(x.shape)}"
         )
-    groups: MaskedTensor = x.reshape(x.shape[0], num_groups, -1)
+    groups: MaskedTensor = x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
     made: MaskedTensor = standardized(groups, (2,), eps).reshape(x.shape)
     return scaled(made, of_channels(weight, x), of_channels(bias, x))
 
@@ -173,7 +173,7 @@ def scaled_dot_product_attention(
                 "scaled_dot_product_attention: give attn_mask or is_causal, not both", parameter="is_causal"
             )
         attn_mask = earlier(q, k)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale  # of no cells every query is masked
     made = None if dropout_p else by_torch(q, k, v, attn_mask, scale)
     if made is not None:
         return made
@@ -209,8 +209,8 @@ def by_torch(q: MaskedTensor, k: MaskedTensor, v: MaskedTensor, attn_mask: Any, 
     met = of_k.unsqueeze(-2) if attn_mask is None else of_k.unsqueeze(-2) & attn_mask
     made = functional.scaled_dot_product_attention(cells[0], cells[1], cells[2], attn_mask=met, scale=scale)
     valid = (met & of_v.unsqueeze(-2)).any(-1) & of_q
-    mask = valid.unsqueeze(-1).expand(made.shape)
-    return MaskedTensor._of(kept(made, mask), mask.contiguous())
+    mask = valid.unsqueeze(-1).expand(made.shape).contiguous()  # kernels walk it beside the cells, which are ours alone
+    return MaskedTensor._of(kept_in_place(made, mask), mask)
 
 
 def whole_rows(x: MaskedTensor) -> Tensor | None:

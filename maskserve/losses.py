@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskserve.dtypes import WIDENED
 from maskserve.errors import DataError, DtypeError, ShapeError
 from maskserve.functions import elementwise, public
 from maskserve.making import as_masked_tensor
@@ -121,7 +122,9 @@ def of_each_class(row: Loss, weight: Any, logs: MaskedTensor, dim: int) -> Tenso
         )
     if made._mask is not None and not bool(made._full_mask().all()):
         raise DataError(f"{row.name}: the weight of a class is masked: give one for each")
-    return made._data.reshape([-1 if d == dim else 1 for d in range(logs.ndim)])
+    wide = WIDENED.get(dtype_of(made._data))
+    cells = made._data if wide is None else made._data.to(getattr(torch, wide.torch))
+    return cells.reshape([-1 if d == dim else 1 for d in range(logs.ndim)])
 
 
 def indices(row: Loss, logs: MaskedTensor, wanted: MaskedTensor, dim: int, ignored: int) -> MaskedTensor:

@@ -138,6 +138,15 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _check_whole(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    return ((value,) if _is_whole(value) else ()), "a whole number"
+
+
+def _check_sizes(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
+    sizes = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return ((sizes,) if all(map(_is_whole, sizes)) else ()), "a whole number, or a tuple of them"
+
+
 def _check_equation(parameter: Parameter, value: Any) -> tuple[tuple[Any, ...], str]:
     if isinstance(value, str):
         return (value,), ""
@@ -176,6 +185,8 @@ _CHECKS = {
     Type.RANGE: _check_range,
     Type.MEETING: _check_meeting,
     Type.EQUATION: _check_equation,
+    Type.WHOLE: _check_whole,
+    Type.SIZES: _check_sizes,
     Type.TENSOR: _check_tensor,
     Type.CHOICE: _check_choice,
     Type.CHOICE_OR_NUMBER: _check_choice_or_number,

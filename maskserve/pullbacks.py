@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskserve.autograd import grad_by
 from maskserve.backends.reference.cells import canonical
+from maskserve.engine import hidden_as_zero
 from maskserve.functions import Pair, traced
 from maskserve.plan import Plan
 from maskserve.reach import Operand
@@ -73,7 +74,8 @@ def pulled_back(
         seed = torch.ones_like(value._data) if above is None else MaskedTensor._of(*above)
         found = grad_by([value], [*leaves.values()], [seed], allow_unused=True, materialize_grads=True)
     gradients = dict(gradients_of(leaves, found))
-    return (value._data.detach(), value._full_mask()), gradients
+    mask = value._full_mask()
+    return (hidden_as_zero(value._data.detach(), mask), mask), gradients
 
 
 def gradients_of(leaves: Leaves, found: tuple[MaskedTensor, ...]) -> Iterator[tuple[str, Gradient]]:

@@ -205,6 +205,18 @@ def parse_along(value: int | str | None) -> int | str:
         raise ParameterError(f"along {value!r:.40}: {error}", parameter="along") from None
 
 
+def parse_sizes(value: Any) -> tuple[int, ...]:
+    """Whole numbers from 3 or [3, -1].
+
+    >>> parse_sizes(3), parse_sizes([3, -1])
+    ((3,), (3, -1))
+    """
+    sizes = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and abs(n) <= MOST_COUNT for n in sizes):
+        raise ValueError("give a whole number, or several in parentheses: (3, -1)")
+    return sizes
+
+
 def parse_dtype(value: Any) -> dtypes.DType:
     if isinstance(value, int):
         raise ValueError("give a dtype's name")
@@ -367,6 +379,8 @@ _ANNOTATIONS: dict[Type, Any] = {
     Type.WORD: str,
     Type.MEETING: Annotated[int, Field(ge=0)] | tuple[tuple[int, ...], tuple[int, ...]],
     Type.EQUATION: str,
+    Type.WHOLE: Annotated[int, Field(ge=-MOST_COUNT, le=MOST_COUNT, strict=True)],
+    Type.SIZES: Annotated[tuple[int, ...], BeforeValidator(parse_sizes, json_schema_input_type=int | list[int])],
     Type.TENSOR: Annotated[str, Field(min_length=1)],
     Type.WORDS: Annotated[tuple[str, ...], BeforeValidator(parse_words, json_schema_input_type=str | list[str])],
     Type.NAMES: Annotated[tuple[str, ...], BeforeValidator(parse_names, json_schema_input_type=str | list[str])],
@@ -411,4 +425,5 @@ _ASKED = {
     Type.TENSOR: "a tensor's name",
     Type.WORDS: "names",
     Type.MEETING: "how many dims meet, or which ones",
+    Type.WHOLE: "a whole number",
 }

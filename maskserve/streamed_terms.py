@@ -13,13 +13,15 @@ import torch
 
 from maskserve import sinks, streaming
 from maskserve.blockwise import Cells, Op, at_once, laid
-from maskserve.evaluation import Term, is_elementwise, program
+from maskserve.errors import OutOfMemoryError
+from maskserve.evaluation import Term, called, is_elementwise, program
 from maskserve.expression import Name
 from maskserve.payload.files import open_payload
 from maskserve.payload.variables import MASK, resolve
 from maskserve.sources import Folded, Held, Laid, Masked, Shape, Source, Window, stored
 from maskserve.steps import Streamed
 from maskserve.streaming import Piece
+from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 
 RESULT_SHARE = 8
@@ -68,7 +70,21 @@ class Terms:
         """The cells of a term: computed where they are asked for if it is elementwise, else now."""
         if isinstance(term.node, Name):
             return self.variables[term.node.name] if term.node.name else Held(term.sample._data, term.sample._mask)
+        if term.outline is not None:
+            return self.called(term)
         return self.stage(term) if is_elementwise(term) else self.kept(term)
+
+    def called(self, term: Term) -> Held:
+        """An op that needs its operands whole, such as a product of matrices."""
+        needed = term.own_bytes + sum(operand.n_bytes for operand, _ in term.terms)
+        if needed > self.budget:
+            raise OutOfMemoryError(
+                f"{term.op} holds its operands whole: that takes {needed} bytes, and {self.budget} are allowed; give more with "
+                "memory (--memory)"
+            )
+        leaves = {leaf: MaskedTensor._of(*self.source(leaf).whole()) for leaf, _ in term.terms}
+        made = called(term, leaves)
+        return Held(made.get_data(), made._full_mask())
 
     def stage(self, term: Term) -> Stage:
         made = program(term)
@@ -77,7 +93,7 @@ class Terms:
 
     def kept(self, term: Term) -> Source:
         """The cells of a term, whole: in memory, or in a file."""
-        if isinstance(term.node, Name):
+        if isinstance(term.node, Name) or term.outline is not None:
             return self.source(term)
         made = Streamed(
             name="data", told=Told(dtype=term.dtype, shape=term.shape, dims=None), mask_name=MASK, dims=None,

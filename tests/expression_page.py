@@ -10,7 +10,7 @@ import torch
 
 import maskserve as ms
 from maskserve import MaskedTensor
-from maskserve.evaluation import GROWTH, SMALL
+from maskserve.evaluation import BETWEEN, GROWTH, MOST_PRODUCTS, SMALL
 from maskserve.expression import (
     MOST_BYTES,
     MOST_CALLS,
@@ -22,7 +22,7 @@ from maskserve.expression import (
     by_operator,
     functions,
 )
-from maskserve.ops.rows import Elementwise, Row
+from maskserve.ops.rows import Row
 from maskserve.requests import MOST_NAMES
 
 PAGE = Path(__file__).parent.parent / "docs" / "expressions.md"
@@ -52,6 +52,13 @@ EXAMPLES = (
             "x.cumsum(dim=1) / x.sum(dim=1, keepdim=True)"),
     Example("holes filled, then softmax", "softmax(ffill(x, dim=1) / 10, dim=1)",
             "ms.softmax(ms.ffill(x, dim=1) / 10, dim=1)"),
+    Example("a masked loss, of each shop", "mse_loss(x, mean(x, dim=0), dim=1)", "ms.mse_loss(x, x.mean(dim=0), dim=1)"),
+    Example("how alike shops are", "cosine_similarity(unsqueeze(x / 1, dim=1), unsqueeze(x / 1, dim=0), dim=2)",
+            "ms.cosine_similarity((x / 1).unsqueeze(1), (x / 1).unsqueeze(0), dim=2)"),
+    Example("attention, shops to shops", "scaled_dot_product_attention(x / 10, x / 10, x / 1)",
+            "ms.scaled_dot_product_attention(x / 10, x / 10, x / 1)"),
+    Example("products of matrices", "matmul(x, transpose(x, dim0=0, dim1=1))", "x @ x.transpose(0, 1)"),
+    Example("since the first quarter", "x - unsqueeze(select(x, dim=1, index=0), dim=1)", "x - x.select(1, 0).unsqueeze(1)"),
 )  # fmt: skip
 
 
@@ -96,9 +103,7 @@ def kinds() -> Mapping[str, list[Row]]:
 def function_lines() -> Iterator[str]:
     for kind, rows in kinds().items():
         words = [
-            f"`{row.name}({', '.join(row.operands)})`"
-            if isinstance(row, Elementwise) and row.operands != ("input",)
-            else f"`{row.name}`"
+            f"`{row.name}({', '.join(row.operands)})`" if row.operands != ("input",) else f"`{row.name}`"
             for row in rows
         ]
         yield f"- {kind}: {', '.join(words)}"
@@ -135,12 +140,22 @@ there is none.
 
 - **Calls** `op(terms, parameter=value)`: terms in their order, parameters by name, a dim by number or by name:
   `mean(x, dim=(time, lat), keepdim=True)`, `norm(x, ord=-inf)`, `mean(x, weights=w)`. The ops are listed below.
+- **Losses, layers, products and moves** in the same way, each tensor a term, all else by name: `mse_loss(x, y, weight=w, dim=1)`,
+  `cross_entropy(logits, target, label_smoothing=.1, reduction=sum)`, `layer_norm(x, w, b, normalized_shape=8)`,
+  `scaled_dot_product_attention(q, k, v, m, is_causal=False)`, `linear(x, w)`, `permute(x, dims=(lat, time))`,
+  `reshape(x, shape=(2, -1))`. `weight=` takes a variable by its name. An op is not here where its result's shape is in its cells
+  (`masked_select`), where it draws numbers (`dropout`), or where it takes text or lists of tensors (`einsum`, `cat`).
+  Layers take floats: `x / 1` makes whole numbers floats.
 - At most {bytes} bytes, {nodes} terms, {depth} levels, {calls} calls. A term may have {growth} times the cells of the largest
-  variable, or {small}. What is refused is refused at its column, before a cell is read:
+  variable, or {small}; what an op makes in between (the scores of an attention) {between} times as many; and products of
+  matrices may multiply {products} pairs of cells in all. What is refused is refused at its column, before a cell is read:
   `column 5: yy is no variable; there are x, y; did you mean y?`
 
 Tensors whose dims all have names are aligned by them, as in xarray: `x - mean(x, dim=lat)` needs no keepdim. Where a
 tensor has none, sizes count from the last dim, as in torch. The answer keeps the names of its dims, and their coordinates.
+Losses of cells and `cosine_similarity` align their tensors likewise; in products, attention and losses of classes dims meet
+where torch says, whatever their names. A move carries names along; where it makes a new dim (`unsqueeze`, `flatten`), the
+result has none.
 
 `--dry-run` says what the answer will be and how many bytes are held at once; `--explain` who computes each op. Adjacent
 elementwise ops are computed together, block by block, without temporaries of the tensor's size.
@@ -171,6 +186,8 @@ def page() -> str:
         calls=MOST_CALLS,
         growth=GROWTH,
         small=SMALL,
+        between=BETWEEN,
+        products=MOST_PRODUCTS,
         examples="\n".join(f"| {e.what} | `{e.text}` | `{e.calls}` | {shown(by_calls(e))} |" for e in EXAMPLES),
         functions="\n".join(function_lines()),
     )

@@ -19,6 +19,7 @@ from maskserve import MaskedTensor
 from maskserve.errors import ExpressionError, MaskserveError
 from maskserve.evaluation import declared_of, evaluated, planned
 from maskserve.expression import canonical, functions, parse
+from maskserve.ops.parameters import REQUIRED
 from maskserve.torch_dtypes import dtype_of
 
 MOST_S = 0.010
@@ -43,7 +44,9 @@ PIECES = (
     "\x00",
     "\uff45xp",
 )
-WORDS = ("0", "-1", "1", "(0,1)", "0.5", "True", "omit", "y", "f64", "inf")
+WORDS = ("0", "-1", "1", "(0,1)", "0.5", "True", "omit", "y", "f64", "inf", "4", "(4,)", "(4,3)", "(3,-1)")
+OUTLINED = tuple(name for name, row in functions().items() if row.outline)
+"""Losses, products, layers and moves: three in ten calls."""
 COLUMN = re.compile(r"column [1-9][0-9]*: ")
 
 
@@ -57,12 +60,12 @@ def term(rng: random.Random, depth: int) -> str:
         return f"({term(rng, depth - 1)} {sign} {term(rng, depth - 1)})"
     if kind < 0.5:
         return f"{rng.choice('-+~')}{term(rng, depth - 1)}"
-    name = rng.choice(tuple(functions()))
+    name = rng.choice(OUTLINED if rng.random() < 0.3 else tuple(functions()))
     row = functions()[name]
-    n_operands = len(getattr(row, "operands", ("input",)))
+    n_operands = len(row.operands) - rng.randrange(row.n_optional + 1)
     parts = [term(rng, depth - 1) for _ in range(n_operands if rng.random() < 0.9 else rng.randrange(4))]
     for p in row.requestable:
-        if rng.random() < 0.4:
+        if rng.random() < (0.9 if p.default is REQUIRED else 0.4):
             parts.append(f"{p.name}={rng.choice((*WORDS, *p.choices))}")
     return f"{name}({', '.join(parts)})"
 

@@ -517,3 +517,20 @@ def test_an_expression_is_streamed(text: str, seed: int, tmp_path_factory: pytes
         whole = answers.run(request, payload).to_bytes()
         for memory in (6_000, 15_000):
             assert written(answers.run(request, payload, memory=memory)) == whole, memory
+
+
+@pytest.mark.parametrize(
+    "text", ["mse_loss(x, y) + 0 * x", "matmul(transpose(w * x, dim0=0, dim1=1), y)", "x + sum(flatten(y))"]
+)
+def test_what_needs_its_operands_whole_holds_them_or_says_so(text: str, tmp_path: Path) -> None:
+    path, sample = tmp_path / "in.safetensors", cells(dtypes.f64, (60, 60), 5)
+    path.write_bytes(bytes_of(x=sample.data, y=sample.data, w=torch.ones(60), **{"x.mask": sample.mask}))
+    request, refused = requests.build("eval", {"expr": text}), 0
+    with open_payload(path) as payload:
+        whole = answers.run(request, payload).to_bytes()
+        for memory in (20_000, 100_000, 200_000, 400_000, 1_000_000):
+            try:
+                assert written(answers.run(request, payload, memory=memory)) == whole, memory
+            except OutOfMemoryError:
+                refused += 1
+    assert 1 <= refused < 5

@@ -27,9 +27,9 @@ ROWS = (
     Contraction(name="outer", summary="each cell of one vector times each of another", operands=("input", "vec2"),
                 equation="i,j->ij", torch=("ger",)),
     Contraction(name="tensordot", summary="sums of products over some dims of both", operands=("a", "b"),
-                function="maskserve.equations:tensordot", parameters=(MEETING, NAN), in_torchs_methods=False),
+                function="maskserve.equations:tensordot", parameters=(MEETING, NAN), in_torchs_methods=False, outline=""),
     Contraction(name="einsum", summary="sums of products over the dims whose letters the result lacks", operands=("*operands",),
-                function="maskserve.equations:einsum", parameters=(EQUATION, NAN), in_torchs_methods=False),
+                function="maskserve.equations:einsum", parameters=(EQUATION, NAN), in_torchs_methods=False, outline=""),
     Contraction(name="linear", summary="input times the transposed weight, plus the bias", operands=("input", "weight", "bias"),
                 n_optional=1, function="maskserve.equations:linear", added="add", in_torchs_methods=False),
 )  # fmt: skip

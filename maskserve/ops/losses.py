@@ -50,11 +50,16 @@ SMOOTHING = Parameter(
 
 
 def _of_cells(
-    name: str, summary: str, *parameters: Parameter, unsafe: bool = False, operands: tuple[str, ...] = PAIR
+    name: str,
+    summary: str,
+    *parameters: Parameter,
+    unsafe: bool = False,
+    operands: tuple[str, ...] = PAIR,
+    constants: tuple[str, ...] = (),
 ) -> Elementwise:
     return Elementwise(
         name=name, summary=summary, function=f".losses:{name}", operands=operands, parameters=parameters, accepts=REAL,
-        unsafe_floats=unsafe, n_optional=len(operands) - len(PAIR),
+        unsafe_floats=unsafe, n_optional=len(operands) - len(PAIR), no_gradient_by=constants,
     )  # fmt: skip
 
 
@@ -72,7 +77,8 @@ ROWS = (
          cells=_of_cells("binary_cross_entropy", "cross entropy of a probability", unsafe=True)),
     Loss(name="binary_cross_entropy_with_logits", summary="cross entropies of logits with targets from 0 to 1",
          parameters=(RESCALING, POSITIVE, REDUCTION, DIM), third="pos_weight",
-         cells=_of_cells("binary_cross_entropy_with_logits", "cross entropy of a logit", operands=(*PAIR, "pos_weight"))),
+         cells=_of_cells("binary_cross_entropy_with_logits", "cross entropy of a logit", operands=(*PAIR, "pos_weight"),
+                        constants=("pos_weight",))),
     Loss(name="kl_div", summary="terms of the Kullback-Leibler divergence of log-probabilities from probabilities",
          parameters=(LOGARITHMS, BATCHMEAN, DIM), cells=_of_cells("kl_div", "term of the divergence", LOGARITHMS)),
     Loss(name="nll_loss", summary="-log-probabilities of the target classes, which lie along dim 1",

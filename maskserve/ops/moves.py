@@ -2,51 +2,96 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from maskserve.ops import layouts
+from maskserve.ops.layouts import Rule
+from maskserve.ops.parameters import REQUIRED, Parameter, Type
 from maskserve.ops.rows import Cells, Move
 
+
+def _placed(name: str, summary: str, layout: Rule, *parameters: Parameter, **more: Any) -> Move:
+    """A move whose result is known from the shape, so that expressions may call it."""
+    return Move(
+        name=name, summary=summary, layout=layout, parameters=parameters, outline="maskserve.outlines:move", **more
+    )
+
+
+def _dim(name: str, help: str, default: Any = REQUIRED) -> Parameter:
+    return Parameter(name=name, type=Type.DIM, default=default, help=help)
+
+
+def _dims(name: str, help: str, default: Any = REQUIRED) -> Parameter:
+    return Parameter(name=name, type=Type.DIMS, default=default, help=help)
+
+
+def _sizes(name: str, help: str) -> Parameter:
+    return Parameter(name=name, type=Type.SIZES, default=REQUIRED, help=help)
+
+
+def _whole(name: str, help: str, default: Any = REQUIRED) -> Parameter:
+    return Parameter(name=name, type=Type.WHOLE, default=default, help=help)
+
+
+PAIR = (_dim("dim0", "one of the dims"), _dim("dim1", "the other"))
+REVERSED = _dims("dims", "the dims to turn round")
+SIZE = _sizes("size", "the size of each dim; -1 leaves it")
+DIAGONAL = _whole("diagonal", "which diagonal ends the triangle: 0 the main one, those above it 1, 2, ...", 0)
+
 ROWS = (
-    Move(name="reshape", summary="the cells in another shape"),
+    _placed("reshape", "the cells in another shape", layouts.reshape,
+            _sizes("shape", "the size of each dim; one may be -1: what is left"), copies=True),
     Move(name="reshape_as", summary="the cells in the shape of another tensor", function=".moves:reshape_as"),
     Move(name="view", summary="the cells in another shape, sharing memory"),
     Move(name="view_as", summary="the cells in the shape of another tensor, sharing memory", function=".moves:view_as"),
-    Move(name="flatten", summary="dims from start_dim to end_dim as one"),
-    Move(name="ravel", summary="all dims as one"),
+    _placed("flatten", "dims from start_dim to end_dim as one", layouts.flatten,
+            _dim("start_dim", "the first dim to join", 0), _dim("end_dim", "the last one", -1), copies=True),
+    _placed("ravel", "all dims as one", layouts.flatten, copies=True),
     Move(name="unflatten", summary="one dim as several"),
-    Move(name="transpose", summary="two dims exchanged", torch=("swapdims",)),
+    _placed("transpose", "two dims exchanged", layouts.transpose, *PAIR, torch=("swapdims",)),
     Move(name="swapaxes", summary="two dims exchanged, numpy's word"),
-    Move(name="t", summary="a matrix with its two dims exchanged"),
-    Move(name="adjoint", summary="the last two dims exchanged, and complex cells conjugated"),
-    Move(name="permute", summary="dims in another order"),
-    Move(name="movedim", summary="some dims at other places", torch=("moveaxis",)),
-    Move(name="squeeze", summary="dims of size 1 left out"),
-    Move(name="unsqueeze", summary="a new dim of size 1"),
+    _placed("t", "a matrix with its two dims exchanged", layouts.matrix),
+    _placed("adjoint", "the last two dims exchanged, and complex cells conjugated", layouts.last_two),
+    _placed("permute", "dims in another order", layouts.permute, _dims("dims", "the dims in their new order")),
+    _placed("movedim", "some dims at other places", layouts.movedim,
+            _dims("source", "the dims to move"), _dims("destination", "where each goes"), torch=("moveaxis",)),
+    _placed("squeeze", "dims of size 1 left out", layouts.squeeze,
+            _dims("dim", "the dims to leave out where their size is 1; all when not given", None)),
+    _placed("unsqueeze", "a new dim of size 1", layouts.unsqueeze, _dim("dim", "where the new dim stands")),
     Move(name="atleast_1d", summary="at least 1 dim, new ones of size 1", cells=Cells.ALL),
     Move(name="atleast_2d", summary="at least 2 dims, new ones of size 1", cells=Cells.ALL),
     Move(name="atleast_3d", summary="at least 3 dims, new ones of size 1", cells=Cells.ALL),
-    Move(name="expand", summary="dims of size 1 repeated without a copy"),
+    _placed("expand", "dims of size 1 repeated without a copy", layouts.expand, SIZE),
     Move(name="expand_as", summary="dims of size 1 repeated to the shape of another tensor", function=".moves:expand_as"),
-    Move(name="broadcast_to", summary="dims of size 1 repeated to a shape"),
+    _placed("broadcast_to", "dims of size 1 repeated to a shape", layouts.expand, SIZE),
     Move(name="broadcast_tensors", summary="tensors repeated to one shape", cells=Cells.ALL, several=True),
     Move(name="meshgrid", summary="grids of coordinates", cells=Cells.ALL, several=True),
     Move(name="repeat", summary="copies side by side"),
     Move(name="tile", summary="copies side by side, numpy's word"),
     Move(name="repeat_interleave", summary="each cell several times", function=".moves:repeat_interleave"),
-    Move(name="narrow", summary="a range of one dim"),
-    Move(name="select", summary="one index of one dim"),
+    _placed("narrow", "a range of one dim", layouts.narrow,
+            _dim("dim", "the dim to cut"), _whole("start", "the first index that is kept"),
+            _whole("length", "how many are")),
+    _placed("select", "one index of one dim", layouts.select,
+            _dim("dim", "the dim to leave"), _whole("index", "which of its indices; negative ones count from the end")),
     Move(name="unfold", summary="windows along one dim, as a new last dim", unlike=("nn.functional.unfold",)),
-    Move(name="diagonal", summary="the diagonal of two dims as the last dim"),
+    _placed("diagonal", "the diagonal of two dims as the last dim", layouts.diagonal,
+            _whole("offset", "which diagonal: 0 the main one", 0), _dim("dim1", "the dim of its rows", 0),
+            _dim("dim2", "the dim of its columns", 1)),
     Move(name="diag", summary="the diagonal of a matrix, or the matrix with this diagonal and 0 beside it", zeros=True),
     Move(name="diagflat", summary="the matrix with all cells on its diagonal and 0 beside it", zeros=True),
     Move(name="diag_embed", summary="matrices with the last dim on their diagonal and 0 beside it", zeros=True),
     Move(name="block_diag", summary="the matrix with these matrices on its diagonal and 0 beside them", cells=Cells.ALL,
          zeros=True),
-    Move(name="tril", summary="the lower triangle, 0 above it", zeros=True),
-    Move(name="triu", summary="the upper triangle, 0 below it", zeros=True),
-    Move(name="flip", summary="some dims in reverse order"),
+    _placed("tril", "the lower triangle, 0 above it", layouts.triangle, DIAGONAL, zeros=True, copies=True),
+    _placed("triu", "the upper triangle, 0 below it", layouts.triangle, DIAGONAL, zeros=True, copies=True),
+    _placed("flip", "some dims in reverse order", layouts.in_place, REVERSED, copies=True),
     Move(name="fliplr", summary="columns in reverse order"),
     Move(name="flipud", summary="rows in reverse order"),
     Move(name="rot90", summary="turned by quarter circles in the plane of two dims"),
-    Move(name="roll", summary="shifted along dims; what leaves at one end enters at the other"),
+    _placed("roll", "shifted along dims; what leaves at one end enters at the other", layouts.rolled,
+            _sizes("shifts", "by how many places"),
+            _dims("dims", "along which dims, one a shift; all cells in a row when not given", None), copies=True),
     Move(name="cat", summary="tensors one after the other along a dim", cells=Cells.LIST, torch=("concat", "concatenate")),
     Move(name="stack", summary="tensors one after the other along a new dim", cells=Cells.LIST),
     Move(name="hstack", summary="tensors side by side, column after column", cells=Cells.LIST),

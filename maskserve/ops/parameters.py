@@ -25,6 +25,8 @@ class Type(StrEnum):
     RANGE = "range"  # two numbers, the lower first
     MEETING = "meeting"  # how many dims of two tensors meet, or which ones of the first and of the second
     EQUATION = "equation"  # einsum's words
+    WHOLE = "whole"  # a whole number, negative ones too
+    SIZES = "sizes"  # one whole number or several
     DTYPE = "dtype"
     CHOICE = "choice"
     CHOICE_OR_NUMBER = "choice_or_number"

@@ -14,6 +14,7 @@ from typing import ClassVar, Final
 from maskserve import dtypes
 from maskserve.dtypes import DType
 from maskserve.ops.families import ANY
+from maskserve.ops.layouts import Rule
 from maskserve.ops.parameters import NAN, Number, Parameter, Params
 from maskserve.ops.results import ResultRule, same, summed
 
@@ -75,6 +76,28 @@ class Row:
     """Functions of torch that share a name of this row and mean something else."""
     differs: str = ""
     """Why torch's function of this name means something else; it then raises and names this op."""
+    outline: str = ""
+    """What tells from headers alone what it gives and holds, where no other field of the row does: expressions may call it."""
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The tensors that it is computed on, by name."""
+        return ("input",)
+
+    @property
+    def n_optional(self) -> int:
+        """How many of the last operands may be None."""
+        return 0
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The operands that may be numbers; in an expression a number is a tensor elsewhere."""
+        return ()
+
+    @property
+    def in_expressions(self) -> bool:
+        """Whether an expression may call it."""
+        return bool(self.outline)
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -141,6 +164,10 @@ class Sliced(Row):
     def verbs(self) -> tuple[str, ...]:
         own = () if self.verb is None else (self.verb,)
         return (*own, GRAD) if own and self.vjp else own
+
+    @property
+    def in_expressions(self) -> bool:
+        return self.verb is not None
 
     @property
     def why_no_gradient(self) -> str:
@@ -316,6 +343,10 @@ class Elementwise(Row):
     as_stored: bool = False
     """It chooses cells and computes none: it takes those of a storage type without widening them."""
 
+    @property
+    def in_expressions(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loss(Row):
@@ -324,6 +355,7 @@ class Loss(Row):
     kind = "loss"
 
     function: str = "maskserve.losses:compute"
+    outline: str = "maskserve.outlines:loss"
     cells: Elementwise | None = None
     """The loss of each cell; None: of classes along dim 1, by the index of the right one or by probabilities."""
     third: str = ""
@@ -338,19 +370,28 @@ class Loss(Row):
         return ("input", "target")
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        return ("target",)
+
+    @property
     def is_method(self) -> bool:
         return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layer(Row):
-    """A layer made of other rows, which say what masks do in it. Takes torch's own arguments."""
+    """A layer made of other rows, which say what masks do in it. Takes torch's own arguments.
+
+    `operands` and `parameters` are what an expression may give it.
+    """
 
     kind = "layer"
 
     accepts: frozenset[DType] = dtypes.FLOATING
     function: str
     """The function that calls them."""
+    operands: tuple[str, ...] = ("input",)
+    n_optional: int = 0
 
     @property
     def is_method(self) -> bool:
@@ -369,6 +410,7 @@ class Contraction(Row):
     parameters: tuple[Parameter, ...] = (NAN,)
     accepts: frozenset[DType] = ANY
     result: ResultRule = summed
+    outline: str = "maskserve.outlines:contraction"
     operands: tuple[str, ...] = ("input", "other")
     n_optional: int = 0
     """How many of the last operands may be None."""
@@ -420,7 +462,10 @@ class Cells(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Move(Row):
-    """Cells that change their places and not their values; the mask moves along. Takes torch's own arguments."""
+    """Cells that change their places and not their values; the mask moves along. Takes torch's own arguments.
+
+    `parameters` are what an expression may give it, where `layout` says from shapes where cells go.
+    """
 
     kind = "move"
 
@@ -431,6 +476,9 @@ class Move(Row):
     """The cells that it makes are 0 and valid: those of a matrix beside its diagonal."""
     several: bool = False
     """It gives a tuple of tensors, as torch does."""
+    layout: Rule | None = None
+    copies: bool = False
+    """Whether its result may have memory of its own."""
 
     attribute: bool = False
     """m.real stands without parentheses."""

@@ -76,7 +76,10 @@ def output(name: str, tensor: torch.Tensor) -> Output:
     if word not in BY_TORCH or not BY_TORCH[word].code:
         raise DtypeError(f"{shown(name)} is {word}, which a payload cannot hold: give one of {', '.join(BY_TORCH)}")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    cells = plain.reshape(-1).view(torch.uint8).numpy()
+    flat = plain.reshape(-1)
+    if flat.stride(0) != 1:  # one cell, or none, is contiguous whatever its stride, and then torch views no bytes of it
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    cells = flat.view(torch.uint8).numpy()
     return Output(name, BY_TORCH[word], tuple(tensor.shape), cells.data)
 
 
