@@ -25,9 +25,10 @@ print(*project['dependencies'], *(line for name in extras for line in project['o
     > requirements.txt && grep '^torch' requirements.txt > torch.txt
 # The CPU build of torch. For GPUs: --build-arg TORCH_INDEX=https://pypi.org/simple, whose torch brings CUDA along.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip --python /opt/maskserve/bin/python install --index-url "${TORCH_INDEX}" -r torch.txt
-RUN pip --python /opt/maskserve/bin/python install -r requirements.txt \
-    && rm -r /opt/maskserve/lib/python3.*/site-packages/torch/test
+RUN pip --python /opt/maskserve/bin/python install --index-url "${TORCH_INDEX}" -r torch.txt \
+    # its tests and what compiles against it: 200 MB that nothing here runs
+    && cd /opt/maskserve/lib/python3.*/site-packages/torch && rm -rf test include bin/test_* bin/*Test bin/protoc*
+RUN pip --python /opt/maskserve/bin/python install -r requirements.txt
 
 # -- maskserve itself, built by a compiler that stays here
 FROM ${PYTHON_IMAGE} AS build
