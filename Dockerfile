@@ -27,7 +27,8 @@ print(*project['dependencies'], *(line for name in extras for line in project['o
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip --python /opt/maskserve/bin/python install --index-url "${TORCH_INDEX}" -r torch.txt \
     # its tests and what compiles against it: 200 MB that nothing here runs
-    && cd /opt/maskserve/lib/python3.*/site-packages/torch && rm -rf test include bin/test_* bin/*Test bin/protoc*
+    && find /opt/maskserve/lib/python3.*/site-packages/torch \( -path '*/torch/test' -o -path '*/torch/include' \
+         -o -path '*/torch/bin/*[Tt]est*' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -r {} +
 RUN pip --python /opt/maskserve/bin/python install -r requirements.txt
 
 # -- maskserve itself, built by a compiler that stays here
