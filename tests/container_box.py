@@ -65,7 +65,9 @@ class Box:
         """The command that runs `maskserve` with these words as pid 1 of a new box; `shell` takes a script instead."""
         kept = {self.folder: "rw", ROOT: "ro", Path(sys.prefix): "ro", Path(sys.base_prefix): "ro"}
         over = covers(list(kept))
-        inside = {p: how for p, how in kept.items() if any(p.is_relative_to(cover) for cover in over)} | {self.folder: "rw"}
+        inside = {p: how for p, how in kept.items() if any(p.is_relative_to(cover) for cover in over)} | {
+            self.folder: "rw"
+        }
         begin = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--ipc", "--net", "--kill-child"]
         setup = ["sh", "-c", SETUP, "sh", str(self.root), str(TMP_BYTES), str(len(over))]
         who = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--no-new-privs", "--bounding-set=-all",

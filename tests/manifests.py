@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs" / "kubernetes"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "kustomization.yaml")
 COMPOSE = ROOT / "compose.yaml"
+IMAGE = re.compile(r"maskserve(:[\w.]+)?")
 SHELL = ["/bin/sh", "-c"]
 VARIABLE = re.compile(r"\$\{?\w+(?::-([^}]*))?\}?")
 
@@ -94,5 +95,6 @@ def commands(line: str) -> Iterator[list[str]]:
         words = [] if is_between else [*dropwhile(re.compile(r"\w+=").match, part)]
         if words[:1] == ["maskserve"]:
             yield words[1:]
-        elif words[:2] == ["docker", "run"] and "maskserve" in words:
-            yield words[words.index("maskserve") + 1 :]
+        elif words[:2] == ["docker", "run"]:
+            at = next(i for i, word in enumerate(words) if IMAGE.fullmatch(word))
+            yield words[at + 1 :]

@@ -49,7 +49,9 @@ def test_a_result_is_computed_and_written_by_a_uid_without_a_name(box: Box, envi
      "scan --op cumsum --dim 0 rain.json", "fill --op ffill --dim 1 rain.json", "mask --equal 2 rain.json"],
 )  # fmt: skip
 def test_each_command_works_and_leaves_tmp_empty(box: Box, words: str) -> None:
-    ran = box.run(f"ls -A /tmp > before; maskserve {words} > out; code=$?; ls -A /tmp | diff before - && exit $code", shell=True)
+    ran = box.run(
+        f"ls -A /tmp > before; maskserve {words} > out; code=$?; ls -A /tmp | diff before - && exit $code", shell=True
+    )
     assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr
     assert "Traceback" not in ran.stderr
     assert "Read-only" not in ran.stderr

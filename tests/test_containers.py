@@ -21,7 +21,20 @@ from maskserve.settings import BY_NAME, NOT_SETTINGS, load
 from maskserve_api.app import create_app
 from maskserve_cli import exits
 from maskserve_cli.app import UsageError, built, entries
-from tests.manifests import COMPOSE, FILES, FOLDER, ROOT, Started, commands, compose, named, objects, of_kind, shown, started
+from tests.manifests import (
+    COMPOSE,
+    FILES,
+    FOLDER,
+    ROOT,
+    Started,
+    commands,
+    compose,
+    named,
+    objects,
+    of_kind,
+    shown,
+    started,
+)
 
 DOCKERFILE = ROOT / "Dockerfile"
 PAGE = ROOT / "docs" / "containers.md"
@@ -82,13 +95,14 @@ def context(folder: Path) -> None:
         assert name in let_in, f"COPY {name}: .dockerignore keeps it from the builder"
         assert (ROOT / name).exists()
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"), dirs_exist_ok=True)
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"), dirs_exist_ok=True
+            )
         else:
             shutil.copy(ROOT / name, folder / name)
     assert let_in == set(copied()), "the builder gets what is copied and nothing else"
 
 
-@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
 def test_the_files_that_are_copied_build_a_whole_wheel(tmp_path: Path) -> None:
     context(tmp_path)
     ran = subprocess.run(
@@ -119,7 +133,9 @@ def test_what_it_needs_is_installed_before_a_source_is_copied() -> None:
             stages[-1].append(" ".join(words))
     dependencies, build, *_, last = stages
     assert [line for line in dependencies if line.startswith("COPY")] == ["COPY pyproject.toml ./"]
-    at = [next(i for i, line in enumerate(build) if part in line) for part in ("apt-get", "COPY native", "COPY maskserve")]
+    at = [
+        next(i for i, line in enumerate(build) if part in line) for part in ("apt-get", "COPY native", "COPY maskserve")
+    ]
     assert at == sorted(at)
     assert not [line for line in last if line.startswith("RUN")], "the last stage only takes what others made"
 
@@ -160,15 +176,16 @@ def test_each_manifest_is_one_of_kubernetes(path: Path, version: str) -> None:
         assert found["metadata"]["labels"]["app.kubernetes.io/name"] == "maskserve"
 
 
-def test_the_kustomization_names_files_that_are_there_and_the_image_that_they_use() -> None:
+def test_the_kustomization_is_the_service_and_all_start_the_image_of_this_version() -> None:
     (said,) = objects(FOLDER / "kustomization.yaml")
     assert {FOLDER / name for name in said["resources"]} < set(FILES)
-    (image,) = said["images"]
     with (ROOT / "pyproject.toml").open("rb") as file:
-        version = tomllib.load(file)["project"]["version"]
-    assert image["newTag"] == version
-    assert {run.container["image"] for run in started()} == {f"{image['name']}:{version}"}
-    assert {service["image"] for service in compose().values()} == {f"{image['name']}:{version}"}
+        image = f"maskserve:{tomllib.load(file)['project']['version']}"
+    assert {run.container["image"] for run in started()} == {image}
+    assert {service["image"] for service in compose().values()} == {image}
+    assert {found["metadata"]["name"] for name in said["resources"] for found in objects(FOLDER / name)} == {
+        "maskserve"
+    }
 
 
 @every_container
@@ -267,7 +284,9 @@ def test_the_states_that_are_mapped_are_those_that_are_merged_and_both_may_be_tr
     assert "--state states/$JOB_COMPLETION_INDEX.state --exists replace" in of["maskserve-map"]
     assert of["maskserve-merge"].startswith("merge states/*.state ")
     assert "--exists replace" in of["maskserve-merge"]
-    claims = {v["persistentVolumeClaim"]["claimName"] for run in started() for v in run.pod["volumes"] if v["name"] == "data"}
+    claims = {
+        v["persistentVolumeClaim"]["claimName"] for run in started() for v in run.pod["volumes"] if v["name"] == "data"
+    }
     assert claims == {claim["metadata"]["name"] for claim in of_kind("PersistentVolumeClaim")}
 
 
@@ -316,7 +335,11 @@ def served_settings(words: list[str]) -> dict[str, Any]:
 def test_the_pod_s_grace_is_longer_than_what_the_service_takes_to_end() -> None:
     run = deployed()
     settings = served_settings(run.command)
-    takes_s = run.container["lifecycle"]["preStop"]["sleep"]["seconds"] + settings["serve_drain_delay"] + settings["serve_grace"]
+    takes_s = (
+        run.container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        + settings["serve_drain_delay"]
+        + settings["serve_grace"]
+    )
     assert run.pod["terminationGracePeriodSeconds"] >= takes_s + 5
 
 
@@ -381,18 +404,34 @@ def test_each_command_that_a_page_shows_exists(page: Path) -> None:
         assert any(line.startswith("docker run") for line in lines)
     all_words = [words for line in lines for words in commands(line) if words]
     assert all_words
-    for words in sorted(all_words, key=lambda words: words[0] in JOBS or "--shard" in words):  # what may not be there last
+    for words in sorted(
+        all_words, key=lambda words: words[0] in JOBS or "--shard" in words
+    ):  # what may not be there last
         parsed(words)
 
 
 def test_each_file_that_the_page_names_is_there() -> None:
-    for line in shown(PAGE):
-        for file in re.findall(r"(?:-k|-f|--from-file=\S*?=?)\s+(configs/\S+)", line):
-            assert (ROOT / file).exists(), line
+    files = re.findall(r"configs/kubernetes/?[\w.]*", PAGE.read_text())
+    assert {ROOT / file for file in files if not file.endswith("/")} >= {
+        FOLDER,
+        FOLDER / "map.yaml",
+        FOLDER / "job.yaml",
+    }
+    assert all((ROOT / file).exists() for file in files)
 
 
 def test_the_page_lists_every_exit_code_as_the_jobs_take_it() -> None:
-    rows = {int(code): action for code, action in re.findall(r"^\| (\d+) \|[^|]*\| ([^|]*?) \|$", PAGE.read_text(), re.MULTILINE)}
-    words = {"FailJob": "the job fails", "FailIndex": "its part fails", "Count": "tried again", "Ignore": "started again, no try"}
+    rows = {
+        int(code): action
+        for code, action in re.findall(r"^\| (\d+) \|[^|]*\| ([^|]*?) \|$", PAGE.read_text(), re.MULTILINE)
+    }
+    words = {
+        "FailJob": "the job fails",
+        "FailIndex": "its part fails",
+        "Count": "tried again",
+        "Ignore": "started again, no try",
+    }
     of_map = rules(named("Job", "maskserve-map"))
-    assert {code: text for code, text in rows.items() if code != 0} == {code: words[action] for code, action in of_map.items()}
+    assert {code: text for code, text in rows.items() if code != 0} == {
+        code: words[action] for code, action in of_map.items()
+    }
