@@ -124,6 +124,21 @@ def why_no_box() -> str | None:
     return None if tried.returncode == 0 else f"needs the right to make namespaces: {tried.stderr.strip()[:80]}"
 
 
+def limited(bytes_: int) -> Path:
+    """A new control group that grants so much memory, of v2 or v1; what joins its cgroup.procs is bound by it."""
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    above, limit = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
+    group = above / f"maskserve-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(bytes_))
+    except OSError as error:
+        if group.is_dir():
+            group.rmdir()
+        pytest.skip(f"needs a control group of its own: {error}")
+    return group
+
+
 @pytest.fixture(name="box")
 def box_fixture(tmp_path: Path) -> Box:
     """A box whose folder holds rain.json and belongs to its uid."""
