@@ -70,6 +70,7 @@ WORKDIR /work
 USER 65532:65532
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# No HEALTHCHECK: jobs run in the same image, and /livez and /readyz are for whoever runs the service.
 # Pid 1 is maskserve itself, without a shell before it: SIGTERM reaches it, and its exit code is the container's.
 ENTRYPOINT ["maskserve"]
 CMD ["--help"]

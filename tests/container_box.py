@@ -63,11 +63,8 @@ class Box:
 
     def words(self, *argv: str, environment: Sequence[str] = ENVIRONMENT, shell: bool = False) -> list[str]:
         """The command that runs `maskserve` with these words as pid 1 of a new box; `shell` takes a script instead."""
-        kept = {self.folder: "rw", ROOT: "ro", Path(sys.prefix): "ro", Path(sys.base_prefix): "ro"}
+        kept = {ROOT: "ro", Path(sys.prefix): "ro", Path(sys.base_prefix): "ro", self.folder: "rw"}
         over = covers(list(kept))
-        inside = {p: how for p, how in kept.items() if any(p.is_relative_to(cover) for cover in over)} | {
-            self.folder: "rw"
-        }
         begin = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--ipc", "--net", "--kill-child"]
         setup = ["sh", "-c", SETUP, "sh", str(self.root), str(TMP_BYTES), str(len(over))]
         who = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--no-new-privs", "--bounding-set=-all",
@@ -75,7 +72,7 @@ class Box:
         what = ["sh", "-c", *argv] if shell else [str(BIN / "maskserve"), *argv]
         return [
             *begin, *setup, *(word for cover in over.items() for word in cover),
-            *(word for path, how in inside.items() for word in (str(path), how)), "--",
+            *(word for path, how in kept.items() for word in (str(path), how)), "--",
             *who, "env", "-i", "-C", str(self.folder), f"PATH={BIN}:/usr/bin:/bin", *environment, *what,
         ]  # fmt: skip
 

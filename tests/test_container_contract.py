@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from maskserve_cli import __main__ as begin
+from maskserve_cli import exits
 from tests.container_box import BIN, ENVIRONMENT, TMP_BYTES, UID, Box, Boxed, box_fixture, limited  # noqa: F401  # a fixture
 from tests.http_service import wait_until
 
@@ -146,6 +148,7 @@ def test_a_sigterm_is_heard_while_the_process_starts(box: Box, after_s: float) -
 
 
 def test_the_handler_of_sigterm_is_there_before_anything_is_imported() -> None:
+    assert begin.TERMINATED == exits.TERMINATED
     code = (
         "import signal, sys\nfrom maskserve_cli import __main__ as begin\nset_handler = signal.signal\n"
         "def spy(*given):\n"
