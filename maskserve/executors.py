@@ -43,16 +43,25 @@ class Outcome(Generic[T, R]):
 
 
 class Stop:
-    """A request to take no more tasks; once `deadline_s` has passed, what still runs is dropped."""
+    """A request to take no more tasks; once `deadline_s` has passed, what still runs is dropped. `outer` stops this one too."""
 
-    def __init__(self) -> None:
-        self.is_asked = False
-        self.deadline_s = math.inf
+    def __init__(self, outer: Stop | None = None) -> None:
+        self._outer = outer
+        self._is_asked = False
+        self._deadline_s = math.inf
 
     def ask(self, *, grace_s: float) -> None:
         """Safe in a signal handler and in any thread."""
-        self.deadline_s = min(self.deadline_s, time.monotonic() + grace_s)
-        self.is_asked = True
+        self._deadline_s = min(self._deadline_s, time.monotonic() + grace_s)
+        self._is_asked = True
+
+    @property
+    def is_asked(self) -> bool:
+        return self._is_asked or (self._outer is not None and self._outer.is_asked)
+
+    @property
+    def deadline_s(self) -> float:
+        return min(self._deadline_s, math.inf if self._outer is None else self._outer.deadline_s)
 
     @property
     def is_over(self) -> bool:
