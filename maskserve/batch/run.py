@@ -27,7 +27,7 @@ from maskserve.shards import WHOLE, Shard
 MAY_PASS = frozenset({69, 74, 75})
 """Exit codes of what another try may mend."""
 BAD_DATA, TRY_AGAIN = 65, 75
-BLOCK_ITEMS = 64
+BLOCK_ITEMS = 128
 BLOCK_BYTES = 16 << 20
 BLOCKS_A_WORKER = 4
 """At least, so that workers end at about the same time."""

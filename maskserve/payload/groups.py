@@ -8,16 +8,29 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
 from maskserve.errors import OutputError
-from maskserve.payload.files import StrPath, _create, _failing, _stands, _sync_folder, temp_name
+from maskserve.payload.files import (
+    StrPath,
+    _because,
+    _create,
+    _failing,
+    _kind,
+    _reason,
+    _stands,
+    _sync_folder,
+    temp_name,
+)
 from maskserve.payload.header import shown
 from maskserve.payload.writing import Encoded
 
+SMALL = 1 << 16
 FEW = 4
 """Files up to which an fsync of each is as quick."""
 SLOW_S = 0.02
@@ -53,18 +66,15 @@ class Group:
     def write(self, path: StrPath, encoded: Encoded) -> Staged:
         """The payload under a temporary name; commit() puts it at `path`, over a regular file that may stand there."""
         name = shown(os.fspath(path))
-        digest = hashlib.sha256()
         with _failing(f"{name} cannot be written"):
-            target = _target(os.fspath(path))
-            _stands(target, name, "replace")
+            target = _target(os.fspath(path), name)
             temp = os.path.join(os.path.dirname(target), temp_name())
             staged = Staged(_create(temp), temp, target, name, encoded.n_bytes, "")
+        digest = hashlib.sha256()
         try:
-            for chunk in encoded.chunks:
+            for chunk in _joined(encoded):
                 digest.update(chunk)
-                with _failing(f"{name} cannot be written"):
-                    while chunk.nbytes:
-                        chunk = chunk[os.write(staged.fd, chunk) :]
+                _write_all(staged.fd, chunk, name)
         except BaseException:
             _forget(staged)
             raise
@@ -81,10 +91,10 @@ class Group:
             for one in staged:
                 if one.temp not in errors:
                     try:
-                        with _failing(f"{one.name} cannot be written"):
-                            os.replace(one.temp, one.target)
-                    except OutputError as error:
-                        errors[one.temp] = error
+                        os.replace(one.temp, one.target)
+                    except OSError as cause:
+                        message = f"{one.name} cannot be written: {_reason(cause)}"
+                        errors[one.temp] = _because(OutputError, message, cause)
             self._sync_folders([one for one in staged if one.temp not in errors], errors)
         finally:
             for one in staged:
@@ -133,11 +143,33 @@ def _forget(staged: Staged, *, is_there: bool = True) -> None:
             os.unlink(staged.temp)
 
 
-def _target(path: str) -> str:
-    """Where `path` leads; only its last part is looked at each time."""
-    folder, name = os.path.split(path)
-    target = os.path.join(_real_folder(folder or "."), name)
-    return os.path.realpath(target) if os.path.islink(target) else target
+def _joined(encoded: Encoded) -> Iterable[memoryview]:
+    """The pieces, or all of a small payload in one: each write costs as much as copying 50 kB."""
+    return [memoryview(b"".join(encoded.chunks))] if encoded.n_bytes <= SMALL else encoded.chunks
+
+
+def _write_all(fd: int, data: memoryview, name: str) -> None:
+    try:
+        while data.nbytes:
+            data = data[os.write(fd, data) :]
+    except OSError as cause:
+        raise _because(OutputError, f"{name} cannot be written: {_reason(cause)}", cause) from cause
+
+
+def _target(path: str, name: str) -> str:
+    """Where `path` leads, which is a regular file or free; of the folders above, only new ones are looked at."""
+    folder, last = os.path.split(path)
+    target = os.path.join(_real_folder(folder or "."), last)
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return target
+    if stat.S_ISLNK(mode):
+        target = os.path.realpath(target)
+        _stands(target, name, "replace")
+    elif not stat.S_ISREG(mode):
+        raise OutputError(f"{name} is {_kind(mode)}; only a regular file is written or replaced")
+    return target
 
 
 @cache
