@@ -93,7 +93,7 @@ def summary(folder: Path, to: str = "out") -> Record:
 
 def outputs(folder: Path, to: str = "out") -> dict[str, bytes]:
     """What stands in the output folder, by name."""
-    return {path.name: path.read_bytes() for path in (folder / to).iterdir() if path.is_file()}
+    return {path.name: path.read_bytes() for path in (folder / to).iterdir() if path.is_file() and path.name[0] != "."}
 
 
 def temps(folder: Path) -> list[Path]:

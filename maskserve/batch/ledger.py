@@ -247,6 +247,14 @@ def sweep(folder: str, places: Iterable[str]) -> int:
     return n_removed
 
 
+def sweep_run(run: str, places: Iterable[str]) -> None:
+    """Removes what one run has left in `places`, once nobody works for it any more."""
+    for place in places:
+        for path, of_run in temps(place):
+            if of_run == run:
+                remove(path)
+
+
 def temps(place: str) -> list[tuple[str, str]]:
     """The temporary files of runs in a folder, each with its run."""
     try:

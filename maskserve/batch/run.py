@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from maskserve.batch import ledger, outputs
@@ -190,14 +190,20 @@ class Runner:
             n_swept = ledger.sweep(plan.ledger_folder, places(plan))
             if n_swept:
                 self.tell(f"removed {n_swept} temporary files that a killed run had left")
-            left = plan.to_do
-            for n_before in range(plan.job.retries + 1):
-                if n_before:
-                    self.wait(FIRST_WAIT_S * 2 ** (n_before - 1))
-                again = self.one_pass(plan, part, left, progress, is_last=n_before == plan.job.retries)
-                if not again or self.stop.is_asked or self.is_enough(plan, progress):
-                    break
-                left = again
+            try:
+                self.passes(plan, part, progress)
+            finally:  # of workers that were killed, by whomever: none runs any more
+                ledger.sweep_run(part.run, places(plan))
+
+    def passes(self, plan: Plan, part: Part, progress: Progress) -> None:
+        left = plan.to_do
+        for n_before in range(plan.job.retries + 1):
+            if n_before:
+                self.wait(FIRST_WAIT_S * 2 ** (n_before - 1))
+            again = self.one_pass(plan, part, left, progress, is_last=n_before == plan.job.retries)
+            if not again or self.stop.is_asked or self.is_enough(plan, progress):
+                break
+            left = again
 
     def wait(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
@@ -215,25 +221,27 @@ class Runner:
         again: list[Item] = []
         stop = Stop(self.stop)
         unwritable: Failure | None = None
-        for outcome in self.executor(plan).run(self.function(plan, part), blocks(plan, items), self.flight(plan, stop)):
-            report = self.reported(outcome)
-            part.add(report.done)
-            final = []
-            for failed in report.failed:
-                item = left.pop(failed.uri)
-                is_unwritable = failed.uri in report.unwritable
-                unwritable = failed if is_unwritable else unwritable
-                if not is_last and (is_unwritable or failed.exit in MAY_PASS):
-                    again.append(replace(item, attempts=item.attempts + 1))
-                else:
-                    final.append(failed)
-            for entry in report.done:
-                del left[entry.uri]
-            progress.add(report, final)
-            self.tick(len(report.done) + len(final))
-            part.add_failures(final)
-            if unwritable or self.is_enough(plan, progress):
-                stop.ask(grace_s=float("inf"))
+        flight = Limits(memory=plan.job.memory, weigh=lambda block: block.n_bytes, stop=stop)
+        # closed, whatever happens: workers end before what they have left is swept
+        with closing(self.executor(plan).run(self.function(plan, part), blocks(plan, items), flight)) as outcomes:
+            for report in map(self.reported, outcomes):
+                part.add(report.done)
+                final = []
+                for failed in report.failed:
+                    item = left.pop(failed.uri)
+                    is_unwritable = failed.uri in report.unwritable
+                    unwritable = failed if is_unwritable else unwritable
+                    if not is_last and (is_unwritable or failed.exit in MAY_PASS):
+                        again.append(replace(item, attempts=item.attempts + 1))
+                    else:
+                        final.append(failed)
+                for entry in report.done:
+                    del left[entry.uri]
+                progress.add(report, final)
+                self.tick(len(report.done) + len(final))
+                part.add_failures(final)
+                if unwritable or self.is_enough(plan, progress):
+                    stop.ask(grace_s=float("inf"))
         if is_last:
             progress.unwritable = unwritable
         return (*again, *left.values()) if again else ()
@@ -247,9 +255,6 @@ class Runner:
             verb=job.verb, words=job.words, device=self.device, limits=self.limits, request_sha256=job.request_sha256,
             version=job.numeric_version, run=part.run, stops_at_error=job.max_errors == 0, exit_of=self.exit_of,
         )  # fmt: skip
-
-    def flight(self, plan: Plan, stop: Stop) -> Limits:
-        return Limits(memory=plan.job.memory, weigh=lambda block: block.n_bytes, stop=stop)
 
     def reported(self, outcome: Outcome[Block, Report]) -> Report:
         """What a block did; one whose worker was lost, or that failed as a whole, failed with each of its inputs."""
