@@ -1,0 +1,104 @@
+"""`python -m benchmarks.batch`: thousands of small files by `maskserve batch`, against a bare loop over them.
+
+The loop is one process that opens each file with the safetensors library and sums its cells: no mask, no output. Rates are
+files a second of whole commands, and without what each takes to start (importing torch), which is measured on one file.
+The two take turns, so that a busy machine slows both; what is printed is the median of the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks.report import table
+
+LOOP = """
+import sys, pathlib
+from safetensors import safe_open
+total = 0.0
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    with safe_open(path, "pt") as file:
+        total += float(file.get_tensor("rain").sum())
+"""
+JOB = """
+version = 1
+[request]
+verb = "reduce"
+op = "mean"
+dim = 0
+[input]
+paths = ["in/"]
+[output]
+to = "out"
+exists = "replace"
+"""
+BATCH = [sys.executable, "-m", "maskserve_cli", "batch", "job.toml"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name)
+        make(folder / "in", given.files)
+        make(folder / "one" / "in", 1)
+        for where in (folder, folder / "one"):
+            (where / "job.toml").write_text(JOB)
+        rounds = [one_round(folder, given.workers) for _ in range(given.rounds)]
+        print(report(rounds, given.files, given.workers))
+
+
+def make(folder: Path, n: int) -> None:
+    """Files of 4 KiB: 30 x 27 cells, a tenth of them masked."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(n):
+        cells = {"rain": rng.random((30, 27), dtype="f4"), "rain.mask": rng.random((30, 27)) < 0.9}
+        save_file(cells, folder / f"f{number:05d}.safetensors")
+
+
+def one_round(folder: Path, workers: int) -> dict[str, float]:
+    """Seconds of the loop and of batch on all files and on one, and of a batch that finds all done."""
+    words = [*BATCH, "--workers", str(workers)]
+    return {
+        "loop": seconds([sys.executable, "-c", LOOP, "in"], folder),
+        "batch": seconds(words, folder),
+        "loop, one file": seconds([sys.executable, "-c", LOOP, "in"], folder / "one"),
+        "batch, one file": seconds(words, folder / "one"),
+        "batch, all done": seconds([*words, "--set", "output.exists=resume"], folder),
+    }
+
+
+def seconds(words: list[str], folder: Path) -> float:
+    start_s = time.perf_counter()
+    subprocess.run(words, cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - start_s
+
+
+def report(rounds: list[dict[str, float]], n: int, workers: int) -> str:
+    """The seconds of each, and the two ratios of rates."""
+    whole = median(r["loop"] / r["batch"] for r in rounds)
+    warm = median((r["loop"] - r["loop, one file"]) / (r["batch"] - r["batch, one file"]) for r in rounds)
+    head, lines = ["what", "seconds", "files a second"], []
+    for what in rounds[0]:
+        took = median(r[what] for r in rounds)
+        lines.append([what, f"{took:.2f}", f"{n / took:,.0f}" if "," not in what else ""])
+    return (
+        f"{n} files of 4 KiB, {workers} workers, {len(rounds)} rounds\n\n{table(head, lines)}\n\n"
+        f"batch runs at {whole:.0%} of the loop's rate, whole commands; at {warm:.0%} without starting"
+    )
+
+
+if __name__ == "__main__":
+    main()
