@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from maskserve.errors import InputChangedError
 from tests import batch_faults
 from tests.batch_job import batch, check_ledger, errors, ledger, make_inputs, outputs, start, summary, temps
+from tests.command_line import COMMAND, environment
 from tests.test_executors import children
 
 SOURCE = Path(__file__).parent / "failing.c"
@@ -218,3 +220,58 @@ def test_a_file_that_changes_while_it_is_read_is_reported_and_never_mixed(tmp_pa
     else:
         assert errors(tmp_path)[names[30]]["code"] in (InputChangedError.code, "malformed_payload")
         assert ran.code in (65, 75)
+
+
+# -- the order on disk ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to see the system calls with")
+@pytest.mark.parametrize(("n", "sync"), [(8, "fsync"), (24, "syncfs")])
+def test_outputs_are_on_disk_before_their_names_and_names_before_the_ledger(tmp_path: Path, n: int, sync: str) -> None:
+    make_inputs(tmp_path, n)
+    calls = "trace=write,fsync,syncfs,rename,renameat,renameat2"
+    words = [
+        "strace",
+        "-f",
+        "-y",
+        "-s",
+        "20000",
+        "-e",
+        calls,
+        "-o",
+        str(tmp_path / "trace"),
+        *COMMAND,
+        "batch",
+        "job.toml",
+        "--workers",
+        "1",
+    ]
+    subprocess.run(words, cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    seen: dict[str, list[int]] = {}
+    trace = (tmp_path / "trace").read_text().splitlines()
+    for number, line in enumerate(trace):
+        for what, pattern in ORDER.items():
+            if re.search(pattern, line):
+                seen.setdefault(what, []).append(number)
+    assert len(seen["rename"]) == n
+    first = seen["rename"][0]
+    assert seen["write"][0] < min(seen[sync]) < first
+    assert len([number for number in seen[sync] if number < first]) == (
+        2 if sync == "fsync" else 1
+    )  # blocks of 2 and of 6
+    assert len([number for number in seen["write"] if number < min(seen[sync])]) == n // 4
+    for line in seen["ledger"]:  # the folder is synced between the names that a line speaks of and the line
+        names = set(re.findall(r"/(f\d+)\.safetensors", trace[line]))
+        renamed = [number for number in seen["rename"] if any(f"/{name}." in trace[number] for name in names)]
+        assert len(renamed) == len(names) > 0
+        assert any(max(renamed) < number < line for number in seen["folder"])
+
+
+ORDER = {
+    "write": r"write\(\d+<[^>]*/out/\.maskserve-",
+    "fsync": r"fsync\(\d+<[^>]*/out/\.maskserve-",
+    "syncfs": r"syncfs\(\d+<[^>]*/out/\.maskserve-",
+    "rename": r'rename.*"[^"]*/out/f\d+\.safetensors"',
+    "folder": r"fsync\(\d+<[^>]*/out>",
+    "ledger": r"write\(\d+<[^>]*/part-",
+}
