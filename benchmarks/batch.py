@@ -8,12 +8,14 @@ The two take turns, so that a busy machine slows both; what is printed is the me
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -68,32 +70,44 @@ def make(folder: Path, n: int) -> None:
         save_file(cells, folder / f"f{number:05d}.safetensors")
 
 
-def one_round(folder: Path, workers: int) -> dict[str, float]:
-    """Seconds of the loop and of batch on all files and on one, and of a batch that finds all done."""
+class Took(NamedTuple):
+    """Seconds of a command: by the clock, and of all its processes on their CPUs, which a busy machine changes less."""
+
+    clock_s: float
+    cpu_s: float
+
+
+def one_round(folder: Path, workers: int) -> dict[str, Took]:
+    """What the loop and batch took on all files and on one, and what a batch that finds all done."""
     words = [*BATCH, "--workers", str(workers)]
     return {
-        "loop": seconds([sys.executable, "-c", LOOP, "in"], folder),
-        "batch": seconds(words, folder),
-        "loop, one file": seconds([sys.executable, "-c", LOOP, "in"], folder / "one"),
-        "batch, one file": seconds(words, folder / "one"),
-        "batch, all done": seconds([*words, "--set", "output.exists=resume"], folder),
+        "loop": took([sys.executable, "-c", LOOP, "in"], folder),
+        "batch": took(words, folder),
+        "loop, one file": took([sys.executable, "-c", LOOP, "in"], folder / "one"),
+        "batch, one file": took(words, folder / "one"),
+        "batch, all done": took([*words, "--set", "output.exists=resume"], folder),
     }
 
 
-def seconds(words: list[str], folder: Path) -> float:
-    start_s = time.perf_counter()
+def took(words: list[str], folder: Path) -> Took:
+    start_s, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(words, cwd=folder, check=True, capture_output=True)
-    return time.perf_counter() - start_s
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Took(time.perf_counter() - start_s, cpu_s)
 
 
-def report(rounds: list[dict[str, float]], n: int, workers: int) -> str:
-    """The seconds of each, and the two ratios of rates."""
-    whole = median(r["loop"] / r["batch"] for r in rounds)
-    warm = median((r["loop"] - r["loop, one file"]) / (r["batch"] - r["batch, one file"]) for r in rounds)
-    head, lines = ["what", "seconds", "files a second"], []
+def report(rounds: list[dict[str, Took]], n: int, workers: int) -> str:
+    """The seconds of each, and the ratios of rates."""
+    whole = median(r["loop"].clock_s / r["batch"].clock_s for r in rounds)
+    warm = median(
+        (r["loop"].clock_s - r["loop, one file"].clock_s) / (r["batch"].clock_s - r["batch, one file"].clock_s)
+        for r in rounds
+    )
+    head, lines = ["what", "seconds", "files a second", "CPU seconds"], []
     for what in rounds[0]:
-        took = median(r[what] for r in rounds)
-        lines.append([what, f"{took:.2f}", f"{n / took:,.0f}" if "," not in what else ""])
+        clock_s, cpu_s = median(r[what].clock_s for r in rounds), median(r[what].cpu_s for r in rounds)
+        lines.append([what, f"{clock_s:.2f}", f"{n / clock_s:,.0f}" if "," not in what else "", f"{cpu_s:.2f}"])
     return (
         f"{n} files of 4 KiB, {workers} workers, {len(rounds)} rounds\n\n{table(head, lines)}\n\n"
         f"batch runs at {whole:.0%} of the loop's rate, whole commands; at {warm:.0%} without starting"

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from maskserve.batch.outputs import OWN
 from maskserve.errors import OutputError, SettingsError
@@ -56,6 +56,11 @@ class Failure:
     exit: int
     message: str
     attempts: int
+
+
+def as_dict(record: Entry | Failure) -> dict[str, str | int | float]:
+    """As dataclasses.asdict, which takes 15 microseconds for what holds no other record."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def shard_name(shard: Shard) -> str:
@@ -165,7 +170,7 @@ class Part:
         self._append(self._errors, failed)
 
     def _append(self, fd: int, records: Iterable[Entry | Failure]) -> None:
-        text = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in records)
+        text = "".join(json.dumps(as_dict(r), ensure_ascii=False) + "\n" for r in records)
         data = memoryview(text.encode("utf-8", "surrogateescape"))
         with _failing(f"{shown(self._folder)} cannot be written"):
             while data.nbytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import time
@@ -104,6 +105,7 @@ class Work:
             import maskserve.answers  # noqa: F401  # here, so that a worker is ready once it can compute
 
             self.request = requests.build(self.verb, {"device": self.device, **self.words})
+        gc.freeze()  # what the imports made stays: the collector would walk all of torch every few hundred files
 
     def __call__(self, block: Block) -> Report:
         with temps_of(self.run):
