@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SETTLED_S = 0.02
 """A file written this short a time ago may be written again without its time telling: clocks of file systems tick every 4 ms."""
-
+SETTLE_TRIES = 5
 OF_THE_PLACE = frozenset(
     {
         errno.ENOSPC,
@@ -193,14 +193,21 @@ def failure(item: Item, error: BaseException, exit_of: Callable[[BaseException],
 @contextmanager
 def unchanged(path: str) -> Iterator[Version]:
     """The version of a file, which must be the same when the block ends: a mixture of two is nobody's data."""
-    before = status(path)
-    if before is not None and abs(time.time() - before.st_mtime) < SETTLED_S:
-        time.sleep(SETTLED_S)
-        before = status(path)
+    before = settled(path)
     yield Version.of(before) if before is not None else Version(0, "")  # who opens it says what is wrong
     after = status(path)
     if before is None or after is None or identity(before) != identity(after):
         raise InputChangedError(f"{shown(path)} changed while it was read; try again once it is written")
+
+
+def settled(path: str) -> os.stat_result | None:
+    """The status of a file that was not written just now; one that is written all the time is refused."""
+    for _ in range(SETTLE_TRIES):
+        found = status(path)
+        if found is None or abs(time.time() - found.st_mtime) >= SETTLED_S:
+            return found
+        time.sleep(SETTLED_S)
+    raise InputChangedError(f"{shown(path)} is being written; try again once that is done")
 
 
 def status(path: str) -> os.stat_result | None:
