@@ -13,8 +13,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -43,16 +44,25 @@ class Outcome(Generic[T, R]):
 
 
 class Stop:
-    """A request to take no more tasks; once `deadline_s` has passed, what still runs is dropped."""
+    """A request to take no more tasks; once `deadline_s` has passed, what still runs is dropped. `outer` stops this one too."""
 
-    def __init__(self) -> None:
-        self.is_asked = False
-        self.deadline_s = math.inf
+    def __init__(self, outer: Stop | None = None) -> None:
+        self._outer = outer
+        self._is_asked = False
+        self._deadline_s = math.inf
 
     def ask(self, *, grace_s: float) -> None:
         """Safe in a signal handler and in any thread."""
-        self.deadline_s = min(self.deadline_s, time.monotonic() + grace_s)
-        self.is_asked = True
+        self._deadline_s = min(self._deadline_s, time.monotonic() + grace_s)
+        self._is_asked = True
+
+    @property
+    def is_asked(self) -> bool:
+        return self._is_asked or (self._outer is not None and self._outer.is_asked)
+
+    @property
+    def deadline_s(self) -> float:
+        return min(self._deadline_s, math.inf if self._outer is None else self._outer.deadline_s)
 
     @property
     def is_over(self) -> bool:
@@ -75,7 +85,7 @@ class Executor(Protocol):
 
     def run(
         self, function: Callable[[T], R], tasks: Iterable[T], limits: Limits | None = None
-    ) -> Iterator[Outcome[T, R]]:
+    ) -> Generator[Outcome[T, R], None, None]:
         """An outcome for each task as it ends. Closing the iterator ends what still runs."""
         ...
 
@@ -150,18 +160,19 @@ class Queue(Generic[T]):
         """Whether no task is left that will be handed out."""
         return self.stop.is_asked or self._peek() is None
 
-    def arranged(self, outcomes: Iterator[Outcome[T, R]]) -> Iterator[Outcome[T, R]]:
+    def arranged(self, outcomes: Generator[Outcome[T, R], None, None]) -> Generator[Outcome[T, R], None, None]:
         """The outcomes as they come, or in the order of the tasks."""
         return self._in_order(outcomes) if self._limits.in_order else outcomes
 
-    def _in_order(self, outcomes: Iterator[Outcome[T, R]]) -> Iterator[Outcome[T, R]]:
+    def _in_order(self, outcomes: Generator[Outcome[T, R], None, None]) -> Generator[Outcome[T, R], None, None]:
         held: dict[int, Outcome[T, R]] = {}
-        for outcome in outcomes:
-            held[outcome.index] = outcome
-            while self.yielded in held:
-                ready = held.pop(self.yielded)
-                self.yielded += 1
-                yield ready
+        with closing(outcomes):
+            for outcome in outcomes:
+                held[outcome.index] = outcome
+                while self.yielded in held:
+                    ready = held.pop(self.yielded)
+                    self.yielded += 1
+                    yield ready
 
 
 def outcome_of(function: Callable[[T], R], job: Job[T]) -> Outcome[T, R]:
@@ -179,7 +190,7 @@ class Serial:
 
     def run(
         self, function: Callable[[T], R], tasks: Iterable[T], limits: Limits | None = None
-    ) -> Iterator[Outcome[T, R]]:
+    ) -> Generator[Outcome[T, R], None, None]:
         queue = Queue(tasks, limits or Limits(), 1)
         while (job := queue.take()) is not None:
             outcome = outcome_of(function, job)
@@ -196,12 +207,14 @@ class Threads:
 
     def run(
         self, function: Callable[[T], R], tasks: Iterable[T], limits: Limits | None = None
-    ) -> Iterator[Outcome[T, R]]:
+    ) -> Generator[Outcome[T, R], None, None]:
         workers = self.workers or cpus()
         queue = Queue(tasks, limits or Limits(), workers)
         return queue.arranged(self._outcomes(function, queue, workers))
 
-    def _outcomes(self, function: Callable[[T], R], queue: Queue[T], workers: int) -> Iterator[Outcome[T, R]]:
+    def _outcomes(
+        self, function: Callable[[T], R], queue: Queue[T], workers: int
+    ) -> Generator[Outcome[T, R], None, None]:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="maskserve-task")
         running: dict[Future[Outcome[T, R]], Job[T]] = {}
         try:
@@ -233,7 +246,7 @@ class Processes:
 
     def run(
         self, function: Callable[[T], R], tasks: Iterable[T], limits: Limits | None = None
-    ) -> Iterator[Outcome[T, R]]:
+    ) -> Generator[Outcome[T, R], None, None]:
         from maskserve.processes import Crew  # 20 ms that the others do without
 
         workers = self.workers or cpus()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -105,7 +105,7 @@ class Crew(Generic[T]):
         self._dead_starts = 0
         self._checked_s = time.monotonic()
 
-    def outcomes(self) -> Iterator[Outcome[T, Any]]:
+    def outcomes(self) -> Generator[Outcome[T, Any], None, None]:
         """An outcome for each task of the queue; at the end no worker is left."""
         is_done = False
         try:

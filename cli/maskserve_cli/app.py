@@ -103,6 +103,16 @@ OWN: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
             "maskserve merge *.state -o mean.safetensors",
         ),
     ),
+    "batch": (
+        "maskserve_cli.batch:batch",
+        "one request over many files, as a job file says; started again, it does what is missing",
+        (
+            "maskserve batch job.toml",
+            "maskserve batch job.toml --dry-run",
+            "maskserve batch job.toml --set request.op=max --set output.to=highest",
+            "maskserve batch job.toml --shard 0/4",
+        ),
+    ),
     "ops": (
         "maskserve_cli.ops:ops",
         "what can be computed, and the parameters of one op",

@@ -77,6 +77,7 @@ BY_ERRNO: Mapping[int, int] = MappingProxyType(
         errno.ENOSPC: IO_ERROR,
         errno.EDQUOT: IO_ERROR,
         errno.EIO: IO_ERROR,
+        errno.EAGAIN: TRY_AGAIN,
     }
 )
 """What the system said is more exact than that a file could not be read or written."""

@@ -14,12 +14,12 @@ PATIENCE_S = 2.0
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that hears how many of `total` bytes were done; the bar appears on stderr after PATIENCE_S."""
+def progress(what: str, total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    """A function that hears how many of `total` bytes, or of another unit, were done; the bar appears after PATIENCE_S."""
     if total == 0 or sys.stderr is None or not sys.stderr.isatty():
         yield lambda n: None
         return
-    bar = Bar(what, total)
+    bar = Bar(what, total, unit)
     try:
         yield bar.tick
     finally:
@@ -44,8 +44,8 @@ def patience(what: str) -> Iterator[None]:
 class Bar:
     """A bar of rich's, made when it is needed."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.start_s = time.monotonic()
         self.close: Callable[[], None] = lambda: None
         self.show: Callable[[int], None] = lambda done: None
@@ -59,10 +59,19 @@ class Bar:
 
     def open(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
+        rate = TextColumn("{task.speed:.0f} " + f"{self.unit}/s")
+        counts = [DownloadColumn()] if self.unit == "bytes" else [MofNCompleteColumn(), rate]
         bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(),
             console=Console(stderr=True), transient=True,
         )  # fmt: skip
         task = bar.add_task(self.what, total=self.total)

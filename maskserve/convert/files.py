@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from maskserve.errors import (
 )
 from maskserve.payload.files import (
     EXISTS,
-    TEMP_PREFIX,
     Exists,
     Payload,
     StrPath,
@@ -38,6 +36,7 @@ from maskserve.payload.files import (
     _stands,
     failing,
     placed,
+    temp_name,
 )
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, shown
 from maskserve.payload.held import HeldPayload, refuse_other_masks
@@ -316,7 +315,7 @@ def placed_folder(path: str, make: Any, exists: Exists) -> bool:
     target = os.path.realpath(path)
     if folder_stands(target, exists):
         return False
-    beside = os.path.join(os.path.dirname(target), f"{TEMP_PREFIX}{secrets.token_hex(8)}")
+    beside = os.path.join(os.path.dirname(target), temp_name())
     old = f"{beside}-old"
     try:
         with unwritable(path):
@@ -332,6 +331,22 @@ def placed_folder(path: str, make: Any, exists: Exists) -> bool:
         shutil.rmtree(beside, ignore_errors=True)
         if os.path.isdir(target):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def place(made: str, path: str) -> None:
+    """Renames a file or folder of ours, which is on disk, to `path`, over one of its kind; both are in one folder."""
+    target = os.path.realpath(path)
+    is_folder = os.path.isdir(made)
+    with failing(f"{shown(path)} cannot be written"):
+        if is_folder:
+            folder_stands(target, "replace")
+            old = os.path.join(os.path.dirname(target), f"{temp_name()}-old")
+            swap(made, target, old)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            _stands(target, shown(path), "replace")
+            os.replace(made, target)
+        sync(os.path.dirname(target))
 
 
 def swap(new: str, target: str, old: str) -> None:

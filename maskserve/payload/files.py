@@ -12,6 +12,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
@@ -34,6 +35,7 @@ Exists: TypeAlias = Literal["error", "replace", "skip"]
 EXISTS: tuple[Exists, ...] = ("error", "replace", "skip")
 MANY = 4  # runs from which they are read in one call: between two calls threads wait for the interpreter
 TEMP_PREFIX = ".maskserve-"  # known, so that what a kill leaves behind can be told from data
+_owner: ContextVar[str] = ContextVar("owner", default="")
 
 _NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL})
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES})
@@ -248,6 +250,22 @@ def _open_regular(path: StrPath) -> int:
     return fd
 
 
+@contextmanager
+def temps_of(owner: str) -> Iterator[None]:
+    """Temp files that are made inside carry this name, so that who finds one can tell whether its maker still runs."""
+    token = _owner.set(owner)
+    try:
+        yield
+    finally:
+        _owner.reset(token)
+
+
+def temp_name() -> str:
+    """A new name for what is made beside its target."""
+    owner = _owner.get()
+    return f"{TEMP_PREFIX}{owner}{'-' if owner else ''}{secrets.token_hex(8)}"
+
+
 def save(path: StrPath, encoded: Encoded, *, exists: Exists = "error") -> bool:
     """Whether the payload was written to `path`: it is there whole and on disk, or nothing changed.
 
@@ -270,9 +288,8 @@ def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = 
         if _stands(target, name, exists):
             return False
         folder = os.path.dirname(target)
-        temp = os.path.join(folder, f"{TEMP_PREFIX}{secrets.token_hex(8)}")
-        # 0o666 lets the kernel apply the umask: reading it would mean setting it, for every thread
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        temp = os.path.join(folder, temp_name())
+        fd = _create(temp)
     try:
         try:
             make(fd, temp)
@@ -286,6 +303,11 @@ def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = 
     finally:
         with suppress(OSError):  # mostly gone by now; and what went wrong before is what the caller must hear
             os.unlink(temp)
+
+
+def _create(temp: str) -> int:
+    # 0o666 lets the kernel apply the umask: reading it would mean setting it, for every thread
+    return os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def _stands(target: str, name: str, exists: Exists) -> bool:

@@ -32,7 +32,7 @@ def json_text(path: StrPath, limits: Limits) -> bytes | None:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:  # a buffer would read 8 kB to look at 8 bytes
             first = file.read(LENGTH_BYTES)
             return first + file.read(limits.json_bytes + 1 - len(first)) if is_json(first) else None
     except (OSError, ValueError):
