@@ -369,6 +369,8 @@ def long_slices(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
         return searched(plan, source)
     if isinstance(row, Scan) and row.reach is Reach.OWN:
         return cell_by_cell(plan, source, budget)
+    if isinstance(row, Scan) and row.carries and plan.params.get("limit") is None:
+        return carried(plan, source, budget, backward=row.carries == "backward")
     needed = 2 * bytes_a_slice(plan, source.cell_bytes)
     raise OutOfMemoryError(
         f"{row.name} holds each slice whole, {plan.n_reduced} cells: that takes {needed} bytes, and {budget} are allowed; "
@@ -431,3 +433,32 @@ def cell_by_cell(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
             where = put(kept, 1, run)
             values, mask = engine.run(of_sizes(plan, sizes_of(where)), *folded.window(where))
             yield Piece(where=where, values=values, mask=mask)
+
+
+def carried(plan: Plan, source: Source, budget: int, *, backward: bool) -> Iterator[Piece]:
+    """Parts of a slice one after the other: before each lies the last valid result of those that came."""
+    folded, step = source.folded(plan.fold), max(1, budget // (8 * (source.cell_bytes + plan.result.n_bytes + 1)))
+    dtype = getattr(torch, plan.stored.torch)
+    for kept in kept_tiles(plan, 1, whole(plan)):
+        carry, known = torch.zeros((1, 1, 1), dtype=dtype), torch.zeros((1, 1, 1), dtype=torch.bool)
+        for run in reversed(spans(plan.fold[1], step)) if backward else spans(plan.fold[1], step):
+            where = put(kept, 1, run)
+            n = run.stop - run.start
+            data, mask = folded.window(where)
+            mask = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask
+            cells = torch.cat([data, carry] if backward else [carry, data], 1)
+            valid = torch.cat([mask, known] if backward else [known, mask], 1)
+            values, own = engine.run(of_sizes(plan, (1, n + 1, 1)), cells, valid)
+            last, known = last_valid(values, own, backward=backward)
+            carry = last.to(dtype)  # a cell as it came, though fp8 gives float32
+            part = slice(0, n) if backward else slice(1, n + 1)
+            yield Piece(where=where, values=values[:, part], mask=own[:, part])
+
+
+def last_valid(values: Tensor, mask: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
+    """The last valid cell of one slice, (1, 1, 1), or the first one; masked where none is valid."""
+    found = mask.view(-1).nonzero()
+    if not len(found):
+        return torch.zeros_like(values[:, :1]), torch.zeros_like(mask[:, :1])
+    at = int(found[0 if backward else -1])
+    return values[:, at : at + 1], mask[:, at : at + 1]

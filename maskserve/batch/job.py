@@ -16,7 +16,7 @@ from maskserve.batch.conversion import CONVERT, conversion_words
 from maskserve.cgroup import cpus, default_memory
 from maskserve.errors import RequestError, SettingsError, nearest
 from maskserve.ops import verbs
-from maskserve.settings import one_of, size, whole, word
+from maskserve.settings import memory, one_of, whole, word
 from maskserve.version import ORDER_VERSION, version
 
 REQUIRED = object()
@@ -84,7 +84,7 @@ KEYS = (
     Key(section="run", name="workers", default=0, help="processes that compute; 0: the CPUs that the cgroup grants", parse=whole),
     Key(section="run", name="engine", default="local", help="local", parse=local),
     Key(section="run", name="memory", default=None, shown="half of what the cgroup grants",
-        help="bytes that all workers together may hold, as 2GiB", parse=size),
+        help="bytes that all workers together may hold, as 2GiB; at least 64MB for each of them", parse=memory),
     Key(section="run", name="retries", default=2, help="how often what may pass (exits 69, 74, 75) is tried again", parse=whole),
     Key(section="run", name="max_errors", default=-1, parse=limit,
         help="inputs that may fail before the job stops; -1: no limit; 0: stop at the first, as --fail-fast"),

@@ -30,7 +30,7 @@ ROWS = (
         summary="masked cells filled with the last valid cell before them along dim",
         parameters=(DIM, LIMIT),
         accepts=NUMERIC | {u64}, picks=True,
-        result=same, scan=".places:FilledForward",
+        result=same, scan=".places:FilledForward", carries="forward",
         vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Fill(
@@ -38,7 +38,7 @@ ROWS = (
         summary="masked cells filled with the next valid cell after them along dim",
         parameters=(DIM, LIMIT),
         accepts=NUMERIC | {u64}, picks=True,
-        result=same, scan=".places:FilledBackward",
+        result=same, scan=".places:FilledBackward", carries="backward",
         vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
 )  # fmt: skip

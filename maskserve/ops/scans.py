@@ -34,7 +34,7 @@ ROWS = (
         summary="largest valid cell so far along dim, and its index, the last of equal ones",
         parameters=(DIM, NAN),
         accepts=NUMERIC | {u64}, picks=True, indices=True,
-        result=same, scan=".places:CumulativeLargest",
+        result=same, scan=".places:CumulativeLargest", carries="forward",
         vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Scan(
@@ -42,7 +42,7 @@ ROWS = (
         summary="smallest valid cell so far along dim, and its index, the last of equal ones",
         parameters=(DIM, NAN),
         accepts=NUMERIC | {u64}, picks=True, indices=True,
-        result=same, scan=".places:CumulativeSmallest",
+        result=same, scan=".places:CumulativeSmallest", carries="forward",
         vjp=".gradients_of_orders:picked", vjp_reads_cells=False,
     ),
     Scan(
