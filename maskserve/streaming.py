@@ -21,6 +21,7 @@ from torch import Tensor
 from maskserve import engine, execution
 from maskserve.backends import Parts
 from maskserve.backends.reference import kernel
+from maskserve.backends.reference.cells import select
 from maskserve.blocks import Cells, counting, covering, cut, seen, spans
 from maskserve.dtypes import Kind
 from maskserve.errors import OutOfMemoryError
@@ -46,6 +47,8 @@ LEAST_BLOCK = 1 << 14
 """Cells below which blocks cost more in calls than they save."""
 WINDOW_WIDTHS = 8
 """How many times the bytes of a window are held where new masks are made of its cells."""
+WIDTHS_OF_STATE = 256
+"""Bytes a cell, at most, where a running sum goes on from a state: 20 or so float64 copies, of which some live at once."""
 SHARE = 4
 """The part of the budget that they may take."""
 
@@ -369,7 +372,9 @@ def long_slices(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
         return searched(plan, source)
     if isinstance(row, Scan) and row.reach is Reach.OWN:
         return cell_by_cell(plan, source, budget)
-    if isinstance(row, Scan) and row.carries and plan.params.get("limit") is None:
+    if isinstance(row, Scan) and row.carries == "state" and plan.stored.kind is not Kind.COMPLEX:
+        return handed_on(plan, source, budget)
+    if isinstance(row, Scan) and row.carries in ("forward", "backward") and plan.params.get("limit") is None:
         return carried(plan, source, budget, backward=row.carries == "backward")
     needed = 2 * bytes_a_slice(plan, source.cell_bytes)
     raise OutOfMemoryError(
@@ -462,3 +467,19 @@ def last_valid(values: Tensor, mask: Tensor, *, backward: bool) -> tuple[Tensor,
         return torch.zeros_like(values[:, :1]), torch.zeros_like(mask[:, :1])
     at = int(found[0 if backward else -1])
     return values[:, at : at + 1], mask[:, at : at + 1]
+
+
+def handed_on(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
+    """Parts of a slice one after the other, each of whole leaves: the kernel hands its state on."""
+    row, n = plan.row, plan.fold[1]
+    assert isinstance(row, Scan)
+    scan_on = kernel(row.scan).scan_on
+    step = max(1, min(budget // WIDTHS_OF_STATE, BLOCK) // plan.leaf) * plan.leaf
+    for kept in kept_tiles(plan, 1, whole(plan)):
+        carry = None
+        cells = SourceCells(plan, source, None, kept, policy=plan.params["nan"])
+        for run in spans(n, step):
+            data, mask = cells.block(slice(0, 1), run, slice(0, 1))
+            (values, own), carry = scan_on(plan, data, mask, carry)
+            valid = torch.ones(values.shape, dtype=torch.bool) if own is None else own
+            yield Piece(where=put(kept, 1, run), values=engine.narrowed(plan, select(values, own)), mask=valid)

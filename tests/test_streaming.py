@@ -134,6 +134,20 @@ def test_shards_merged_in_any_order_are_the_whole(
         assert states.merge(half).answer().to_bytes() == whole
 
 
+@pytest.mark.parametrize("special", [1.7e308, float("inf"), float("nan"), -1.7e308])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64])
+def test_a_running_sum_goes_on_from_part_to_part(dtype: torch.dtype, special: float) -> None:
+    data = torch.randn(30_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    data[[5_000, 5_001, 20_000]] = torch.tensor([special, -special, special], dtype=torch.float64)
+    if dtype is torch.int64:
+        data = data.nan_to_num(0, 9, 9).clamp(-9, 9) * 1e15
+    sample = Masked(3, data.to(dtype), torch.rand(30_000, generator=torch.Generator().manual_seed(4)) < 0.9)
+    of = planned(OPS["cumsum"], 0, sample)
+    for budget in (50_000, 200_000):
+        got = streaming.run(of, Held(sample.data, sample.mask), None, budget)
+        assert_same_bits(got, engine.run(of, sample.data, sample.mask), (dtype, special, budget))
+
+
 # -- masks and weights of every form ------------------------------------------------------------------------------
 
 

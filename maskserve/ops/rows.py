@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, ClassVar, Final
+from typing import ClassVar, Final, Literal
 
 from maskserve import dtypes
 from maskserve.dtypes import DType
@@ -224,8 +224,9 @@ class Scan(Sliced):
 
     scan: str
     reach: Reach = Reach.BEFORE
-    carries: Literal["", "forward", "backward"] = ""
-    """Which way the last valid result of a part of a slice stands for all of it, as a cell before the next part."""
+    carries: Literal["", "forward", "backward", "state"] = ""
+    """How a slice goes on after a part of it: the part's last valid result stands before the next part as a cell, in this
+    direction; or the kernel's scan_on hands on a state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ ROWS = (
         summary="running sum of the valid cells along dim; masked cells are skipped and stay masked",
         parameters=(DIM, KEYWORD_DTYPE, NAN),
         accepts=NUMERIC | COMPLEX, on_complex=".complexes:by_parts",
-        result=summed, scan=".scans:CumulativeSum",
+        result=summed, scan=".scans:CumulativeSum", carries="state",
         vjp=".gradients:cumsum", vjp_reads_cells=False,
     ),
     Scan(
