@@ -57,15 +57,19 @@ def state_path(asked: Asked) -> str:
     return asked.state
 
 
+def refuse_streams(paths: Sequence[str]) -> None:
+    """Raise where processes cannot each open what is read."""
+    if any(path == inputs.STDIN or inputs.is_stream(path) for path in paths):
+        raise ParameterError(
+            "--workers reads files, which each process opens; stdin cannot be shared", parameter="workers"
+        )
+
+
 def by_workers(asked: Asked, request: Request, settings: Settings) -> Answer:
     """The answer, its parts reduced in processes."""
     from maskserve.crews import reduce
 
     paths = some_files(asked.verb, asked.files)
-    if any(path == inputs.STDIN or inputs.is_stream(path) for path in paths):
-        raise ParameterError(
-            "--workers reads files, which each process opens; stdin cannot be shared", parameter="workers"
-        )
     words = {**asked.words, "device": settings["device"]}
     return reduce(
         request.verb, words, paths, asked.along, workers=asked.workers or 0, limits=inputs.limits_of(settings),

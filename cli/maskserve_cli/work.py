@@ -57,6 +57,8 @@ def perform(asked: Asked) -> None:
     if asked.shard is not None or asked.state is not None:
         shards.write_state(asked, request, paths, settings)
         return
+    if asked.workers is not None:
+        shards.refuse_streams(paths)
     if asked.wanted.out not in (None, outputs.STDOUT):
         outputs.target(asked.wanted, None)  # what cannot be written is an error before stdin is waited for
     with questioned(request, paths, asked.along, settings) as question:

@@ -1,0 +1,181 @@
+"""The command line on files larger than --memory, in parts, in processes and by shards: the same bytes, within the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.command_line import (  # noqa: F401  # fixtures are found by name
+    COMMAND,
+    Maskserve,
+    environment,
+    folder_fixture,
+    maskserve_fixture,
+    one_line,
+    process,
+)
+
+MEGABYTE = 10**6
+MEMORY = 64 * MEGABYTE
+BUFFERS = 128 * MEGABYTE
+"""What a process may have beside Python with torch and its memory."""
+SHAPE = (24, 600, 1000)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """72 MB, in a folder of its own."""
+    generator = torch.Generator().manual_seed(1)
+    rain = torch.randn(SHAPE, generator=generator)
+    path = tmp_path_factory.mktemp("large") / "rain.safetensors"
+    names = {"maskserve.dims": json.dumps({"rain": ["time", "lat", "lon"], "time": ["time"]})}
+    mask = torch.rand(SHAPE, generator=generator) < 0.8
+    save_file({"rain": rain, "rain.mask": mask, "time": torch.arange(SHAPE[0])}, path, metadata=names)
+    return path
+
+
+def peak_bytes(words: list[str]) -> int:
+    """The most resident memory of a process that ends well, looked at often."""
+    peak = 0
+    running = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None:
+        with suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{running.pid}/status").read_text().splitlines()
+            peak = max(peak, 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1]))
+        time.sleep(0.005)
+    assert running.returncode == 0, words
+    return peak
+
+
+@pytest.fixture(scope="module")
+def torch_bytes() -> int:
+    return peak_bytes([sys.executable, "-c", "import torch"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["reduce", "--op", "mean", "--dim", "time"], ["reduce", "--op", "median", "--dim", "lon"],
+        ["softmax", "--dim", "time"], ["mask", "--greater", "1"],
+        ["eval", "--expr", "(x - mean(x, dim=time)) / std(x)"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_memory_holds_and_changes_no_byte(words: list[str], large: Path, tmp_path: Path, torch_bytes: int) -> None:
+    out = [str(tmp_path / name) for name in ("whole", "parts")]
+    command = [*COMMAND, *words, str(large), "-o"]
+    subprocess.run([*command, out[0], "--memory", "8GB"], env=environment(), check=True, capture_output=True)
+    peak = peak_bytes([*command, out[1], "--memory", "64MB"])
+    assert Path(out[0]).read_bytes() == Path(out[1]).read_bytes()
+    assert peak - torch_bytes <= MEMORY + BUFFERS, f"{(peak - torch_bytes) / MEGABYTE:.0f} MB beyond torch"
+
+
+def test_stdin_that_is_larger_than_the_memory_is_read_in_parts(large: Path) -> None:
+    words = ["reduce", "--op", "mean", "--dim", "lat,lon", "--memory", "64MB"]
+    with open(large, "rb") as file:
+        piped = subprocess.run([*COMMAND, *words, "-"], stdin=file, env=environment(), capture_output=True, check=True)
+    assert piped.stdout == process(*words, str(large), cwd=large.parent).out
+    assert len(piped.stdout.splitlines()) == SHAPE[0]
+
+
+def test_processes_and_shards_give_the_same_bytes(large: Path, tmp_path: Path) -> None:
+    words = ["reduce", "--op", "std", "--dim", "time", str(large)]
+    assert process(*words, "-o", "whole", cwd=tmp_path).code == 0
+    assert process(*words, "--workers", "2", "-o", "workers", cwd=tmp_path).code == 0
+    for i in range(3):
+        ran = process(*words, "--shard", "auto/3", "--state", f"{i}.state", cwd=tmp_path, JOB_COMPLETION_INDEX=str(i))
+        assert one_line(ran).startswith(f"maskserve: wrote {i}.state: the state of shard {i}/3")
+    assert process("merge", "2.state", "0.state", "1.state", "-o", "merged", cwd=tmp_path).code == 0
+    whole = (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "workers").read_bytes() == whole
+    assert (tmp_path / "merged").read_bytes() == whole
+    ran = process("merge", "2.state", "0.state", "-o", "no", cwd=tmp_path)
+    assert (ran.code, one_line(ran)) == (65, "maskserve: shard 1 of 3 is missing: give the states of all")
+    assert not (tmp_path / "no").exists()
+
+
+def test_sigterm_ends_a_streamed_answer_with_nothing_left(large: Path, tmp_path: Path) -> None:
+    words = ["softmax", "--dim", "lon", "--memory", "64MB", str(large), "-o", str(tmp_path / "out")]
+    running = subprocess.Popen([*COMMAND, *words], env=environment(), stderr=subprocess.PIPE)
+    deadline_s = time.monotonic() + 30
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=30)
+    assert (running.returncode, told) == (143, b"maskserve: terminated\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mount is not permitted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_met_before_the_work(large: Path, small_disk: Path) -> None:
+    (small_disk / "out").write_bytes(b"old")
+    words = ["softmax", "--dim", "lon", "--memory", "64MB", "--force", str(large), "-o", str(small_disk / "out")]
+    ran = process(*words, cwd=small_disk)
+    assert ran.code == 74
+    assert one_line(ran).endswith("out cannot be written: No space left on device")
+    assert [(path.name, path.read_bytes()) for path in small_disk.iterdir()] == [("out", b"old")]
+
+
+def test_an_answer_that_does_not_fit_is_no_table(large: Path) -> None:
+    ran = process("softmax", "--dim", "lon", "--memory", "64MB", str(large), cwd=large.parent)
+    assert ran.code == 65
+    assert "rain (time 24, lat 600, lon 1000) does not fit into --memory as text; give -o OUT.safetensors" in one_line(
+        ran
+    )
+    piped = process("softmax", "--dim", "lon", "--memory", "64MB", str(large), "-o", "-", cwd=large.parent)
+    assert (piped.code, len(piped.out)) == (
+        0,
+        os.path.getsize(large) + len(piped.out) % 1000 - os.path.getsize(large) % 1000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("reduce --op sum rain.safetensors --memory 1MB", 78, "--memory is '1MB'; it must be a size of 64MB or more"),
+        ("reduce --op sum rain.safetensors --shard 0/2", 2, "--shard needs --state OUT"),
+        ("reduce --op sum rain.safetensors --state s --shard 2/2", 2, "shards of 2 are 0/2 to 1/2"),
+        ("reduce --op sum rain.safetensors --state s --shard auto/2", 78, "none of JOB_COMPLETION_INDEX"),
+        ("reduce --op sum rain.safetensors --state s -o out", 2, "--state writes a state, and no answer"),
+        ("reduce --op sum rain.safetensors --state no/folder", 73, "there is no folder no"),
+        ("reduce --op median rain.safetensors --state s", 65, "median of f32 has no state that can be merged"),
+        ("reduce --op sum - --workers 2", 2, "--workers reads files"),
+        ("reduce --op sum - -", 2, "reduce reads stdin (-) once"),
+        ("reduce --op sum rain.safetensors missing.safetensors", 66, "missing.safetensors cannot be opened"),
+        ("reduce --op sum rain.safetensors rain.safetensors --along level", 2, "no variable has the dim 'level'"),
+        ("merge", 2, "merge needs a FILE"),
+        ("merge rain.safetensors", 65, "rain.safetensors: it is no state of a shard"),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_is_one_line_and_its_exit_code(maskserve: Maskserve, words: str, code: int, said: str) -> None:
+    for name in ("JOB_COMPLETION_INDEX", "SLURM_ARRAY_TASK_ID", "AWS_BATCH_JOB_ARRAY_INDEX"):
+        os.environ.pop(name, None)
+    ran = maskserve(*words.split())
+    assert (ran.code, said in one_line(ran)) == (code, True), ran.err
+
+
+def test_files_are_one_along_a_dim(maskserve: Maskserve) -> None:
+    ran = maskserve("reduce", "--op", "sum", "--dim", "time", "rain.safetensors", "rain.safetensors", "--json")
+    assert ran.err == "maskserve: 2 files as one (4, 3) along time\n"
+    assert json.loads(ran.text)["rain"]["values"] == [10.0, None, 18.0]
