@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Mapping
-from math import prod
 from typing import TypeAlias
 
 import torch
@@ -73,13 +72,13 @@ def full(shape: Shape, where: Window) -> Window:
 
 def write_window(put: Put, cells: Tensor, begin: int, shape: Shape, where: Window) -> None:
     """A window of a tensor that begins at a byte of the file."""
-    at = runs(shape, where)
-    if not at:
-        return
     width, raw = cells.element_size(), cells.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    n = prod(s.stop - s.start for s in where) * width // len(at)
-    for i, start in enumerate(at):
-        put(raw[i * n : (i + 1) * n], begin + start * width)
+    done = 0
+    for n_cells, starts in runs(shape, where):
+        n = n_cells * width
+        for start in starts:
+            put(raw[done : done + n], begin + start * width)
+            done += n
 
 
 def cells_of(out: Output) -> memoryview:

@@ -7,9 +7,9 @@ are several. Nothing of a source is larger in memory than the window asked for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from math import prod
 from typing import TypeAlias
 
@@ -35,6 +35,9 @@ Read: TypeAlias = Callable[[Sequence[int], Tensor], None]
 
 FEW_BYTES = 1 << 22
 """Side inputs up to this size are read once, and not again for each window."""
+
+MOST_RUNS = 1 << 16
+"""Runs that are told at once: a number in a list takes 40 bytes, and a run may be one cell."""
 
 
 class Source(ABC):
@@ -75,23 +78,26 @@ class Stored(Source):
         return Stored(self.cells, self.valid, self.dtype, shape, self.fill)
 
     def window(self, where: Window) -> Masked:
-        sizes, starts = tuple(s.stop - s.start for s in where), runs(self.shape, where)
+        sizes = tuple(s.stop - s.start for s in where)
         data = torch.empty(sizes, dtype=self.dtype)
-        self.cells(starts, data.view(-1))
-        mask = None
-        if self.valid is not None:
-            mask = torch.empty(sizes, dtype=torch.bool)
-            self.valid(starts, mask.view(-1))
+        mask = None if self.valid is None else torch.empty(sizes, dtype=torch.bool)
+        done = 0
+        for n, starts in runs(self.shape, where):
+            part = slice(done, done + n * len(starts))
+            self.cells(starts, data.view(-1)[part])
+            if self.valid is not None and mask is not None:
+                self.valid(starts, mask.view(-1)[part])
+            done = part.stop
         if self.tick is not None:
             self.tick(data.nbytes + (0 if mask is None else mask.nbytes))
         return data, without_fill(data, mask, self.fill)
 
 
-def runs(shape: Shape, where: Window) -> Sequence[int]:
-    """Where in row-major order each run of a window that lies in one piece starts; all are equally long.
+def runs(shape: Shape, where: Window) -> Iterator[tuple[int, Sequence[int]]]:
+    """How long each run of a window that lies in one piece is, and where in row-major order some of them start.
 
-    >>> runs((4, 3, 5), (slice(1, 3), slice(0, 2), slice(0, 5))), runs((4, 3), (slice(1, 3), slice(0, 3)))
-    ([15, 30], [3])
+    >>> [*runs((4, 3, 5), (slice(1, 3), slice(0, 2), slice(0, 5)))], [*runs((4, 3), (slice(1, 3), slice(0, 3)))]
+    ([(10, [15, 30])], [(6, [3])])
     """
     split = len(shape)
     while split and where[split - 1] == slice(0, shape[split - 1]):
@@ -99,10 +105,13 @@ def runs(shape: Shape, where: Window) -> Sequence[int]:
     split = max(split - 1, 0)  # the first dim that is cut, from the right, is still one run
     steps = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
     first = sum(s.start * step for s, step in zip(where[split:], steps[split:], strict=True))
-    if any(s.stop == s.start for s in where):
-        return ()
-    outer = [[i * step for i in range(s.start, s.stop)] for s, step in zip(where[:split], steps, strict=False)]
-    return [first + sum(places) for places in product(*outer)]
+    n = prod(s.stop - s.start for s in where[split:])
+    if not all(s.stop > s.start for s in where):
+        return
+    outer = [range(s.start * step, s.stop * step, step) for s, step in zip(where[:split], steps, strict=False)]
+    starts = (first + sum(places) for places in product(*outer))
+    while some := [*islice(starts, MOST_RUNS)]:
+        yield n, some
 
 
 # -- what a payload holds -----------------------------------------------------------------------------------------
@@ -191,13 +200,52 @@ class Folded(Source):
     def __init__(self, of: Source, shape: Shape) -> None:
         self.of, self.shape, self.dtype, self.is_masked = of, shape, of.dtype, of.is_masked
 
+    @property
+    def cell_bytes(self) -> int:
+        return self.of.cell_bytes
+
     def window(self, where: Window) -> Masked:
         box, sizes, exact = covering(self.of.shape, self.shape, where)
+        parts = cut_at_rows(self.of.shape, self.shape, where) if prod(sizes) > MOST_AROUND * n_cells(where) else None
+        if parts is not None:
+            dim, halves = parts
+            (left, left_mask), (right, right_mask) = map(self.window, halves)
+            masks = [mask for mask in (left_mask, right_mask) if mask is not None]
+            return torch.cat([left, right], dim), torch.cat(masks, dim) if masks else None
         data, mask = self.of.window(box)
         return data.reshape(sizes)[exact], None if mask is None else mask.expand(data.shape).reshape(sizes)[exact]
 
     def folded(self, shape: Shape) -> Source:
         return self.of.folded(shape)
+
+
+MOST_AROUND = 2
+"""How many times its cells the box of a window may hold; a window that lies across long rows is cut where one ends."""
+
+
+def n_cells(where: Window) -> int:
+    return prod(s.stop - s.start for s in where)
+
+
+def cut_at_rows(shape: Shape, folded: Shape, where: Window) -> tuple[int, tuple[Window, Window]] | None:
+    """A window cut in two where a row of the dims behind ends, with the dim that is cut; None where none is cut inside.
+
+    >>> dim, halves = cut_at_rows((2, 100), (200,), (slice(99, 102),))
+    >>> halves
+    ((slice(99, 100, None),), (slice(100, 102, None),))
+    """
+    dim = 0
+    for at, (size, wanted) in enumerate(zip(folded, where, strict=True)):
+        rest = size
+        while rest > 1:
+            rest //= shape[dim]
+            dim += 1
+            end = -(-wanted.start // rest) * rest if wanted.start % rest else wanted.stop // rest * rest
+            if wanted.start < end < wanted.stop:
+                halves = (slice(wanted.start, end), slice(end, wanted.stop))
+                left, right = ((*where[:at], half, *where[at + 1 :]) for half in halves)
+                return at, (left, right)
+    return None
 
 
 class Laid(Source):

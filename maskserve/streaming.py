@@ -211,7 +211,7 @@ def pieces(plan: Plan, source: Source, weights: Source | None, budget: int) -> I
 
 def n_passes(plan: Plan, cell_bytes: int, budget: int) -> int:
     """How many times a source is read; 0 where that depends on its cells."""
-    if lifts(plan) or budget // (2 * bytes_a_slice(plan, cell_bytes)) >= 1:
+    if lifts(plan) or slices_at_once(plan, cell_bytes, budget) >= 1:
         return 1
     return 2 if isinstance(plan.row, Normalization) else 1 if isinstance(plan.row, Scan) else 0
 
@@ -334,7 +334,7 @@ def side_by_side(plan: Plan, source: Source, weights: Source | None, region: Reg
 
 def whole_slices(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
     """What needs its slices whole, as many at a time as fit."""
-    most = budget // (2 * bytes_a_slice(plan, source.cell_bytes))
+    most = slices_at_once(plan, source.cell_bytes, budget)
     if most < 1:
         yield from long_slices(plan, source, budget)
         return
@@ -344,6 +344,12 @@ def whole_slices(plan: Plan, source: Source, weights: Source | None, budget: int
         below = of_sizes(plan, sizes_of(tile))
         values, mask = engine.run(below, *folded.window(tile), *(w.window(tile) for w in laid))
         yield Piece(where=of_result(plan, tile), values=values, mask=mask)
+
+
+def slices_at_once(plan: Plan, cell_bytes: int, budget: int) -> int:
+    """How many slices fit; one at least where it is empty, or where memory has it whole and parts of it had other bits."""
+    is_whole = isinstance(plan.row, Normalization) and plan.n_reduced <= engine.LONG and finisher_of(plan) is not None
+    return max(budget // (2 * bytes_a_slice(plan, cell_bytes)), int(is_whole or not plan.n_reduced))
 
 
 def bytes_a_slice(plan: Plan, cell_bytes: int) -> int:

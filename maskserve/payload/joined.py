@@ -125,7 +125,7 @@ class JoinedPayload(_Ranges):
         variable = sources[0][1]
         if named is not None and named is masks[0] and all(
             mask is not None and mask.kind is named.kind and can_join(mask.info.shape, named.info.shape, dim, v, mask.kind)
-            and mask.info.dtype is named.info.dtype
+            and mask.info.dtype is named.info.dtype and mask.means == named.means
             for mask, (_, v) in zip(masks, sources, strict=True)
         ):  # fmt: skip
             shapes = [mask.info.shape for mask in masks if mask is not None]

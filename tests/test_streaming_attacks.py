@@ -1,0 +1,103 @@
+"""What once broke the promise that reading in parts gives the bits of the whole, within the memory that is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskserve import answers, engine, requests, sources
+from maskserve.joining import question
+from maskserve.opening import open_any
+from maskserve.payload.format import BytesPayload, to_bytes
+from maskserve.payload.tensors import output
+from maskserve.sources import Folded, Held, Masked, Window
+
+
+def bytes_of(metadata: dict[str, str] | None = None, **tensors: Tensor) -> bytes:
+    return to_bytes([output(name, tensor) for name, tensor in tensors.items()], metadata or {})
+
+
+def in_parts(payload: BytesPayload, verb: str, memory: int, **words: Any) -> Tensor:
+    """The first result under a bound of memory."""
+    (made, *_) = answers.run(requests.build(verb, words), payload, memory=memory).results
+    return (made.in_memory() if isinstance(made, answers.Streamed) else made).data
+
+
+@pytest.mark.parametrize("means", [(None, "missing"), ("missing", None), ("missing", "missing")], ids=str)
+def test_joined_masks_may_mean_valid_in_one_file_and_missing_in_another(
+    means: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    paths = []
+    for i, own in enumerate(means):
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        valid = torch.tensor([True, True, True, False])
+        said = {"maskserve.mask_means": own} if own else {}
+        Path(paths[-1]).write_bytes(bytes_of(said, rain=torch.ones(4), **{"rain.mask": ~valid if own else valid}))
+    request = requests.build("reduce", {"op": "sum"})
+    with question(request, paths, open_any) as asked:
+        assert answers.run(request, asked.payload).held[0].data.item() == 6
+
+
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_that_memory_has_whole_are_normalized_whole(op: str, dim: int) -> None:
+    cells = torch.randn((70, 33), dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 3
+    payload = BytesPayload(bytes_of(rain=cells))
+    whole = answers.run(requests.build("softmax", {"op": op, "dim": dim}), payload).held[0].data
+    for memory in (1, 100, 1000):
+        assert torch.equal(in_parts(payload, "softmax", memory, op=op, dim=dim), whole)
+
+
+def test_selections_of_empty_slices_need_no_memory() -> None:
+    payload = BytesPayload(bytes_of(rain=torch.ones(3, 0)))
+    for dim in (0, 1):
+        assert in_parts(payload, "reduce", 1, op="median", dim=dim).numel() == (3 if dim else 0)
+
+
+class Measured(Held):
+    """Cells that remember the largest window that was asked of them."""
+
+    most = 0
+
+    def window(self, where: Window) -> Masked:
+        data, mask = super().window(where)
+        self.most = max(self.most, data.numel())
+        return data, mask
+
+
+@pytest.mark.parametrize("shape", [(2, 1001), (3, 7, 101), (2, 3, 5, 67), (1, 2001), (2, 0, 5)], ids=str)
+def test_a_window_across_rows_reads_little_more_than_itself(shape: tuple[int, ...]) -> None:
+    cells = torch.arange(torch.Size(shape).numel()).view(shape)
+    of = Measured(cells, cells % 3 == 0)
+    flat, n = Folded(of, (1, cells.numel(), 1)), cells.numel()
+    for start in range(0, n, 64):
+        where = slice(start, min(start + 64, n))
+        data, mask = flat.window((slice(0, 1), where, slice(0, 1)))
+        assert mask is not None
+        assert torch.equal(data.view(-1), cells.view(-1)[where])
+        assert torch.equal(mask.view(-1), of.mask.view(-1)[where])  # type: ignore[union-attr]
+    assert of.most <= 128
+
+
+def test_few_runs_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MOST_RUNS", 3)
+    where = (slice(0, 4), slice(1, 3), slice(2, 4))
+    told = [*sources.runs((4, 3, 5), where)]
+    assert [n for n, _ in told] == [2, 2, 2]
+    assert [len(starts) for _, starts in told] == [3, 3, 2]
+    cells = torch.arange(60.0).view(4, 3, 5)
+    payload = BytesPayload(bytes_of(rain=cells, **{"rain.mask": cells % 2 == 0}))
+    variable = answers.resolved(requests.build("reduce", {"op": "sum"}), payload, {})["rain"]
+    data, mask = sources.stored(payload, variable).window(where)
+    assert torch.equal(data, cells[where])
+    assert mask is not None
+    assert torch.equal(mask, cells[where] % 2 == 0)
+    monkeypatch.setattr(engine, "LONG", 1)
+    assert torch.equal(
+        in_parts(payload, "scan", 200, op="cumsum", dim=0),
+        torch.where(cells % 2 == 0, cells, 0).cumsum(0) * (cells % 2 == 0),
+    )
