@@ -66,7 +66,6 @@ BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.MissingExtraError: BAD_CONFIGURATION,  # not 69: trying again installs nothing
         errors.WorkerLostError: INTERNAL,  # not 75: it has been tried again by then
         errors.OutOfMemoryError: TRY_AGAIN,
-        errors.WorkerLostError: INTERNAL,  # the same input would kill the next one
     }
 )
 """The exit code of a class and of those below it."""
