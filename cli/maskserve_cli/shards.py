@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from maskserve.errors import ParameterError, about
 from maskserve.shards import WHOLE, parse_shard
 from maskserve_cli import inputs, outputs
+from maskserve_cli.asked import Asked, questioned, title_of
 from maskserve_cli.command import AsJson, Config, Files, collect_again, settings_of, some_files
 from maskserve_cli.exits import say
 from maskserve_cli.options import EXISTS, FORCE, FORM, MEMORY, OUT
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from maskserve.answers import Answer
     from maskserve.requests import Request
     from maskserve.settings import Settings
-    from maskserve_cli.work import Asked
 
 
 def write_state(asked: Asked, request: Request, paths: Sequence[str], settings: Settings) -> None:
@@ -30,7 +30,6 @@ def write_state(asked: Asked, request: Request, paths: Sequence[str], settings: 
         say(f"{path} exists; skipped")
         return
     from maskserve import states
-    from maskserve_cli.work import questioned, title_of
 
     with questioned(request, paths, asked.along, settings) as question, about(title_of(paths)):
         collect_again()

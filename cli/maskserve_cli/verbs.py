@@ -14,6 +14,7 @@ from maskserve.ops import default
 from maskserve.ops.parameters import REPEATED, Parameter, Type
 from maskserve.ops.rows import Reduction, Report
 from maskserve_cli import reports
+from maskserve_cli.asked import Asked
 from maskserve_cli.command import AsJson, Config, Files
 from maskserve_cli.options import (
     ALONG,
@@ -31,7 +32,7 @@ from maskserve_cli.options import (
 )
 from maskserve_cli.outputs import Wanted
 from maskserve_cli.words import flag, help_text, keyword, metavar, rows
-from maskserve_cli.work import Asked, perform
+from maskserve_cli.work import perform
 
 REPORTS = "Reports"
 

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from maskserve import requests
 from maskserve.errors import about
-from maskserve.joining import Question, question
 from maskserve.payload.format import Payload
-from maskserve.payload.joined import JoinedPayload
 from maskserve.requests import Request
 from maskserve.settings import Settings
 from maskserve.sides import Payloads
 from maskserve_cli import explanations, inputs, outputs, reports, shards
+from maskserve_cli.asked import Asked, questioned, title_of
 from maskserve_cli.command import collect_again, settings_of, some_files
 from maskserve_cli.exits import say, say_data
-from maskserve_cli.outputs import Form, Target, Wanted, bytes_text
+from maskserve_cli.outputs import Form, Target, bytes_text
 from maskserve_cli.progress import progress
-from maskserve_cli.reports import Listing
 
 if TYPE_CHECKING:
     from maskserve.answers import Answer
     from maskserve.steps import Step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One call of a verb, as given."""
-
-    verb: str
-    words: Mapping[str, Any]
-    files: list[str] | None
-    wanted: Wanted
-    listing: Listing | None
-    dry_run: bool
-    explain: bool
-    config: str | None
-    memory: str | None = None
-    along: str | None = None
-    shard: str | None = None
-    state: str | None = None
-    workers: int | None = None
 
 
 def perform(asked: Asked) -> None:
@@ -66,21 +44,6 @@ def perform(asked: Asked) -> None:
         target = outputs.target(asked.wanted, inputs.form_of(payload))
         with about(title_of(paths)):
             act(asked, request, payload, others, target, settings)
-
-
-def title_of(paths: Sequence[str]) -> str:
-    return inputs.title(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
-
-
-@contextmanager
-def questioned(request: Request, paths: Sequence[str], along: str | None, settings: Settings) -> Iterator[Question]:
-    """What the request reads, open; that files are taken as one is said."""
-    memory, limits = inputs.memory_of(settings), inputs.limits_of(settings)
-    read = partial(inputs.read, limits=limits, memory=memory)
-    with question(request, paths, read, requests.parse_along(along), inputs.title) as opened:
-        if isinstance(opened.payload, JoinedPayload):
-            say(opened.payload.described)
-        yield opened
 
 
 def act(asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, settings: Settings) -> None:
