@@ -296,7 +296,8 @@ def filled(plan: Plan, result: Tensor, valid: Tensor) -> Masked:
                 parameter="empty",
             )
         return result, valid
-    return torch.where(valid, result, torch.full((), empty, dtype=result.dtype, device=result.device)), valid | True
+    number = empty if plan.result.is_integral else float(empty)  # torch takes no integer beyond 64 bits
+    return torch.where(valid, result, torch.full((), number, dtype=result.dtype, device=result.device)), valid | True
 
 
 def select_whole(plan: Plan, cells: Cells) -> Masked:
