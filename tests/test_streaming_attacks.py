@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 import maskserve
-from maskserve import answers, engine, requests, sources, states, streaming
-from maskserve.errors import OutOfMemoryError, StateError, TooLargeError
+from maskserve import answers, crews, engine, requests, sources, states, streaming
+from maskserve.errors import OutOfMemoryError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
-from maskserve.payload.format import BytesPayload, to_bytes
+from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, to_bytes
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.shards import Shard
 from maskserve.sources import Folded, Held, Masked, Window
@@ -163,3 +164,17 @@ def test_a_shard_whose_states_do_not_fit_says_so(monkeypatch: pytest.MonkeyPatch
         lifted(payload, Shard(0, 1), 50_000, dim=1)
     parts = [(str(i), lifted(payload, Shard(i, 4), 50_000, dim=1)) for i in range(4)]
     assert states.merge(parts).answer().held[0].data.tolist() == [1] * 3000
+
+
+def test_shards_of_dims_without_cells_are_merged() -> None:
+    payload = BytesPayload(bytes_of(rain=torch.ones(9, 2, 5, 0)))
+    for op, dim in itertools.product(("all", "sum", "count"), ("1,3,0", "0,3", "3", "0,2,3")):
+        whole = answers.run(requests.build("reduce", {"op": op, "dim": dim}), payload).to_bytes()
+        for n in (1, 2, 9):
+            read = [("", states.from_bytes(lifted(payload, Shard(i, n), op=op, dim=dim).to_bytes())) for i in range(n)]
+            assert states.merge(read).answer().to_bytes() == whole
+
+
+def test_a_negative_number_of_workers_is_refused() -> None:
+    with pytest.raises(ParameterError, match="workers is -1; give a number of processes, or 0"):
+        crews.reduce("reduce", {"op": "sum"}, ["no"], None, workers=-1, limits=DEFAULT_LIMITS, memory=1, tell=print)
