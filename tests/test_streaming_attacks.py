@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from maskserve import answers, crews, engine, requests, sources, states, streami
 from maskserve.errors import OutOfMemoryError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
-from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, to_bytes
+from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, FilePayload, Payload, to_bytes
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.shards import Shard
 from maskserve.sources import Folded, Held, Masked, Window
+from maskserve_cli import inputs
 
 
 def bytes_of(metadata: dict[str, str] | None = None, **tensors: Tensor) -> bytes:
@@ -113,7 +115,7 @@ def test_few_runs_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- states -------------------------------------------------------------------------------------------------------
 
 
-def lifted(payload: BytesPayload, shard: Shard, memory: int = 100_000, **words: Any) -> states.State:
+def lifted(payload: Payload, shard: Shard, memory: int = 100_000, **words: Any) -> states.State:
     return states.lift(requests.build("reduce", {"op": "mean", "dim": 0, **words}), payload, {}, shard, memory)
 
 
@@ -173,6 +175,15 @@ def test_shards_of_dims_without_cells_are_merged() -> None:
         for n in (1, 2, 9):
             read = [("", states.from_bytes(lifted(payload, Shard(i, n), op=op, dim=dim).to_bytes())) for i in range(n)]
             assert states.merge(read).answer().to_bytes() == whole
+
+
+def test_stdin_is_the_same_input_in_memory_and_in_a_file() -> None:
+    raw = bytes_of(rain=torch.ones(3000))
+    held, spooled = (inputs.read_stream(io.BytesIO(raw), "stdin", DEFAULT_LIMITS, memory) for memory in (10**6, 100))
+    assert isinstance(spooled, FilePayload)
+    assert [*held.identity()] == [*spooled.identity()]
+    parts = [("a", lifted(held, Shard(0, 2))), ("b", lifted(spooled, Shard(1, 2)))]
+    assert states.merge(parts).answer().held[0].data.item() == 1
 
 
 def test_a_negative_number_of_workers_is_refused() -> None:
