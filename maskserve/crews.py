@@ -11,6 +11,7 @@ from typing import Any
 
 from maskserve.answers import Answer
 from maskserve.cgroup import cpus
+from maskserve.errors import ParameterError
 from maskserve.executors import Limits as Bounds
 from maskserve.executors import Processes
 from maskserve.payload.format import Limits
@@ -51,6 +52,10 @@ def reduce(
     """The answer of a reduction, its shards in `workers` processes (0: one a CPU); `tell` hears of those that die."""
     from maskserve import states
 
+    if workers < 0:
+        raise ParameterError(
+            f"workers is {workers}; give a number of processes, or 0 for one a CPU", parameter="workers"
+        )
     n = workers or cpus()
     shares = [
         Share(

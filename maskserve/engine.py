@@ -172,7 +172,8 @@ def joined(plan: Plan, cells: Cells) -> Parts:
     """Blocks lifted, runs joined, then the earlier groups of dims."""
     outer, n, inner = cells.shape
     if not plan.n_reduced:  # nothing to read
-        return identity(plan, prod(plan.fold[::2]))
+        kept = (plan.fold[0], prod(plan.fold[2::2]))
+        return {name: part.view(kept) for name, part in identity(plan, prod(kept)).items()}
     if outer * n * inner <= SMALL:  # one block: nothing to cut, assemble or hand out
         parts = lift(plan, backend_of(plan), cells, slice(0, outer), slice(0, n), slice(0, inner))
     else:
@@ -296,7 +297,8 @@ def filled(plan: Plan, result: Tensor, valid: Tensor) -> Masked:
                 parameter="empty",
             )
         return result, valid
-    return torch.where(valid, result, torch.full((), empty, dtype=result.dtype, device=result.device)), valid | True
+    number = empty if plan.result.is_integral else float(empty)  # torch takes no integer beyond 64 bits
+    return torch.where(valid, result, torch.full((), number, dtype=result.dtype, device=result.device)), valid | True
 
 
 def select_whole(plan: Plan, cells: Cells) -> Masked:

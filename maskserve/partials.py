@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskserve import dtypes, engine, execution, masks
+from maskserve import dtypes, engine, execution, masks, streaming
 from maskserve.backends import Parts, choose
 from maskserve.backends.reference import kernel
-from maskserve.errors import MaskserveError, StateError
+from maskserve.errors import MaskserveError, OutOfMemoryError, StateError
 from maskserve.ops import find
 from maskserve.ops.parameters import Type
 from maskserve.ops.rows import Reduction
@@ -41,6 +41,7 @@ from maskserve.streaming import (
     of_sizes,
     result_sizes,
     state,
+    state_bytes,
     unit_of,
 )
 from maskserve.torch_dtypes import dtype_of
@@ -48,6 +49,8 @@ from maskserve.trees import subtrees
 from maskserve.version import ORDER_VERSION, version
 
 PREFIX = "maskserve.state."
+HELD_TWICE = 2
+"""How many times a state is held while its parts are put together."""
 
 
 LIMITS = Limits(tensors=1 << 20, header_bytes=1 << 26, metadata_bytes=1 << 20)
@@ -129,6 +132,7 @@ class Partial:
         """The states of a range of all rows' units, read where they lie."""
         check_joins(plan)
         most, nodes = most_states(plan, budget), []
+        refuse_many(plan, shard, budget)
         with execution.using(block_cells=block_cells(plan, source, budget)):
             for rows, start, n_units in rectangles(plan, shard):
                 unit = unit_of(plan, 1)
@@ -270,6 +274,17 @@ def rectangles(plan: Plan, shard: Shard) -> Iterator[tuple[slice, int, int]]:
         for start, n in subtrees(unit, stop):
             yield slice(row, row + 1), start, n
         first += stop - unit
+
+
+def refuse_many(plan: Plan, shard: Shard, budget: int) -> None:
+    """Raise where the states of a shard, which are held until they are written, do not fit; few always do."""
+    n = sum(rows.stop - rows.start for rows, _, _ in rectangles(plan, shard)) * prod(plan.fold[2::2])
+    needed = HELD_TWICE * n * state_bytes(plan)
+    if n > streaming.MOST_STATES and needed > budget:
+        raise OutOfMemoryError(
+            f"{plan.row.name}: shard {shard} holds {n} states at once: that takes {needed} bytes, and {budget} are allowed; "
+            "give more memory (--memory), or more shards"
+        )
 
 
 def check_joins(plan: Plan) -> None:

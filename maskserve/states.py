@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
+from math import prod
 from typing import Any, TypeAlias
 
 from maskserve import answers, execution, sources, streaming
 from maskserve.answers import Answer, Prepared
 from maskserve.dtypes import boolean
-from maskserve.errors import MaskserveError, ParameterError, StateError
+from maskserve.errors import MaskserveError, ParameterError, StateError, TooLargeError
 from maskserve.ops.rows import Reduction
 from maskserve.partials import FIELDS, LIMITS, Partial, merged, read_partial
 from maskserve.payload.format import Buffer, BytesPayload, Encoded, Output, Payload, encode
@@ -32,6 +33,8 @@ from maskserve.variable_steps import OfVariable, budget_of
 
 KEY = "maskserve.state"
 MOST_SHARDS = 1 << 24
+SOME = 8
+"""Missing shards that a message names."""
 Said: TypeAlias = dict[str, Any]
 
 
@@ -85,17 +88,31 @@ class State:
 
     def answer(self, memory: int | None = None) -> Answer:
         """The answer of all shards; a result that is larger than its share of `memory` is made while it is written."""
-        missing = [str(i) for i in range(self.n) if i not in {*self.shards}]
-        if missing:
-            some = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
-            raise StateError(
-                f"shard{'s' if len(missing) > 1 else ''} {some} of {self.n} {'are' if len(missing) > 1 else 'is'} missing: "
-                "give the states of all"
-            )
+        self.refuse_missing()
+        self.refuse_growth()
         most = None if memory is None else memory // streaming.SHARE
         reduced = [result_of(lifted, most) for lifted in self.lifted]
         by_name = {result.name: result for result in (*reduced, *self.kept)}
         return Answer(results=tuple(by_name[name] for name in self.key["order"]), metadata=dict(self.key["metadata"]))
+
+    def refuse_missing(self) -> None:
+        n_missing = self.n - len(self.shards)
+        if n_missing:
+            there = {*self.shards}
+            some = ", ".join(map(str, islice((i for i in range(self.n) if i not in there), SOME)))
+            more = ", …" if n_missing > SOME else ""
+            raise StateError(
+                f"shard{'s' if n_missing > 1 else ''} {some}{more} of {self.n} {'are' if n_missing > 1 else 'is'} missing: "
+                "give the states of all"
+            )
+
+    def refuse_growth(self) -> None:
+        """Refuses results out of all proportion to the state: those of no cells have no states, and may be any number."""
+        plans = [one.partial.plan for one in self.lifted]
+        n_bytes = sum(prod(plan.out_shape) * (plan.result.n_bytes + 1) for plan in plans if not plan.fold[1])
+        most = max(answers.SMALL_ANSWER, answers.GROWTH * sum(out.n_bytes for out in self._outputs()))
+        if n_bytes > most:
+            raise TooLargeError(f"the answer would have {n_bytes} bytes; to this state it may have at most {most}")
 
 
 def result_of(lifted: Lifted, most_bytes: int | None) -> Result | Streamed:
@@ -301,6 +318,6 @@ def check_key(said: Said, lifted: Sequence[Lifted], kept: Sequence[Result]) -> N
         sorted(map(str, key["order"])) == sorted(names)
         if 0 in said["shards"]
         else set(own) <= set(map(str, key["order"]))
-    )
+    ) and all(isinstance(name, str) for name in key["order"])
     if not fits or len({*names}) < len(names):
         raise StateError("it is no state of a shard: its variables are others than it says")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskserve import answers, engine, requests, sources
+import maskserve
+from maskserve import answers, crews, engine, requests, sources, states, streaming
+from maskserve.errors import OutOfMemoryError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
-from maskserve.payload.format import BytesPayload, to_bytes
-from maskserve.payload.tensors import output
+from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, FilePayload, Payload, to_bytes
+from maskserve.payload.tensors import load_tensor, output
+from maskserve.shards import Shard
 from maskserve.sources import Folded, Held, Masked, Window
+from maskserve_cli import inputs
 
 
 def bytes_of(metadata: dict[str, str] | None = None, **tensors: Tensor) -> bytes:
@@ -101,3 +110,82 @@ def test_few_runs_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         in_parts(payload, "scan", 200, op="cumsum", dim=0),
         torch.where(cells % 2 == 0, cells, 0).cumsum(0) * (cells % 2 == 0),
     )
+
+
+# -- states -------------------------------------------------------------------------------------------------------
+
+
+def lifted(payload: Payload, shard: Shard, memory: int = 100_000, **words: Any) -> states.State:
+    return states.lift(requests.build("reduce", {"op": "mean", "dim": 0, **words}), payload, {}, shard, memory)
+
+
+def changed(state: states.State, change: Callable[[dict[str, Any]], None], *, keep: str = "") -> bytes:
+    """The bytes of a state that says other things of itself."""
+    payload = BytesPayload(state.to_bytes())
+    said = json.loads(payload.header.metadata[states.KEY])
+    change(said)
+    tensors = {info.name: load_tensor(payload, info) for info in payload.header.tensors.values()}
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith(keep)}
+    return bytes_of({states.KEY: json.dumps(said)}, **kept)
+
+
+def test_missing_shards_of_very_many_are_told_at_once() -> None:
+    good = lifted(BytesPayload(bytes_of(rain=torch.ones(300, 3))), Shard(0, 1))
+    few = states.from_bytes(changed(good, lambda said: said.update(n=1 << 24, shards=[*range(3000)])))
+    begun = process_time()
+    with pytest.raises(StateError, match=r"shards 3000, 3001, 3002, .*, … of 16777216 are missing"):
+        few.answer()
+    assert process_time() - begun < 5
+
+
+def test_a_state_of_no_cells_may_not_ask_for_terabytes() -> None:
+    good = lifted(BytesPayload(bytes_of(rain=torch.ones(0, 3))), Shard(0, 1))
+    assert good.answer().held[0].data.shape == (3,)
+    for n in (10**8, 10**12):
+        huge = changed(good, lambda said, n=n: said["lifted"][0].update(shape=[0, n]))
+        for memory in (None, 1000):
+            with pytest.raises(TooLargeError, match="the answer would have"):
+                states.from_bytes(huge).answer(memory)
+
+
+def test_the_order_of_a_state_is_of_names() -> None:
+    good = lifted(BytesPayload(bytes_of(**{"7": torch.ones(300, 3)})), Shard(0, 1))
+    with pytest.raises(StateError, match="its variables are others than it says"):
+        states.from_bytes(changed(good, lambda said: said["key"].update(order=[7])))
+
+
+def test_an_integer_beyond_64_bits_may_stand_for_empty_slices() -> None:
+    nothing = maskserve.masked_tensor(torch.ones(3), torch.zeros(3, dtype=torch.bool))
+    assert maskserve.mean(nothing, empty=10**30).get_data().item() == pytest.approx(1e30)
+
+
+def test_a_shard_whose_states_do_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "MOST_STATES", 100)
+    payload = BytesPayload(bytes_of(rain=torch.ones(3000, 4)))
+    with pytest.raises(OutOfMemoryError, match=r"shard 0/1 holds 3000 states at once: that takes .* or more shards"):
+        lifted(payload, Shard(0, 1), 50_000, dim=1)
+    parts = [(str(i), lifted(payload, Shard(i, 4), 50_000, dim=1)) for i in range(4)]
+    assert states.merge(parts).answer().held[0].data.tolist() == [1] * 3000
+
+
+def test_shards_of_dims_without_cells_are_merged() -> None:
+    payload = BytesPayload(bytes_of(rain=torch.ones(9, 2, 5, 0)))
+    for op, dim in itertools.product(("all", "sum", "count"), ("1,3,0", "0,3", "3", "0,2,3")):
+        whole = answers.run(requests.build("reduce", {"op": op, "dim": dim}), payload).to_bytes()
+        for n in (1, 2, 9):
+            read = [("", states.from_bytes(lifted(payload, Shard(i, n), op=op, dim=dim).to_bytes())) for i in range(n)]
+            assert states.merge(read).answer().to_bytes() == whole
+
+
+def test_stdin_is_the_same_input_in_memory_and_in_a_file() -> None:
+    raw = bytes_of(rain=torch.ones(3000))
+    held, spooled = (inputs.read_stream(io.BytesIO(raw), "stdin", DEFAULT_LIMITS, memory) for memory in (10**6, 100))
+    assert isinstance(spooled, FilePayload)
+    assert [*held.identity()] == [*spooled.identity()]
+    parts = [("a", lifted(held, Shard(0, 2))), ("b", lifted(spooled, Shard(1, 2)))]
+    assert states.merge(parts).answer().held[0].data.item() == 1
+
+
+def test_a_negative_number_of_workers_is_refused() -> None:
+    with pytest.raises(ParameterError, match="workers is -1; give a number of processes, or 0"):
+        crews.reduce("reduce", {"op": "sum"}, ["no"], None, workers=-1, limits=DEFAULT_LIMITS, memory=1, tell=print)

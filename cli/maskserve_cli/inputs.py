@@ -114,7 +114,11 @@ def spooled(stream: BinaryIO, begun: bytearray, n_bytes: int, limits: Limits) ->
             file.write(chunk)
             left -= len(chunk)
         file.flush()
-        return FilePayload(f"/proc/self/fd/{file.fileno()}", limits)
+        payload = FilePayload(f"/proc/self/fd/{file.fileno()}", limits)
+    payload.title = (
+        ""  # a stream has no name: shards of one that fits into memory and of one that does not belong together
+    )
+    return payload
 
 
 def read_up_to(stream: BinaryIO, buffer: bytearray, n_bytes: int) -> None:
