@@ -109,7 +109,7 @@ def test_a_source_gives_the_bits_of_its_cells(row: Row, shape: tuple[int, ...], 
 
 
 def torchs_own(of: Plan) -> bool:
-    """Whether torch raises e to cells, or takes the modulus of complex ones: its bits depend on where in a tensor a cell stands."""
+    """Whether torch raises e to cells, or takes the modulus of complex ones: its bits depend on where a cell stands."""
     is_exp = backend_of(of).name == "reference" and any(not step.exact_bits for step in of.passes)
     return is_exp or of.stored.kind is dtypes.Kind.COMPLEX
 
