@@ -1,6 +1,6 @@
 """What a reduction of much data costs: a model of four numbers, measured here, checked here, and asked for what is not here.
 
-    python -m benchmarks.scale                     measures with 0.25 GB, and checks with 2 GB and 16 shards
+    python -m benchmarks.scale                     measures with up to 2 GB, and checks with 4 GB and 16 shards
     python -m benchmarks.scale --gigabytes 8       checks with 8 GB
 
 docs/scale.md says what the numbers mean.
@@ -22,8 +22,8 @@ from maskserve.dtypes import BY_NAME
 from maskserve.streaming import state_bytes
 
 OP, DIM = "mean", 0
-SMALL_GB, SHARDS = 0.25, 16
-RUNS = 3
+SIZES_GB, COUNTS, SHARDS = (0.5, 2.0), (4, 20), 16
+RUNS = 5
 RESULTS = KEPT * WIDTH
 NETWORKS = (("a disk of 0.5 GB/s a machine", 0.5e9), ("an object store of 1.2 GB/s a machine", 1.2e9))
 MACHINES = (1, 10, 100, 1000)
@@ -37,6 +37,7 @@ class Model:
     start_s: float
     rate: float
     state_bytes: int
+    merge_start_s: float
     merge_rate: float
 
     def reduce_s(self, n_bytes: float, storage: float = float("inf")) -> float:
@@ -44,7 +45,7 @@ class Model:
         return self.start_s + n_bytes / min(self.rate, storage)
 
     def merge_s(self, shards: int, results: int = RESULTS) -> float:
-        return self.start_s + shards * results * self.state_bytes / self.merge_rate
+        return self.merge_start_s + shards * results * self.state_bytes / self.merge_rate
 
     def machines_s(self, n_bytes: float, machines: int, storage: float) -> float:
         """Shards on machines, a state each, and the merge."""
@@ -75,18 +76,22 @@ def states(path: Path, folder: Path, n: int) -> list[str]:
 
 
 def measured(folder: Path) -> Model:
-    """The model's numbers, from a small file and from two counts of states."""
-    tiny, small = folder / "tiny.safetensors", folder / "small.safetensors"
-    make(tiny, 0.0)
-    make(small, SMALL_GB)
+    """The model's numbers, each pair from two sizes: of files, and of counts of states."""
+    files = [folder / "small.safetensors", folder / "medium.safetensors"]
+    for path, gigabytes in zip(files, SIZES_GB, strict=True):
+        make(path, gigabytes)
     out = ["-o", str(folder / "out"), "--force"]
-    start_s = run_s(reduction(tiny, *out))
-    rate = small.stat().st_size / max(run_s(reduction(small, *out)) - start_s, 1e-3)
+    start_s, rate = line([path.stat().st_size for path in files], [run_s(reduction(path, *out)) for path in files])
     size = state_bytes(planned(OP, DIM, (1000, KEPT, WIDTH), BY_NAME["f32"]))
-    few, many = states(small, folder, 2), states(small, folder, 8)
-    merges = [run_s(["merge", *some, *out]) for some in (few, many)]
-    merge_rate = (len(many) - len(few)) * RESULTS * size / max(merges[1] - merges[0], 1e-3)
-    return Model(start_s=start_s, rate=rate, state_bytes=size, merge_rate=merge_rate)
+    some = [states(files[0], folder, n) for n in COUNTS]
+    merge_start_s, merge_rate = line([n * RESULTS * size for n in COUNTS], [run_s(["merge", *of, *out]) for of in some])
+    return Model(start_s=start_s, rate=rate, state_bytes=size, merge_start_s=merge_start_s, merge_rate=merge_rate)
+
+
+def line(n_bytes: Sequence[float], took_s: Sequence[float]) -> tuple[float, float]:
+    """(seconds of nothing, bytes a second) of the line through two measurements."""
+    rate = (n_bytes[1] - n_bytes[0]) / max(took_s[1] - took_s[0], 1e-3)
+    return took_s[0] - n_bytes[0] / rate, rate
 
 
 def checked(model: Model, folder: Path, gigabytes: float) -> Iterator[str]:
@@ -134,7 +139,7 @@ def text(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, help="where files go; default: the system's temporary folder")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
@@ -143,8 +148,8 @@ def main() -> None:
         cores = len(os.sched_getaffinity(0))
         print(
             f"{OP} over dim {DIM} of float32 with a bool mask, {RESULTS:,} results, {cores} cores: start {model.start_s:.2f} s, "
-            f"rate {model.rate / 1e9:.2f} GB/s, {model.state_bytes} bytes a state, states merged at "
-            f"{model.merge_rate / 1e9:.2f} GB/s\n"
+            f"rate {model.rate / 1e9:.2f} GB/s, {model.state_bytes} bytes a state; merge: start "
+            f"{model.merge_start_s:.2f} s, {model.merge_rate / 1e9:.2f} GB/s of states\n"
         )
         for lines in (checked(model, folder, asked.gigabytes), predicted(model)):
             for line in lines:
