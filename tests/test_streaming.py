@@ -388,10 +388,12 @@ def test_thousands_of_files_are_joined_with_few_open(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def failing_to_join(tmp_path: Path, *tensors: dict[str, Tensor], along: int | str = 0, **words: Any) -> None:
+def failing_to_join(
+    tmp_path: Path, *tensors: dict[str, Tensor], along: int | str = 0, names: Any = None, **words: Any
+) -> None:
     paths = []
     for i, own in enumerate(tensors):
-        named = {name: list("tyxz"[: t.dim()]) if name != "y" else ["y"] for name, t in own.items()}
+        named = {name: list("tyxz"[: t.dim()]) if name != "y" else ["y"] for name, t in own.items()} | (names or {})
         paths.append(str(tmp_path / f"{i}.safetensors"))
         Path(paths[-1]).write_bytes(bytes_of({"maskserve.dims": json.dumps(named)}, **own))
     request = requests.build("reduce", {"op": "sum", "dim": 0, **words})
@@ -417,6 +419,19 @@ def test_files_that_cannot_be_joined_are_named(tmp_path: Path) -> None:
         failing_to_join(tmp_path, {"rain": rain, "y": y}, {"rain": rain, "y": y + 1})
     with pytest.raises(DimError, match=r"along: no variable has the dim 'time'; the payload's dims are t, y"):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain}, along="time")
+    area = torch.ones(3)
+    with pytest.raises(DimError, match=r"along: dim 0 is t of rain, y of y|along: dim 0 is .*give the name of the dim"):
+        failing_to_join(
+            tmp_path, {"rain": rain, "area": area, "y": y}, {"rain": rain, "area": area, "y": y}, names={"area": ["y"]}
+        )
+    failing_to_join(
+        tmp_path,
+        {"rain": rain, "area": area},
+        {"rain": rain, "area": area},
+        names={"area": ["y"]},
+        along="t",
+        tensor=["rain"],
+    )
     with pytest.raises(DimError, match=r"along: dim 2 is out of range for rain, which has 2 dims"):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain}, along=2)
 

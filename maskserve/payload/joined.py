@@ -196,8 +196,16 @@ class Along:
             raise DimError(
                 f"along: dim {along} is out of range for {shown(every[0].name)}, which has {n} dims", parameter="along"
             )
-        number = along % n
-        return cls(number=number, name=every[0].dims[number] if every[0].dims else None)
+        names = {v.dims[along]: v.name for v in every if v.dims and -len(v.dims) <= along < len(v.dims)}
+        if len(names) > 1:
+            said = ", ".join(f"{shown(dim)} of {shown(variable)}" for dim, variable in names.items())
+            raise DimError(
+                f"along: dim {along} is {said}: give the name of the dim that files are joined along (--along NAME), or pick "
+                "variables (--tensor)",
+                parameter="along",
+                allowed=[shown(dim) for dim in names],
+            )
+        return cls(number=along % n, name=every[0].dims[along] if every[0].dims else None)
 
     def dim(self, variable: Variable) -> int | None:
         """The variable's dim to join along; None where it lacks it."""
