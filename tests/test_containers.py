@@ -50,22 +50,12 @@ every_job = pytest.mark.parametrize("job", of_kind("Job"), ids=lambda job: job["
 def parsed(words: list[str]) -> dict[str, Any]:
     """What the command line reads in these words; pytest fails where it does not know one of them."""
     name, *rest = words
-    if name == "batch":
-        needs("batch")
-    elif name == "merge" or any(word.startswith("--shard") for word in rest):
-        needs("merge")
     assert name in entries(), f"there is no command {name}"
     try:
         given: dict[str, Any] = built(name, entries()[name]).make_context(f"maskserve {name}", rest).params
     except UsageError as error:
         raise AssertionError(f"maskserve {' '.join(words)}: {error.message}") from None  # type: ignore[attr-defined]
     return given
-
-
-def needs(command: str) -> None:
-    """Skips where this version has no such command."""
-    if command not in entries():
-        pytest.skip(f"this version has no command {command}, and so none of its words")
 
 
 # -- the image --------------------------------------------------------------------------------------------------------
@@ -301,7 +291,6 @@ def test_the_job_file_of_the_batch_job_is_one(tmp_path: Path) -> None:
     name = run.command[1].removeprefix(f"{mount['mountPath']}/")
     (tmp_path / name).write_text(config["data"][name])
     assert tomllib.loads(config["data"][name])["version"] == 1
-    needs("batch")
     import_module("maskserve.batch.job").read_job(str(tmp_path / name))
 
 
