@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -39,6 +40,11 @@ SMALL = 1 << 21
 BLOCK = 1 << 18
 """Cells of a block of a larger one: what is in between stays in the cache, and threads seldom wait for the interpreter."""
 
+FEW = 1 << 13
+"""Cells below which new memory costs nothing."""
+NO_DIMS = torch.Size()
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
 
 class Cells(NamedTuple):
     """A tensor and its mask."""
@@ -56,7 +62,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
-    """A row with its operands: slots, and numbers. `function` is None where cells are converted before torch may see them."""
+    """A row with its operands: slots, and numbers. `function` is None where cells are converted before torch may see them.
+
+    `reuses` is the dtype of operands into whose memory `function` may write its result; None where it cannot.
+    """
 
     row: Elementwise
     operands: tuple[Slot | int | float | None, ...]
@@ -65,13 +74,15 @@ class Op:
     column: int
     function: Callable[..., Tensor] | None
     params: Mapping[str, Any]
+    reuses: torch.dtype | None
 
-    def run(self, cells: Sequence[Cells], policy: Policy) -> Cells:
+    def run(self, cells: Sequence[Cells], policy: Policy, spare: Sequence[Tensor]) -> Cells:
+        """`spare` are operands that nobody needs any more."""
         values = [cells[o.n].data if isinstance(o, Slot) else o for o in self.operands]
         masks = [cells[o.n].mask if isinstance(o, Slot) else None for o in self.operands]
         function = self.function if policy is Policy.INTERSECT else None
         if function is not None and self.row.rule is MaskRule.ALL and not (self.row.unsafe or self.row.unsafe_floats):
-            return Cells(function(*values, **self.params), together(masks))
+            return Cells(function(*values, **self.params, **self.room(values, spare)), together(masks))
         parts = [
             Operand(value, mask, None, isinstance(o, Slot))
             for value, mask, o in zip(values, masks, self.operands, strict=True)
@@ -80,6 +91,17 @@ class Op:
             return Cells(*cellwise.compute(self.row, parts, self.given, policy)[:2])
         values, mask = cellwise.flow(self.row, parts, masks, policy)
         return Cells(function(*values, **self.params), mask)
+
+    def room(self, values: Sequence[Any], spare: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Where the result may lie: new memory takes longer to get than a cheap op to compute."""
+        for tensor in spare:
+            if (
+                tensor.dtype is self.reuses
+                and tensor.is_contiguous()
+                and all(not isinstance(v, Tensor) or v.shape in (tensor.shape, NO_DIMS) for v in values)
+            ):
+                return {"out": tensor}
+        return NOTHING
 
     def refused(self, error: Exception) -> MaskserveError:
         own = error if isinstance(error, MaskserveError) else cellwise.refused(self.row, error, self.kinds)
@@ -96,9 +118,10 @@ def together(masks: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def op(
-    row: Elementwise, operands: tuple[Any, ...], given: Mapping[str, Any], kinds: Sequence[DType], column: int
-) -> Op:
-    """The op on operands of these dtypes."""
+    row: Elementwise, operands: tuple[Any, ...], given: Mapping[str, Any], kinds: Sequence[DType], column: int,
+    result: torch.dtype,
+) -> Op:  # fmt: skip
+    """The op on operands of these dtypes, with a result of that one."""
     ints = [o for o in operands if type(o) is int]
     fits = row.beyond is Beyond.TORCHS or any(not kind.is_integral for kind in kinds)
     fits = fits or all(kind.holds(n) for kind in kinds for n in ints)
@@ -107,7 +130,31 @@ def op(
         takes = isinstance(operands[0], Slot) and not row.tensors_only
         function = cellwise.function(row) if takes else partial(with_tensors, row)
     params = cellwise.resolve(row, given) if row.parameters else {}
-    return Op(row=row, operands=operands, given=given, kinds=kinds, column=column, function=function, params=params)
+    reuses = result if function is not None and writes_into(function, operands, kinds, params, result) else None
+    return Op(
+        row=row,
+        operands=operands,
+        given=given,
+        kinds=kinds,
+        column=column,
+        function=function,
+        params=params,
+        reuses=reuses,
+    )
+
+
+def writes_into(
+    function: Callable[..., Tensor], operands: Sequence[Any], kinds: Sequence[DType], params: Mapping[str, Any],
+    result: torch.dtype,
+) -> bool:  # fmt: skip
+    """Whether torch's function takes `out`: tried without a cell."""
+    of = iter(kinds)
+    values = [torch.empty(0, dtype=getattr(torch, next(of).torch)) if isinstance(o, Slot) else o for o in operands]
+    try:
+        function(*values, **params, out=torch.empty(0, dtype=result))
+    except (RuntimeError, TypeError, MaskserveError):
+        return False
+    return True
 
 
 def with_tensors(row: Elementwise, *values: Any, **params: Any) -> Tensor:
@@ -123,7 +170,7 @@ def run(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
     policy = parse_policy(None)
     for step in ops:
         try:
-            made = step.run(cells, policy)
+            made = step.run(cells, policy, spare(step, cells, leaves))
         except (RuntimeError, TypeError, ValueError, OverflowError, MaskserveError) as error:
             raise step.refused(error) from error
         for operand in step.operands:
@@ -132,6 +179,14 @@ def run(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
         cells.append(made)
     last: Cells = cells[-1]
     return last
+
+
+def spare(step: Op, cells: Sequence[Cells], leaves: Sequence[Cells]) -> list[Tensor]:
+    """Results between of many cells that this op is the only one to use, in memory of their own."""
+    if step.reuses is None:
+        return []
+    between = [cells[o.n].data for o in step.operands if isinstance(o, Slot) and o.n >= len(leaves)]
+    return [x for x in between if x.numel() >= FEW and not any(same_memory(x, leaf.data) for leaf in leaves)]
 
 
 def at_once(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:

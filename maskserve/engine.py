@@ -37,6 +37,8 @@ SEARCHED_TOGETHER = 8
 LONG = 1 << 20
 """Cells of a slice beyond which its state is joined from blocks and its cells are normalized by them, on all threads: in
 memory too, so that streamed slices have the same bits."""
+APPLIED = 1 << 16
+"""Cells of a block that is normalized by torch: what is between stays in the cache."""
 SAMPLED = 1 << 15
 """Cells of a long slice that say where in it to look: results between two of them are a 50th of all."""
 
@@ -400,10 +402,16 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     result, valid = empty_like(plan, cells)
     if result.numel():
         parts = joined(plan, cells)
-        blocks = cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape))
-        for (rows, columns), span in in_turn(product(blocks.tiles, blocks.runs)):
-            where = (rows, span, columns)
-            result[where], valid[where] = applied(plan, parts, cells, where)
+        blocks = cut(plan, cells.shape, APPLIED)
+
+        def task(where: tuple[slice, slice, slice]) -> Callable[[], None]:
+            def apply_block() -> None:
+                result[where], valid[where] = applied(plan, parts, cells, where)
+
+            return apply_block
+
+        wheres = [(rows, span, columns) for (rows, columns), span in product(blocks.tiles, blocks.runs)]
+        in_parallel(backend_of(plan), result.numel(), [task(where) for where in wheres])
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 

@@ -445,7 +445,7 @@ def program(stage: Term) -> Program:
             else:
                 operands.append(operand)
         kinds = [operand.dtype for operand, _ in term.terms]
-        ops.append(op(term.node.row, tuple(operands), term.params, kinds, term.node.column))
+        ops.append(op(term.node.row, tuple(operands), term.params, kinds, term.node.column, term.sample._data.dtype))
         return Slot(len(slots) + len(ops) - 1)
 
     slot_of(stage, tuple(range(len(stage.shape))))

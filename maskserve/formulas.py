@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import Tensor
 
 from maskserve import execution, sources
 from maskserve.above import Above, above_of, differentiable
 from maskserve.backends import refuse_unknown
 from maskserve.dtypes import boolean
-from maskserve.engine import hidden_as_zero
 from maskserve.errors import GradientError, ParameterError, nearest
-from maskserve.evaluation import Declared, Term, evaluated, fused, planned, stages
+from maskserve.evaluation import Declared, Term, evaluated, fused, is_elementwise, planned, stages
 from maskserve.expression import Expression, Name
+from maskserve.gates import kept, kept_in_place
 from maskserve.loading import device_of, on_device, without_fill
 from maskserve.payload.format import Payload
 from maskserve.payload.header import shown
@@ -28,7 +29,7 @@ from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_result
 from maskserve.streaming import Piece
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
-from maskserve.tracing import is_followed
+from maskserve.tracing import is_followed, same_memory
 from maskserve.variable_steps import RESULT_SHARE, budget_of, puller, work_of
 
 ONLY = "x"
@@ -109,9 +110,8 @@ class OfExpression(Step):
         with execution.using(backend=self.backend):
             value = evaluated(self.term, tensors)
         dims = None if self.term.dims == (DATA,) else self.term.dims  # a tensor named like its only dim is a coordinate
-        mask = value._full_mask()
-        data = hidden_as_zero(value._data, mask)  # a variable, or a view of one, has what its payload had there
-        yield Result(name=DATA, data=data, mask=mask, mask_name=MASK, dims=dims)
+        data = without_junk(self.term, value, given.values())
+        yield Result(name=DATA, data=data, mask=value._full_mask(), mask_name=MASK, dims=dims)
 
     def streamed(
         self, request: Request, payload: Payload, variables: Variables, memory: int
@@ -161,6 +161,14 @@ class OfExpression(Step):
         dtypes = {name: getattr(torch, differentiable(self.sources[name]).torch) for name in self.wrt}
         inputs = {name: (tensors[name]._data.to(dtype), tensors[name]._mask) for name, dtype in dtypes.items()}
         yield from gradient_results(request, payload, self, function, inputs, self.above)
+
+
+def without_junk(term: Term, value: MaskedTensor, given: Iterable[MaskedTensor]) -> Tensor:
+    """Cells that are 0 where masked: a variable, and what is moved of one, have what the payload had there."""
+    data, mask = value._data, value._full_mask()
+    if is_elementwise(term) or term.plan is not None:
+        return data
+    return kept(data, mask) if any(same_memory(data, x._data) for x in given) else kept_in_place(data, mask)
 
 
 # -- before a cell is read ----------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from maskserve.blockwise import BLOCK, blocks
 from maskserve.errors import MaskserveError
 from maskserve.evaluation import Declared, Term, evaluated, planned
 from maskserve.expression import parse
+from maskserve.ops import OPS
+from maskserve.ops.rows import Elementwise
 from maskserve.payload.variables import Dims
 from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import dtype_of
@@ -149,6 +151,7 @@ def test_any_expression_gives_what_python_makes_of_it(text: str, monkeypatch: py
     """Python's eval, on a text that hypothesis made, is the oracle; blocks of a few cells, and the result has many."""
     monkeypatch.setattr(blockwise, "BLOCK", 4)
     monkeypatch.setattr(blockwise, "SMALL", 4)
+    monkeypatch.setattr(blockwise, "FEW", 0)
     values = {"x": tensors((5, 3))["x"], "y": tensors((5, 3))["y"], "w": tensors((1, 1))["x"]}
     known = {name: on_numbers_too(name) for name in ("sin", "square", "where", "mean", "sum", "amax", "softmax")}
     try:
@@ -158,6 +161,37 @@ def test_any_expression_gives_what_python_makes_of_it(text: str, monkeypatch: py
         assume(False)
     assume(isinstance(expected, MaskedTensor))
     assert_same(evaluate(text, values), expected)
+
+
+ELEMENTWISE = [row for row in OPS.values() if isinstance(row, Elementwise)]
+
+
+@pytest.mark.parametrize("row", ELEMENTWISE, ids=lambda row: row.name)
+def test_results_between_lend_their_memory_and_change_no_bit(row: Elementwise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operand is computed before: by an op that gives a new tensor, and by one that gives its own operand."""
+    monkeypatch.setattr(blockwise, "FEW", 0)
+    dtypes = [torch.float32, torch.float16, torch.int64, torch.bool]  # torch's own complex bits follow the address
+    if not sum(is_the_same_after_ops(row, dtype) for dtype in dtypes):
+        pytest.skip(f"{row.name} takes no tensors alone")
+
+
+def is_the_same_after_ops(row: Elementwise, dtype: torch.dtype) -> bool:
+    """False where the row does not take such operands."""
+    cells, mask = torch.randn(3, 6, 5).to(dtype), torch.rand(6, 5) > 0.3
+    names = ("x", "y", "z")[: len(row.operands)]
+    values = {name: MaskedTensor(part, mask) for name, part in zip(names, cells.clone(), strict=False)}
+    new, same = ("~{}", "~~{}") if dtype is torch.bool else ("-{}", "positive({})")
+    variables = [*values.values()]
+    computed = [~x if dtype is torch.bool else -x for x in variables]
+    try:
+        expected = [functions.public(row.name)(*given) for given in (computed, variables)]
+    except MaskserveError:
+        return False
+    for form, one in zip((new, same), expected, strict=True):
+        assert_same(evaluate(f"{row.name}({', '.join(map(form.format, names))})", values), one)
+    for x, part in zip(variables, cells, strict=False):
+        assert torch.equal(x._data, part), "a variable was written into"
+    return True
 
 
 def test_a_gradient_goes_through_an_expression() -> None:

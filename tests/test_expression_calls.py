@@ -395,6 +395,9 @@ def test_a_plan_is_remembered_for_its_text_and_headers(monkeypatch: pytest.Monke
 
 
 WIDTHS = [
+    ("eval", "x"),
+    ("eval", "exp(-(x * x)) / y + 1"),
+    ("eval", "(x - mean(x, dim=0)) / std(x, dim=0)"),
     ("eval", "mse_loss(x, y, weight=w)"),
     ("eval", "cross_entropy(x, c, label_smoothing=.1)"),
     ("eval", "layer_norm(x, w, w, normalized_shape=512)"),
