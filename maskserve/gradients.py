@@ -28,8 +28,8 @@ class Result(NamedTuple):
 
     values: Tensor
     valid: Tensor
-    indices: Tensor | None = None
-    """Where the cells stood that a picking row took."""
+    aside: Tensor | None = None
+    """Where the cells stood that a picking row took; what else a way back reads that is no cell."""
 
 
 class Given(NamedTuple):
@@ -94,40 +94,40 @@ class Operation(ABC):
 
 
 def apply(operation: Operation, *operands: Operand) -> tuple[Operand, Tensor | None]:
-    """(the result, the indices of picked cells), leaving a trace for autograd and for transforms."""
+    """(the result, what was put aside for the way back), leaving a trace for autograd and for transforms."""
     parts = zip(*[operand[:3] for operand in operands], strict=True)
-    values, valid, reach, *indices = applied(
+    values, valid, reach, *aside = applied(
         Compute, operation, len(operands), *[part for kind in parts for part in kind]
     )
     asked = values.requires_grad or (
         operation.is_differentiable and any(operand.reach is not None for operand in operands)
     )
-    return Operand(values, valid, reach if asked else None), indices[0] if indices else None
+    return Operand(values, valid, reach if asked else None), aside[0] if aside else None
 
 
 class Compute(torch.autograd.Function):
-    """(operation, n, data of n operands, their masks, their reaches) -> (values, valid, reach[, indices])."""
+    """(operation, n, data of n operands, their masks, their reaches) -> (values, valid, reach[, aside])."""
 
     @staticmethod
     def forward(operation: Operation, n: int, *tensors: Any) -> Cells:
         made = [part for part in operation.compute(tensors[:n], tensors[n : 2 * n]) if part is not None]
         if in_forward_mode():  # which takes no views here
             made = [part.clone() for part in made]
-        values, valid, *indices = made
-        return (values, valid, channel(values), *indices)
+        values, valid, *aside = made
+        return (values, valid, channel(values), *aside)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Cells) -> None:
         ctx.operation, n, *tensors = inputs
         ctx.n, ctx.memory = n, Memory()
         ctx.has_reach = [reach is not None for reach in tensors[2 * n :]]
-        values, valid, reach, *indices = output
-        fixed = [valid, *indices]
+        values, valid, reach, *aside = output
+        fixed = [valid, *aside]
         if not ctx.operation.is_differentiable or not (values.is_floating_point() or values.is_complex()):
             fixed += [values, reach]
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
-        saved = (*tensors[: 2 * n], values, valid, *indices)
+        saved = (*tensors[: 2 * n], values, valid, *aside)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -160,11 +160,11 @@ class Compute(torch.autograd.Function):
     @differentiable_again
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n, operation, given = ctx.n, ctx.operation, unpacked(ctx, primal)
-        values, valid, indices = given.result
+        values, valid, aside = given.result
         reached = operation.reached(given, valid)
         data = transposed(lambda u: operation.gradients(given, Above(u, valid), reached), values, tangents[2 : 2 + n])
         reach = transposed(lambda u: operation.back(given, u), channel(values), tangents[2 + 2 * n :])
-        return (select(data, valid), None, reach, *[None for _ in (indices,) if indices is not None])
+        return (select(data, valid), None, reach, *[None for _ in (aside,) if aside is not None])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], operation: Operation, n: int, *tensors: Tensor | None) -> Any:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskserve.attending import attended
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.functions import public
-from maskserve.gates import kept, kept_in_place
 from maskserve.making import as_masked_tensor
 from maskserve.tensor import MaskedTensor
-from maskserve.tracing import in_transform, is_followed
 
 
 def of_rows(name: str, *args: Any, **params: Any) -> MaskedTensor:
@@ -174,55 +173,15 @@ def scaled_dot_product_attention(
             )
         attn_mask = earlier(q, k)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale  # of no cells every query is masked
-    made = None if dropout_p else by_torch(q, k, v, attn_mask, scale)
+    made = None if dropout_p or not are_bools([attn_mask]) else attended(q, k, v, [attn_mask], scale)
     if made is not None:
         return made
     weights = weights_of(q, k, [attn_mask], scale)
     return of_rows("matmul", dropout(weights, dropout_p), v)
 
 
-def by_torch(q: MaskedTensor, k: MaskedTensor, v: MaskedTensor, attn_mask: Any, scale: float) -> MaskedTensor | None:
-    """The same by torch's fused kernel, which holds no scores; None where it could not be right.
-
-    It knows masks of whole keys alone, and 0 times NaN is NaN to it: so rows must be valid or masked whole, and finite.
-    """
-    given = (q, k, v)
-    plain = attn_mask is None or (isinstance(attn_mask, Tensor) and attn_mask.dtype is torch.bool)
-    alike = len({x.dtype for x in given}) == len({x.shape[:-2] for x in given}) == 1 and q.ndim > 2
-    alike = alike and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
-    if not (plain and alike) or any(is_followed(x._data) for x in given) or in_transform():
-        return None
-    rows = [whole_rows(x) for x in given]
-    if any(row is None for row in rows):
-        return None
-    of_q, of_k, of_v = (row for row in rows if row is not None)
-    cells = [q._data, *(kept(x._data, x._mask if x._mask is None else x._full_mask()) for x in (k, v))]
-    if not all(
-        bool(x.sum().isfinite()) for x in cells[1:]
-    ):  # a sum that is finite is of finite cells; a query is its own row's
-        return None
-    scores = (*q.shape[:-1], k.shape[-2])
-    if attn_mask is not None and any(
-        n not in (1, m) for n, m in zip(attn_mask.shape[::-1], scores[::-1], strict=False)
-    ):
-        return None
-    met = of_k.unsqueeze(-2) if attn_mask is None else of_k.unsqueeze(-2) & attn_mask
-    made = functional.scaled_dot_product_attention(cells[0], cells[1], cells[2], attn_mask=met, scale=scale)
-    valid = (met & of_v.unsqueeze(-2)).any(-1) & of_q
-    mask = valid.unsqueeze(-1).expand(made.shape).contiguous()  # kernels walk it beside the cells, which are ours alone
-    return MaskedTensor._of(kept_in_place(made, mask), mask)
-
-
-def whole_rows(x: MaskedTensor) -> Tensor | None:
-    """Which rows are valid, where each is valid or masked as a whole."""
-    mask, words = x._full_mask(), x.shape[-1] // 8
-    if x._mask is None or not words or x.shape[-1] % 8 or not mask.is_contiguous():
-        rows = mask.all(-1)
-        return rows if torch.equal(rows, mask.any(-1)) else None
-    eight = mask.view(torch.int64)  # cells at a time
-    first = mask[..., 0]
-    is_whole = bool((eight == first.to(torch.int64).mul_(0x0101010101010101).unsqueeze(-1)).all())
-    return first if is_whole else None
+def are_bools(masks: Sequence[Any]) -> bool:
+    return all(mask is None or (isinstance(mask, Tensor) and mask.dtype is torch.bool) for mask in masks)
 
 
 def earlier(q: MaskedTensor, k: MaskedTensor) -> Tensor:
@@ -281,11 +240,15 @@ def multi_head_attention_forward(
     padding = key_padding_mask if key_padding_mask is None or is_batched else key_padding_mask.unsqueeze(0)
     if padding is not None:  # of bools, True is a key to leave out; of floats it is added
         padding = (~padding if padding.dtype is torch.bool else padding)[:, None, None, :]
-    weights = weights_of(q, k, [attn_mask, padding], 1 / math.sqrt(width))
-    mixed = of_rows("matmul", dropout(weights, dropout_p, training), v)
+    masks, scale, told = [attn_mask, padding], 1 / math.sqrt(width), None
+    is_plain = not need_weights and not (training and dropout_p) and are_bools(masks)
+    mixed = attended(q, k, v, masks, scale) if is_plain else None
+    if mixed is None:
+        weights = weights_of(q, k, masks, scale)
+        mixed = of_rows("matmul", dropout(weights, dropout_p, training), v)
+        told = (of_rows("mean", weights, 1) if average_attn_weights else weights) if need_weights else None
     joined = mixed.permute(2, 0, 1, 3).reshape(-1, n, embed_dim_to_check)
     made = of_rows("linear", joined, out_proj_weight, out_proj_bias)
-    told = (of_rows("mean", weights, 1) if average_attn_weights else weights) if need_weights else None
     if is_batched:
         return made, told
     return made.squeeze(1), None if told is None else told.squeeze(0)

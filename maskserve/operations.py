@@ -63,7 +63,7 @@ class OfSlices(Operation):
         reads = row.vjp_reads_cells or len(given.operands) > 1
         operands = [singles(operand.expand(plan.shape)) for operand in given.operands]
         data, *weights = [select(operand, own) if reads else operand for operand in operands]
-        indices = given.result.indices
+        indices = given.result.aside
         slices = Slices(
             data,
             own,
@@ -106,8 +106,8 @@ class OfSlices(Operation):
             case Reach.BEFORE:
                 return reach.flip(plan.dims).cumsum(plan.dims[0]).flip(plan.dims)
             case Reach.PICKED:
-                assert result.indices is not None
-                return reach.new_zeros(plan.shape).scatter_add(plan.dims[0], result.indices, reach)
+                assert result.aside is not None
+                return reach.new_zeros(plan.shape).scatter_add(plan.dims[0], result.aside, reach)
             case Reach.OWN:
                 return reach
 

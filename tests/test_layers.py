@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # as torch's own documentation writes it
 
 import maskserve as ms
-from maskserve import MaskedTensor
+from maskserve import MaskedTensor, layers
 from maskserve.errors import MaskserveError
 
 nan, inf = torch.nan, torch.inf
@@ -147,25 +147,88 @@ def test_attention_of_padded_sequences_is_that_of_each_alone(is_causal: bool) ->
         close(made.get_data()[i, :, :n], alone)
 
 
-@pytest.mark.parametrize("met", [None, masks(6, 6)], ids=["all", "some"])
-@pytest.mark.parametrize("kind", ["rows", "cells", "values of other rows", "inf", "junk"])
-def test_torchs_kernel_gives_what_the_rows_give(met: Tensor | None, kind: str) -> None:
-    inputs = [drawn(3, 2, 6, 8, seed=i) for i in range(3)]
+KINDS = ("rows", "cells", "values of other rows", "inf", "junk", "large", "none")
+
+
+def attention_case(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries, keys and values, and their masks."""
+    inputs = [drawn(3, 2, 6, 8, seed=i).to(dtype) for i in range(3)]
     own = [masks(3, 2, 6, 1, seed=0).expand(3, 2, 6, 8) for _ in range(3)]
+    if kind == "none":
+        own = [torch.ones(3, 2, 6, 8, dtype=torch.bool)] * 3
     if kind == "cells":
         own[1] = masks(3, 2, 6, 8, seed=4)
     if kind == "values of other rows":
         own[2] = masks(3, 2, 6, 1, seed=5).expand(3, 2, 6, 8)
+        inputs[2] = torch.where(own[2], inputs[2], 1e6)
     if kind == "inf":
         inputs[2][0, 0, 3, 1] = inf
     if kind == "junk":
-        inputs = [torch.where(m, x, nan) for x, m in zip(inputs, own, strict=True)]
-    made = F.scaled_dot_product_attention(
-        *(ms.masked_tensor(x, m) for x, m in zip(inputs, own, strict=True)), attn_mask=met
-    )
-    by_rows = F.scaled_dot_product_attention(*(leaf(x, m) for x, m in zip(inputs, own, strict=True)), attn_mask=met)
-    assert torch.equal(made.get_mask(), by_rows.get_mask())
-    torch.testing.assert_close(made.to_tensor(0), by_rows.to_tensor(0).detach(), rtol=1e-12, atol=1e-12, equal_nan=True)
+        inputs = [torch.where(m, x, junk) for x, m, junk in zip(inputs, own, (nan, inf, -inf), strict=True)]
+    if kind == "large":
+        inputs[0] = inputs[0] * torch.finfo(dtype).max / 8
+        inputs[1] = inputs[1] * torch.finfo(dtype).tiny
+    return inputs, own
+
+
+@pytest.mark.parametrize("met", [None, masks(6, 6), masks(3, 1, 6, 6)], ids=["all", "some", "of each sequence"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchs_kernel_gives_what_the_rows_give(
+    met: Tensor | None, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, and which cells have one, where results are masked once more by words and by cells."""
+    inputs, own = attention_case(kind, dtype)
+    above = drawn(3, 2, 6, 8, seed=9).to(dtype)
+    asked = [torch.ones(1, dtype=torch.bool), masks(3, 2, 6, 1, seed=7), masks(3, 2, 6, 8, seed=8)]
+    tolerance = 1e-11 if dtype is torch.float64 else 1e-4
+
+    def found() -> list[MaskedTensor]:
+        plain = [ms.masked_tensor(x, m) for x, m in zip(inputs, own, strict=True)]
+        values = [F.scaled_dot_product_attention(*plain, attn_mask=met)]
+        for seen in asked:
+            leaves = [leaf(x, m) for x, m in zip(inputs, own, strict=True)]
+            made = F.scaled_dot_product_attention(*leaves, attn_mask=met)
+            values += [made, *torch.autograd.grad([ms.mask(made, valid=seen.expand(made.shape))], leaves, [above])]
+        return values
+
+    fused = found()
+    monkeypatch.setattr(layers, "attended", lambda *args: None)
+    for one, other in zip(fused, found(), strict=True):
+        assert torch.equal(one.get_mask(), other.get_mask())
+        torch.testing.assert_close(
+            one.detach().to_tensor(0), other.detach().to_tensor(0), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("kind", ["none", "rows", "junk"])
+def test_attention_can_be_differentiated_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, own = attention_case(kind, torch.float64)
+    met = masks(6, 6)
+
+    def found() -> list[Tensor]:
+        leaves = [leaf(x, m) for x, m in zip(inputs, own, strict=True)]
+        made = F.scaled_dot_product_attention(*leaves, attn_mask=met).to_tensor(0)
+        plain = [x._data for x in leaves]
+        first = torch.autograd.grad(made, plain, made.detach().square(), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), plain)
+        return [*first, *second]
+
+    fused = found()
+    monkeypatch.setattr(layers, "attended", lambda *args: None)
+    for one, other in zip(fused, found(), strict=True):
+        assert bool(one.isfinite().all())
+        close(one, other)
+
+
+def test_an_infinite_gradient_spoils_only_what_its_query_met() -> None:
+    q, k, v = (leaf(drawn(1, 4, 8, seed=i)) for i in range(3))
+    above = torch.zeros(1, 4, 8, dtype=torch.float64)
+    above[0, 1] = inf
+    found = torch.autograd.grad([F.scaled_dot_product_attention(q, k, v, is_causal=True)], [q, k, v], [above])
+    spoilt = [~x.to_tensor(0).isfinite().all(-1)[0] for x in found]
+    assert [x.tolist() for x in spoilt[1:]] == [[True, True, False, False]] * 2
+    assert spoilt[0].tolist() == [False, True, False, False]
 
 
 def test_a_valid_nan_is_not_hidden_and_one_that_no_query_meets_is() -> None:

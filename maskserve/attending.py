@@ -1,0 +1,241 @@
+"""Attention by torch's fused kernels, forward and back: they hold no scores, and take a fifth of the time of the rows.
+
+They know masks of whole words alone, and to them 0 times NaN is NaN: so words must be valid or masked whole, and no product
+of cells may overflow. What else there is, layers.py computes by rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskserve import gradients
+from maskserve.backends.reference.cells import select
+from maskserve.gates import as_cotangent, kept
+from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result
+from maskserve.operations import OfProduct
+from maskserve.reach import Operand
+from maskserve.tensor import MaskedTensor
+from maskserve.tracing import in_transform, is_followed
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FUSED_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+"""What torch's own function calls; that does not hand out the logarithms of sums which the way back needs."""
+TOGETHER = 8
+ALL = 0x0101010101010101
+"""Cells of a mask that are looked at together, as one number; and that number where all are valid."""
+
+
+class Words(NamedTuple):
+    """(..., words, cells), and which words are valid, (..., words)."""
+
+    cells: Tensor
+    valid: Tensor
+
+
+def attended(
+    q: MaskedTensor, k: MaskedTensor, v: MaskedTensor, masks: Sequence[Tensor | None], scale: float
+) -> MaskedTensor | None:
+    """(..., i, d), (..., j, d), (..., j, d) -> (..., i, d); None where the kernels could not be right.
+
+    `masks` are True where a query meets a key, and broadcast to (..., i, j).
+    """
+    given = (q, k, v)
+    if in_transform() or not is_served(*(x._data for x in given)):
+        return None
+    words = [Words(x._data, valid) for x in given if (valid := whole_words(x)) is not None]
+    if len(words) < len(given) or (met := meetings(words, masks)) is None:
+        return None
+    if not torch.equal(words[1].valid, words[2].valid) or not is_bounded(words, scale):
+        words = [Words(without_junk(x), of.valid) for x, of in zip(given, words, strict=True)]
+        if not is_bounded(words, scale):
+            return None
+    how = OfAttention(met, scale, *(of.valid for of in words))
+    if not any(is_followed(of.cells) for of in words):
+        made = how.compute(tuple(of.cells for of in words), ())
+        return MaskedTensor._of(made.values, made.valid[..., :1])
+    operands = [Operand(of.cells, x._mask, x._reach) for x, of in zip(given, words, strict=True)]
+    return MaskedTensor._of(*gradients.apply(how, *operands)[0][:3])
+
+
+def is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    alike = q.dtype is k.dtype is v.dtype and q.device == k.device == v.device
+    alike = alike and q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.shape[-1] == k.shape[-1]
+    return alike and k.shape == v.shape and q.is_floating_point() and q.ndim in (3, 4) and 0 not in (*q.shape, *k.shape)
+
+
+def whole_words(x: MaskedTensor) -> Tensor | None:
+    """Which words are valid, where each is valid or masked as a whole."""
+    shape, mask = x._data.shape[:-1], x._mask
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=x._data.device)
+    if mask.shape[-1] == 1:
+        return mask[..., 0].expand(shape)
+    first = mask[..., 0]
+    if mask.shape[-1] % TOGETHER or not mask.is_contiguous():
+        is_whole = torch.equal(mask, first.unsqueeze(-1).expand(mask.shape))
+    else:
+        eight = mask.view(torch.int64)
+        start = eight[..., :1]
+        is_whole = torch.equal(eight, start.expand(eight.shape)) and bool(((start == 0) | (start == ALL)).all())
+    return first.expand(shape) if is_whole else None
+
+
+def meetings(words: Sequence[Words], masks: Sequence[Tensor | None]) -> Tensor | None:
+    """(..., i or 1, j), which keys a query meets; None where a mask does not broadcast to that."""
+    q, keys = words[0].cells, words[1].valid
+    scores = (*q.shape[:-1], keys.shape[-1])
+    if keys.ndim == 3 and torch.equal(keys, keys[:, :1].expand(keys.shape)):
+        keys = keys[:, :1]  # the same for all heads
+    met = keys.unsqueeze(-2)
+    for mask in masks:
+        if mask is None:
+            continue
+        sizes = zip(mask.shape[::-1], scores[::-1], strict=False)
+        if mask.ndim > len(scores) or any(n not in (1, m) for n, m in sizes):
+            return None
+        met = met & mask
+    return met
+
+
+def without_junk(x: MaskedTensor) -> Tensor:
+    return x._data if x._mask is None else kept(x._data, x._full_mask())
+
+
+def is_bounded(words: Sequence[Words], scale: float) -> bool:
+    """Whether no score and no mean can be inf or NaN: by Cauchy and Schwarz, of all that lies there."""
+    q, k, v = (of.cells for of in words)
+    return length(q) * length(k) * max(abs(scale), 1) < most(q) and length(v) < most(v)
+
+
+def length(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.detach(), dtype=wide(x)))
+
+
+def most(x: Tensor) -> float:
+    return torch.finfo(wide(x)).max / 4
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What kernels add up in."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class OfAttention(Operation):
+    """Attention of whole words; `met` is (..., i or 1, j), the others say which words of each operand are valid."""
+
+    met: Tensor
+    scale: float
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def batched(self, n: int) -> OfAttention:
+        return self
+
+    def compute(self, operands: Cells, masks: Masks) -> Result:
+        made, sums = fused(operands, self.bias(operands[0]), self.scale)
+        valid = (self.met & self.values.unsqueeze(-2)).any(-1) & self.queries
+        hide_words(made, valid)
+        return Result(made, valid.unsqueeze(-1).expand(made.shape), sums)
+
+    def bias(self, like: Tensor) -> Tensor:
+        """What is added to the scores: -inf where a query does not meet a key."""
+        return torch.zeros(self.met.shape, dtype=like.dtype, device=like.device).masked_fill_(~self.met, -math.inf)
+
+    # -- the way back ----------------------------------------------------------------------------------------------
+
+    def gradients(self, given: Given, above: Above, reached: Cells) -> Cells:
+        """By the fused kernel, which gives exactly 0 where nothing is reached; by the formula where it is followed."""
+        if any(map(is_followed, (*given.operands, above.g))):
+            return super().gradients(given, above, reached)
+        g, v = kept(above.g, above.gate), given.operands[2]
+        if not length(g) * max(length(v), 1) < most(v):
+            return super().gradients(given, above, reached)
+        return fused_back(g, given, self.bias(v), self.scale)
+
+    def pull(self, given: Given, above: Above) -> Cells:
+        """W = softmax(s QK'), dV = W'G, dS = W (GV' - sum(W GV')) s, dQ = dS K, dK = dS'Q, over the pairs that meet."""
+        shown = zip(given.operands, (self.queries, self.keys, self.values), strict=True)
+        q, k, v = (Operand(x, valid.unsqueeze(-1).expand(x.shape)) for x, valid in shown)
+        g, pairs = Operand(*above), self.met.expand(*q.value.shape[:-1], k.value.shape[-2])
+        pairs = pairs & above.gate.any(-1, keepdim=True)
+        scores = times(q, turned(k)) * self.scale
+        weights = Operand(select(torch.softmax(torch.where(pairs, scores, -math.inf), -1), pairs), pairs)
+        to_weights = select(times(g, turned(v)), pairs)
+        change = to_weights - (weights.value * to_weights).sum(-1, keepdim=True)
+        to_scores = Operand(weights.value * change * self.scale, pairs)
+        return times(to_scores, k), times(turned(to_scores), q), times(turned(weights), g)
+
+    def reached(self, given: Given, gate: Tensor) -> Cells:
+        q, k, v = given.operands
+        asked = gate.any(-1)
+        if self.met.shape[-2] == 1:
+            is_met = self.met.squeeze(-2) & asked.any(-1, keepdim=True)
+        else:
+            is_met = (self.met & asked.unsqueeze(-1)).any(-2)
+        by_cell = is_met.unsqueeze(-1)
+        if in_transform() or not torch.equal(gate, asked.unsqueeze(-1).expand(gate.shape)):
+            pairs = self.met.expand(*gate.shape[:-1], k.shape[-2])
+            by_cell = pairs.mT.to(torch.float32) @ gate.to(torch.float32) > 0
+        found = (asked.unsqueeze(-1), is_met.unsqueeze(-1), by_cell & self.values.unsqueeze(-1))
+        return tuple(at.expand(x.shape) for at, x in zip(found, (q, k, v), strict=True))
+
+    def back(self, given: Given, reach: Tensor) -> Cells:
+        return tuple(as_cotangent(at) for at in self.reached(given, reach > 0))
+
+
+def turned(x: Operand) -> Operand:
+    return Operand(x.value.mT, None if x.mask is None else x.mask.mT)
+
+
+def times(a: Operand, b: Operand) -> Tensor:
+    made: Tensor = gradients.apply(OfProduct(), a, b)[0].value
+    return made
+
+
+def hide_words(made: Tensor, valid: Tensor) -> None:
+    """Sets words that are not valid to 0: by their numbers where each head's lie in turn, as the kernel writes them."""
+    hidden, turns = ~valid, made.transpose(-3, -2)
+    if made.ndim == 4 and turns.is_contiguous():
+        turns.view(-1, made.shape[-1]).index_fill_(0, hidden.transpose(-2, -1).flatten().nonzero().squeeze(1), 0)
+    else:
+        made.masked_fill_(hidden.unsqueeze(-1), 0)
+
+
+# -- torch's kernels ----------------------------------------------------------------------------------------------
+
+
+def fused(operands: Cells, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """The means, and on a CPU the logarithm of what each query's weights are divided by, (..., i)."""
+    q, k, v = operands
+    if q.device.type != "cpu":
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+    made, sums = FUSED(*map(of_heads, operands), 0.0, False, attn_mask=of_heads(bias), scale=scale)
+    return made.view(q.shape), sums
+
+
+def fused_back(g: Tensor, given: Given, bias: Tensor, scale: float) -> Cells:
+    """The gradients by queries, keys and values."""
+    made, _, sums = given.result
+    if sums is None:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in given.operands]
+            again, _ = fused(tuple(leaves), bias, scale)
+        return torch.autograd.grad(again, leaves, g)
+    cells = map(of_heads, (g, *given.operands, made))
+    found = FUSED_BACK(*cells, sums, 0.0, False, attn_mask=of_heads(bias), scale=scale)
+    return tuple(part.view(x.shape) for part, x in zip(found, given.operands, strict=True))
+
+
+def of_heads(x: Tensor) -> Tensor:
+    """(sequences, heads, words, cells), each word's cells side by side."""
+    whole = x if x.stride(-1) == 1 else x.contiguous()
+    return whole if whole.ndim == 4 else whole.unsqueeze(0)
