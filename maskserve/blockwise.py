@@ -65,6 +65,7 @@ class Op:
     """A row with its operands: slots, and numbers. `function` is None where cells are converted before torch may see them.
 
     `reuses` is the dtype of operands into whose memory `function` may write its result; None where it cannot.
+    `is_plain`: the cells are `function` of the operands' cells, and valid where all operands are.
     """
 
     row: Elementwise
@@ -75,14 +76,16 @@ class Op:
     function: Callable[..., Tensor] | None
     params: Mapping[str, Any]
     reuses: torch.dtype | None
+    is_plain: bool
 
     def run(self, cells: Sequence[Cells], policy: Policy, spare: Sequence[Tensor]) -> Cells:
         """`spare` are operands that nobody needs any more."""
-        values = [cells[o.n].data if isinstance(o, Slot) else o for o in self.operands]
-        masks = [cells[o.n].mask if isinstance(o, Slot) else None for o in self.operands]
+        values = [cells[o.n].data if type(o) is Slot else o for o in self.operands]
+        masks = [cells[o.n].mask if type(o) is Slot else None for o in self.operands]
         function = self.function if policy is Policy.INTERSECT else None
-        if function is not None and self.row.rule is MaskRule.ALL and not (self.row.unsafe or self.row.unsafe_floats):
-            return Cells(function(*values, **self.params, **self.room(values, spare)), together(masks))
+        if function is not None and self.is_plain:
+            room = self.room(values, spare) if spare else NOTHING
+            return Cells(function(*values, **self.params, **room), together(masks))
         parts = [
             Operand(value, mask, None, isinstance(o, Slot))
             for value, mask, o in zip(values, masks, self.operands, strict=True)
@@ -130,17 +133,12 @@ def op(
         takes = isinstance(operands[0], Slot) and not row.tensors_only
         function = cellwise.function(row) if takes else partial(with_tensors, row)
     params = cellwise.resolve(row, given) if row.parameters else {}
-    reuses = result if function is not None and writes_into(function, operands, kinds, params, result) else None
+    is_plain = row.rule is MaskRule.ALL and not (row.unsafe or row.unsafe_floats)
+    reuses = result if is_plain and function and writes_into(function, operands, kinds, params, result) else None
     return Op(
-        row=row,
-        operands=operands,
-        given=given,
-        kinds=kinds,
-        column=column,
-        function=function,
-        params=params,
-        reuses=reuses,
-    )
+        row=row, operands=operands, given=given, kinds=kinds, column=column, function=function, params=params,
+        reuses=reuses, is_plain=is_plain,
+    )  # fmt: skip
 
 
 def writes_into(
@@ -168,13 +166,14 @@ def run(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
     """The last op's cells, those that are hidden as they came out."""
     cells: list[Any] = [*leaves]
     policy = parse_policy(None)
+    are_many = max(leaf.data.numel() for leaf in leaves) >= FEW
     for step in ops:
         try:
-            made = step.run(cells, policy, spare(step, cells, leaves))
+            made = step.run(cells, policy, spare(step, cells, leaves) if are_many else ())
         except (RuntimeError, TypeError, ValueError, OverflowError, MaskserveError) as error:
             raise step.refused(error) from error
         for operand in step.operands:
-            if isinstance(operand, Slot) and operand.n >= len(leaves):
+            if type(operand) is Slot and operand.n >= len(leaves):
                 cells[operand.n] = None  # each result is used once
         cells.append(made)
     last: Cells = cells[-1]
@@ -185,7 +184,7 @@ def spare(step: Op, cells: Sequence[Cells], leaves: Sequence[Cells]) -> list[Ten
     """Results between of many cells that this op is the only one to use, in memory of their own."""
     if step.reuses is None:
         return []
-    between = [cells[o.n].data for o in step.operands if isinstance(o, Slot) and o.n >= len(leaves)]
+    between = [cells[o.n].data for o in step.operands if type(o) is Slot and o.n >= len(leaves)]
     return [x for x in between if x.numel() >= FEW and not any(same_memory(x, leaf.data) for leaf in leaves)]
 
 
@@ -195,8 +194,11 @@ def at_once(ops: Sequence[Op], leaves: Sequence[Cells]) -> Cells:
     is_own = not any(same_memory(data, leaf.data) for leaf in leaves)
     if mask is None:
         return Cells(data if is_own else data.clone(), None)
-    full = mask.expand(data.shape)
-    data = kept_in_place(data, full) if is_own else kept(data, full)
+    if is_own and data.numel() < FEW and data.is_floating_point():
+        data.masked_fill_(~mask, 0)  # in a quarter of the time that it takes to begin the kernel
+    else:
+        full = mask.expand(data.shape)
+        data = kept_in_place(data, full) if is_own else kept(data, full)
     return Cells(data, mask.clone() if any(same_memory(mask, leaf.mask) for leaf in leaves) else mask)
 
 
