@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import maskserve as ms
 from maskserve import blockwise, evaluation, functions
 from maskserve.blockwise import BLOCK, blocks
+from maskserve.dtypes import BY_TORCH, DType
 from maskserve.errors import MaskserveError
 from maskserve.evaluation import Declared, Term, evaluated, planned
 from maskserve.expression import parse
@@ -192,6 +193,16 @@ def is_the_same_after_ops(row: Elementwise, dtype: torch.dtype) -> bool:
     for x, part in zip(variables, cells, strict=False):
         assert torch.equal(x._data, part), "a variable was written into"
     return True
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BY_TORCH.values() if kind.code], ids=lambda kind: kind.name)
+def test_what_is_chosen_is_hidden_in_every_dtype(kind: DType) -> None:
+    dtype = getattr(torch, kind.torch)
+    x = MaskedTensor(torch.ones(3).to(dtype), torch.tensor([True, False, True]))
+    c = ms.masked_tensor(torch.tensor([True, True, False]))
+    made = evaluate("where(c, x, x)", {"c": c, "x": x})
+    assert made.dtype is dtype
+    assert made._data.view(torch.uint8).tolist() == torch.tensor([1, 0, 1]).to(dtype).view(torch.uint8).tolist()
 
 
 def test_a_gradient_goes_through_an_expression() -> None:
