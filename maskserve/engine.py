@@ -35,10 +35,8 @@ SHORT = 256
 SEARCHED_TOGETHER = 8
 """Long slices beside each other that share cache lines."""
 LONG = 1 << 20
-"""Cells of a slice beyond which its state is joined from blocks and its cells are normalized by them, on all threads: in
+"""Cells of a slice beyond which its state is joined from blocks and its cells are normalized by it, on all threads: in
 memory too, so that streamed slices have the same bits."""
-APPLIED = 1 << 16
-"""Cells of a block that is normalized by torch: what is between stays in the cache."""
 SAMPLED = 1 << 15
 """Cells of a long slice that say where in it to look: results between two of them are a 50th of all."""
 
@@ -399,32 +397,26 @@ def normalize(plan: Plan, cells: Cells) -> Masked:
     finisher = finisher_of(plan)
     if finisher and cells.shape[1] <= LONG:
         return fill(plan, cells, finisher, cells.shape[1])
-    result, valid = empty_like(plan, cells)
-    if result.numel():
-        parts = joined(plan, cells)
-        blocks = cut(plan, cells.shape, APPLIED)
-
-        def task(where: tuple[slice, slice, slice]) -> Callable[[], None]:
-            def apply_block() -> None:
-                result[where], valid[where] = applied(plan, parts, cells, where)
-
-            return apply_block
-
-        wheres = [(rows, span, columns) for (rows, columns), span in product(blocks.tiles, blocks.runs)]
-        in_parallel(backend_of(plan), result.numel(), [task(where) for where in wheres])
-    return result.view(plan.out_shape), valid.view(plan.out_shape)
+    return applied(plan, cells, joined(plan, cells))
 
 
-def applied(plan: Plan, parts: Parts, cells: Cells, where: tuple[slice, slice, slice]) -> Masked:
-    """A block of a normalization, from the states of its slices, (outer, inner); its hidden cells are 0."""
-    row, own = plan.row, {name: part[where[0], where[2]] for name, part in parts.items()}
+def applied(plan: Plan, cells: Cells, states: Parts) -> Masked:
+    """Cells of slices, all of them or a part, normalized by the slices' states, (outer, inner)."""
+    finisher = finisher_of(plan)
+    if finisher:
+        return fill(plan, cells, finisher, cells.shape[1], states=states)
+    row = plan.row
     assert isinstance(row, Normalization)
-    data, mask = cells.block(*where)
-    values = backend_of(plan).apply(plan, data, mask, own)
-    if row.needs is not None:
-        mask = intersection([mask, (own["count"] > row.needs(plan.params)).unsqueeze(1).expand(data.shape)])
-    values = narrowed(plan, select(values, mask))
-    return values, torch.ones(values.shape, dtype=torch.bool, device=values.device) if mask is None else mask
+    result, valid = empty_like(plan, cells)
+    blocks = cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape), narrow=cells.narrow)
+    for (rows, columns), run in in_turn(product(blocks.tiles, blocks.runs) if result.numel() else ()):
+        where, own = (rows, run, columns), {name: part[rows, columns] for name, part in states.items()}
+        data, mask = cells.block(*where)
+        values = kernel(row.apply)(plan, data, mask, own)
+        if row.needs is not None:
+            mask = intersection([mask, (own["count"] > row.needs(plan.params)).unsqueeze(1).expand(data.shape)])
+        write(plan, result, valid, where, values, mask)
+    return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
 def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> Masked:
@@ -444,20 +436,32 @@ def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> M
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
 
-def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor | None = None) -> Masked:
-    """Each slice whole, written by the back end itself; what it refuses is a scan that the reference does."""
+def fill(
+    plan: Plan,
+    cells: Cells,
+    finisher: Finisher,
+    size: int,
+    places: Tensor | None = None,
+    states: Parts | None = None,
+) -> Masked:
+    """Each slice, written by the back end itself: whole, but where its cells need no other ones or its state is known.
+
+    What it refuses is a scan that the reference does.
+    """
     result, valid = empty_like(plan, cells, size)
     at = None if places is None else places.view(result.shape)
-    whole = plan.row.reach is not Reach.OWN
+    whole = states is None and plan.row.reach is not Reach.OWN
     overflowed: list[bool] = []
-    if cells.mask is None:  # no mask, nothing that the back end would write of it
-        valid.fill_(True)
 
     def task(rows: slice, run: slice, columns: slice) -> Callable[[], None]:
         def fill_block() -> None:
             where = (rows, run, columns)
             data, mask = cells.block(*where, negated=False)
-            status = finisher.fill(plan, data, mask, result[where], valid[where], None if at is None else at[where])
+            if mask is None:  # nothing that the back end would write of it
+                valid[where] = True
+            known = None if states is None else {name: part[rows, columns] for name, part in states.items()}
+            at_block = None if at is None else at[where]
+            status = finisher.fill(plan, data, mask, result[where], valid[where], at_block, known)
             if status == "refused":
                 assert isinstance(plan.row, Scan)
                 mask = counting(plan.row, data, mask, plan.params.get("nan", "propagate"))
@@ -473,7 +477,7 @@ def fill(plan: Plan, cells: Cells, finisher: Finisher, size: int, places: Tensor
         return fill_block
 
     if result.numel():
-        blocks = cut(plan, cells.shape, block_cells(finisher, cells.shape), whole=whole)
+        blocks = cut(plan, cells.shape, block_cells(finisher, cells.shape), whole=whole, narrow=cells.narrow)
         tasks = [task(rows, run, columns) for rows, columns in blocks.tiles for run in blocks.runs]
         in_parallel(finisher, result.numel(), tasks)
     if overflowed:  # one warning, however many blocks

@@ -25,7 +25,7 @@ from maskserve.backends.reference.cells import select
 from maskserve.blocks import Cells, counting, covering, cut, seen, spans
 from maskserve.dtypes import Kind
 from maskserve.errors import OutOfMemoryError
-from maskserve.execution import backend_of, finisher_of, n_threads, nan_policy
+from maskserve.execution import BLOCKS_A_THREAD, backend_of, finisher_of, n_threads, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
@@ -390,16 +390,18 @@ def long_slices(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
 
 
 def normalized(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
-    """Two passes: the state of each slice, then its cells block by block."""
+    """Two passes: the state of each slice, then its cells, some blocks for each thread at a time."""
     most = most_states(plan, budget)
+    fit = min(budget // (SHARE * (plan.result.n_bytes + 1)), BLOCK * BLOCKS_A_THREAD * n_threads())
     for tile in kept_tiles(plan, most_results(plan, budget), whole(plan)):
-        below = of_sizes(plan, sizes_of(tile))
         parts = state(plan, source, None, tile, most)
-        cells = SourceCells(plan, source, None, tile, policy=nan_policy(plan))
-        blocks = cut(below, cells.shape, BLOCK, narrow=WIDE)
+        outer, n, inner = sizes_of(tile)
+        blocks = cut(plan, (outer, n, inner), fit, narrow=WIDE)
         for (rows, columns), run in product(blocks.tiles, blocks.runs):
-            values, mask = engine.applied(below, parts, cells, (rows, run, columns))
             where = tuple(moved(s, own.start) for s, own in zip((rows, run, columns), tile, strict=True))
+            cells = SourceCells(plan, source, None, where, policy=nan_policy(plan))
+            own = {name: part[rows, columns] for name, part in parts.items()}
+            values, mask = engine.applied(of_sizes(plan, sizes_of(where)), cells, own)
             yield Piece(where=where, values=values, mask=mask)
 
 

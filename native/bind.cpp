@@ -89,12 +89,18 @@ bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
 int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer,
          int64_t n, int64_t inner,
          int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-         int64_t mask_inner, int64_t leaf, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
+         int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
+         uint64_t third_ptr, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
          int64_t values_n, int64_t values_inner, uint64_t places_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_fills, "kernel is an index into FILLS");
-  const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
-                               mask_outer,
-                               mask_n, mask_inner, leaf);
+  Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
+                         mask_outer,
+                         mask_n, mask_inner, leaf);
+  const maskserve::States states{
+      outer * inner,
+      address<const int64_t>(count_ptr),
+      {address<const void>(first_ptr), address<const void>(second_ptr), address<const void>(third_ptr)}};
+  if (count_ptr) block.states_ptr = &states;
   const Filled filled{address<unsigned char>(values_ptr), address<unsigned char>(valid_ptr),
                       operand(0, values_outer, values_n, values_inner), dtype_of(result),
                       address<unsigned char>(places_ptr)};

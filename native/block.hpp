@@ -21,6 +21,15 @@ struct Operand {
   int64_t stride_inner = 0;
 };
 
+constexpr int n_parts = 5;  // beside the count, at most
+
+// The states of n result cells: their parts as in Parts.
+struct States {
+  int64_t n;
+  const int64_t* count_ptr;
+  const void* part_ptr[n_parts];
+};
+
 struct Block {
   Operand data;
   Operand mask;  // bytes 0 or 1
@@ -32,13 +41,12 @@ struct Block {
   int64_t inner = 0;
   int64_t leaf = 0;  // 4096 or 64 cells of n
   bool omits_nan = false;  // a NaN counts as masked; of floats alone
+  const States* states_ptr = nullptr;  // of its slices, where a normalization is given a part of their cells
   bool is_masked() const { return mask.cells_ptr || omits_nan; }
 };
 
 // Where the (outer, inner) results go, all contiguous: count (int64), then the parts of the pass (ops/passes.py) in
 // their order, as double, int64 or, for the best cell, the data's own dtype. A null part is not asked for.
-constexpr int n_parts = 5;  // beside the count, at most
-
 struct Parts {
   int64_t* count_ptr = nullptr;
   void* part_ptr[n_parts] = {};
@@ -128,13 +136,6 @@ constexpr int n_lifts = sizeof lift_names / sizeof *lift_names;
 constexpr int n_fills = sizeof fill_names / sizeof *fill_names;
 constexpr int n_selections = sizeof selection_names / sizeof *selection_names;
 constexpr int n_searches = sizeof search_names / sizeof *search_names;
-
-// The states of n result cells: their parts as in Parts.
-struct States {
-  int64_t n;
-  const int64_t* count_ptr;
-  const void* part_ptr[n_parts];
-};
 
 // A result is valid where its count reaches `min_count` and exceeds `needs`.
 struct Limits {

@@ -125,6 +125,11 @@ struct MomentsState {
     }
   }
 
+  void read(const Block& block, const Window& w) {
+    read_counts(block, w, count);
+    read_lanes(block, w, 0, mean), read_lanes(block, w, 1, low), read_lanes(block, w, 2, m2);
+  }
+
   void write(const Parts& parts, int64_t at, int64_t n) const {
     copy_canonical(mean, n, static_cast<double*>(parts.part_ptr[0]) + at);
     copy_canonical(low, n, static_cast<double*>(parts.part_ptr[1]) + at);
@@ -201,6 +206,10 @@ NEVER_INLINE void leaf_moments(MomentsRoom& room, const Block& block, const Wind
 }
 
 const MomentsState& slice_moments(MomentsRoom& room, const Block& block, Window& w) {
+  if (block.states_ptr) {
+    room.tree.next().read(block, w);
+    return room.tree.next();
+  }
   each_leaf(block, w, [&] {
     leaf_moments(room, block, w, room.tree.next());
     room.tree.push(w.lanes());
@@ -237,10 +246,10 @@ bool moments(const Block& block, const Options&, const Parts& parts) {
   }
 }
 
-// (cell - mean) / standard deviation; a slice of one leaf is read once.
+// (cell - mean) / standard deviation; a slice of one leaf, or whose state is known, is read once.
 int standardize(const Block& block, const Options& options, const Filled& filled) {
   const std::unique_ptr<MomentsRoom> room = room_for(block);
-  const bool is_kept = block.n <= block.leaf && block.dtype != Dtype::i64;
+  const bool is_kept = !block.states_ptr && block.n <= block.leaf && block.dtype != Dtype::i64;
   bool overflowed = false;
   each_window(block, block.leaf, [&](Window& w) {
     const int64_t lanes = w.lanes(), period = period_of(lanes);

@@ -87,6 +87,10 @@ struct PowersState {
     }
   }
 
+  void read(const Block& block, const Window& w) {
+    read_lanes(block, w, 0, total), read_lanes(block, w, 1, low), read_lanes(block, w, 2, scale);
+  }
+
   void write(const Parts& parts, int64_t at, int64_t n) const {
     copy_canonical(total, n, static_cast<double*>(parts.part_ptr[0]) + at);
     copy_lanes(low, n, static_cast<double*>(parts.part_ptr[1]) + at);
@@ -195,6 +199,10 @@ NEVER_INLINE const unsigned char* leaf_powers(PowersRoom& room, const Block& blo
 
 const PowersState& slice_powers(PowersRoom& room, const Block& block, Window& w, Order order,
                                 const unsigned char*& keep_ptr) {
+  if (block.states_ptr) {
+    room.tree.next().read(block, w);
+    return room.tree.next();
+  }
   room.tree.next().order = order;
   each_leaf(block, w, [&] {
     room.tree.next().order = order;
@@ -267,11 +275,11 @@ bool powers(const Block& block, const Options& options, const Parts& parts) {
   return true;
 }
 
-// cell / max(norm, eps); a slice of one leaf is read once.
+// cell / max(norm, eps); a slice of one leaf, or whose state is known, is read once.
 int normalize(const Block& block, const Options& options, const Filled& filled) {
   const std::unique_ptr<PowersRoom> room = room_for(block);
   const Order order = order_of(options.ord);
-  const bool is_kept = block.n <= block.leaf && block.dtype != Dtype::f64;
+  const bool is_kept = !block.states_ptr && block.n <= block.leaf && block.dtype != Dtype::f64;
   const unsigned char* keep_ptr = nullptr;
   bool overflowed = false;
   each_window(block, block.leaf, [&](Window& w) {

@@ -260,6 +260,47 @@ void run_fill(int kernel, const Case& given, Hash& hash) {
   hash.add(places.data(), n * sizeof(uint64_t));
 }
 
+// The lift whose states a normalization takes; null where the fill is none.
+const char* lift_of(const char* fill) {
+  if (is_one_of(fill, {"softmax", "log_softmax"})) return "exponentials";
+  if (is_one_of(fill, {"normalize"})) return "powers";
+  return is_one_of(fill, {"standardize"}) ? "moments" : nullptr;
+}
+
+// In blocks of a third of the rows, from the states of whole slices.
+void run_fill_by_states(int kernel, const Case& given, Hash& hash) {
+  const Block& block = given.block;
+  int lift = 0;
+  while (std::strcmp(lift_names[lift], lift_of(fill_names[kernel]))) ++lift;
+  const int64_t n_states = block.outer * block.inner;
+  std::vector<std::vector<uint64_t>> words(n_parts + size_t{1}, std::vector<uint64_t>(static_cast<size_t>(n_states)));
+  Parts parts;
+  States states{n_states, parts.count_ptr = reinterpret_cast<int64_t*>(words[n_parts].data()), {}};
+  for (int k = 0; k < n_parts; ++k) states.part_ptr[k] = parts.part_ptr[k] = words[static_cast<size_t>(k)].data();
+  const Options options = some_options(&block);
+  if (!variant().lifts[lift](block, options, parts)) return;
+  const Dtype result = result_of(fill_names[kernel], block.dtype);
+  const int64_t step = block.n / 3 + 1, bytes = cell_bytes(block.dtype), result_bytes = cell_bytes(result);
+  const size_t n = static_cast<size_t>(n_states * block.n);
+  std::vector<unsigned char> values(n * static_cast<size_t>(result_bytes)), valid(n);
+  for (int64_t i = 0; i < block.n; i += step) {
+    Block some = block;
+    some.states_ptr = &states;
+    some.n = block.n - i < step ? block.n - i : step;
+    some.data.cells_ptr += i * block.data.stride_n * bytes;
+    if (some.mask.cells_ptr) some.mask.cells_ptr += i * block.mask.stride_n;
+    Filled filled;
+    filled.values_ptr = values.data() + i * block.inner * result_bytes;
+    filled.mask_ptr = valid.data() + i * block.inner;
+    filled.values = {nullptr, block.n * block.inner, block.inner, 1};
+    filled.dtype = result;
+    const int status = variant().fills[kernel](some, options, filled);
+    hash.add(&status, sizeof status);
+  }
+  hash.add(values.data(), values.size());
+  hash.add(valid.data(), n);
+}
+
 void canonical(std::vector<double>& values) {  // which NaN it is, finish() decides
   for (double& value : values) value = value == value ? value : 0x1.8p1000;
 }
@@ -463,6 +504,12 @@ int main(int argc, char** argv) {
         say(kind, names[kernel], dtype_names[d], hash);
       }
     };
+    for (int kernel = 0; kernel < n_fills; ++kernel) {
+      Hash hash;
+      if (!lift_of(fill_names[kernel])) continue;
+      each_case(dtype, shapes, [&](const Case& given) { run_fill_by_states(kernel, given, hash); });
+      say("fill by states", fill_names[kernel], dtype_names[d], hash);
+    }
     run_all("lift", lift_names, n_lifts, run_lift);
     run_all("fill", fill_names, n_fills, run_fill);
     run_all("select", selection_names, n_selections, run_selection);

@@ -1,4 +1,4 @@
-// softmax and log_softmax of whole slices.
+// softmax and log_softmax of whole slices, or of parts of slices whose states are known.
 // Included inside the namespace of one instruction set; see common.hpp why nothing here may be shared.
 
 // out = raised / divisor.
@@ -28,9 +28,10 @@ constexpr int64_t n_stored = 1 << 17;  // 1 MB, a part of L2
 
 // How a block is normalised. A slice that is one leaf is read and raised once. In a longer one either each leaf is
 // raised from its own largest cell, and scaled by what that lies below the slice's (quick); or the slice's is found
-// first. What was raised is kept where the slice is not too long; else the cells are read and raised again.
+// first. What was raised is kept where the slice is not too long; else the cells are read and raised again. Of slices
+// whose states are known the cells are raised once, from the largest of all.
 struct Way {
-  bool is_log, quick, is_one_leaf, stores, is_pair;
+  bool is_log, quick, is_known, is_one_leaf, stores, is_pair;
   Raising raising;
 };
 
@@ -127,11 +128,13 @@ struct Normalizing {
     const int64_t lanes = w.lanes();
     Window flat;
     w.i = 0, w.rows = block.n;
-    if (way.quick && !way.is_log && are_groups(room, block, w, flat) && is_run(filled.values, w)) {
+    if (way.quick && !way.is_log && !way.is_known && are_groups(room, block, w, flat) && is_run(filled.values, w)) {
       return with_columns(w.columns,
                           [&](auto columns) { return normalize_groups<columns()>(room, block, filled, flat); });
     }
-    if (way.is_one_leaf || way.quick) {
+    if (way.is_known) {
+      read_lanes(block, w, 0, top), read_lanes(block, w, 1, total);
+    } else if (way.is_one_leaf || way.quick) {
       reduce_quickly(w);
     } else {
       reduce_twice(w);
@@ -153,9 +156,10 @@ struct Normalizing {
 int normalize(const Block& block, const Options& options, const Filled& filled, bool is_log) {
   const std::unique_ptr<ExponentialsRoom> room = room_for(block);
   room->negates = options.negates;
-  const bool quick = is_quick(block.dtype, filled.dtype), is_one_leaf = block.n <= block.leaf;
-  const bool stores = !is_log && !is_one_leaf && block.n <= n_stored / (block.leaf > 64 ? 1 : 64);
-  const Way way{is_log, quick, is_one_leaf, stores, block.dtype == Dtype::f64, quick ? Raising::quick : Raising::full};
+  const bool quick = is_quick(block.dtype, filled.dtype), is_known = block.states_ptr;
+  const bool is_one_leaf = !is_known && block.n <= block.leaf;
+  const bool stores = !is_log && !is_known && !is_one_leaf && block.n <= n_stored / (block.leaf > 64 ? 1 : 64);
+  const Way way{is_log, quick, is_known, is_one_leaf, stores, block.dtype == Dtype::f64, quick ? Raising::quick : Raising::full};
   const int64_t n_leaves = (block.n + block.leaf - 1) / block.leaf;
   const int64_t most_lanes = stores ? least(n_tile_lanes, n_stored / block.n) : n_tile_lanes;
   if (!is_one_leaf) room->totals.begin(n_leaves);

@@ -252,6 +252,14 @@ inline void count_window(const unsigned char* keep_ptr, const Window& w, int64_t
   for (int64_t l = 0; l < w.lanes(); ++l) count[l] += w.rows;
 }
 
+// Part k of the states that a block brings, of the window's lanes: as write_lanes() leaves them.
+inline void read_lanes(const Block& block, const Window& w, int k, double* values) {
+  copy_lanes(static_cast<const double*>(block.states_ptr->part_ptr[k]) + w.o * block.inner + w.c, w.lanes(), values);
+}
+inline void read_counts(const Block& block, const Window& w, int64_t* count) {
+  copy_lanes(block.states_ptr->count_ptr + w.o * block.inner + w.c, w.lanes(), count);
+}
+
 // Where the results of a window's lanes go: lane l of group g, column c is result (o + g) * inner + c.
 template <class T>
 void write_lanes(const Block& block, const Window& w, const T* values, void* part_ptr) {

@@ -35,8 +35,6 @@ class Backend(Protocol):
 
     def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]: ...
 
-    def apply(self, plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts) -> Tensor: ...
-
 
 class Search(Protocol):
     """A selection from a few long slices side by side, in rounds: sample all blocks, bracket, sift all blocks, settle."""
@@ -57,7 +55,7 @@ class Finisher(Backend, Protocol):
     """A back end that also writes results: whole slices of normalizations, scans and selections, and finished states.
 
     Its `finish` means what the engine's own does, and gives the same bits. A scan that picks gives the cells, and their
-    places too where `places` is there for them.
+    places too where `places` is there for them. A normalization fills parts of slices too, given the slices' states.
     """
 
     def takes_cells(self, plan: Plan) -> bool: ...
@@ -78,6 +76,7 @@ class Finisher(Backend, Protocol):
         values: Tensor,
         valid: Tensor,
         places: Tensor | None = None,
+        states: Parts | None = None,
     ) -> str: ...
 
     def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...

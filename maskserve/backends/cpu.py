@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from maskserve.plan import Plan
 
 NO_MASK = (0, 0, 0)
+NO_STATES = (0, 0, 0, 0)
+"""Instead of the count and the parts that a normalization reads."""
 SIGN = 1 << 63
 SERVED = FLOATING | INTEGRAL
 STATUS = ("done", "overflowed", "refused")
@@ -199,12 +201,6 @@ def raised(cells: Tensor) -> Tensor:
     return powers
 
 
-def logarithms(cells: Tensor) -> Tensor:
-    """log of a few float64 cells, of each as if it were alone."""
-    values = [math.log(x) if x > 0 else -math.inf if x == 0 else math.nan for x in cells.flatten().tolist()]
-    return torch.tensor(values, dtype=torch.float64).view(cells.shape)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finishing:
     """What the native finish of a plan needs, decided once."""
@@ -359,13 +355,6 @@ class CpuBackend:
         of = reference(plan.passes[0].reference)
         return of.merge if plan.passes[0].exact_bits else partial(of.merge, exp=raised)
 
-    def apply(self, plan: Plan, data: Tensor, mask: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
-        """A block of a long slice normalized by the slice's state, with the kernels' own exp."""
-        assert isinstance(plan.row, Normalization)
-        functions = () if plan.passes[0].exact_bits else ((raised, logarithms),)
-        values: Tensor = reference(plan.row.apply)(plan, data, mask, parts, *functions)
-        return values
-
     def fill(
         self,
         plan: Plan,
@@ -374,17 +363,21 @@ class CpuBackend:
         values: Tensor,
         valid: Tensor,
         places: Tensor | None = None,
+        states: dict[str, Tensor] | None = None,
     ) -> str:
         """A normalization or scan of whole slices, written to `values` and, with a mask, `valid`, hidden cells 0.
 
-        A picking row writes the cells, and to `places`, at the strides of `values`, where they stood.
+        A picking row writes the cells, and to `places`, at the strides of `values`, where they stood. A normalization
+        that is given the slices' `states`, (outer, inner), takes any part of the slices.
         "done", "overflowed" where a finite value became inf, or "refused": the reference has to do this block.
         """
         kernel, result = fill_kernel(plan)
         mask_ptr, *mask_strides = strided(mask)
+        held = [] if states is None else [states[name].contiguous() for name in state_parts(plan)]
+        states_ptr = (*(part.data_ptr() for part in held), *NO_STATES[len(held) :])
         status: int = native().fill(
             kernel, options(plan), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
-            *data.stride(), *mask_strides, plan.leaf,
+            *data.stride(), *mask_strides, plan.leaf, *states_ptr,
             values.data_ptr(), valid.data_ptr(), result, *values.stride(),
             0 if places is None else places.data_ptr(),
         )  # fmt: skip
@@ -493,7 +486,7 @@ def direct(plan: Plan) -> Direct | None:
         return Direct(
             call=native().fill,
             before=(kernel, options(plan)),
-            after=(number, *plan.fold, *dense, *dense, plan.leaf),
+            after=(number, *plan.fold, *dense, *dense, plan.leaf, *NO_STATES),
             strides=(result, size * inner, inner, 1),
             dtype=getattr(torch, plan.result.torch),
             takes_places=True,
@@ -526,6 +519,12 @@ def reduce_kernel(plan: Plan) -> int:
     if not plan.passes:
         return len(native().LIFTS) + select_kernel(plan)
     return lift_kernel(plan.passes[0].name, plan.dtype.name)[0]
+
+
+@lru_cache(maxsize=1024)
+def state_parts(plan: Plan) -> tuple[str, ...]:
+    """The parts of a state that its normalization reads: the count first, and all or all but a parameter of the row."""
+    return tuple(part.name for part in plan.passes[0].parts(plan.dtype))[: len(NO_STATES)]
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import Parts, join
-from maskserve.ops.rows import Normalization, Pass, kernel_name
+from maskserve.ops.rows import Pass, kernel_name
 from maskserve.plan import Plan
 
 Merge = Callable[[Parts, Parts], Parts]
@@ -43,21 +43,10 @@ class ReferenceBackend:
         """The one state of a block (outer, n, inner): parts of shape (outer, inner)."""
         return lift(plan, plan.passes[0], data, mask, weights)
 
-    def apply(self, plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts) -> Tensor:
-        """A block of slices (outer, n, inner) normalized by their states, (outer, inner)."""
-        return apply(plan, data, mask, parts)
-
     def merge(self, plan: Plan) -> Merge:
         """What joins two of its states."""
         merge: Merge = kernel(plan.passes[0].reference).merge
         return merge
-
-
-def apply(plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts) -> Tensor:
-    """A block of slices normalized by their states."""
-    assert isinstance(plan.row, Normalization)
-    values: Tensor = kernel(plan.row.apply)(plan, data, mask, parts)
-    return values
 
 
 def lift(plan: Plan, step: Pass, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Parts:

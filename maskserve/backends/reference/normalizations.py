@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
@@ -13,25 +10,18 @@ from maskserve.backends.reference.reductions import CELLS, exponential, finalize
 from maskserve.dtypes import f64
 from maskserve.plan import Plan
 
-Function: TypeAlias = Callable[[Tensor], Tensor]
-Functions: TypeAlias = tuple[Function, Function]
-"""exp and log; torch's own depend on where in a tensor a cell stands: the last few of a row of vectors are computed otherwise."""
 DIM = CELLS - 1  # blocks are (outer, n, inner); there is no dim of leaves
 
 
-def apply_softmax(
-    plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts, functions: Functions = (torch.exp, torch.log)
-) -> Tensor:
+def apply_softmax(plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts) -> Tensor:
     """exp(cell - max) / total; a slice whose max is NaN or infinite is NaN, as torch's is."""
-    raised = exponential(data.double(), top(parts), precise=plan.dtype is f64, exp=functions[0])
+    raised = exponential(data.double(), top(parts), precise=plan.dtype is f64)
     return raised.div_(parts["total"].unsqueeze(DIM))
 
 
-def apply_log_softmax(
-    plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts, functions: Functions = (torch.exp, torch.log)
-) -> Tensor:
+def apply_log_softmax(plan: Plan, data: Tensor, mask: Tensor | None, parts: Parts) -> Tensor:
     """cell - max - log(total)."""
-    return (data.double() - top(parts)).sub_(functions[1](parts["total"]).unsqueeze(DIM))
+    return (data.double() - top(parts)).sub_(torch.log(parts["total"]).unsqueeze(DIM))
 
 
 def top(parts: Parts) -> Tensor:
