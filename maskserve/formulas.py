@@ -22,10 +22,10 @@ from maskserve.payload.header import shown
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import DATA, MASK, Dims, Variable, Variables, unknown
 from maskserve.pullbacks import Leaves
+from maskserve.regions import Piece
 from maskserve.requests import Request
 from maskserve.sides import Payloads
 from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results, refuse_beyond
-from maskserve.streaming import Piece
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 from maskserve.tracing import is_followed

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskserve import dtypes, engine, execution, masks, streaming
+from maskserve import dtypes, engine, execution, masks, region_states
 from maskserve.backends import Parts, choose
 from maskserve.backends.reference import kernel
 from maskserve.errors import MaskserveError, OutOfMemoryError, StateError
@@ -29,21 +29,12 @@ from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, Limit
 from maskserve.payload.header import strict_json
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.plan import Plan, plan
+from maskserve.region_states import lifts, most_states, state, state_bytes, unit_of
+from maskserve.regions import Piece, of_sizes, result_sizes
 from maskserve.requests import spelled
 from maskserve.shards import Shard
 from maskserve.sources import Source
-from maskserve.streaming import (
-    Piece,
-    assembled,
-    block_cells,
-    lifts,
-    most_states,
-    of_sizes,
-    result_sizes,
-    state,
-    state_bytes,
-    unit_of,
-)
+from maskserve.streaming import assembled, block_cells
 from maskserve.torch_dtypes import dtype_of
 from maskserve.trees import subtrees
 from maskserve.version import ORDER_VERSION, version
@@ -280,7 +271,7 @@ def refuse_many(plan: Plan, shard: Shard, budget: int) -> None:
     """Raise where the states of a shard, which are held until they are written, do not fit; few always do."""
     n = sum(rows.stop - rows.start for rows, _, _ in rectangles(plan, shard)) * prod(plan.fold[2::2])
     needed = HELD_TWICE * n * state_bytes(plan)
-    if n > streaming.MOST_STATES and needed > budget:
+    if n > region_states.MOST_STATES and needed > budget:
         raise OutOfMemoryError(
             f"{plan.row.name}: shard {shard} holds {n} states at once: that takes {needed} bytes, and {budget} are allowed; "
             "give more memory (--memory), or more shards"

@@ -14,7 +14,7 @@ from itertools import islice, pairwise
 from math import prod
 from typing import Any, TypeAlias
 
-from maskserve import answers, execution, sources, streaming
+from maskserve import answers, execution, region_states, regions, sources
 from maskserve.answers import Answer, Prepared
 from maskserve.dtypes import boolean
 from maskserve.errors import MaskserveError, ParameterError, StateError, TooLargeError
@@ -90,7 +90,7 @@ class State:
         """The answer of all shards; a result that is larger than its share of `memory` is made while it is written."""
         self.refuse_missing()
         self.refuse_growth()
-        most = None if memory is None else memory // streaming.SHARE
+        most = None if memory is None else memory // region_states.SHARE
         reduced = [result_of(lifted, most) for lifted in self.lifted]
         by_name = {result.name: result for result in (*reduced, *self.kept)}
         return Answer(results=tuple(by_name[name] for name in self.key["order"]), metadata=dict(self.key["metadata"]))
@@ -121,7 +121,7 @@ def result_of(lifted: Lifted, most_bytes: int | None) -> Result | Streamed:
     lifted.partial.refuse_gaps()
     made = Streamed(
         name=lifted.name, told=told, mask_name=lifted.mask_name, dims=lifted.dims,
-        fold=streaming.result_sizes(plan, plan.fold), pieces=lifted.partial.pieces,
+        fold=regions.result_sizes(plan, plan.fold), pieces=lifted.partial.pieces,
     )  # fmt: skip
     return made if most_bytes is not None and told.n_bytes > most_bytes else made.in_memory()
 

@@ -28,7 +28,7 @@ from maskserve.torch_dtypes import dtype_of
 if TYPE_CHECKING:
     from maskserve.above import Above
     from maskserve.pullbacks import Gradient, Leaves, Masked
-    from maskserve.streaming import Piece
+    from maskserve.regions import Piece
     from maskserve.tensor import MaskedTensor
 
 VALUE = "value"

@@ -11,16 +11,16 @@ from math import prod
 
 import torch
 
-from maskserve import sinks, streaming
+from maskserve import regions, sinks, streaming
 from maskserve.blockwise import Cells, Op, at_once, laid
 from maskserve.errors import OutOfMemoryError
 from maskserve.evaluation import Term, called, is_elementwise, program
 from maskserve.expression import Name
 from maskserve.payload.files import open_payload
 from maskserve.payload.variables import MASK, resolve
+from maskserve.regions import Piece
 from maskserve.sources import Folded, Held, Laid, Masked, Shape, Source, Window, stored
 from maskserve.steps import Streamed
-from maskserve.streaming import Piece
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 
@@ -106,7 +106,7 @@ class Terms:
 
     def fold(self, term: Term) -> Shape:
         """The shape that the pieces of a term lie in."""
-        return term.shape if term.plan is None else streaming.result_sizes(term.plan, term.plan.fold)
+        return term.shape if term.plan is None else regions.result_sizes(term.plan, term.plan.fold)
 
     def pieces(self, term: Term) -> Iterator[Piece]:
         """The cells of a term in parts."""

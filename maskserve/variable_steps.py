@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution, masking, sides, sources, streaming
+from maskserve import engine, execution, masking, regions, sides, sources, streaming
 from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
@@ -21,11 +21,11 @@ from maskserve.payload.header import Shape
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name
 from maskserve.plan import Plan, plan
+from maskserve.regions import Piece
 from maskserve.requests import Request
 from maskserve.sides import Payloads, Side
 from maskserve.sources import Source, Window
 from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results, refuse_beyond
-from maskserve.streaming import Piece
 from maskserve.told import Told
 
 NEW_MASK = "a new mask"
@@ -140,7 +140,7 @@ class OfVariable(Step):
         if self.plan is not None:
             planned = self.plan
             weights = next((of for of, _ in laid.values()), None)
-            fold = streaming.result_sizes(planned, planned.fold)
+            fold = regions.result_sizes(planned, planned.fold)
 
             def planned_pieces() -> Iterator[Piece]:
                 with execution.using(backend=backend):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskserve import answers, dtypes, engine, requests, sources, states, streaming
+from maskserve import answers, dtypes, engine, region_states, regions, requests, sources, states, streaming
 from maskserve.dtypes import DType
 from maskserve.errors import (
     DimError,
@@ -55,9 +55,9 @@ every_mergeable_row = pytest.mark.parametrize("row", MERGEABLE, ids=lambda row: 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, leaves of states and long slices at sizes that tests can have many of."""
-    monkeypatch.setattr(streaming, "BLOCK", 1 << 9)
-    monkeypatch.setattr(streaming, "WIDE", 1 << 4)
-    monkeypatch.setattr(streaming, "MOST_STATES", 1 << 6)
+    monkeypatch.setattr(regions, "BLOCK", 1 << 9)
+    monkeypatch.setattr(regions, "WIDE", 1 << 4)
+    monkeypatch.setattr(region_states, "MOST_STATES", 1 << 6)
     monkeypatch.setattr(engine, "LONG", 1 << 6)
     monkeypatch.setattr(engine, "SMALL", 1 << 6)
 
@@ -98,7 +98,7 @@ def test_a_source_gives_the_bits_of_its_cells(row: Row, shape: tuple[int, ...], 
         try:
             got = streaming.run(of, Held(sample.data, sample.mask), None, budget)
         except OutOfMemoryError:
-            assert not streaming.lifts(of), "a reduction with states needs no slice whole"
+            assert not region_states.lifts(of), "a reduction with states needs no slice whole"
             assert budget < BUDGETS[-1]
             continue
         if torchs_own(of):

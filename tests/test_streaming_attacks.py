@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import maskserve
-from maskserve import answers, crews, engine, requests, sources, states, streaming
+from maskserve import answers, crews, engine, region_states, requests, sources, states
 from maskserve.errors import OutOfMemoryError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
@@ -160,7 +160,7 @@ def test_an_integer_beyond_64_bits_may_stand_for_empty_slices() -> None:
 
 
 def test_a_shard_whose_states_do_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "MOST_STATES", 100)
+    monkeypatch.setattr(region_states, "MOST_STATES", 100)
     payload = BytesPayload(bytes_of(rain=torch.ones(3000, 4)))
     with pytest.raises(OutOfMemoryError, match=r"shard 0/1 holds 3000 states at once: that takes .* or more shards"):
         lifted(payload, Shard(0, 1), 50_000, dim=1)
