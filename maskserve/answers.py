@@ -18,7 +18,7 @@ from maskserve.payload.tensors import load
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.requests import Request
 from maskserve.sides import Payloads
-from maskserve.steps import Result, Step, Streamed, refuse_beyond
+from maskserve.steps import Result, Step, Streamed
 from maskserve.version import version
 
 NOTHING: Payloads = MappingProxyType({})
@@ -122,12 +122,10 @@ def alive(payload: Payload, prepared: Prepared, taken: set[str]) -> Iterator[Res
             yield coordinate(payload, found, prepared.variables)
 
 
-def kept(request: Request, payload: Payload, prepared: Prepared, memory: int) -> list[Result]:
+def kept(request: Request, payload: Payload, prepared: Prepared, memory: int) -> list[Result | Streamed]:
     """What a reduction does not reduce: the variables without the dim, and the coordinates."""
     passed = [step for step in prepared.steps if step.passes_through]
-    for step in passed:
-        refuse_beyond(step, memory)
-    results = [result for step in passed for result in step.results(request, payload, prepared.variables)]
+    results = [made for step in passed for made in step.streamed(request, payload, prepared.variables, memory)]
     return [*results, *alive(payload, prepared, {step.name for step in prepared.steps})]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -34,6 +34,15 @@ class Piece:
     mask: Tensor
     n_masked_before: int = 0
     """How many cells of the question were masked there, where the request is about masks."""
+
+
+class InPlace(NamedTuple):
+    """Some cells of a tensor that is written: its name, the shape that it is seen in, where in it, and the cells."""
+
+    name: str
+    shape: tuple[int, ...]
+    where: Window
+    cells: Tensor
 
 
 class SourceCells(Cells):

@@ -28,7 +28,7 @@ from maskserve.torch_dtypes import dtype_of
 if TYPE_CHECKING:
     from maskserve.above import Above
     from maskserve.pullbacks import Gradient, Leaves, Masked
-    from maskserve.regions import Piece
+    from maskserve.regions import InPlace, Piece
     from maskserve.tensor import MaskedTensor
 
 VALUE = "value"
@@ -126,6 +126,14 @@ class Streamed:
             if self.n_masked_before is not None:
                 self.n_masked_before += piece.n_masked_before
             yield piece
+
+    def windows(self) -> Iterator[InPlace]:
+        """Its cells and its mask, as they are computed."""
+        from maskserve.regions import InPlace
+
+        for piece in self.counted():
+            yield InPlace(self.name, self.fold, piece.where, piece.values)
+            yield InPlace(self.mask_name, self.fold, piece.where, piece.mask)
 
     def in_memory(self) -> Result:
         """The variable, computed now."""

@@ -105,6 +105,33 @@ def test_processes_and_shards_give_the_same_bytes(large: Path, tmp_path: Path) -
     assert not (tmp_path / "no").exists()
 
 
+WIDE_SHAPE = (4, 2000, 2, 1000)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 MB of which a variance has 2 million results: 64 MB of states in each of 4 shards."""
+    generator = torch.Generator().manual_seed(2)
+    path = tmp_path_factory.mktemp("wide") / "rain.safetensors"
+    mask = torch.rand(WIDE_SHAPE, generator=generator) < 0.8
+    save_file({"rain": torch.randn(WIDE_SHAPE, generator=generator), "rain.mask": mask}, path)
+    return path
+
+
+def test_shards_and_merges_hold_no_more_than_the_memory(wide: Path, tmp_path: Path, torch_bytes: int) -> None:
+    words = [*COMMAND, "reduce", "--op", "var", "--dim", "0,2", str(wide), "--memory"]
+    subprocess.run([*words, "8GB", "-o", str(tmp_path / "whole")], env=environment(), check=True, capture_output=True)
+    found = [str(tmp_path / f"{i}.state") for i in range(4)]
+    peaks = {i: peak_bytes([*words, "64MB", "--shard", f"{i}/4", "--state", path]) for i, path in enumerate(found)}
+    assert sum(os.path.getsize(path) for path in found) >= 4 * MEMORY
+    more = {"merge": [*COMMAND, "merge", *found, "--memory", "64MB"], "workers": [*words, "64MB", "--workers", "2"]}
+    for name, command in more.items():
+        peaks[name] = peak_bytes([*command, "-o", str(tmp_path / name)])
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes()
+    beyond = {name: (peak - torch_bytes) / MEGABYTE for name, peak in peaks.items()}
+    assert max(beyond.values()) * MEGABYTE <= MEMORY + BUFFERS, f"MB beyond torch: {beyond}"
+
+
 def test_sigterm_ends_a_streamed_answer_with_nothing_left(large: Path, tmp_path: Path) -> None:
     words = ["softmax", "--dim", "lon", "--memory", "64MB", str(large), "-o", str(tmp_path / "out")]
     running = subprocess.Popen([*COMMAND, *words], env=environment(), stderr=subprocess.PIPE)

@@ -483,7 +483,7 @@ def test_a_row_without_states_says_so(op: str) -> None:
 def test_bytes_that_are_no_state_are_refused() -> None:
     good = shard(0, 1, BytesPayload(bytes_of(rain=torch.ones(300, 3))))
     said = json.loads(BytesPayload(good.to_bytes()).header.metadata[states.KEY])
-    tensors = {f"0.{name}": part for node in good.lifted[0].partial.nodes for name, part in node.named()}
+    tensors = {f"0.{name}": part for name, part in good.lifted[0].partial.named()}
 
     def changed(change: Any) -> bytes:
         new, parts = json.loads(json.dumps(said)), dict(tensors)

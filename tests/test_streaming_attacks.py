@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import maskserve
-from maskserve import answers, crews, engine, region_states, requests, sources, states
-from maskserve.errors import OutOfMemoryError, ParameterError, StateError, TooLargeError
+from maskserve import answers, crews, engine, partials, region_states, requests, sources, states
+from maskserve.errors import InputChangedError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
 from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, FilePayload, Payload, to_bytes
@@ -159,13 +159,62 @@ def test_an_integer_beyond_64_bits_may_stand_for_empty_slices() -> None:
     assert maskserve.mean(nothing, empty=10**30).get_data().item() == pytest.approx(1e30)
 
 
-def test_a_shard_whose_states_do_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(region_states, "MOST_STATES", 100)
-    payload = BytesPayload(bytes_of(rain=torch.ones(3000, 4)))
-    with pytest.raises(OutOfMemoryError, match=r"shard 0/1 holds 3000 states at once: that takes .* or more shards"):
-        lifted(payload, Shard(0, 1), 50_000, dim=1)
-    parts = [(str(i), lifted(payload, Shard(i, 4), 50_000, dim=1)) for i in range(4)]
-    assert states.merge(parts).answer().held[0].data.tolist() == [1] * 3000
+@pytest.mark.parametrize("op", ["mean", "argmax", "var"])
+@pytest.mark.parametrize("dim", ["0", "1", "2", "0,2"])
+def test_states_that_do_not_fit_are_written_and_merged_in_parts(
+    op: str, dim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(region_states, "MOST_STATES", 16)
+    generator = torch.Generator().manual_seed(3)
+    rain, mask = torch.randn((150, 7, 9), generator=generator), torch.rand((150, 7, 9), generator=generator) < 0.7
+    payload = BytesPayload(bytes_of(rain=rain, **{"rain.mask": mask}))
+    whole = answers.run(requests.build("reduce", {"op": op, "dim": dim}), payload).to_bytes()
+    read = []
+    for i in (2, 0, 1):
+        state, path = lifted(payload, Shard(i, 3), 3_000, op=op, dim=dim), tmp_path / str(i)
+        with open(path, "wb") as file:
+            assert state.write(file.fileno(), str(path), 3_000) == path.stat().st_size
+        assert path.read_bytes() == lifted(payload, Shard(i, 3), op=op, dim=dim).to_bytes()
+        read.append((str(i), states.read(FilePayload(path, partials.LIMITS))))
+    for memory in (None, 3_000, 100_000):
+        answer = states.merge(read).answer(memory)
+        with open(tmp_path / "out", "wb") as file:
+            answer.write(file.fileno(), "out")
+        assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_what_a_shard_keeps_as_it_is_need_not_fit(tmp_path: Path) -> None:
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "x"], "still": ["x"], "x": ["x"]})}
+    still = torch.arange(3000.0)
+    payload = BytesPayload(
+        bytes_of(names, rain=torch.ones(2, 3000), still=still, x=torch.arange(3000), **{"still.mask": still % 3 > 0})
+    )
+    whole = answers.run(requests.build("reduce", {"op": "sum", "dim": "t"}), payload).to_bytes()
+    state, path = lifted(payload, Shard(0, 1), 20_000, op="sum", dim="t"), tmp_path / "state"
+    with open(path, "wb") as file:
+        state.write(file.fileno(), "state", 20_000)
+    for memory in (None, 20_000):
+        answer = states.read(FilePayload(path, partials.LIMITS)).answer(memory)
+        assert answer.is_streamed == (memory is not None)
+        with open(tmp_path / "out", "wb") as file:
+            answer.write(file.fileno(), "out")
+        assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_a_state_that_counts_too_much_or_changes_is_told_where_it_is_read(tmp_path: Path) -> None:
+    good = lifted(BytesPayload(bytes_of(rain=torch.ones(300, 3))), Shard(0, 1))
+    (tmp_path / "a").write_bytes(good.to_bytes())
+    bad = bytearray(good.to_bytes())
+    begin = BytesPayload(bad, partials.LIMITS).header
+    (name,) = [name for name in begin.tensors if name.endswith("count")]
+    bad[begin.data_start + begin.tensors[name].begin + 3] = 9
+    (tmp_path / "b").write_bytes(bad)
+    with pytest.raises(StateError, match="b: the state of leaves 0 to 5 counts cells that it cannot have"):
+        states.read(FilePayload(tmp_path / "b", partials.LIMITS), "b").answer()
+    opened = states.read(FilePayload(tmp_path / "a", partials.LIMITS), "a")
+    (tmp_path / "a").write_bytes(good.to_bytes())
+    with pytest.raises(InputChangedError, match="changed while it was read"):
+        opened.answer()
 
 
 def test_shards_of_dims_without_cells_are_merged() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 from maskserve.errors import TooLargeError
-from maskserve.payload.files import failing, placed
 from maskserve.payload.format import Encoded, Output, save
 from maskserve.payload.header import shown as printable
 from maskserve.payload.slices import stored
@@ -65,17 +63,12 @@ def write_streamed(answer: Answer, target: Target) -> None:
             answer.write(file.fileno(), "a temporary file")
             outputs.write_bytes(outputs.chunks_of(file))
         return
-    path, sizes = target.path, []
-
-    def make(descriptor: int, _: str) -> None:
-        sizes.append(answer.write(descriptor, path))
-        with failing(f"{printable(path)} cannot be written"):
-            os.fsync(descriptor)
-
-    if placed(path, make, exists=target.exists):
-        say(f"wrote {printable(path)}: {summary(answer)}, {outputs.bytes_text(*sizes)}")
-    else:
+    path = target.path
+    n_bytes = outputs.write_in_place(path, lambda descriptor: answer.write(descriptor, path), target.exists)
+    if n_bytes is None:
         say_skipped(path)
+    else:
+        say(f"wrote {printable(path)}: {summary(answer)}, {outputs.bytes_text(n_bytes)}")
 
 
 def summary_of_shapes(answer: Answer) -> str:
