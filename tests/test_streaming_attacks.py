@@ -20,6 +20,7 @@ from maskserve.errors import InputChangedError, ParameterError, StateError, TooL
 from maskserve.joining import question
 from maskserve.opening import open_any
 from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, FilePayload, Payload, to_bytes
+from maskserve.payload.shelf import Shelf
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.shards import Shard
 from maskserve.sources import Folded, Held, Masked, Window
@@ -233,6 +234,20 @@ def test_stdin_is_the_same_input_in_memory_and_in_a_file() -> None:
     assert [*held.identity()] == [*spooled.identity()]
     parts = [("a", lifted(held, Shard(0, 2))), ("b", lifted(spooled, Shard(1, 2)))]
     assert states.merge(parts).answer().held[0].data.item() == 1
+
+
+def test_a_stream_among_many_files_is_not_opened_again(tmp_path: Path) -> None:
+    raw = bytes_of(rain=torch.ones(3000))
+    for i in range(3):
+        (tmp_path / str(i)).write_bytes(raw)
+
+    def read(path: str) -> Payload:
+        return inputs.read_stream(io.BytesIO(raw), "stdin", DEFAULT_LIMITS, 100) if path == "-" else open_any(path)
+
+    shelf = Shelf(read, most=1)
+    opened = [shelf.payload(path) for path in ("-", *(str(tmp_path / str(i)) for i in range(3)))]
+    assert bytes(opened[0].read("rain")) == bytes(opened[1].read("rain"))
+    opened[0].refuse_changed()
 
 
 def test_a_negative_number_of_workers_is_refused() -> None:
