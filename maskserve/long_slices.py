@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,37 +14,57 @@ from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
 from maskserve.blocks import cut, spans
 from maskserve.dtypes import Kind
-from maskserve.errors import OutOfMemoryError
 from maskserve.execution import finisher_of, nan_policy
 from maskserve.ops.rows import Normalization, Reach, Reduction, Scan
 from maskserve.plan import Plan
 from maskserve.region_states import most_results, most_states, state
 from maskserve.regions import Piece, SourceCells, flat_index, kept_tiles, moved, of_sizes, put, sizes_of, whole
+from maskserve.room import Need, beyond, memory_for
 from maskserve.sources import Source
-from maskserve.whole_slices import bytes_a_slice
+from maskserve.whole_slices import bytes_at_once, slices_at_once
 
 WIDTHS_OF_STATE = 256
 """Bytes a cell, at most, where a running sum goes on from a state: 20 or so float64 copies, of which some live at once."""
 
+Reader: TypeAlias = Callable[[Plan, Source, int], Iterator[Piece]]
+"""Reads a plan's slices from a source, within a budget."""
+
 
 def long_slices(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
     """Slices of which one alone is too long."""
-    row = plan.row
-    if isinstance(row, Normalization) and row.passes and plan.stored.kind is not Kind.COMPLEX:
-        return normalized(plan, source, budget)
-    if isinstance(row, Reduction) and row.select and searchable(plan):
-        return searched(plan, source)
-    if isinstance(row, Scan) and row.reach is Reach.OWN:
-        return cell_by_cell(plan, source, budget)
-    if isinstance(row, Scan) and row.carries == "state" and plan.stored.kind is not Kind.COMPLEX:
-        return handed_on(plan, source, budget)
-    if isinstance(row, Scan) and row.carries in ("forward", "backward") and plan.params.get("limit") is None:
-        return carried(plan, source, budget, backward=row.carries == "backward")
-    needed = 2 * bytes_a_slice(plan, source.cell_bytes)
-    raise OutOfMemoryError(
-        f"{row.name} holds each slice whole, {plan.n_reduced} cells: that takes {needed} bytes, and {budget} are allowed; "
-        "give more memory, or another dim"
+    read = reader(plan)
+    if read is None:
+        raise beyond(need(plan, source.cell_bytes), budget, memory_for(least_budget(plan, source.cell_bytes)))
+    return read(plan, source, budget)
+
+
+def need(plan: Plan, cell_bytes: int) -> Need:
+    """What a plan takes whose slices are whole, or nothing."""
+    return Need(
+        memory=memory_for(least_budget(plan, cell_bytes)),
+        why=f"{plan.row.name} holds each slice whole, {plan.n_reduced} cells",
+        instead=", or another dim",
     )
+
+
+def least_budget(plan: Plan, cell_bytes: int) -> int:
+    """The least budget for slices of so many bytes a cell; 0 where they may be read in parts."""
+    return 0 if slices_at_once(plan, cell_bytes, 0) or reader(plan) else bytes_at_once(plan, cell_bytes)
+
+
+def reader(plan: Plan) -> Reader | None:
+    """What reads slices in parts; None where each must be whole."""
+    row, is_real = plan.row, plan.stored.kind is not Kind.COMPLEX
+    if isinstance(row, Normalization):
+        return normalized if row.passes and is_real else None
+    if isinstance(row, Reduction):
+        return searched if row.select and searchable(plan) else None
+    assert isinstance(row, Scan)
+    if row.reach is Reach.OWN:
+        return cell_by_cell
+    if row.carries == "state":
+        return handed_on if is_real else None
+    return carried if row.carries in ("forward", "backward") and plan.params.get("limit") is None else None
 
 
 def normalized(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
@@ -65,7 +86,7 @@ def searchable(plan: Plan) -> bool:
     return finisher is not None and finisher.search(plan, 1) is not None
 
 
-def searched(plan: Plan, source: Source) -> Iterator[Piece]:
+def searched(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
     """Selections from slices that are read several times, a few slices side by side."""
     finisher, fold = finisher_of(plan), plan.fold
     assert finisher is not None
@@ -103,8 +124,10 @@ def cell_by_cell(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
             yield Piece(where=where, values=values, mask=mask)
 
 
-def carried(plan: Plan, source: Source, budget: int, *, backward: bool) -> Iterator[Piece]:
+def carried(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
     """Parts of a slice one after the other: before each lies the last valid result of those that came."""
+    assert isinstance(plan.row, Scan)
+    backward = plan.row.carries == "backward"
     folded, step = source.folded(plan.fold), max(1, budget // (8 * (source.cell_bytes + plan.result.n_bytes + 1)))
     dtype = getattr(torch, plan.stored.torch)
     for kept in kept_tiles(plan, 1, whole(plan)):

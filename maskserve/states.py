@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -17,24 +17,25 @@ from typing import Any, TypeAlias
 
 import torch
 
-from maskserve import answers, execution, region_states, regions, sources, streaming
+from maskserve import answers, execution, regions, sources, streaming
 from maskserve.answers import Answer, Prepared
 from maskserve.dtypes import boolean
 from maskserve.errors import MaskserveError, ParameterError, StateError, TooLargeError
 from maskserve.nodes import HELD_TWICE
 from maskserve.ops.rows import Reduction
-from maskserve.partials import FIELDS, LIMITS, Partial, merged, read_partial
+from maskserve.partials import FIELDS, LIMITS, Partial, check_joins, merged, read_partial
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, to_bytes
 from maskserve.payload.header import TensorInfo, strict_json
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.payload.variables import answer_mask_name
 from maskserve.regions import InPlace, Piece
 from maskserve.requests import Request
+from maskserve.room import budget_of, held
 from maskserve.shards import Shard
 from maskserve.sides import Payloads
-from maskserve.steps import Result, Streamed
+from maskserve.steps import Result, Step, Streamed
 from maskserve.told import Told
-from maskserve.variable_steps import OfVariable, budget_of
+from maskserve.variable_steps import OfVariable
 
 KEY = "maskserve.state"
 MOST_SHARDS = 1 << 24
@@ -115,15 +116,14 @@ class State:
         """The answer of all shards; a result that is larger than its share of `memory` is made while it is written."""
         self.refuse_missing()
         self.refuse_growth()
-        room, by_name = memory, {}
-        for result in (*(result_of(own, memory) for own in self.lifted), *self.kept):
-            made = result if isinstance(result, Result) or exceeds(result, room) else result.in_memory()
-            by_name[made.name] = made
-            if room is not None and memory is not None and isinstance(made, Result):
-                room = max(room - sum(out.n_bytes for out in made.outputs()), memory // region_states.SHARE)
+        results: list[Result | Streamed] = [*(result_of(own, memory) for own in self.lifted), *self.kept]
+        streamed = [result for result in results if isinstance(result, Streamed)]
+        fits = [True] * len(streamed) if memory is None else [ok for ok, _ in held(sizes_of(streamed), memory)]
+        made = {one.name: one.in_memory() if fit else one for one, fit in zip(streamed, fits, strict=True)}
+        by_name = {result.name: made.get(result.name, result) for result in results}
         self.refuse_changed()
-        results = tuple(by_name[name] for name in self.key["order"])
-        return Answer(results=results, metadata=dict(self.key["metadata"]), sources=self.sources)
+        in_order = tuple(by_name[name] for name in self.key["order"])
+        return Answer(results=in_order, metadata=dict(self.key["metadata"]), sources=self.sources)
 
     def refuse_changed(self) -> None:
         for source in self.sources:
@@ -149,8 +149,10 @@ class State:
             raise TooLargeError(f"the answer would have {n_bytes} bytes; to this state it may have at most {most}")
 
 
-def exceeds(result: Streamed, room: int | None) -> bool:
-    return room is not None and result.told.n_bytes > room // region_states.SHARE
+def sizes_of(results: Iterable[Streamed | Step]) -> Iterator[int]:
+    """The bytes that each takes where it is held."""
+    for result in results:
+        yield result.told.n_bytes if isinstance(result, Streamed) else result.result.n_bytes
 
 
 def result_of(lifted: Lifted, memory: int | None) -> Streamed:
@@ -223,6 +225,13 @@ def lifted_of(
         found = Partial.of_shard(step.plan, source, weights, shard, budget_of(memory), room)
     mask_name = answer_mask_name(step.variable, prepared.variables)
     return Lifted(name=step.name, mask_name=mask_name, dims=step.dims, partial=found)
+
+
+def check_steps(steps: Iterable[Step]) -> None:
+    """Raise where a step has no state that can be merged."""
+    for step in steps:
+        if isinstance(step, OfVariable) and step.plan is not None:
+            check_joins(step.plan)
 
 
 def identity(payload: Payload, others: Payloads) -> str:

@@ -15,11 +15,12 @@ from torch import Tensor
 from maskserve import engine, execution, regions
 from maskserve.blocks import spans
 from maskserve.execution import backend_of, n_threads, nan_policy
-from maskserve.long_slices import long_slices
+from maskserve.long_slices import least_budget, long_slices, need
 from maskserve.ops.rows import Normalization, Scan
 from maskserve.plan import Plan
 from maskserve.region_states import lifts, most_results, most_states, n_states, state
 from maskserve.regions import Piece, SourceCells, kept_tiles, of_sizes, result_sizes, sizes_of, whole
+from maskserve.room import Need
 from maskserve.sources import Source, Window
 from maskserve.whole_slices import slices_at_once, whole_slices
 
@@ -80,6 +81,11 @@ def pieces(plan: Plan, source: Source, weights: Source | None, budget: int) -> I
             yield from whole_slices(plan, source, weights, budget)
         else:
             yield from long_slices(plan, source, budget)
+
+
+def needs(plan: Plan, cell_bytes: int) -> Need | None:
+    """What the plan must hold at once; None where parts of any size will do."""
+    return None if lifts(plan) or not least_budget(plan, cell_bytes) else need(plan, cell_bytes)
 
 
 def n_passes(plan: Plan, cell_bytes: int, budget: int) -> int:

@@ -26,7 +26,12 @@ def whole_slices(plan: Plan, source: Source, weights: Source | None, budget: int
 def slices_at_once(plan: Plan, cell_bytes: int, budget: int) -> int:
     """How many slices fit; one at least where it is empty, or where memory has it whole and parts of it had other bits."""
     is_whole = isinstance(plan.row, Normalization) and plan.n_reduced <= engine.LONG and finisher_of(plan) is not None
-    return max(budget // (2 * bytes_a_slice(plan, cell_bytes)), int(is_whole or not plan.n_reduced))
+    return max(budget // bytes_at_once(plan, cell_bytes), int(is_whole or not plan.n_reduced))
+
+
+def bytes_at_once(plan: Plan, cell_bytes: int) -> int:
+    """The part of a budget that one slice takes, which is read while the one before it is still written."""
+    return 2 * bytes_a_slice(plan, cell_bytes)
 
 
 def bytes_a_slice(plan: Plan, cell_bytes: int) -> int:

@@ -178,6 +178,26 @@ def test_an_answer_that_does_not_fit_is_no_table(large: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "softmax --dim lon", "scan --op rank --dim time --json", "scan --op cumprod --dim time -o out", "eval --expr x+1",
+        "grad --expr sum(x)", "eval --expr rank(flatten(x),dim=0) -o out", "eval --expr mean(matmul(x,transpose(x,1,2)))",
+        "reduce --op mode", "reduce --op median", "reduce --op mean --dim time", "reduce --op median --workers 2",
+        "reduce --op mean --dim lat,lon --workers 2", "mask --greater 1", "grad --op var",
+    ],
+)  # fmt: skip
+def test_a_dry_run_ends_as_the_run_does(words: str, maskserve: Maskserve, large: Path) -> None:
+    command = [*words.split(), str(large), "--memory", "64MB"]
+    dry, ran = maskserve(*command, "--dry-run"), maskserve(*command)
+    refusals = [line for line in ran.err.splitlines() if "wrote" not in line]
+    assert (dry.code, dry.err.splitlines()) == (ran.code, refusals)
+    if dry.code == 75:
+        assert "would be read in parts" not in dry.text
+        told = next(word for word in dry.err.split() if word.endswith("MB") and word[0].isdecimal())
+        assert maskserve(*command[:-1], told, "--dry-run", "--force", "-o", "out.safetensors").code == 0
+
+
+@pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         ("reduce --op sum rain.safetensors --memory 1MB", 78, "--memory is '1MB'; it must be a size of 64MB or more"),

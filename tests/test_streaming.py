@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskserve import answers, dtypes, engine, region_states, regions, requests, sources, states, streaming
+from maskserve import answers, dtypes, engine, region_states, regions, requests, room, sources, states, streaming
 from maskserve.dtypes import DType
 from maskserve.errors import (
     DimError,
@@ -302,9 +303,66 @@ def test_a_file_that_shrinks_is_told(tmp_path: Path) -> None:
 
 
 def test_what_needs_its_slices_whole_says_how_much_memory_it_takes() -> None:
-    payload = BytesPayload(bytes_of(rain=torch.randn(5000)))
-    with pytest.raises(OutOfMemoryError, match=r"holds each slice whole, 5000 cells: that takes [0-9]+ bytes"):
-        answers.run(requests.build("reduce", {"op": "mode"}), payload, memory=9_000)
+    payload = BytesPayload(bytes_of(rain=torch.randn(500_000)))
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"rain: mode holds each slice whole, 500000 cells: that takes 3 MB, and 0\.9 MB are allowed; give --memory 3MB "
+        "or more, or another dim",
+    ):
+        answers.run(requests.build("reduce", {"op": "mode"}), payload, memory=900_000)
+
+
+def enough_for(request: requests.Request, payload: Payload, memory: int) -> int:
+    """The memory in which a request runs: this one, or what its refusal tells to give."""
+    try:
+        written(answers.run(request, payload, memory=memory))
+    except OutOfMemoryError as error:
+        return int(re.findall(r"give --memory (\d+)MB or more", str(error))[0])
+    return memory
+
+
+def assert_told_memory_is_the_least(request: requests.Request, payload: Payload, least: int = 1_000) -> None:
+    """A refusal says how much memory would do, and a byte less would not."""
+    told = enough_for(request, payload, least)
+    assert told == least or (enough_for(request, payload, told), enough_for(request, payload, told - 1)) == (told, told)
+
+
+@every_streamed_row
+def test_the_memory_that_a_refusal_tells_is_enough(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MEGABYTE", 1)
+    for verb, dim in itertools.product(("reduce", "softmax", "scan", "fill"), ("0", "1", None)):
+        dtype = dtypes.f32 if dtypes.f32 in row.accepts else next(iter(row.accepts))
+        sample = cells(dtype, (60, 33), 3, row=row)
+        named = {"dim": dim} if any(p.name == "dim" for p in row.parameters) else {}
+        if row not in served(verb) or (dim is None and verb != "reduce"):
+            continue
+        tensors = {"rain": sample.data, "rain.mask": sample.mask, "snow": sample.data}
+        request = requests.build(verb, {"op": row.name, **needed(row), **named})
+        assert_told_memory_is_the_least(request, BytesPayload(bytes_of(**tensors)))
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("fill", {"op": "ffill", "dim": 0, "limit": 2}), ("scan", {"op": "rank", "dim": 0, "fill_value": 3}),
+        ("grad", {"op": "mean"}), ("grad", {"expr": "sum(x * y)"}), ("eval", {"expr": "x"}), ("eval", {"expr": "matmul(x, y)"}),
+        ("eval", {"expr": "rank(x + y, dim=0) * 2"}), ("eval", {"expr": "mode(x) + sum(matmul(x * 2, y))"}),
+        ("eval", {"expr": "mse_loss(x, y) + x"}), ("eval", {"expr": "layer_norm(x, normalized_shape=60) + cumprod(y, dim=0)"}),
+        ("eval", {"expr": "logcumsumexp(x - mean(x), dim=1)"}), ("eval", {"expr": "median(rank(x, dim=0)) + count_distinct(y)"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_holds_all_says_how_much_memory_it_takes(
+    verb: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MEGABYTE", 1)
+    sample = cells(dtypes.f64, (60, 60), 5)
+    tensors = {"x": sample.data} if verb == "grad" and "op" in words else {"x": sample.data, "y": sample.data}
+    payload = BytesPayload(bytes_of(**tensors, **{"x.mask": sample.mask}))
+    request = requests.build(verb, words)
+    with pytest.raises(OutOfMemoryError, match=r": that takes .* are allowed; give --memory "):
+        answers.run(request, payload, memory=1_000)
+    assert_told_memory_is_the_least(request, payload)
 
 
 # -- many files as one --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from maskserve.errors import TooLargeError
 from maskserve.payload.format import Encoded, Output, save
 from maskserve.payload.header import shown as printable
 from maskserve.payload.slices import stored
+from maskserve.room import megabytes
 from maskserve_cli import outputs, table
 from maskserve_cli.exits import say
 from maskserve_cli.inputs import JsonForm
@@ -19,7 +20,9 @@ from maskserve_cli.table import Shown
 
 if TYPE_CHECKING:
     from maskserve.answers import Answer
-    from maskserve.steps import Result, Streamed
+    from maskserve.payload.header import Shape
+    from maskserve.payload.metadata import Dims
+    from maskserve.steps import Result, Step, Streamed
 
 
 def write(answer: Answer, target: Target, question: JsonForm | None, hint: str | None) -> None:
@@ -55,9 +58,8 @@ def write_file(answer: Answer, target: Target, question: JsonForm | None) -> Non
 def write_streamed(answer: Answer, target: Target) -> None:
     """An answer that is computed while it is written: into its file, or by way of one without a name to a pipe."""
     if target.form is not Form.SAFETENSORS:
-        raise TooLargeError(
-            f"{summary_of_shapes(answer)} does not fit into --memory as {target.form}; give -o OUT.safetensors, or more memory"
-        )
+        named = [(r.name, r.shape, r.dims) for r in answer.results if not r.is_coordinate]
+        raise too_large(named, target, " of a larger size")
     if target.path is None:
         with tempfile.TemporaryFile() as file:
             answer.write(file.fileno(), "a temporary file")
@@ -71,8 +73,18 @@ def write_streamed(answer: Answer, target: Target) -> None:
         say(f"wrote {printable(path)}: {summary(answer)}, {outputs.bytes_text(n_bytes)}")
 
 
-def summary_of_shapes(answer: Answer) -> str:
-    return ", ".join(f"{r.name} {table.dims_text(r.shape, r.dims)}" for r in answer.results if not r.is_coordinate)
+def refuse_text(steps: Sequence[Step], target: Target, enough: int | None) -> None:
+    """Raise where an answer is to be text or JSON, and its results would only be held in `enough` bytes of memory."""
+    if enough is not None and target.form is not Form.SAFETENSORS:
+        named = [(step.name, step.result.shape, step.result.dims) for step in steps]
+        raise too_large(named, target, f" {megabytes(enough)}MB or more")
+
+
+def too_large(named: Sequence[tuple[str, Shape, Dims | None]], target: Target, memory: str) -> TooLargeError:
+    shapes = ", ".join(f"{name} {table.dims_text(shape, dims)}" for name, shape, dims in named)
+    return TooLargeError(
+        f"{shapes} does not fit into --memory as {target.form}; give -o OUT.safetensors, or --memory{memory}"
+    )
 
 
 def say_skipped(path: str) -> None:

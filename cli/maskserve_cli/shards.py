@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from maskserve.answers import Answer
     from maskserve.requests import Request
     from maskserve.settings import Settings
+    from maskserve.steps import Step
 
 
 def write_state(asked: Asked, request: Request, paths: Sequence[str], settings: Settings) -> None:
@@ -62,6 +63,22 @@ def refuse_streams(paths: Sequence[str]) -> None:
         raise ParameterError(
             "--workers reads files, which each process opens; stdin cannot be shared", parameter="workers"
         )
+
+
+def refuse_unmergeable(steps: Sequence[Step]) -> None:
+    """Raise where processes could not each do a part."""
+    from maskserve import states
+
+    states.check_steps(steps)
+
+
+def memory_to_hold(steps: Sequence[Step], memory: int) -> int | None:
+    """The memory in which the parent of processes holds every result; None where this one does."""
+    from maskserve.room import enough, held
+
+    sizes = [step.result.n_bytes for step in steps]
+    least = enough(lambda more: next((short for is_held, short in held(sizes, more) if not is_held), 0), memory)
+    return None if least == memory else least
 
 
 def by_workers(asked: Asked, request: Request, settings: Settings) -> Answer:
