@@ -428,6 +428,36 @@ def test_files_joined_along_a_dim_are_their_whole(
                 assert states.merge(read).answer().to_bytes() == want
 
 
+MASKS_OF_STILL = {
+    "none": {}, "bool": {"still.mask": torch.ones(2, 9, dtype=torch.bool)},
+    "broadcast": {"still.mask": torch.ones(2, 1, dtype=torch.bool)}, "lengths": {"still.lengths": torch.full((2,), 9)},
+    "bits": {"still.bitmask": torch.full((2, 2), 255, dtype=torch.uint8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(MASKS_OF_STILL, 2)], ids=str)
+def test_what_lacks_the_joined_dim_may_say_in_any_form_that_all_is_valid(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "y", "x"], "still": ["y", "x"]})}
+    still, paths = torch.arange(18.0).view(2, 9), []
+    for kind in (first, second):
+        paths.append(str(tmp_path / kind))
+        Path(paths[-1]).write_bytes(bytes_of(names, rain=torch.ones(3, 2, 9), still=still, **MASKS_OF_STILL[kind]))
+    request = requests.build("reduce", {"op": "sum", "dim": "t"})
+    with question(request, paths, open_any, "t") as asked:
+        found = {result.name: result for result in answers.run(request, asked.payload).held}
+        assert torch.equal(found["rain"].data, torch.full((2, 9), 6.0))
+        assert torch.equal(found["still"].data, still)
+        assert found["still"].mask is not None
+        assert found["still"].mask.all()
+    Path(paths[1]).write_bytes(
+        bytes_of(names, rain=torch.ones(3, 2, 9), still=still, **{"still.mask": torch.arange(2)[:, None] < 1})
+    )
+    with pytest.raises(ShapeError, match="still differs from"), question(request, paths, open_any, "t"):
+        pass
+
+
 def test_thousands_of_files_are_joined_with_few_open(tmp_path: Path) -> None:
     import resource
 

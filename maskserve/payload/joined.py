@@ -111,7 +111,7 @@ class JoinedPayload(_Ranges):
         if dim is None:
             for part, variable in zip(self.parts[1:], own[1:], strict=True):
                 refuse_other_cells(part, variable, self.parts[0], own[0])
-            sources = sources[:1]
+            sources, own = sources[:1], own[:1]
         fills = [partial(payload.read_runs, name) for payload, _ in sources]
         info = own[0].info
         data = joined(name, info.dtype, [v.info.shape for _, v in sources], dim or 0, fills)
@@ -268,12 +268,19 @@ def check_alike(variable: Variable, first: Variable, along: Along, title: str) -
 def refuse_other_cells(part: Part, variable: Variable, first: Part, own: Variable) -> None:
     """Raise where what lacks the dim is not the same in two payloads."""
     same = part.payload.read(variable.name) == first.payload.read(own.name)
-    masks = [v.mask and p.payload.read(v.mask.info.name) for p, v in ((part, variable), (first, own))]
-    if not same or masks[0] != masks[1]:
+    if not same or valid_cells(part, variable) != valid_cells(first, own):
         raise ShapeError(
             f"{part.title}: {shown(variable.name)} differs from {first.title}'s, and lacks the dim that files are joined "
             "along: its cells must be the same in each"
         )
+
+
+def valid_cells(part: Part, variable: Variable) -> bytes:
+    """Which cells are valid, a byte each, in whatever form the mask is; no mask, and one that is true everywhere, are equal."""
+    found = bytearray(variable.info.n_cells)
+    if found:
+        fill_validity(validity_of(part.payload, variable), False, [0], memoryview(found))
+    return bytes(found)
 
 
 def joined(name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill]) -> Pieces:
