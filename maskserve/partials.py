@@ -272,7 +272,7 @@ def check_joins(plan: Plan) -> None:
     if not lifts(plan):
         raise StateError(
             f"{plan.row.name} of {plan.stored.name} has no state that can be merged: its slices are needed whole; reduce all "
-            "at once, or take a row with passes"
+            "at once, without --workers, --shard and --state"
         )
 
 

@@ -497,8 +497,23 @@ def test_files_that_cannot_be_joined_are_named(tmp_path: Path) -> None:
         failing_to_join(tmp_path, {"rain": rain}, {"rain": torch.ones(2, 4)})
     with pytest.raises(ShapeError, match=r"1\.safetensors: rain is f64, in 0\.safetensors f32"):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain.double()})
-    with pytest.raises(ShapeError, match=r"1\.safetensors: rain is .*'x'.*, in 0\.safetensors"):
+    with pytest.raises(
+        ShapeError, match=r"1\.safetensors: rain has the dims t, y, x, in 0\.safetensors the dims t, y; "
+    ):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain[None]})
+    (tmp_path / "unnamed").write_bytes(bytes_of(rain=rain))
+    with (
+        pytest.raises(
+            ShapeError, match=r"rain has no names of dims, in .*0\.safetensors the dims t, y; .*maskserve\.dims"
+        ),
+        question(
+            requests.build("reduce", {"op": "sum"}),
+            [str(tmp_path / n) for n in ("0.safetensors", "unnamed")],
+            open_any,
+            "t",
+        ),
+    ):
+        pass
     with pytest.raises(UnknownTensorError, match=r"0\.safetensors has no snow, which 1\.safetensors has"):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain, "snow": rain})
     with pytest.raises(UnknownTensorError, match=r"1\.safetensors has no snow, which 0\.safetensors has"):

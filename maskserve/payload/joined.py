@@ -19,7 +19,7 @@ from maskserve.errors import DimError, MaskserveError, ShapeError, UnknownTensor
 from maskserve.payload.files import Payload, _Ranges
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, Shape, check_shape, parse_header, shown, shown_shape
 from maskserve.payload.slices import validity
-from maskserve.payload.variables import MaskKind, Means, Variable, Variables
+from maskserve.payload.variables import Dims, MaskKind, Means, Variable, Variables
 from maskserve.payload.writing import Output, encode_header, in_order
 
 if TYPE_CHECKING:
@@ -250,10 +250,14 @@ def check_alike(variable: Variable, first: Variable, along: Along, title: str) -
     """Raise where a variable differs from the first part's in more than its size along the dim."""
     mine, theirs = variable.info, first.info
     dim = along.dim(first)
-    if mine.dtype is not theirs.dtype or variable.dims != first.dims:
-        what = (mine.dtype.name, theirs.dtype.name) if mine.dtype is not theirs.dtype else (variable.dims, first.dims)
+    if mine.dtype is not theirs.dtype:
         raise ShapeError(
-            f"{shown(variable.name)} is {shown(str(what[0]))}, in {title} {shown(str(what[1]))}; joined files agree"
+            f"{shown(variable.name)} is {mine.dtype.name}, in {title} {theirs.dtype.name}; joined files agree"
+        )
+    if variable.dims != first.dims:
+        raise ShapeError(
+            f"{shown(variable.name)} has {dims_text(variable.dims)}, in {title} {dims_text(first.dims)}; joined files agree in "
+            "the names of dims (maskserve.dims in the metadata), or have none"
         )
     own, others = [*mine.shape], [*theirs.shape]
     if dim is not None and dim < min(len(own), len(others)):
@@ -263,6 +267,10 @@ def check_alike(variable: Variable, first: Variable, along: Along, title: str) -
             f"{shown(variable.name)} has shape {shown_shape(mine.shape)}, in {title} {shown_shape(theirs.shape)}; files that "
             f"are joined along {along} agree in all other dims"
         )
+
+
+def dims_text(dims: Dims | None) -> str:
+    return "no names of dims" if dims is None else f"the dims {', '.join(map(shown, dims))}"
 
 
 def refuse_other_cells(part: Part, variable: Variable, first: Part, own: Variable) -> None:
