@@ -17,14 +17,14 @@ from maskserve.backends import Parts
 from maskserve.backends.reference import kernel
 from maskserve.blocks import spans
 from maskserve.dtypes import Kind
-from maskserve.execution import backend_of, nan_policy
+from maskserve.execution import backend_of
 from maskserve.ops.rows import Reduction
 from maskserve.plan import Plan
-from maskserve.regions import Region, SourceCells, moved, of_sizes, put, sizes_of
+from maskserve.regions import Region, lifted_cells, moved, of_sizes, put, sizes_of
 from maskserve.sources import Source
 from maskserve.trees import Counter, subtrees
 
-MOST_STATES = 1 << 18
+MOST_STATES = 1 << 20
 """States of a region's blocks, before they are joined into one a result: so many stay in the cache."""
 SHARE = 4
 """The part of the budget that states may take."""
@@ -54,8 +54,10 @@ def most_results(plan: Plan, budget: int) -> int:
 def n_states(plan: Plan, region: Region) -> int:
     """How many states a region has at once while its blocks are lifted."""
     *outer, n, inner = sizes_of(region)
+    n_tiles = prod(outer) * -(-inner // regions.WIDE)
     n_runs = -(-n * min(inner, regions.WIDE) // regions.BLOCK)
-    return prod(outer) * inner * max(n_runs, 1)
+    n_joined = -(-n_runs // engine.joined_at_once(n_tiles, n_runs, regions.TOGETHER))
+    return prod(outer) * inner * max(n_joined, 1)
 
 
 def state(plan: Plan, source: Source, weights: Source | None, region: Region, most: int) -> Parts:
@@ -63,7 +65,7 @@ def state(plan: Plan, source: Source, weights: Source | None, region: Region, mo
     axis = next((d for d, s in enumerate(region) if s.stop - s.start > unit_of(plan, d)), None)
     if axis is None or n_states(plan, region) <= most:
         below = of_sizes(plan, sizes_of(region))
-        return engine.joined(below, SourceCells(plan, source, weights, region, policy=nan_policy(plan)))
+        return engine.joined(below, lifted_cells(plan, source, weights, region))
     if axis % 2 == 0:
         return side_by_side(plan, source, weights, region, most, axis)
     counter = Counter(backend_of(plan).merge(plan))

@@ -11,18 +11,21 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from maskserve.blocks import Cells, counting, covering, seen, spans
+from maskserve.execution import finisher_of, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reduction
 from maskserve.plan import Plan
-from maskserve.sources import Masked, Source, Window
+from maskserve.sources import KeptPages, Masked, Pages, Source, Stored, Window
 
 Region: TypeAlias = tuple[slice, ...]
 """A range of each group of a fold."""
 
 BLOCK = 1 << 20
-"""Cells that a thread reads at a time: few enough for its cache, and many enough that a read is no call too many."""
+"""Cells that a thread reads at a time: few enough for the cache, and many enough that a read is no call too many."""
 WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
+TOGETHER = 32
+"""Blocks below each other that a thread joins while their states are in its cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +52,18 @@ class SourceCells(Cells):
     """The cells of a region as (outer, n, inner), read block by block."""
 
     narrow = WIDE
+    together = TOGETHER
 
-    def __init__(self, plan: Plan, source: Source, weights: Source | None, region: Region, *, policy: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        weights: Source | None,
+        region: Region,
+        *,
+        policy: str,
+        pages: Pages | None = None,
+    ) -> None:
         sizes = sizes_of(region)
         self.plan, self.policy, self.region, self.sizes = plan, policy, region, sizes
         self.shape = (prod(sizes[:-2]), sizes[-2], sizes[-1])
@@ -60,30 +73,32 @@ class SourceCells(Cells):
         )
         shape = plan.fold if self.first < 0 else (prod(outer), n, inner)
         self.source = source.folded(shape)
+        self.pages = pages or Pages()
         self.weights_source = None if weights is None else weights.folded(shape)
 
     def weight(self, *where: slice) -> tuple[Tensor, ...]:
         if self.weights_source is None:
             return ()
-        return (self.read(self.weights_source, where)[0],)
+        return (self.read(self.weights_source, where, Pages())[0],)
 
     def block(self, outer: slice, run: slice, inner: slice, *, negated: bool = True) -> Masked:
-        data, mask = self.read(self.source, (outer, run, inner))
+        data, mask = self.read(self.source, (outer, run, inner), self.pages)
         row = self.plan.row
         if self.weights_source is not None:
-            weights = self.read(self.weights_source, (outer, run, inner))
+            weights = self.read(self.weights_source, (outer, run, inner), Pages())
             mask = intersection([mask, counting(row, *weights, self.plan.params["nan"])])
         data = seen(self.plan, data)
         if negated and isinstance(row, Normalization) and row.negates:
             data = data.neg()
         return data, counting(row, data, mask, self.policy)
 
-    def read(self, source: Source, where: Window) -> Masked:
+    def read(self, source: Source, where: Window, pages: Pages) -> Masked:
         """A block of the region."""
         outer, run, inner = where
         last = (moved(run, self.region[-2].start), moved(inner, self.region[-1].start))
         if self.first >= 0:
-            return source.window((moved(outer, self.first), *last))
+            where = (moved(outer, self.first), *last)
+            return source.read(where, pages) if isinstance(source, Stored) else source.window(where)
         box, sizes, exact = covering(self.sizes[:-2], (self.shape[0],), (outer,))
         starts = [s.start for s in self.region[:-2]]
         data, mask = source.window((*map(moved, box, starts), *last))
@@ -114,6 +129,13 @@ def flat_index(shape: Sequence[int], index: Sequence[int]) -> int:
     for n, i in zip(shape, index, strict=True):
         at = at * n + i
     return at
+
+
+def lifted_cells(plan: Plan, source: Source, weights: Source | None, region: Region) -> SourceCells:
+    """The cells of a region of which states alone are made, in memory that the back end does not keep: its own kernels don't."""
+    is_forgotten = finisher_of(plan) is not None and weights is None
+    pages = KeptPages() if is_forgotten else None
+    return SourceCells(plan, source, weights, region, policy=nan_policy(plan), pages=pages)
 
 
 @lru_cache(maxsize=1024)

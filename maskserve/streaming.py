@@ -14,12 +14,12 @@ from torch import Tensor
 
 from maskserve import engine, execution, regions
 from maskserve.blocks import spans
-from maskserve.execution import backend_of, n_threads, nan_policy
+from maskserve.execution import backend_of, finisher_of, n_threads
 from maskserve.long_slices import least_budget, long_slices, need
 from maskserve.ops.rows import Normalization, Scan
 from maskserve.plan import Plan
 from maskserve.region_states import lifts, most_results, most_states, n_states, state
-from maskserve.regions import Piece, SourceCells, kept_tiles, of_sizes, result_sizes, sizes_of, whole
+from maskserve.regions import Piece, kept_tiles, lifted_cells, of_sizes, result_sizes, sizes_of, whole
 from maskserve.room import Need
 from maskserve.sources import Source, Window
 from maskserve.whole_slices import slices_at_once, whole_slices
@@ -95,14 +95,20 @@ def n_passes(plan: Plan, cell_bytes: int, budget: int) -> int:
     return 2 if isinstance(plan.row, Normalization) else 1 if isinstance(plan.row, Scan) else 0
 
 
+def is_without_states(plan: Plan) -> bool:
+    """Whether the back end makes results of cells at once."""
+    if len(plan.fold) > 3 or finisher_of(plan) is None:
+        return False
+    return engine.is_short(plan, (plan.fold[0], plan.fold[1], plan.fold[2]))
+
+
 def reduced(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
     """A reduction, as many results at a time as their states fit."""
     most = most_states(plan, budget)
     for tile in kept_tiles(plan, most_results(plan, budget), whole(plan)):
         below = of_sizes(plan, sizes_of(tile))
-        if n_states(plan, tile) <= most:
-            policy = nan_policy(plan)
-            values, mask = engine.reduce(below, SourceCells(plan, source, weights, tile, policy=policy))
+        if n_states(plan, tile) <= most or is_without_states(plan):
+            values, mask = engine.reduce(below, lifted_cells(plan, source, weights, tile))
         else:
             values, mask = engine.finish(below, state(plan, source, weights, tile, most))
         yield Piece(where=tile[::2], values=values, mask=mask)

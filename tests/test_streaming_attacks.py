@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import maskserve
-from maskserve import answers, crews, engine, partials, region_states, requests, sources, states
+from maskserve import answers, crews, engine, execution, partials, region_states, regions, requests, sources, states
 from maskserve.errors import InputChangedError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
@@ -111,6 +112,41 @@ def test_few_runs_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         in_parts(payload, "scan", 200, op="cumsum", dim=0),
         torch.where(cells % 2 == 0, cells, 0).cumsum(0) * (cells % 2 == 0),
     )
+
+
+def test_blocks_that_are_lifted_are_read_into_the_same_memory_and_windows_into_their_own() -> None:
+    cells = torch.arange(600.0).view(30, 20)
+    payload = BytesPayload(bytes_of(rain=cells, **{"rain.mask": cells % 2 == 0}))
+    variable = answers.resolved(requests.build("reduce", {"op": "sum"}), payload, {})["rain"]
+    source, pages = sources.stored(payload, variable), sources.KeptPages()
+    where = [(slice(a, a + 10), slice(0, 20)) for a in (0, 10, 20)]
+    first, *later = [source.read(window, pages) for window in where]
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(source.read, where[0], pages).result()
+    assert first[1] is not None
+    assert elsewhere[1] is not None
+    assert {data.data_ptr() for data, _ in (first, *later)} == {first[0].data_ptr()}
+    assert torch.equal(first[0], cells[20:])  # the last one that was read
+    assert torch.equal(first[1], cells[20:] % 2 == 0)
+    assert torch.equal(elsewhere[0], cells[:10])
+    held = [source.window(window) for window in where]
+    assert all(torch.equal(data, cells[window]) for (data, _), window in zip(held, where, strict=True))
+
+
+@pytest.mark.parametrize("together", [1, 2, 4, 32])
+@pytest.mark.parametrize("op", ["sum", "var", "argmax", "logsumexp"])
+def test_how_many_blocks_a_task_joins_changes_no_bit(op: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "BLOCK", 1 << 10)
+    monkeypatch.setattr(regions.SourceCells, "narrow", 1 << 4)
+    monkeypatch.setattr(regions.SourceCells, "together", together)
+    monkeypatch.setattr(engine, "SMALL", 1 << 6)
+    generator = torch.Generator().manual_seed(9)
+    sample = torch.randn((1337, 100), generator=generator), torch.rand((1337, 100), generator=generator) < 0.6
+    payload = BytesPayload(bytes_of(rain=sample[0], **{"rain.mask": sample[1]}))
+    request = requests.build("reduce", {"op": op, "dim": 0})
+    whole = answers.run(request, payload).to_bytes()
+    with execution.using(threads=2):
+        assert answers.run(request, payload, memory=100_000).to_bytes() == whole
 
 
 # -- states -------------------------------------------------------------------------------------------------------
