@@ -89,6 +89,12 @@ def test_stdin_that_is_larger_than_the_memory_is_read_in_parts(large: Path) -> N
     assert len(piped.stdout.splitlines()) == SHAPE[0]
 
 
+def test_a_report_on_what_does_not_fit_says_so(maskserve: Maskserve, large: Path) -> None:
+    ran = maskserve("mask", "--greater", "1", "--edges", str(large), "--memory", "64MB")
+    assert ran.code == 65
+    assert one_line(ran).endswith("does not fit into --memory as text; give --memory 144MB or more")
+
+
 def test_processes_and_shards_give_the_same_bytes(large: Path, tmp_path: Path) -> None:
     words = ["reduce", "--op", "std", "--dim", "time", str(large)]
     assert process(*words, "-o", "whole", cwd=tmp_path).code == 0
@@ -184,6 +190,7 @@ def test_an_answer_that_does_not_fit_is_no_table(large: Path) -> None:
         "grad --expr sum(x)", "eval --expr rank(flatten(x),dim=0) -o out", "eval --expr mean(matmul(x,transpose(x,1,2)))",
         "reduce --op mode", "reduce --op median", "reduce --op mean --dim time", "reduce --op median --workers 2",
         "reduce --op mean --dim lat,lon --workers 2", "mask --greater 1", "grad --op var",
+        "mask --greater 1 --edges",
     ],
 )  # fmt: skip
 def test_a_dry_run_ends_as_the_run_does(words: str, maskserve: Maskserve, large: Path) -> None:

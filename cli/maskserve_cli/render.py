@@ -59,7 +59,7 @@ def write_streamed(answer: Answer, target: Target) -> None:
     """An answer that is computed while it is written: into its file, or by way of one without a name to a pipe."""
     if target.form is not Form.SAFETENSORS:
         named = [(r.name, r.shape, r.dims) for r in answer.results if not r.is_coordinate]
-        raise too_large(named, target, " of a larger size")
+        raise too_large(named, target, f"{OR_A_FILE} of a larger size")
     if target.path is None:
         with tempfile.TemporaryFile() as file:
             answer.write(file.fileno(), "a temporary file")
@@ -73,18 +73,20 @@ def write_streamed(answer: Answer, target: Target) -> None:
         say(f"wrote {printable(path)}: {summary(answer)}, {outputs.bytes_text(n_bytes)}")
 
 
-def refuse_text(steps: Sequence[Step], target: Target, enough: int | None) -> None:
-    """Raise where an answer is to be text or JSON, and its results would only be held in `enough` bytes of memory."""
+def refuse_text(steps: Sequence[Step], target: Target, enough: int | None, *, is_report: bool) -> None:
+    """Raise where an answer is to be text, JSON or a report, and its results would only be held in `enough` bytes of memory."""
     if enough is not None and target.form is not Form.SAFETENSORS:
         named = [(step.name, step.result.shape, step.result.dims) for step in steps]
-        raise too_large(named, target, f" {megabytes(enough)}MB or more")
+        instead = "--memory" if is_report else OR_A_FILE
+        raise too_large(named, target, f"{instead} {megabytes(enough)}MB or more")
 
 
-def too_large(named: Sequence[tuple[str, Shape, Dims | None]], target: Target, memory: str) -> TooLargeError:
+OR_A_FILE = "-o OUT.safetensors, or --memory"
+
+
+def too_large(named: Sequence[tuple[str, Shape, Dims | None]], target: Target, instead: str) -> TooLargeError:
     shapes = ", ".join(f"{name} {table.dims_text(shape, dims)}" for name, shape, dims in named)
-    return TooLargeError(
-        f"{shapes} does not fit into --memory as {target.form}; give -o OUT.safetensors, or --memory{memory}"
-    )
+    return TooLargeError(f"{shapes} does not fit into --memory as {target.form}; give {instead}")
 
 
 def say_skipped(path: str) -> None:

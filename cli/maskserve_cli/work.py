@@ -188,10 +188,11 @@ def refuse(asked: Asked, request: Request, payload: Payload, others: Payloads, t
     steps = answers.explain(request, payload, others)
     if asked.workers is not None:
         shards.refuse_unmergeable(steps)
-        render.refuse_text(steps, target, shards.memory_to_hold(steps, memory))
+        render.refuse_text(steps, target, shards.memory_to_hold(steps, memory), is_report=False)
         return
     answers.refuse_beyond(steps, memory)
-    render.refuse_text(steps, target, answers.memory_to_hold(steps, memory))
+    enough = answers.memory_to_hold(steps, memory)
+    render.refuse_text(steps, target, enough, is_report=asked.listing is not None)
 
 
 def lines(asked: Asked, request: Request, looks: list[Outlook], target: Target, memory: int) -> Iterator[str]:
