@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.streaming import COMMAND, KEPT, WIDTH, make, planned
 from maskserve.dtypes import BY_NAME
-from maskserve.streaming import state_bytes
+from maskserve.region_states import state_bytes
 
 OP, DIM = "mean", 0
 # files that fit into the memory would be loaded, not streamed

@@ -17,8 +17,9 @@ from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.requests import Request
+from maskserve.room import RESULT_SHARE, Need, beyond, enough
 from maskserve.sides import Payloads
-from maskserve.steps import Result, Step, Streamed, refuse_beyond
+from maskserve.steps import Result, Step, Streamed
 from maskserve.version import version
 
 NOTHING: Payloads = MappingProxyType({})
@@ -122,12 +123,10 @@ def alive(payload: Payload, prepared: Prepared, taken: set[str]) -> Iterator[Res
             yield coordinate(payload, found, prepared.variables)
 
 
-def kept(request: Request, payload: Payload, prepared: Prepared, memory: int) -> list[Result]:
+def kept(request: Request, payload: Payload, prepared: Prepared, memory: int) -> list[Result | Streamed]:
     """What a reduction does not reduce: the variables without the dim, and the coordinates."""
     passed = [step for step in prepared.steps if step.passes_through]
-    for step in passed:
-        refuse_beyond(step, memory)
-    results = [result for step in passed for result in step.results(request, payload, prepared.variables)]
+    results = [made for step in passed for made in step.streamed(request, payload, prepared.variables, memory)]
     return [*results, *alive(payload, prepared, {step.name for step in prepared.steps})]
 
 
@@ -136,14 +135,51 @@ def computed(request: Request, payload: Payload, prepared: Prepared, memory: int
     if memory is None:
         return [made for step in prepared.steps for made in step.results(request, payload, prepared.variables)]
     results: list[Result | Streamed] = []
-    room = memory
-    for step in prepared.steps:
-        give = step.results if step.bytes_in_memory <= room else partial(step.streamed, memory=room)
-        made = [*give(request, payload, prepared.variables)]
-        room -= sum(out.n_bytes for result in made if isinstance(result, Result) for out in result.outputs())
-        room = max(room, memory // LEAST_SHARE)  # a part is for what is read, however many results are held
-        results += made
+    refuse_beyond(prepared.steps, memory)
+    for step, room in rooms(prepared.steps, memory):
+        give = partial(step.streamed, memory=room) if step.is_streamed(room) else step.results
+        results += give(request, payload, prepared.variables)
     return results
+
+
+def rooms(planned: Sequence[Step], memory: int) -> Iterator[tuple[Step, int]]:
+    """Each step with the memory that it has beside the results that are held of those before it."""
+    room = memory
+    for step in planned:
+        yield step, room
+        room -= step.bytes_written if step.holds(room) else 0
+        room = max(room, memory // LEAST_SHARE)  # a part is for what is read, however many results are held
+
+
+def refuse_beyond(planned: Sequence[Step], memory: int) -> None:
+    """Raise, before anything is read, where a step does not fit: with the memory in which all would."""
+    for need, _ in lacking(planned, memory):
+        raise beyond(need, memory, enough(lambda more: first_lack(lacking(planned, more)), memory))
+
+
+def lacking(planned: Sequence[Step], memory: int) -> Iterator[tuple[Need, int]]:
+    """What does not fit, and how many bytes more would let it."""
+    for step, room in rooms(planned, memory):
+        need = step.need if step.is_streamed(room) else None
+        if need is not None and need.memory > room:
+            yield need, need.memory - room
+
+
+def memory_to_hold(planned: Sequence[Step], memory: int) -> int | None:
+    """The memory in which all fits and every result is held; None where this one does."""
+    least = enough(lambda more: first_lack(lacking(planned, more)) or first_lack(unheld(planned, more)), memory)
+    return None if least == memory else least
+
+
+def unheld(planned: Sequence[Step], memory: int) -> Iterator[tuple[Step, int]]:
+    """The steps whose results are not held, but written as they are computed; and how many bytes more would let each."""
+    for step, room in rooms(planned, memory):
+        if not step.holds(room):
+            yield step, min(step.bytes_in_memory, RESULT_SHARE * step.result.n_bytes) - room
+
+
+def first_lack(found: Iterator[tuple[object, int]]) -> int:
+    return next((n_bytes for _, n_bytes in found), 0)
 
 
 def metadata_of(

@@ -22,6 +22,8 @@ class Cells:
 
     narrow = NARROW
     """Columns that a block has at least; so many and tall rather than wide and low: states cost their joining."""
+    together = 1
+    """Blocks of a run that a thread lifts one after the other, and joins before the next comes: a power of two."""
 
     def __init__(
         self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None, *, policy: str

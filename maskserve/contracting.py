@@ -16,7 +16,7 @@ from torch import Tensor
 from maskserve import gradients, operations
 from maskserve.backends.reference import contractions, kernel
 from maskserve.backends.reference.moves import Masked
-from maskserve.dtypes import WIDENED, bf16, f16
+from maskserve.dtypes import WIDENED, bf16, f16, f64
 from maskserve.equations import Equation, Label, Labels, checked, name_of, of_row
 from maskserve.errors import DataError, DtypeError, ShapeError
 from maskserve.ops.rows import Contraction
@@ -53,9 +53,11 @@ def computable(row: Contraction, operands: Sequence[Masked]) -> tuple[list[Maske
     for i, kind in enumerate(stored):
         accept(row, kind)
         if kinds[i] is not kinds[0]:
+            narrow = [name_of(row, at) for at in (0, i) if kinds[at] is not f64]
+            widened = " and ".join(f"float_power({name}, 1)" for name in narrow)
             raise DtypeError(
-                f"{row.name}: {name_of(row, 0)} is {stored[0]}, {name_of(row, i)} {kind}; convert one of them, as in "
-                f".to(torch.{kinds[0].torch})",
+                f"{row.name}: {name_of(row, 0)} is {stored[0]}, {name_of(row, i)} {kind}; give both one dtype: "
+                f".to(torch.{kinds[0].torch}) in Python, {widened} in an expression",
                 parameter=name_of(row, i),
             )
     devices = list(dict.fromkeys(str(cells.data.device) for cells in operands))

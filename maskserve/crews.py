@@ -5,17 +5,26 @@ The shards are those of `reduce --shard`, so the bits are those of one process.
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from maskserve.answers import Answer
 from maskserve.cgroup import cpus
 from maskserve.errors import ParameterError
 from maskserve.executors import Limits as Bounds
 from maskserve.executors import Processes
-from maskserve.payload.format import Limits
+from maskserve.payload.files import FilePayload, failing, temp_name
+from maskserve.payload.format import Limits, Payload
+from maskserve.payload.header import shown
 from maskserve.shards import Shard
+
+HELD_SHARE = 4
+"""The part of a worker's memory up to which its state is sent, and held by its parent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +38,16 @@ class Share:
     shard: Shard
     limits: Limits
     memory: int
+    folder: str
+    """The name of a folder beside others of the system's for temporary files: there once a state is too large to be sent."""
 
 
-def lift(share: Share) -> bytes:
-    """The state of a shard, in a worker."""
+Lifted: TypeAlias = bytes | str
+"""A state, or the path of the file that has it."""
+
+
+def lift(share: Share) -> Lifted:
+    """The state of a shard, in a worker; one that is large goes by way of a file."""
     from functools import partial
 
     from maskserve import requests, states
@@ -42,7 +57,36 @@ def lift(share: Share) -> bytes:
     request = requests.build(share.verb, share.words)
     read = partial(open_any, limits=share.limits)
     with question(request, share.paths, read, requests.parse_along(share.along)) as asked:
-        return states.lift(request, asked.payload, asked.others, share.shard, share.memory).to_bytes()
+        state = states.lift(request, asked.payload, asked.others, share.shard, share.memory)
+        if state.n_bytes <= share.memory // HELD_SHARE:
+            return state.to_bytes()
+        return in_a_file(share, partial(state.write, memory=share.memory))
+
+
+def in_a_file(share: Share, write: Callable[[int, str], int]) -> str:
+    """The path of a new file of the crew's folder, written by `write(descriptor, name)`."""
+    folder = os.path.join(tempfile.gettempdir(), share.folder)
+    path = os.path.join(folder, str(share.shard.index))
+    with failing(f"{shown(path)} cannot be written"):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        write(descriptor, path)
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def opened(state: Lifted) -> Payload:
+    """A state that a worker made, open; its file, if it has one, needs no name any more."""
+    from maskserve.partials import LIMITS
+    from maskserve.payload.format import BytesPayload
+
+    if isinstance(state, bytes):
+        return BytesPayload(state, LIMITS)
+    payload = FilePayload(state, LIMITS)
+    os.unlink(state)
+    return payload
 
 
 def reduce(
@@ -56,17 +100,22 @@ def reduce(
         raise ParameterError(
             f"workers is {workers}; give a number of processes, or 0 for one a CPU", parameter="workers"
         )
-    n = workers or cpus()
+    n, folder = workers or cpus(), temp_name()
     shares = [
         Share(
-            verb=verb, words=dict(words), paths=tuple(paths), along=along, shard=Shard(i, n), limits=limits, memory=memory // n
+            verb=verb, words=dict(words), paths=tuple(paths), along=along, shard=Shard(i, n), limits=limits, memory=memory // n,
+            folder=folder,
         )
         for i in range(n)
     ]  # fmt: skip
     found = []
-    for outcome in Processes(workers=n, tell=tell).run(lift, shares, Bounds(in_order=True)):
-        if outcome.error is not None:
-            raise outcome.error
-        assert outcome.result is not None
-        found.append((f"shard {outcome.task.shard}", states.from_bytes(outcome.result)))
+    try:
+        with closing(Processes(workers=n, tell=tell).run(lift, shares, Bounds(in_order=True))) as outcomes:
+            for outcome in outcomes:
+                if outcome.error is not None:
+                    raise outcome.error
+                assert outcome.result is not None
+                found.append((f"shard {outcome.task.shard}", states.read(opened(outcome.result))))
+    finally:
+        shutil.rmtree(os.path.join(tempfile.gettempdir(), folder), ignore_errors=True)
     return states.merge(found).answer(memory)

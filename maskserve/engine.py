@@ -6,7 +6,7 @@ Blocks are free (threads, strides and cache decide them); the order of arithmeti
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import count, product
@@ -22,10 +22,21 @@ from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError
-from maskserve.execution import SMALL, backend_of, block_cells, finisher_of, in_parallel, in_turn, nan_policy
+from maskserve.execution import (
+    BLOCKS_A_THREAD,
+    SMALL,
+    backend_of,
+    block_cells,
+    finisher_of,
+    in_parallel,
+    in_turn,
+    n_threads,
+    nan_policy,
+)
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
+from maskserve.trees import Counter
 
 Masked = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor | None]
@@ -139,11 +150,16 @@ def reduce(plan: Plan, cells: Cells) -> Masked:
     return finish(plan, joined(plan, cells)) if reduced is None else reduced
 
 
+def is_short(plan: Plan, shape: tuple[int, int, int]) -> bool:
+    """Whether slices, as (outer, n, inner), are so short that a back end that can reduces each whole, without a state."""
+    _, n, inner = shape
+    return not plan.weighted and prod(shape) > 0 and (n * inner <= SMALL or n <= SHORT)
+
+
 def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
     """Short slices, whole: their states never leave the back end. None where slices are long, or it cannot."""
     outer, n, inner = cells.shape
-    is_short = 0 < n * inner <= SMALL or 0 < n <= SHORT
-    if plan.weighted or not is_short or not outer or not inner:
+    if not is_short(plan, cells.shape):
         return None
     shape = (len(plan.labels or (0,)), outer, inner)
     values = finisher.empty(shape, getattr(torch, plan.result.torch))
@@ -198,25 +214,34 @@ def lift_all(plan: Plan, cells: Cells) -> Parts:
     outer, n, inner = cells.shape
     backend = backend_of(plan)
     blocks = cut(plan, cells.shape, block_cells(backend, cells.shape), narrow=cells.narrow)
+    n_together = joined_at_once(len(blocks.tiles), len(blocks.runs), cells.together)
+    groups = [blocks.runs[span] for span in spans(len(blocks.runs), n_together)]
     merge = backend.merge(plan)
     states: Parts = {
-        part.name: torch.empty(
-            (outer, len(blocks.runs), inner), dtype=getattr(torch, part.dtype.torch), device=plan.device
-        )
+        part.name: torch.empty((outer, len(groups), inner), dtype=getattr(torch, part.dtype.torch), device=plan.device)
         for part in plan.passes[0].parts(plan.dtype)
     }
 
-    def task(tile: tuple[slice, slice], index: int, span: slice) -> Callable[[], None]:
-        def lift_block() -> None:
-            parts = lift(plan, backend, cells, tile[0], span, tile[1])
-            for name, part in parts.items():
+    def task(tile: tuple[slice, slice], index: int, group: Sequence[slice]) -> Callable[[], None]:
+        def lift_group() -> None:
+            counter = Counter(merge)
+            for at, span in enumerate(group):
+                counter.add(at, 1, lift(plan, backend, cells, tile[0], span, tile[1]))
+            for name, part in counter.joined().items():
                 states[name][tile[0], index, tile[1]] = part
 
-        return lift_block
+        return lift_group
 
-    tasks = [task(tile, index, span) for tile in blocks.tiles for index, span in enumerate(blocks.runs)]
+    tasks = [task(tile, index, group) for tile in blocks.tiles for index, group in enumerate(groups)]
     in_parallel(backend, outer * n * inner, tasks)
     return join(merge, states, 1)
+
+
+def joined_at_once(n_tiles: int, n_runs: int, most: int) -> int:
+    """How many runs below each other one task lifts and joins: as many as leave some tasks for each thread."""
+    while most > 1 and n_tiles * -(-n_runs // most) < BLOCKS_A_THREAD * n_threads():
+        most //= 2
+    return most
 
 
 def join_groups(plan: Plan, parts: Parts) -> Parts:

@@ -91,6 +91,13 @@ SPELLED: Mapping[str, tuple[str, int]] = MappingProxyType({
 COMPARES, BEFORE, POWER, TIGHTEST = 1, 6, 7, 8
 SIGNS = "+ - * / ** < <= > >= == != & | ~"
 
+QUOTED = "words without quotes, as in nan=omit, and tensors by name; --let gives another name"
+INSTEAD: Mapping[str, str] = MappingProxyType({
+    "and": "(a) & (b)", "&&": "(a) & (b)", "or": "(a) | (b)", "||": "(a) | (b)", "not": "~(a)", "!": "~(a)", "^": "a ** b",
+    '"': QUOTED, "'": QUOTED,
+})  # fmt: skip
+"""What is written here for a word of other languages."""
+
 
 def parse(text: str) -> Expression:
     """What `text` spells, whatever its variables are; ExpressionError says what cannot be, and at which column."""
@@ -124,7 +131,11 @@ def check_words(text: str) -> None:
         if word is None or (keyword.iskeyword(word[0]) and word[0] not in ("True", "False")):
             run = RUN.match(text, at)
             assert run is not None  # it matches any character
-            raise refusal(f"{run[0][:40]!r} is no word here: there are names, numbers, {SIGNS} , and ( )", at + 1)
+            instead = INSTEAD.get(run[0])
+            write = f"write {instead}" if instead else f"there are names, numbers, {SIGNS} , and ( )"
+            raise refusal(f"{run[0][:40]!r} is no word here: {write}", at + 1)
+        if text[at : at + 2] in INSTEAD:
+            raise refusal(f"{text[at : at + 2]!r} is no word here: write {INSTEAD[text[at : at + 2]]}", at + 1)
         at = word.end()
 
 

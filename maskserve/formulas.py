@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -23,14 +23,15 @@ from maskserve.payload.header import shown
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import DATA, MASK, Dims, Variable, Variables, unknown
 from maskserve.pullbacks import Leaves
+from maskserve.regions import Piece
 from maskserve.requests import Request
+from maskserve.room import Need, budget_of
 from maskserve.sides import Payloads
-from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results, refuse_beyond
-from maskserve.streaming import Piece
+from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 from maskserve.tracing import is_followed, same_memory
-from maskserve.variable_steps import RESULT_SHARE, budget_of, puller, work_of
+from maskserve.variable_steps import cell_bytes, puller, work_of
 
 ONLY = "x"
 """What an expression may call a payload's only variable."""
@@ -52,6 +53,8 @@ class OfExpression(Step):
     device: str = "cpu"
     backend: str | None = None
     above: Above | None = None
+    has_fill: bool = False
+    """Whether cells that equal a number are masked."""
 
     @property
     def name(self) -> str:
@@ -116,8 +119,7 @@ class OfExpression(Step):
     def streamed(
         self, request: Request, payload: Payload, variables: Variables, memory: int
     ) -> Iterator[Result | Streamed]:
-        if self.wrt or self.device != "cpu" or isinstance(self.term.node, Name):
-            refuse_beyond(self, memory)
+        if self.is_held:
             yield from self.results(request, payload, variables)
             return
         from maskserve.streamed_terms import Terms  # which few expressions need
@@ -134,10 +136,26 @@ class OfExpression(Step):
         made = Streamed(
             name=DATA, told=self.result, mask_name=MASK, dims=dims, fold=terms.fold(self.term), pieces=pieces,
         )  # fmt: skip
-        yield made if self.result.n_bytes > memory // RESULT_SHARE else made.in_memory()
+        yield made.in_memory() if self.holds(memory) else made
 
-    def passes(self, memory: int | None) -> int:
-        if memory is None or self.bytes_in_memory <= memory or self.wrt:
+    @property
+    def is_held(self) -> bool:
+        """Whether it is computed in memory alone."""
+        return bool(self.wrt) or self.device != "cpu" or isinstance(self.term.node, Name)
+
+    @property
+    def need(self) -> Need | None:
+        if self.is_held:
+            what = "the gradient" if self.wrt else "a variable as it is" if self.device == "cpu" else self.device
+            return Need(memory=self.bytes_in_memory, why=f"{self.name}: {what} holds all in memory")
+        from maskserve.streamed_terms import need  # which few expressions need
+
+        with execution.using(backend=self.backend):
+            found = need(self.term, {name: cell_bytes(v, self.has_fill) for name, v in self.sources.items()})
+        return found and replace(found, memory=min(found.memory, self.bytes_in_memory))
+
+    def passes(self, memory: int) -> int:
+        if self.is_held:
             return 1
         return 1 + sum(stage.plan is not None for stage in stages(self.term))  # at most: each reads what lies below it
 
@@ -189,6 +207,7 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
     step = OfExpression(
         expression=expression, term=term, sources=sources, wrt=wrt, device=device, backend=backend,
         above=above_of(variables, "the expression", told_of(term)) if wrt else None,
+        has_fill=request.common.get("fill_value") is not None,
     )  # fmt: skip
     if wrt and (term.dtype is boolean or term.dtype.is_integral):
         raise GradientError(

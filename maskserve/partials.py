@@ -7,81 +7,53 @@ joins siblings only, so parts lifted anywhere and merged in any order finalize t
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskserve import dtypes, engine, execution, masks, streaming
+from maskserve import dtypes, engine, execution, masks
 from maskserve.backends import Parts, choose
-from maskserve.backends.reference import kernel
-from maskserve.errors import MaskserveError, OutOfMemoryError, StateError
+from maskserve.errors import MaskserveError, StateError
+from maskserve.nodes import (
+    Lifting,
+    Node,
+    Place,
+    are_siblings,
+    by_place,
+    held,
+    holds,
+    rectangles,
+    refuse_overlap,
+    shifted,
+    stored_nodes,
+    tiles,
+    units,
+)
 from maskserve.ops import find
 from maskserve.ops.parameters import Type
 from maskserve.ops.rows import Reduction
-from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, Limits, Payload, TensorInfo, to_bytes
+from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, Limits, Output, Payload, TensorInfo, to_bytes
 from maskserve.payload.header import strict_json
-from maskserve.payload.tensors import load_tensor, output
+from maskserve.payload.tensors import output
 from maskserve.plan import Plan, plan
+from maskserve.region_states import lifts, state_bytes
+from maskserve.regions import InPlace, Piece, Region, moved, of_sizes, result_sizes, sizes_of
 from maskserve.requests import spelled
 from maskserve.shards import Shard
-from maskserve.sources import Source
-from maskserve.streaming import (
-    Piece,
-    assembled,
-    block_cells,
-    lifts,
-    most_states,
-    of_sizes,
-    result_sizes,
-    state,
-    state_bytes,
-    unit_of,
-)
+from maskserve.sources import Source, Window
+from maskserve.streaming import assembled
 from maskserve.torch_dtypes import dtype_of
 from maskserve.trees import subtrees
 from maskserve.version import ORDER_VERSION, version
 
 PREFIX = "maskserve.state."
-HELD_TWICE = 2
-"""How many times a state is held while its parts are put together."""
-
-
 LIMITS = Limits(tensors=1 << 20, header_bytes=1 << 26, metadata_bytes=1 << 20)
 """What is read of a state: it has a tensor for each part of each subtree."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """The state of a subtree, for `n_rows` indices of the first kept group from `row` on.
-
-    The subtree is `n_units` units of the first reduced group from `start` on (leaves, where it is the only one); parts have
-    the shape (n_rows, all other kept groups).
-    """
-
-    row: int
-    n_rows: int
-    start: int
-    n_units: int
-    parts: Parts
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.n_units
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + self.n_rows)
-
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        for name, part in self.parts.items():
-            yield f"{self.row}.{self.n_rows}.{self.start}.{self.n_units}.{name}", part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,34 +96,36 @@ class Partial:
             own = None if mask is None else mask[:, cells]
             below = replace(plan, shape=tuple(block.shape), fold=tuple(block.shape))
             parts = shifted(plan, engine.state(below, block, own), unit * plan.leaf)
-            nodes.append(Node(row=0, n_rows=outer, start=unit, n_units=n_units, parts=parts))
+            nodes.append(held(plan, Place(row=0, n_rows=outer, start=unit, n_units=n_units), parts))
         return cls(plan=plan, backend=execution.backend_of(plan).name, nodes=tuple(nodes))
 
     @classmethod
-    def of_shard(cls, plan: Plan, source: Source, weights: Source | None, shard: Shard, budget: int) -> Partial:
-        """The states of a range of all rows' units, read where they lie."""
+    def of_shard(
+        cls, plan: Plan, source: Source, weights: Source | None, shard: Shard, budget: int, room: int | None = None
+    ) -> Partial:
+        """The states of a range of all rows' units, read where they lie: held where they fit into `room`, else when due."""
         check_joins(plan)
-        most, nodes = most_states(plan, budget), []
-        refuse_many(plan, shard, budget)
-        with execution.using(block_cells=block_cells(plan, source, budget)):
-            for rows, start, n_units in rectangles(plan, shard):
-                unit = unit_of(plan, 1)
-                cells = slice(start * unit, min((start + n_units) * unit, plan.fold[1]))
-                region = (rows, cells, *(slice(0, n) for n in plan.fold[2:]))
-                parts = shifted(plan, state(plan, source, weights, region, most), start * unit)
-                nodes.append(
-                    Node(row=rows.start, n_rows=rows.stop - rows.start, start=start, n_units=n_units, parts=parts)
-                )
-        return cls(plan=plan, backend=execution.backend_of(plan).name, nodes=tuple(nodes))
+        name = execution.backend_of(plan).name
+        lifting = Lifting(plan=plan, source=source, weights=weights, budget=budget, backend=name)
+        nodes = [lifting.node(*rectangle) for rectangle in rectangles(plan, shard)]
+        is_held = holds(plan, nodes, budget if room is None else room)
+        return cls(plan=plan, backend=name, nodes=tuple(n.held(plan) if is_held else n for n in nodes))
 
     def merge(self, other: Partial) -> Partial:
         """The states of both, siblings joined; they must come from one plan and back end, and not overlap."""
         return merged([self, other])
 
     def joined(self, left: Node, right: Node) -> Node:
+        """Two halves of a subtree, joined where they are read."""
+
+        def read(where: Window) -> Parts:
+            return self.together(left.read(where), right.read(where))
+
+        return Node(place=replace(left.place, n_units=left.place.n_units + right.place.n_units), read=read)
+
+    def together(self, left: Parts, right: Parts) -> Parts:
         with execution.using(backend=self.backend):
-            merge = execution.backend_of(self.plan).merge(self.plan)
-        return replace(left, n_units=left.n_units + right.n_units, parts=merge(left.parts, right.parts))
+            return execution.backend_of(self.plan).merge(self.plan)(left, right)
 
     def finalize(self) -> tuple[Tensor, Tensor]:
         """(values, mask) of the whole; what is left over joins from the right. The whole index must be covered."""
@@ -159,32 +133,71 @@ class Partial:
         values, mask = assembled(shape, getattr(torch, self.plan.result.torch), self.pieces())
         return values.view(self.plan.out_shape), mask.view(self.plan.out_shape)
 
-    def pieces(self) -> Iterator[Piece]:
-        """The result, some rows at a time."""
+    def pieces(self, budget: int | None = None) -> Iterator[Piece]:
+        """The result, as many cells of it at a time as their states fit; all of some rows where there is no bound."""
         self.refuse_gaps()
-        fold = self.plan.fold
-        if not fold[1]:
-            yield from self.finished(slice(0, fold[0]), engine.identity(self.plan, prod(fold[::2])))
-        for _, group in groupby(self.nodes, key=lambda node: node.row):
-            *nodes, last = group
-            for node in reversed(nodes):
-                last = self.joined(node, last)
-            yield from self.finished(last.rows, last.parts)
+        for rows, nodes in self.by_rows():
+            region = (rows, *(slice(0, n) for n in self.plan.fold[1:]))
+            for tile in tiles(self.plan, region, budget):
+                yield self.finished(tile, self.state(nodes, tile[::2]))
 
-    def finished(self, rows: slice, parts: Parts) -> Iterator[Piece]:
-        fold = self.plan.fold
-        below = of_sizes(self.plan, (rows.stop - rows.start, *fold[1:]))
+    def by_rows(self) -> Iterator[tuple[slice, Sequence[Node]]]:
+        """The nodes that make up some rows of results together."""
+        if not self.plan.fold[1]:  # nothing was reduced, so no state says anything
+            yield slice(0, self.plan.fold[0]), ()
+        for _, group in groupby(self.nodes, key=lambda node: node.place.row):
+            nodes = [*group]
+            yield nodes[0].place.rows, nodes
+
+    def state(self, nodes: Sequence[Node], where: Window) -> Parts:
+        """The state of a window of results."""
+        if not nodes:
+            return engine.identity(self.plan, prod(sizes_of(where)))
+        *before, last = nodes
+        own = (moved(where[0], -last.place.row), *where[1:])
+        parts = last.read(own)
+        for node in reversed(before):
+            parts = self.together(node.read(own), parts)
+        return parts
+
+    def finished(self, tile: Region, parts: Parts) -> Piece:
         with execution.using(backend=self.backend):
-            values, mask = engine.finish(below, parts)
-        yield Piece(where=(rows, *(slice(0, n) for n in fold[2::2])), values=values, mask=mask)
+            values, mask = engine.finish(of_sizes(self.plan, sizes_of(tile)), parts)
+        return Piece(where=tile[::2], values=values, mask=mask)
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes of all its states."""
+        return sum(prod(node.place.shape(self.plan)) for node in self.nodes) * state_bytes(self.plan)
+
+    def outputs(self) -> Iterator[Output]:
+        """Its tensors, without bytes yet."""
+        for node in self.nodes:
+            n_rows, *others = node.place.shape(self.plan)
+            for part in self.plan.passes[0].parts(self.plan.dtype):
+                yield Output(f"{node.place}.{part.name}", part.dtype, (n_rows, prod(others)), ())
+
+    def windows(self, budget: int) -> Iterator[InPlace]:
+        """Its cells, as many results at a time as the budget holds."""
+        for node in self.nodes:
+            for where, parts in node.windows(self.plan, budget):
+                for name, part in parts.items():
+                    yield InPlace(f"{node.place}.{name}", node.place.shape(self.plan), where, part)
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Its tensors, whole, by what they are called in a state."""
+        for node in self.nodes:
+            for name, part in node.parts(self.plan).items():
+                yield f"{node.place}.{name}", part
 
     def refuse_gaps(self) -> None:
         """Raise where a row or a part of one is missing."""
         n_units, row, unit = units(self.plan), 0, 0
         for node in self.nodes if n_units else ():
-            if (node.row, node.start) != (row, unit):
+            at = node.place
+            if (at.row, at.start) != (row, unit):
                 break
-            row, unit = (row, node.stop) if node.stop < n_units else (node.row + node.n_rows, 0)
+            row, unit = (row, at.stop) if at.stop < n_units else (at.row + at.n_rows, 0)
         if n_units and row != self.plan.fold[0]:
             raise StateError(f"the state of leaf {unit} of {n_units} of row {row} is missing; merge every shard first")
 
@@ -204,28 +217,33 @@ class Partial:
 
     def to_bytes(self) -> bytes:
         """The state as a safetensors file: one tensor a part of each subtree, what it belongs to in the metadata."""
-        tensors = [output(name, part) for node in self.nodes for name, part in node.named()]
+        tensors = [output(name, part) for name, part in self.named()]
         return to_bytes(tensors, {PREFIX + key: json.dumps(value) for key, value in self.signature().items()})
 
     @classmethod
     def from_bytes(cls, buffer: Buffer) -> Partial:
         """The Partial that `to_bytes` wrote; StateError where the bytes are anything else."""
         payload = BytesPayload(buffer, LIMITS)
-        return read_partial(_said(payload.header.metadata), payload, payload.header.tensors)
+        return read_partial(said_of(payload.header.metadata), payload, payload.header.tensors)
 
 
-def read_partial(said: Mapping[str, Any], payload: Payload, names: Mapping[str, str | TensorInfo]) -> Partial:
-    """The Partial that `said` tells of; `names` has the name of each tensor in the payload by what it is called in a state."""
+def read_partial(
+    said: Mapping[str, Any], payload: Payload, names: Mapping[str, TensorInfo], title: str | None = None
+) -> Partial:
+    """The Partial that `said` tells of; `names` has each tensor of the payload by what it is called in a state.
+
+    Its cells are read when they are due; errors then name the payload by its `title`.
+    """
     if said["order"] != ORDER_VERSION or said["version"] != version():
         raise StateError(
             f"the state is of order {said['order']} and version {said['version']}, this is order {ORDER_VERSION} "
             f"and version {version()}; states of different versions are never merged"
         )
     try:
-        whole = _plan_of(said)
+        whole = plan_of(said)
     except MaskserveError as error:
         raise error if isinstance(error, StateError) else StateError(f"the bytes are no state: {error}") from error
-    nodes = sorted(_nodes(whole, payload, names), key=lambda node: (node.row, node.start))
+    nodes = sorted(stored_nodes(whole, payload, names, title), key=by_place)
     refuse_overlap(nodes)
     return Partial(plan=whole, backend=said["backend"], nodes=tuple(nodes))
 
@@ -239,86 +257,30 @@ def merged(partials: Sequence[Partial]) -> Partial:
                 f"states do not belong together: one is {json.dumps(first.signature())[:200]}, "
                 f"the other {json.dumps(other.signature())[:200]}"
             )
-    nodes = sorted((node for partial in partials for node in partial.nodes), key=lambda node: (node.row, node.start))
+    nodes = sorted((node for partial in partials for node in partial.nodes), key=by_place)
     refuse_overlap(nodes)
     joined: list[Node] = []
     for node in nodes:
         joined.append(node)
-        while len(joined) > 1 and are_siblings(joined[-2], joined[-1]):
+        while len(joined) > 1 and are_siblings(joined[-2].place, joined[-1].place):
             right, left = joined.pop(), joined.pop()
             joined.append(first.joined(left, right))
     return replace(first, nodes=tuple(joined))
-
-
-def units(plan: Plan) -> int:
-    """The units of the first reduced group."""
-    return -(-plan.fold[1] // unit_of(plan, 1))
-
-
-def rectangles(plan: Plan, shard: Shard) -> Iterator[tuple[slice, int, int]]:
-    """(rows, start, n_units) of a shard: the end of a row, whole rows, and the begin of one.
-
-    Shards are equal parts of all rows' units, so that each reads what lies in one piece.
-    """
-    n_units = units(plan)
-    total = plan.fold[0] * n_units
-    first, last = (i * total // shard.n for i in (shard.index, shard.index + 1))
-    while first < last:
-        row, unit = divmod(first, n_units)
-        if unit == 0 and last - first >= n_units:
-            n_rows = (last - first) // n_units
-            yield slice(row, row + n_rows), 0, n_units
-            first += n_rows * n_units
-            continue
-        stop = min(n_units, unit + last - first)
-        for start, n in subtrees(unit, stop):
-            yield slice(row, row + 1), start, n
-        first += stop - unit
-
-
-def refuse_many(plan: Plan, shard: Shard, budget: int) -> None:
-    """Raise where the states of a shard, which are held until they are written, do not fit; few always do."""
-    n = sum(rows.stop - rows.start for rows, _, _ in rectangles(plan, shard)) * prod(plan.fold[2::2])
-    needed = HELD_TWICE * n * state_bytes(plan)
-    if n > streaming.MOST_STATES and needed > budget:
-        raise OutOfMemoryError(
-            f"{plan.row.name}: shard {shard} holds {n} states at once: that takes {needed} bytes, and {budget} are allowed; "
-            "give more memory (--memory), or more shards"
-        )
 
 
 def check_joins(plan: Plan) -> None:
     if not lifts(plan):
         raise StateError(
             f"{plan.row.name} of {plan.stored.name} has no state that can be merged: its slices are needed whole; reduce all "
-            "at once, or take a row with passes"
+            "at once, without --workers, --shard and --state"
         )
-
-
-def shifted(plan: Plan, parts: Parts, start: int) -> Parts:
-    """Places count from the start of the slice: `start` is in indices of the first reduced group."""
-    shift = getattr(kernel(plan.passes[0].reference), "shift", None)
-    return shift(parts, start * prod(plan.fold[3::2])) if shift else parts
-
-
-def are_siblings(left: Node, right: Node) -> bool:
-    """Whether the two are the halves of one aligned subtree."""
-    n = left.n_units
-    is_half = n == right.n_units and left.stop == right.start and not n & (n - 1) and left.start % (2 * n) == 0
-    return is_half and left.rows == right.rows
-
-
-def refuse_overlap(nodes: Sequence[Node]) -> None:
-    for left, right in pairwise(nodes):
-        if right.row < left.row + left.n_rows and (left.rows != right.rows or right.start < left.stop):
-            raise StateError(f"two states cover leaf {right.start} of row {right.row}; merge each shard once")
 
 
 FIELDS = {"op": str, "params": dict, "dtype": str, "shape": list, "backend": str, "order": int, "version": str}
 """What a state says of itself, each field as JSON of this type."""
 
 
-def _said(metadata: Mapping[str, str]) -> dict[str, Any]:
+def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     said = {}
     for name, kind in FIELDS.items():
         text = metadata.get(PREFIX + name)
@@ -341,7 +303,7 @@ def unspelled(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf") else value
 
 
-def _plan_of(said: Mapping[str, Any]) -> Plan:
+def plan_of(said: Mapping[str, Any]) -> Plan:
     row = find(said["op"])
     if not isinstance(row, Reduction):
         raise StateError(f"{row.name} is no reduction")
@@ -358,45 +320,3 @@ def _plan_of(said: Mapping[str, Any]) -> Plan:
     check_joins(whole)
     choose(whole, said["backend"])
     return whole
-
-
-def _nodes(whole: Plan, payload: Payload, names: Mapping[str, str | TensorInfo]) -> Iterator[Node]:
-    """The nodes, each with exactly the parts that the plan's pass has, in their dtypes and shape."""
-    others = prod(whole.fold[2::2])
-    wanted = MappingProxyType({part.name: part.dtype for part in whole.passes[0].parts(whole.dtype)})
-    found: dict[tuple[int, int, int, int], Parts] = {}
-    for name, of in names.items():
-        row, n_rows, start, n_units, part = _node_name(name)
-        info = payload.header.tensors[of] if isinstance(of, str) else of
-        if info.dtype is not wanted.get(part) or info.shape != (n_rows, others):
-            raise StateError(f"{name[:64]} is no part of this state: {info.dtype} {info.shape}")
-        found.setdefault((row, n_rows, start, n_units), {})[part] = load_tensor(payload, info)
-    for (row, n_rows, start, n_units), parts in found.items():
-        node = Node(row=row, n_rows=n_rows, start=start, n_units=n_units, parts=parts)
-        check_node(whole, node, wanted.keys())
-        yield node
-
-
-_NODE = re.compile(r"(0|[1-9][0-9]{0,15})\.([1-9][0-9]{0,15})\.(0|[1-9][0-9]{0,15})\.([1-9][0-9]{0,15})\.([a-z0-9_]+)")
-
-
-def _node_name(name: str) -> tuple[int, int, int, int, str]:
-    """(row, n_rows, start, n_units, part) of "0.1.4.2.total"; each number in its one spelling."""
-    found = _NODE.fullmatch(name)
-    if found is None:
-        raise StateError(f"{name[:64]!r} names no part of a state")
-    row, n_rows, start, n_units = (int(word) for word in found.groups()[:4])
-    return row, n_rows, start, n_units, found[5]
-
-
-def check_node(whole: Plan, node: Node, wanted: Collection[str]) -> None:
-    """An aligned subtree inside the index (only the last may be smaller, or all units), whole, with counts that it can have."""
-    n, n_units, first, size, unit = whole.fold[1], units(whole), node.start, node.n_units, unit_of(whole, 1)
-    aligned = (not size & (size - 1) and first % size == 0) or (first == 0 and size == n_units)
-    fits = node.stop <= n_units and node.row + node.n_rows <= whole.fold[0]
-    if node.parts.keys() != set(wanted) or not aligned or not fits:
-        raise StateError(f"the state of leaves {first} to {first + size} is incomplete, unaligned or outside the index")
-    cells = (min((first + size) * unit, n) - first * unit) * prod(whole.fold[3::2])
-    count = node.parts["count"]
-    if count.numel() and not 0 <= int(count.min()) <= int(count.max()) <= cells:
-        raise StateError(f"the state of leaves {first} to {first + size} counts cells that it cannot have")

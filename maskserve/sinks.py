@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from maskserve.payload.files import failing
 from maskserve.payload.header import Shape, shown
 from maskserve.payload.writing import Output, places
+from maskserve.regions import InPlace
 from maskserve.sources import Window, runs
-from maskserve.steps import Result, Streamed
+from maskserve.steps import Result
 
 Put: TypeAlias = Callable[[memoryview, int], None]
 """Writes bytes at an offset of the file."""
@@ -22,7 +23,19 @@ NO_ROOM_HELD = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 """What file systems answer that cannot hold room for a file; then a full one is met while writing."""
 
 
-def write(descriptor: int, name: str, results: Iterable[Result | Streamed], metadata: Mapping[str, str]) -> int:
+class InParts(Protocol):
+    """Tensors whose cells come while they are written."""
+
+    def outputs(self) -> Iterator[Output]:
+        """The tensors, without bytes yet."""
+        ...
+
+    def windows(self) -> Iterator[InPlace]:
+        """All their cells, once."""
+        ...
+
+
+def write(descriptor: int, name: str, results: Iterable[Result | InParts], metadata: Mapping[str, str]) -> int:
     """The payload's bytes, once it is in the file; it takes all its room first, so that a full disk is met at once.
 
     `name` is what messages call the file.
@@ -41,11 +54,12 @@ def write(descriptor: int, name: str, results: Iterable[Result | Streamed], meta
         hold_room(descriptor, n_bytes)
     put(memoryview(header), 0)
     for result in results:
-        if isinstance(result, Streamed):
-            write_pieces(put, result, starts)
+        if isinstance(result, Result):
+            for out in result.outputs():
+                put(cells_of(out), starts[out.name])
             continue
-        for out in result.outputs():
-            put(cells_of(out), starts[out.name])
+        for part in result.windows():
+            write_window(put, part.cells, starts[part.name], part.shape, full(part.shape, part.where))
     return n_bytes
 
 
@@ -56,14 +70,6 @@ def hold_room(descriptor: int, n_bytes: int) -> None:
         if error.errno not in NO_ROOM_HELD:
             raise
         os.ftruncate(descriptor, n_bytes)
-
-
-def write_pieces(put: Put, result: Streamed, starts: Mapping[str, int]) -> None:
-    """Each piece where it lies in the result."""
-    for piece in result.counted():
-        where = full(result.fold, piece.where)
-        write_window(put, piece.values, starts[result.name], result.fold, where)
-        write_window(put, piece.mask, starts[result.mask_name], result.fold, where)
 
 
 def full(shape: Shape, where: Window) -> Window:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, product
 from math import prod
+from threading import get_ident
 from typing import TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ from maskserve.payload.format import Payload
 from maskserve.payload.header import TensorInfo
 from maskserve.payload.slices import Validity, validity
 from maskserve.payload.tensors import load_mask, refuse_other_bytes
-from maskserve.payload.variables import MaskKind, MaskSource, Variable
+from maskserve.payload.variables import DATA, MASK, MaskKind, MaskSource, Variable
 from maskserve.sides import Side
 
 Shape: TypeAlias = tuple[int, ...]
@@ -64,6 +65,27 @@ class Source(ABC):
         return self.window(tuple(slice(0, n) for n in self.shape))
 
 
+class Pages:
+    """Memory for windows, each in memory of its own."""
+
+    def empty(self, name: str, sizes: Shape, dtype: torch.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype)
+
+
+class KeptPages(Pages):
+    """Memory that each thread reads its next window into, over the last one: fresh pages cost as much as copying into them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, str], Tensor] = {}
+
+    def empty(self, name: str, sizes: Shape, dtype: torch.dtype) -> Tensor:
+        n_bytes, whose = prod(sizes) * dtype.itemsize, (get_ident(), name)
+        kept = self.kept.get(whose)
+        if kept is None or kept.numel() < n_bytes:
+            kept = self.kept[whose] = torch.empty(n_bytes, dtype=torch.uint8)
+        return kept[:n_bytes].view(dtype).view(sizes)
+
+
 class Stored(Source):
     """The cells of a payload's variable; those that equal `fill` are masked."""
 
@@ -78,9 +100,13 @@ class Stored(Source):
         return Stored(self.cells, self.valid, self.dtype, shape, self.fill)
 
     def window(self, where: Window) -> Masked:
+        return self.read(where, Pages())
+
+    def read(self, where: Window, pages: Pages) -> Masked:
+        """The cells of a window and their mask, in these pages."""
         sizes = tuple(s.stop - s.start for s in where)
-        data = torch.empty(sizes, dtype=self.dtype)
-        mask = None if self.valid is None else torch.empty(sizes, dtype=torch.bool)
+        data = pages.empty(DATA, sizes, self.dtype)
+        mask = None if self.valid is None else pages.empty(MASK, sizes, torch.bool)
         done = 0
         for n, starts in runs(self.shape, where):
             part = slice(done, done + n * len(starts))

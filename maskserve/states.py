@@ -8,31 +8,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from math import prod
 from typing import Any, TypeAlias
 
-from maskserve import answers, execution, sources, streaming
+import torch
+
+from maskserve import answers, execution, regions, sources, streaming
 from maskserve.answers import Answer, Prepared
 from maskserve.dtypes import boolean
 from maskserve.errors import MaskserveError, ParameterError, StateError, TooLargeError
+from maskserve.nodes import HELD_TWICE
 from maskserve.ops.rows import Reduction
-from maskserve.partials import FIELDS, LIMITS, Partial, merged, read_partial
-from maskserve.payload.format import Buffer, BytesPayload, Encoded, Output, Payload, encode
+from maskserve.partials import FIELDS, LIMITS, Partial, check_joins, merged, read_partial
+from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, to_bytes
 from maskserve.payload.header import TensorInfo, strict_json
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.payload.variables import answer_mask_name
+from maskserve.regions import InPlace, Piece
 from maskserve.requests import Request
+from maskserve.room import budget_of, held
 from maskserve.shards import Shard
 from maskserve.sides import Payloads
-from maskserve.steps import Result, Streamed
+from maskserve.steps import Result, Step, Streamed
 from maskserve.told import Told
-from maskserve.variable_steps import OfVariable, budget_of
+from maskserve.variable_steps import OfVariable
 
 KEY = "maskserve.state"
 MOST_SHARDS = 1 << 24
+KEPT_BUDGET = 1 << 26
+"""Bytes for windows of what is only copied: 8 MB at a time."""
 SOME = 8
 """Missing shards that a message names."""
 Said: TypeAlias = dict[str, Any]
@@ -59,11 +67,13 @@ class State:
     shards: tuple[int, ...]
     n: int
     lifted: tuple[Lifted, ...]
-    kept: tuple[Result, ...]
+    kept: tuple[Result | Streamed, ...]
     """What is not reduced: coordinates, and variables without the dim. The first shard has it."""
+    sources: tuple[Payload, ...] = ()
+    """What is read while the state is written, or its answer is made."""
 
-    def encoded(self) -> Encoded:
-        """The state as safetensors."""
+    @property
+    def metadata(self) -> dict[str, str]:
         said = {
             "key": self.key,
             "shards": [*self.shards],
@@ -71,29 +81,53 @@ class State:
             "lifted": [lifted.said() for lifted in self.lifted],
             "kept": [kept_said(result) for result in self.kept],
         }
-        return encode(self._outputs(), {KEY: json.dumps(said, sort_keys=True)})
+        return {KEY: json.dumps(said, sort_keys=True)}
+
+    def write(self, descriptor: int, name: str, memory: int) -> int:
+        """The bytes of the state, once they are in an empty file, which messages call by its name."""
+        from maskserve import sinks
+
+        parts = [InState(prefix=f"{i}.", partial=own.partial, budget=budget_of(memory)) for i, own in self.numbered()]
+        n_bytes = sinks.write(descriptor, name, [*parts, *self.kept_by_number()], self.metadata)
+        self.refuse_changed()
+        return n_bytes
 
     def to_bytes(self) -> bytes:
-        return b"".join(self.encoded().chunks)
+        """The state as safetensors."""
+        parts = [output(f"{i}.{name}", part) for i, own in self.numbered() for name, part in own.partial.named()]
+        kept = [result if isinstance(result, Result) else result.in_memory() for result in self.kept_by_number()]
+        return to_bytes([*parts, *(out for result in kept for out in result.outputs())], self.metadata)
 
-    def _outputs(self) -> Iterator[Output]:
-        for i, lifted in enumerate(self.lifted):
-            for node in lifted.partial.nodes:
-                for name, part in node.named():
-                    yield output(f"{i}.{name}", part)
+    def numbered(self) -> Iterator[tuple[int, Lifted]]:
+        return enumerate(self.lifted)
+
+    def kept_by_number(self) -> Iterator[Result | Streamed]:
+        """What is kept, as it is called in a state."""
         for i, result in enumerate(self.kept):
-            yield output(f"kept.{i}", result.data)
-            if result.mask is not None:
-                yield output(f"kept.{i}.mask", result.mask)
+            yield replace(result, name=f"kept.{i}", mask_name=f"kept.{i}.mask")
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes of its tensors."""
+        kept = sum(out.n_bytes for result in self.kept for out in result.outputs())
+        return kept + sum(own.partial.n_bytes for own in self.lifted)
 
     def answer(self, memory: int | None = None) -> Answer:
         """The answer of all shards; a result that is larger than its share of `memory` is made while it is written."""
         self.refuse_missing()
         self.refuse_growth()
-        most = None if memory is None else memory // streaming.SHARE
-        reduced = [result_of(lifted, most) for lifted in self.lifted]
-        by_name = {result.name: result for result in (*reduced, *self.kept)}
-        return Answer(results=tuple(by_name[name] for name in self.key["order"]), metadata=dict(self.key["metadata"]))
+        results: list[Result | Streamed] = [*(result_of(own, memory) for own in self.lifted), *self.kept]
+        streamed = [result for result in results if isinstance(result, Streamed)]
+        fits = [True] * len(streamed) if memory is None else [ok for ok, _ in held(sizes_of(streamed), memory)]
+        made = {one.name: one.in_memory() if fit else one for one, fit in zip(streamed, fits, strict=True)}
+        by_name = {result.name: made.get(result.name, result) for result in results}
+        self.refuse_changed()
+        in_order = tuple(by_name[name] for name in self.key["order"])
+        return Answer(results=in_order, metadata=dict(self.key["metadata"]), sources=self.sources)
+
+    def refuse_changed(self) -> None:
+        for source in self.sources:
+            source.refuse_changed()
 
     def refuse_missing(self) -> None:
         n_missing = self.n - len(self.shards)
@@ -110,20 +144,43 @@ class State:
         """Refuses results out of all proportion to the state: those of no cells have no states, and may be any number."""
         plans = [one.partial.plan for one in self.lifted]
         n_bytes = sum(prod(plan.out_shape) * (plan.result.n_bytes + 1) for plan in plans if not plan.fold[1])
-        most = max(answers.SMALL_ANSWER, answers.GROWTH * sum(out.n_bytes for out in self._outputs()))
+        most = max(answers.SMALL_ANSWER, answers.GROWTH * self.n_bytes)
         if n_bytes > most:
             raise TooLargeError(f"the answer would have {n_bytes} bytes; to this state it may have at most {most}")
 
 
-def result_of(lifted: Lifted, most_bytes: int | None) -> Result | Streamed:
+def sizes_of(results: Iterable[Streamed | Step]) -> Iterator[int]:
+    """The bytes that each takes where it is held."""
+    for result in results:
+        yield result.told.n_bytes if isinstance(result, Streamed) else result.result.n_bytes
+
+
+def result_of(lifted: Lifted, memory: int | None) -> Streamed:
     plan = lifted.partial.plan
     told = Told(dtype=plan.result, shape=tuple(plan.out_shape), dims=lifted.dims)
     lifted.partial.refuse_gaps()
-    made = Streamed(
+    return Streamed(
         name=lifted.name, told=told, mask_name=lifted.mask_name, dims=lifted.dims,
-        fold=streaming.result_sizes(plan, plan.fold), pieces=lifted.partial.pieces,
+        fold=regions.result_sizes(plan, plan.fold),
+        pieces=partial(lifted.partial.pieces, None if memory is None else budget_of(memory)),
     )  # fmt: skip
-    return made if most_bytes is not None and told.n_bytes > most_bytes else made.in_memory()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InState:
+    """A variable's partial, as it lies in a state."""
+
+    prefix: str
+    partial: Partial
+    budget: int
+
+    def outputs(self) -> Iterator[Output]:
+        for out in self.partial.outputs():
+            yield replace(out, name=self.prefix + out.name)
+
+    def windows(self) -> Iterator[InPlace]:
+        for part in self.partial.windows(self.budget):
+            yield part._replace(name=self.prefix + part.name)
 
 
 # -- one shard ----------------------------------------------------------------------------------------------------
@@ -135,7 +192,12 @@ def lift(request: Request, payload: Payload, others: Payloads, shard: Shard, mem
         raise ParameterError(f"{request.verb} has no states: shards are of reductions", parameter="shard")
     prepared = answers.prepare(request, payload, others)
     steps = [step for step in prepared.steps if isinstance(step, OfVariable)]
-    lifted = [lifted_of(request, step, payload, prepared, shard, memory) for step in steps if not step.passes_through]
+    lifted, room = [], budget_of(memory)
+    for step in steps:
+        if not step.passes_through:
+            lifted.append(lifted_of(request, step, payload, prepared, shard, memory, room))
+            n_held = HELD_TWICE * lifted[-1].partial.n_bytes
+            room -= n_held if n_held <= room else 0
     kept = answers.kept(request, payload, prepared, memory)
     for source in (payload, *others.values()):
         source.refuse_changed()
@@ -148,19 +210,28 @@ def lift(request: Request, payload: Payload, others: Payloads, shard: Shard, mem
         "metadata": answers.metadata_of_dims(request, payload, others, named),
     }
     own = tuple(kept) if shard.index == 0 else ()
-    return State(key=key, shards=(shard.index,), n=shard.n, lifted=tuple(lifted), kept=own)
+    return State(
+        key=key, shards=(shard.index,), n=shard.n, lifted=tuple(lifted), kept=own, sources=(payload, *others.values())
+    )
 
 
 def lifted_of(
-    request: Request, step: OfVariable, payload: Payload, prepared: Prepared, shard: Shard, memory: int
+    request: Request, step: OfVariable, payload: Payload, prepared: Prepared, shard: Shard, memory: int, room: int
 ) -> Lifted:
     assert step.plan is not None
     source = sources.stored(payload, step.variable, request.common.get("fill_value"))
     weights = next((sources.of_side(side, source.shape) for side in step.sides), None)
     with execution.using(backend=request.running.get("backend")):
-        partial = Partial.of_shard(step.plan, source, weights, shard, budget_of(memory))
+        found = Partial.of_shard(step.plan, source, weights, shard, budget_of(memory), room)
     mask_name = answer_mask_name(step.variable, prepared.variables)
-    return Lifted(name=step.name, mask_name=mask_name, dims=step.dims, partial=partial)
+    return Lifted(name=step.name, mask_name=mask_name, dims=step.dims, partial=found)
+
+
+def check_steps(steps: Iterable[Step]) -> None:
+    """Raise where a step has no state that can be merged."""
+    for step in steps:
+        if isinstance(step, OfVariable) and step.plan is not None:
+            check_joins(step.plan)
 
 
 def identity(payload: Payload, others: Payloads) -> str:
@@ -197,7 +268,8 @@ def merge(states: Sequence[tuple[str, State]]) -> State:
         for i, own in enumerate(first.lifted)
     )  # fmt: skip
     kept = next((one.kept for _, one in states if 0 in one.shards), ())
-    return State(key=first.key, shards=tuple(sorted(owners)), n=first.n, lifted=lifted, kept=kept)
+    sources = tuple(source for _, one in states for source in one.sources)
+    return State(key=first.key, shards=tuple(sorted(owners)), n=first.n, lifted=lifted, kept=kept, sources=sources)
 
 
 def differs(a: State, b: State) -> str | None:
@@ -213,14 +285,14 @@ def differs(a: State, b: State) -> str | None:
     return None
 
 
-def kept_said(result: Result) -> Said:
+def kept_said(result: Result | Streamed) -> Said:
     return {
         "name": result.name,
         "mask_name": result.mask_name,
         "dims": result.dims,
         "is_coordinate": result.is_coordinate,
         "passed_through": result.passed_through,
-        "has_mask": result.mask is not None,
+        "has_mask": not isinstance(result, Result) or result.mask is not None,
     }
 
 
@@ -232,11 +304,14 @@ def from_bytes(buffer: Buffer) -> State:
     return read(BytesPayload(buffer, LIMITS))
 
 
-def read(payload: Payload) -> State:
-    """The state in a payload, which was opened with the limits of states."""
+def read(payload: Payload, title: str | None = None) -> State:
+    """The state in a payload, which was opened with the limits of states, and stays open while the state is used.
+
+    Its cells are read when they are due; what is wrong with them then is told with the `title`.
+    """
     said = said_of(payload)
     lifted_said: list[Said] = said["lifted"]
-    by_variable: list[dict[str, str | TensorInfo]] = [{} for _ in lifted_said]
+    by_variable: list[dict[str, TensorInfo]] = [{} for _ in lifted_said]
     for name, info in payload.header.tensors.items():
         first, _, rest = name.partition(".")
         if first == "kept":
@@ -244,10 +319,12 @@ def read(payload: Payload) -> State:
         if not (first.isascii() and first.isdecimal() and int(first) < len(by_variable)):
             raise StateError(f"{name[:64]!r} names no part of a state")
         by_variable[int(first)][rest] = info
-    lifted = tuple(lifted_from(one, payload, names) for one, names in zip(lifted_said, by_variable, strict=True))
+    lifted = tuple(lifted_from(one, payload, names, title) for one, names in zip(lifted_said, by_variable, strict=True))
     kept = tuple(kept_from(i, one, payload) for i, one in enumerate(said["kept"]))
     check_key(said, lifted, kept)
-    return State(key=said["key"], shards=tuple(said["shards"]), n=said["n"], lifted=lifted, kept=kept)
+    return State(
+        key=said["key"], shards=tuple(said["shards"]), n=said["n"], lifted=lifted, kept=kept, sources=(payload,)
+    )
 
 
 def said_of(payload: Payload) -> Said:
@@ -271,16 +348,17 @@ def said_of(payload: Payload) -> Said:
     return said
 
 
-def lifted_from(said: object, payload: Payload, names: Mapping[str, str | TensorInfo]) -> Lifted:
+def lifted_from(said: object, payload: Payload, names: Mapping[str, TensorInfo], title: str | None) -> Lifted:
     named = {"name": str, "mask_name": str}
     if not isinstance(said, dict) or any(type(said.get(k)) is not kind for k, kind in {**FIELDS, **named}.items()):
         raise StateError("it is no state of a shard: what it says of a variable is incomplete")
-    partial = read_partial(said, payload, names)
-    dims = dims_from(said.get("dims"), len(partial.plan.out_shape))
-    return Lifted(name=said["name"], mask_name=said["mask_name"], dims=dims, partial=partial)
+    found = read_partial(said, payload, names, title)
+    dims = dims_from(said.get("dims"), len(found.plan.out_shape))
+    return Lifted(name=said["name"], mask_name=said["mask_name"], dims=dims, partial=found)
 
 
-def kept_from(i: int, said: object, payload: Payload) -> Result:
+def kept_from(i: int, said: object, payload: Payload) -> Result | Streamed:
+    """A coordinate, which is small; or a variable, which is read while it is written."""
     kinds = {"name": str, "mask_name": str, "is_coordinate": bool, "passed_through": bool, "has_mask": bool}
     tensors = payload.header.tensors
     wanted = [f"kept.{i}", f"kept.{i}.mask"]
@@ -288,14 +366,34 @@ def kept_from(i: int, said: object, payload: Payload) -> Result:
         raise StateError("it is no state of a shard: what it says of a variable that is kept is incomplete")
     if any(name not in tensors for name in wanted[: 1 + said["has_mask"]]):
         raise StateError(f"it is no state of a shard: {wanted[0]} is missing")
-    data = load_tensor(payload, tensors[wanted[0]])
-    mask = load_tensor(payload, tensors[wanted[1]]) if said["has_mask"] else None
-    if mask is not None and (tensors[wanted[1]].dtype is not boolean or mask.dim() != data.dim()):
+    data, mask = tensors[wanted[0]], tensors[wanted[1]] if said["has_mask"] else None
+    if mask is not None and (mask.dtype is not boolean or mask.shape != data.shape):
         raise StateError(f"it is no state of a shard: {wanted[1]} is no mask")
-    return Result(
-        name=said["name"], data=data, mask=mask, mask_name=said["mask_name"], dims=dims_from(said.get("dims"), data.dim()),
-        is_coordinate=said["is_coordinate"], passed_through=said["passed_through"],
+    dims = dims_from(said.get("dims"), len(data.shape))
+    if mask is None or said["is_coordinate"]:
+        return Result(
+            name=said["name"], data=load_tensor(payload, data), mask=None if mask is None else load_tensor(payload, mask),
+            mask_name=said["mask_name"], dims=dims, is_coordinate=said["is_coordinate"], passed_through=said["passed_through"],
+        )  # fmt: skip
+    return Streamed(
+        name=said["name"], told=Told(dtype=data.dtype, shape=data.shape, dims=dims), mask_name=said["mask_name"], dims=dims,
+        fold=data.shape, pieces=partial(kept_pieces, payload, data, mask), passed_through=said["passed_through"],
     )  # fmt: skip
+
+
+def kept_pieces(payload: Payload, data: TensorInfo, mask: TensorInfo) -> Iterator[Piece]:
+    """What is kept, a few megabytes at a time."""
+    source = sources.Stored(
+        partial(sources.read_cells, payload, data), partial(sources.read_cells, payload, mask),
+        getattr(torch, data.dtype.torch), data.shape,
+    )  # fmt: skip
+
+    def piece(where: sources.Window) -> Piece:
+        values, valid = source.window(where)
+        assert valid is not None
+        return Piece(where=where, values=values, mask=valid)
+
+    yield from streaming.by_window(source, piece, KEPT_BUDGET)
 
 
 def dims_from(said: object, n_dims: int) -> tuple[str, ...] | None:
@@ -306,7 +404,7 @@ def dims_from(said: object, n_dims: int) -> tuple[str, ...] | None:
     return tuple(said)
 
 
-def check_key(said: Said, lifted: Sequence[Lifted], kept: Sequence[Result]) -> None:
+def check_key(said: Said, lifted: Sequence[Lifted], kept: Sequence[Result | Streamed]) -> None:
     """What the answer will be made of must be there, and nothing else."""
     key = said["key"]
     kinds = {"request": dict, "inputs": str, "order": list, "metadata": dict}

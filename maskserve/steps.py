@@ -14,7 +14,6 @@ from torch import Tensor
 
 from maskserve import execution
 from maskserve.dtypes import DType, boolean
-from maskserve.errors import OutOfMemoryError
 from maskserve.loading import loaded_above
 from maskserve.ops.rows import GRAD
 from maskserve.payload.format import Output, Payload
@@ -22,13 +21,14 @@ from maskserve.payload.header import Shape
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import MASK, Dims, MaskKind, Variable, Variables
 from maskserve.requests import Request
+from maskserve.room import RESULT_SHARE, Need
 from maskserve.told import Told
 from maskserve.torch_dtypes import dtype_of
 
 if TYPE_CHECKING:
     from maskserve.above import Above
     from maskserve.pullbacks import Gradient, Leaves, Masked
-    from maskserve.streaming import Piece
+    from maskserve.regions import InPlace, Piece
     from maskserve.tensor import MaskedTensor
 
 VALUE = "value"
@@ -127,6 +127,14 @@ class Streamed:
                 self.n_masked_before += piece.n_masked_before
             yield piece
 
+    def windows(self) -> Iterator[InPlace]:
+        """Its cells and its mask, as they are computed."""
+        from maskserve.regions import InPlace
+
+        for piece in self.counted():
+            yield InPlace(self.name, self.fold, piece.where, piece.values)
+            yield InPlace(self.mask_name, self.fold, piece.where, piece.mask)
+
     def in_memory(self) -> Result:
         """The variable, computed now."""
         from maskserve.streaming import assembled
@@ -220,22 +228,27 @@ class Step(ABC):
     ) -> Iterator[Result | Streamed]:
         """The same, with as many bytes in memory as are allowed at once."""
 
-    def passes(self, memory: int | None) -> int:
-        """How many times what is read is read, at most; 0: as often as its cells decide."""
+    def passes(self, memory: int) -> int:
+        """How many times what is read is read, at most, where it is read in parts; 0: as often as its cells decide."""
         return 1
 
-    def is_streamed(self, memory: int | None) -> bool:
+    def is_streamed(self, memory: int) -> bool:
         """Whether it is read in parts."""
-        return memory is not None and self.bytes_in_memory > memory
+        return self.bytes_in_memory > memory
 
+    @property
+    def need(self) -> Need | None:
+        """What must be in memory at once; None where it is read in parts of any size."""
+        return Need(memory=self.bytes_in_memory, why=f"{self.name}: all is held in memory")
 
-def refuse_beyond(step: Step, memory: int) -> None:
-    """Raise where a step that needs all in memory does not fit."""
-    if step.bytes_in_memory > memory:
-        raise OutOfMemoryError(
-            f"{step.name} takes {step.bytes_in_memory} bytes in memory, and {memory} are allowed; give more with memory "
-            "(--memory)"
-        )
+    @property
+    def result(self) -> Told:
+        """What it gives first."""
+        return self.written[0]
+
+    def holds(self, memory: int) -> bool:
+        """Whether its result is held, and not written as it is computed."""
+        return not self.is_streamed(memory) or len(self.written) > 1 or self.result.n_bytes <= memory // RESULT_SHARE
 
 
 def gradient_results(

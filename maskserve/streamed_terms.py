@@ -11,16 +11,16 @@ from math import prod
 
 import torch
 
-from maskserve import sinks, streaming
+from maskserve import regions, sinks, streaming
 from maskserve.blockwise import Cells, Op, at_once, laid
-from maskserve.errors import OutOfMemoryError
 from maskserve.evaluation import Term, called, is_elementwise, program
 from maskserve.expression import Name
 from maskserve.payload.files import open_payload
 from maskserve.payload.variables import MASK, resolve
+from maskserve.regions import Piece
+from maskserve.room import Need, beyond, memory_for
 from maskserve.sources import Folded, Held, Laid, Masked, Shape, Source, Window, stored
 from maskserve.steps import Streamed
-from maskserve.streaming import Piece
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 
@@ -74,14 +74,10 @@ class Terms:
             return self.called(term)
         return self.stage(term) if is_elementwise(term) else self.kept(term)
 
-    def called(self, term: Term) -> Held:
+    def called(self, term: Term) -> Source:
         """An op that needs its operands whole, such as a product of matrices."""
-        needed = term.own_bytes + sum(operand.n_bytes for operand, _ in term.terms)
-        if needed > self.budget:
-            raise OutOfMemoryError(
-                f"{term.op} holds its operands whole: that takes {needed} bytes, and {self.budget} are allowed; give more with "
-                "memory (--memory)"
-            )
+        if operands_bytes(term) > self.budget:
+            raise beyond(need_of(term), self.budget, memory_for(operands_bytes(term)))
         leaves = {leaf: MaskedTensor._of(*self.source(leaf).whole()) for leaf, _ in term.terms}
         made = called(term, leaves)
         return Held(made.get_data(), made._full_mask())
@@ -106,7 +102,7 @@ class Terms:
 
     def fold(self, term: Term) -> Shape:
         """The shape that the pieces of a term lie in."""
-        return term.shape if term.plan is None else streaming.result_sizes(term.plan, term.plan.fold)
+        return term.shape if term.plan is None else regions.result_sizes(term.plan, term.plan.fold)
 
     def pieces(self, term: Term) -> Iterator[Piece]:
         """The cells of a term in parts."""
@@ -124,6 +120,73 @@ class Terms:
             return Piece(where=where, values=data, mask=valid)
 
         yield from streaming.by_window(source, piece, self.budget)
+
+
+# -- before a cell is read ----------------------------------------------------------------------------------------
+
+
+class Unread(Source):
+    """What a term will be, without cells."""
+
+    def __init__(self, shape: Shape, cell_bytes: int) -> None:
+        self.shape, self.bytes_a_cell = shape, cell_bytes
+
+    @property
+    def cell_bytes(self) -> int:
+        return self.bytes_a_cell
+
+    def window(self, where: Window) -> Masked:
+        raise AssertionError("nothing is read before it runs")
+
+    def folded(self, shape: Shape) -> Source:
+        return Unread(shape, self.bytes_a_cell)
+
+
+class Needs(Terms):
+    """The same way through a term, on which nothing is computed: what must be whole is noted."""
+
+    def __init__(self, variables: Mapping[str, Source]) -> None:
+        super().__init__(variables, 0)
+        self.found: list[Need] = []
+
+    def called(self, term: Term) -> Source:
+        self.found.append(need_of(term))
+        for leaf, _ in term.terms:
+            self.source(leaf)
+        return Unread(term.shape, term.dtype.n_bytes + 1)
+
+    def kept(self, term: Term) -> Source:
+        if isinstance(term.node, Name) or term.outline is not None:
+            return self.source(term)
+        self.visit(term)
+        return Unread(term.shape, term.dtype.n_bytes + 1)
+
+    def visit(self, term: Term) -> None:
+        if term.plan is None:
+            self.source(term)
+            return
+        (inputs, _), *sides = term.terms
+        for side, _ in sides:
+            self.source(side)
+        found = streaming.needs(term.plan, self.source(inputs).cell_bytes)
+        self.found += [] if found is None else [found]
+
+
+def need(term: Term, cell_bytes: Mapping[str, int]) -> Need | None:
+    """What of a term must be in memory at once; None where parts of any size will do."""
+    leaves = {name: Unread((), n_bytes) for name, n_bytes in cell_bytes.items()}
+    needs = Needs(leaves)
+    needs.visit(term)
+    return max(needs.found, key=lambda found: found.memory, default=None)
+
+
+def operands_bytes(term: Term) -> int:
+    return term.own_bytes + sum(operand.n_bytes for operand, _ in term.terms)
+
+
+def need_of(term: Term) -> Need:
+    """What an op takes that needs its operands whole."""
+    return Need(memory=memory_for(operands_bytes(term)), why=f"{term.op} holds its operands whole")
 
 
 def is_small(leaf: Term, of: Term) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution, masking, sides, sources, streaming
+from maskserve import engine, execution, masking, regions, sides, sources, streaming
 from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
@@ -21,16 +21,15 @@ from maskserve.payload.header import Shape
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name
 from maskserve.plan import Plan, plan
+from maskserve.regions import Piece
 from maskserve.requests import Request
+from maskserve.room import Need, budget_of
 from maskserve.sides import Payloads, Side
 from maskserve.sources import Source, Window
-from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results, refuse_beyond
-from maskserve.streaming import Piece
+from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results
 from maskserve.told import Told
 
 NEW_MASK = "a new mask"
-RESULT_SHARE = 4
-"""The part of the memory that a streamed variable's result may take, to be held; a larger one is written as it comes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +44,8 @@ class OfVariable(Step):
     device: str = "cpu"
     passes_through: bool = False
     is_gradient: bool = False
+    has_fill: bool = False
+    """Whether cells that equal a number are masked."""
     above: Above | None = None
     """The gradient from above, where the payload has one and the request asks for a gradient."""
 
@@ -117,8 +118,7 @@ class OfVariable(Step):
     def streamed(
         self, request: Request, payload: Payload, variables: Variables, memory: int
     ) -> Iterator[Result | Streamed]:
-        if self.is_gradient or self.device != "cpu":
-            refuse_beyond(self, memory)
+        if self.is_held:
             yield from self.results(request, payload, variables)
             return
         fill = request.common.get("fill_value")
@@ -130,7 +130,7 @@ class OfVariable(Step):
             name=self.name, told=told, mask_name=mask_name, dims=self.dims, fold=fold, pieces=pieces,
             passed_through=self.passes_through, n_masked_before=0 if isinstance(request.row, Masking) else None,
         )  # fmt: skip
-        yield made if told.n_bytes > memory // RESULT_SHARE else made.in_memory()
+        yield made.in_memory() if self.holds(memory) else made
 
     def pieces(self, request: Request, source: Source, memory: int) -> tuple[Callable[[], Iterator[Piece]], Shape]:
         """The result in parts, and the shape that they lie in."""
@@ -140,7 +140,7 @@ class OfVariable(Step):
         if self.plan is not None:
             planned = self.plan
             weights = next((of for of, _ in laid.values()), None)
-            fold = streaming.result_sizes(planned, planned.fold)
+            fold = regions.result_sizes(planned, planned.fold)
 
             def planned_pieces() -> Iterator[Piece]:
                 with execution.using(backend=backend):
@@ -159,11 +159,27 @@ class OfVariable(Step):
 
         return (lambda: streaming.by_window(source, piece, budget)), source.shape
 
-    def passes(self, memory: int | None) -> int:
-        if memory is None or self.bytes_in_memory <= memory or self.plan is None or self.is_gradient:
+    @property
+    def is_held(self) -> bool:
+        """Whether it is computed in memory alone."""
+        return self.is_gradient or self.device != "cpu"
+
+    @property
+    def need(self) -> Need | None:
+        if self.is_held:
+            what = "the gradient" if self.is_gradient else self.device
+            return Need(memory=self.bytes_in_memory, why=f"{self.name}: {what} holds all in memory")
+        if self.plan is None or self.choice is None:
+            return None
+        with execution.using(backend=self.choice.backend.name):
+            found = streaming.needs(self.plan, cell_bytes(self.variable, self.has_fill))
+        return found and replace(found, why=f"{self.name}: {found.why}", memory=min(found.memory, self.bytes_in_memory))
+
+    def passes(self, memory: int) -> int:
+        if self.plan is None or self.choice is None or self.is_held:
             return 1
-        mask_bytes = 0 if self.variable.mask is None else 1
-        return streaming.n_passes(self.plan, self.variable.info.dtype.n_bytes + mask_bytes, budget_of(memory))
+        with execution.using(backend=self.choice.backend.name):
+            return streaming.n_passes(self.plan, cell_bytes(self.variable, self.has_fill), budget_of(memory))
 
     def gradients(self, request: Request, payload: Payload, data: Tensor, mask: Tensor | None) -> Iterator[Result]:
         """The value, and the gradient by the variable."""
@@ -175,9 +191,9 @@ class OfVariable(Step):
         yield from gradient_results(request, payload, self, function, {self.name: leaf}, self.above)
 
 
-def budget_of(memory: int) -> int:
-    """What a streamed variable's cells and states may take beside its result."""
-    return memory - memory // RESULT_SHARE
+def cell_bytes(variable: Variable, has_fill: bool) -> int:
+    """The bytes of a cell and its mask, as a source has them."""
+    return variable.info.dtype.n_bytes + (variable.mask is not None or has_fill)
 
 
 def work_of(planned: Plan, choice: Choice, gradient: str | None = None) -> Work:
@@ -250,7 +266,10 @@ def step(
         raise DimError(message, parameter="dim", allowed=error.allowed) from None
     choice = choose(planned, request.running.get("backend"))
     dims = result_dims(planned, variable.dims)
-    return OfVariable(variable=variable, dims=dims, plan=planned, choice=choice, sides=laid, device=device)
+    return OfVariable(
+        variable=variable, dims=dims, plan=planned, choice=choice, sides=laid, device=device,
+        has_fill=request.common.get("fill_value") is not None,
+    )  # fmt: skip
 
 
 def refuse_backend(request: Request) -> None:

@@ -139,7 +139,8 @@ there is none.
 {operators}
 
 - **Calls** `op(terms, parameter=value)`: terms in their order, parameters by name, a dim by number or by name:
-  `mean(x, dim=(time, lat), keepdim=True)`, `norm(x, ord=-inf)`, `mean(x, weights=w)`. The ops are listed below.
+  `mean(x, dim=(time, lat), keepdim=True)`, `norm(x, ord=-inf)`, `mean(x, weights=w)`. A word is written without
+  quotes: what a valid NaN does is said at the op that meets it, `mean(x, nan=omit)`. The ops are listed below.
 - **Losses, layers, products and moves** in the same way, each tensor a term, all else by name: `mse_loss(x, y, weight=w, dim=1)`,
   `cross_entropy(logits, target, label_smoothing=.1, reduction=sum)`, `layer_norm(x, w, b, normalized_shape=8)`,
   `scaled_dot_product_attention(q, k, v, m, is_causal=False)`, `linear(x, w)`, `permute(x, dims=(lat, time))`,

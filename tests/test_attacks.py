@@ -272,7 +272,7 @@ def state(**changes: Any) -> bytes:
     whole = plan(OPS["mean"], (), (10_000,), dtypes.f64, "cpu")  # type: ignore[arg-type]
     partial = Partial.lift(whole, torch.ones(1, 10_000, 1, dtype=torch.float64))
     said = {PREFIX + k: json.dumps(v) for k, v in partial.signature().items()}
-    tensors = {name: part for node in partial.nodes for name, part in node.named()}
+    tensors = dict(partial.named())
     said |= {PREFIX + k: v for k, v in changes.items() if isinstance(v, str)}
     tensors = changes.get("tensors", lambda t: t)(tensors)
     return to_bytes([output(name, part) for name, part in tensors.items()], said)

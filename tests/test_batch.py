@@ -302,7 +302,9 @@ def test_the_first_failure_can_end_the_job(tmp_path: Path) -> None:
     names = make_inputs(tmp_path, 40)
     for name in (names[0], names[39]):
         (tmp_path / "in" / name).write_text("x")
-    assert batch(tmp_path, "--fail-fast", "--workers", "1").code == 65
+    ran = batch(tmp_path, "--fail-fast", "--workers", "1")
+    assert ran.code == 65
+    assert "stopped by run.max_errors (--fail-fast): without it, the same command tries all" in ran.err
     assert list(errors(tmp_path)) == [names[0]]
     assert summary(tmp_path)["done"] < 39
     assert batch(tmp_path, "--set", "run.max_errors=2").code == 65

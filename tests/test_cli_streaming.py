@@ -89,6 +89,12 @@ def test_stdin_that_is_larger_than_the_memory_is_read_in_parts(large: Path) -> N
     assert len(piped.stdout.splitlines()) == SHAPE[0]
 
 
+def test_a_report_on_what_does_not_fit_says_so(maskserve: Maskserve, large: Path) -> None:
+    ran = maskserve("mask", "--greater", "1", "--edges", str(large), "--memory", "64MB")
+    assert ran.code == 65
+    assert one_line(ran).endswith("does not fit into --memory as text; give --memory 144MB or more")
+
+
 def test_processes_and_shards_give_the_same_bytes(large: Path, tmp_path: Path) -> None:
     words = ["reduce", "--op", "std", "--dim", "time", str(large)]
     assert process(*words, "-o", "whole", cwd=tmp_path).code == 0
@@ -103,6 +109,33 @@ def test_processes_and_shards_give_the_same_bytes(large: Path, tmp_path: Path) -
     ran = process("merge", "2.state", "0.state", "-o", "no", cwd=tmp_path)
     assert (ran.code, one_line(ran)) == (65, "maskserve: shard 1 of 3 is missing: give the states of all")
     assert not (tmp_path / "no").exists()
+
+
+WIDE_SHAPE = (4, 2000, 2, 1000)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 MB of which a variance has 2 million results: 64 MB of states in each of 4 shards."""
+    generator = torch.Generator().manual_seed(2)
+    path = tmp_path_factory.mktemp("wide") / "rain.safetensors"
+    mask = torch.rand(WIDE_SHAPE, generator=generator) < 0.8
+    save_file({"rain": torch.randn(WIDE_SHAPE, generator=generator), "rain.mask": mask}, path)
+    return path
+
+
+def test_shards_and_merges_hold_no_more_than_the_memory(wide: Path, tmp_path: Path, torch_bytes: int) -> None:
+    words = [*COMMAND, "reduce", "--op", "var", "--dim", "0,2", str(wide), "--memory"]
+    subprocess.run([*words, "8GB", "-o", str(tmp_path / "whole")], env=environment(), check=True, capture_output=True)
+    found = [str(tmp_path / f"{i}.state") for i in range(4)]
+    peaks = {i: peak_bytes([*words, "64MB", "--shard", f"{i}/4", "--state", path]) for i, path in enumerate(found)}
+    assert sum(os.path.getsize(path) for path in found) >= 4 * MEMORY
+    more = {"merge": [*COMMAND, "merge", *found, "--memory", "64MB"], "workers": [*words, "64MB", "--workers", "2"]}
+    for name, command in more.items():
+        peaks[name] = peak_bytes([*command, "-o", str(tmp_path / name)])
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes()
+    beyond = {name: (peak - torch_bytes) / MEGABYTE for name, peak in peaks.items()}
+    assert max(beyond.values()) * MEGABYTE <= MEMORY + BUFFERS, f"MB beyond torch: {beyond}"
 
 
 def test_sigterm_ends_a_streamed_answer_with_nothing_left(large: Path, tmp_path: Path) -> None:
@@ -148,6 +181,27 @@ def test_an_answer_that_does_not_fit_is_no_table(large: Path) -> None:
         0,
         os.path.getsize(large) + len(piped.out) % 1000 - os.path.getsize(large) % 1000,
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "softmax --dim lon", "scan --op rank --dim time --json", "scan --op cumprod --dim time -o out", "eval --expr x+1",
+        "grad --expr sum(x)", "eval --expr rank(flatten(x),dim=0) -o out", "eval --expr mean(matmul(x,transpose(x,1,2)))",
+        "reduce --op mode", "reduce --op median", "reduce --op mean --dim time", "reduce --op median --workers 2",
+        "reduce --op mean --dim lat,lon --workers 2", "mask --greater 1", "grad --op var",
+        "mask --greater 1 --edges",
+    ],
+)  # fmt: skip
+def test_a_dry_run_ends_as_the_run_does(words: str, maskserve: Maskserve, large: Path) -> None:
+    command = [*words.split(), str(large), "--memory", "64MB"]
+    dry, ran = maskserve(*command, "--dry-run"), maskserve(*command)
+    refusals = [line for line in ran.err.splitlines() if "wrote" not in line]
+    assert (dry.code, dry.err.splitlines()) == (ran.code, refusals)
+    if dry.code == 75:
+        assert "would be read in parts" not in dry.text
+        told = next(word for word in dry.err.split() if word.endswith("MB") and word[0].isdecimal())
+        assert maskserve(*command[:-1], told, "--dry-run", "--force", "-o", "out.safetensors").code == 0
 
 
 @pytest.mark.parametrize(

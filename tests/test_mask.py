@@ -454,7 +454,7 @@ def test_another_file_is_a_mask_on_the_command_line(maskserve: Maskserve) -> Non
 def test_a_dry_run_counts_the_side_inputs(maskserve: Maskserve) -> None:
     save_file({"land": OTHER}, "land.safetensors")
     ran = maskserve("mask", "--and", "land.safetensors", "--is-nan", "--explain", "rain.safetensors", "--dry-run")
-    assert ran.lines[0] == "mask --op mask --and land.safetensors --is-nan"
+    assert ran.lines[0] == "mask --and land.safetensors --is-nan"
     assert ran.lines[3].startswith("would read 36 bytes")
     assert one_line(ran) == "maskserve: rain: a new mask of f32 on cpu by torch"
 

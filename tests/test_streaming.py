@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskserve import answers, dtypes, engine, requests, sources, states, streaming
+from maskserve import answers, dtypes, engine, region_states, regions, requests, room, sources, states, streaming
 from maskserve.dtypes import DType
 from maskserve.errors import (
     DimError,
@@ -55,9 +56,9 @@ every_mergeable_row = pytest.mark.parametrize("row", MERGEABLE, ids=lambda row: 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, leaves of states and long slices at sizes that tests can have many of."""
-    monkeypatch.setattr(streaming, "BLOCK", 1 << 9)
-    monkeypatch.setattr(streaming, "WIDE", 1 << 4)
-    monkeypatch.setattr(streaming, "MOST_STATES", 1 << 6)
+    monkeypatch.setattr(regions, "BLOCK", 1 << 9)
+    monkeypatch.setattr(regions, "WIDE", 1 << 4)
+    monkeypatch.setattr(region_states, "MOST_STATES", 1 << 6)
     monkeypatch.setattr(engine, "LONG", 1 << 6)
     monkeypatch.setattr(engine, "SMALL", 1 << 6)
 
@@ -98,7 +99,7 @@ def test_a_source_gives_the_bits_of_its_cells(row: Row, shape: tuple[int, ...], 
         try:
             got = streaming.run(of, Held(sample.data, sample.mask), None, budget)
         except OutOfMemoryError:
-            assert not streaming.lifts(of), "a reduction with states needs no slice whole"
+            assert not region_states.lifts(of), "a reduction with states needs no slice whole"
             assert budget < BUDGETS[-1]
             continue
         if torchs_own(of):
@@ -302,9 +303,66 @@ def test_a_file_that_shrinks_is_told(tmp_path: Path) -> None:
 
 
 def test_what_needs_its_slices_whole_says_how_much_memory_it_takes() -> None:
-    payload = BytesPayload(bytes_of(rain=torch.randn(5000)))
-    with pytest.raises(OutOfMemoryError, match=r"holds each slice whole, 5000 cells: that takes [0-9]+ bytes"):
-        answers.run(requests.build("reduce", {"op": "mode"}), payload, memory=9_000)
+    payload = BytesPayload(bytes_of(rain=torch.randn(500_000)))
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"rain: mode holds each slice whole, 500000 cells: that takes 3 MB, and 0\.9 MB are allowed; give --memory 3MB "
+        "or more, or another dim",
+    ):
+        answers.run(requests.build("reduce", {"op": "mode"}), payload, memory=900_000)
+
+
+def enough_for(request: requests.Request, payload: Payload, memory: int) -> int:
+    """The memory in which a request runs: this one, or what its refusal tells to give."""
+    try:
+        written(answers.run(request, payload, memory=memory))
+    except OutOfMemoryError as error:
+        return int(re.findall(r"give --memory (\d+)MB or more", str(error))[0])
+    return memory
+
+
+def assert_told_memory_is_the_least(request: requests.Request, payload: Payload, least: int = 1_000) -> None:
+    """A refusal says how much memory would do, and a byte less would not."""
+    told = enough_for(request, payload, least)
+    assert told == least or (enough_for(request, payload, told), enough_for(request, payload, told - 1)) == (told, told)
+
+
+@every_streamed_row
+def test_the_memory_that_a_refusal_tells_is_enough(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MEGABYTE", 1)
+    for verb, dim in itertools.product(("reduce", "softmax", "scan", "fill"), ("0", "1", None)):
+        dtype = dtypes.f32 if dtypes.f32 in row.accepts else next(iter(row.accepts))
+        sample = cells(dtype, (60, 33), 3, row=row)
+        named = {"dim": dim} if any(p.name == "dim" for p in row.parameters) else {}
+        if row not in served(verb) or (dim is None and verb != "reduce"):
+            continue
+        tensors = {"rain": sample.data, "rain.mask": sample.mask, "snow": sample.data}
+        request = requests.build(verb, {"op": row.name, **needed(row), **named})
+        assert_told_memory_is_the_least(request, BytesPayload(bytes_of(**tensors)))
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("fill", {"op": "ffill", "dim": 0, "limit": 2}), ("scan", {"op": "rank", "dim": 0, "fill_value": 3}),
+        ("grad", {"op": "mean"}), ("grad", {"expr": "sum(x * y)"}), ("eval", {"expr": "x"}), ("eval", {"expr": "matmul(x, y)"}),
+        ("eval", {"expr": "rank(x + y, dim=0) * 2"}), ("eval", {"expr": "mode(x) + sum(matmul(x * 2, y))"}),
+        ("eval", {"expr": "mse_loss(x, y) + x"}), ("eval", {"expr": "layer_norm(x, normalized_shape=60) + cumprod(y, dim=0)"}),
+        ("eval", {"expr": "logcumsumexp(x - mean(x), dim=1)"}), ("eval", {"expr": "median(rank(x, dim=0)) + count_distinct(y)"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_holds_all_says_how_much_memory_it_takes(
+    verb: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MEGABYTE", 1)
+    sample = cells(dtypes.f64, (60, 60), 5)
+    tensors = {"x": sample.data} if verb == "grad" and "op" in words else {"x": sample.data, "y": sample.data}
+    payload = BytesPayload(bytes_of(**tensors, **{"x.mask": sample.mask}))
+    request = requests.build(verb, words)
+    with pytest.raises(OutOfMemoryError, match=r": that takes .* are allowed; give --memory "):
+        answers.run(request, payload, memory=1_000)
+    assert_told_memory_is_the_least(request, payload)
 
 
 # -- many files as one --------------------------------------------------------------------------------------------
@@ -370,6 +428,36 @@ def test_files_joined_along_a_dim_are_their_whole(
                 assert states.merge(read).answer().to_bytes() == want
 
 
+MASKS_OF_STILL = {
+    "none": {}, "bool": {"still.mask": torch.ones(2, 9, dtype=torch.bool)},
+    "broadcast": {"still.mask": torch.ones(2, 1, dtype=torch.bool)}, "lengths": {"still.lengths": torch.full((2,), 9)},
+    "bits": {"still.bitmask": torch.full((2, 2), 255, dtype=torch.uint8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(MASKS_OF_STILL, 2)], ids=str)
+def test_what_lacks_the_joined_dim_may_say_in_any_form_that_all_is_valid(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "y", "x"], "still": ["y", "x"]})}
+    still, paths = torch.arange(18.0).view(2, 9), []
+    for kind in (first, second):
+        paths.append(str(tmp_path / kind))
+        Path(paths[-1]).write_bytes(bytes_of(names, rain=torch.ones(3, 2, 9), still=still, **MASKS_OF_STILL[kind]))
+    request = requests.build("reduce", {"op": "sum", "dim": "t"})
+    with question(request, paths, open_any, "t") as asked:
+        found = {result.name: result for result in answers.run(request, asked.payload).held}
+        assert torch.equal(found["rain"].data, torch.full((2, 9), 6.0))
+        assert torch.equal(found["still"].data, still)
+        assert found["still"].mask is not None
+        assert found["still"].mask.all()
+    Path(paths[1]).write_bytes(
+        bytes_of(names, rain=torch.ones(3, 2, 9), still=still, **{"still.mask": torch.arange(2)[:, None] < 1})
+    )
+    with pytest.raises(ShapeError, match="still differs from"), question(request, paths, open_any, "t"):
+        pass
+
+
 def test_thousands_of_files_are_joined_with_few_open(tmp_path: Path) -> None:
     import resource
 
@@ -409,8 +497,23 @@ def test_files_that_cannot_be_joined_are_named(tmp_path: Path) -> None:
         failing_to_join(tmp_path, {"rain": rain}, {"rain": torch.ones(2, 4)})
     with pytest.raises(ShapeError, match=r"1\.safetensors: rain is f64, in 0\.safetensors f32"):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain.double()})
-    with pytest.raises(ShapeError, match=r"1\.safetensors: rain is .*'x'.*, in 0\.safetensors"):
+    with pytest.raises(
+        ShapeError, match=r"1\.safetensors: rain has the dims t, y, x, in 0\.safetensors the dims t, y; "
+    ):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain[None]})
+    (tmp_path / "unnamed").write_bytes(bytes_of(rain=rain))
+    with (
+        pytest.raises(
+            ShapeError, match=r"rain has no names of dims, in .*0\.safetensors the dims t, y; .*maskserve\.dims"
+        ),
+        question(
+            requests.build("reduce", {"op": "sum"}),
+            [str(tmp_path / n) for n in ("0.safetensors", "unnamed")],
+            open_any,
+            "t",
+        ),
+    ):
+        pass
     with pytest.raises(UnknownTensorError, match=r"0\.safetensors has no snow, which 1\.safetensors has"):
         failing_to_join(tmp_path, {"rain": rain}, {"rain": rain, "snow": rain})
     with pytest.raises(UnknownTensorError, match=r"1\.safetensors has no snow, which 0\.safetensors has"):
@@ -483,7 +586,7 @@ def test_a_row_without_states_says_so(op: str) -> None:
 def test_bytes_that_are_no_state_are_refused() -> None:
     good = shard(0, 1, BytesPayload(bytes_of(rain=torch.ones(300, 3))))
     said = json.loads(BytesPayload(good.to_bytes()).header.metadata[states.KEY])
-    tensors = {f"0.{name}": part for node in good.lifted[0].partial.nodes for name, part in node.named()}
+    tensors = {f"0.{name}": part for name, part in good.lifted[0].partial.named()}
 
     def changed(change: Any) -> bytes:
         new, parts = json.loads(json.dumps(said)), dict(tensors)

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 import maskserve
-from maskserve import answers, crews, engine, requests, sources, states, streaming
-from maskserve.errors import OutOfMemoryError, ParameterError, StateError, TooLargeError
+from maskserve import answers, crews, engine, execution, partials, region_states, regions, requests, sources, states
+from maskserve.errors import InputChangedError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
 from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, FilePayload, Payload, to_bytes
+from maskserve.payload.shelf import Shelf
 from maskserve.payload.tensors import load_tensor, output
 from maskserve.shards import Shard
 from maskserve.sources import Folded, Held, Masked, Window
@@ -112,6 +114,41 @@ def test_few_runs_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_blocks_that_are_lifted_are_read_into_the_same_memory_and_windows_into_their_own() -> None:
+    cells = torch.arange(600.0).view(30, 20)
+    payload = BytesPayload(bytes_of(rain=cells, **{"rain.mask": cells % 2 == 0}))
+    variable = answers.resolved(requests.build("reduce", {"op": "sum"}), payload, {})["rain"]
+    source, pages = sources.stored(payload, variable), sources.KeptPages()
+    where = [(slice(a, a + 10), slice(0, 20)) for a in (0, 10, 20)]
+    first, *later = [source.read(window, pages) for window in where]
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(source.read, where[0], pages).result()
+    assert first[1] is not None
+    assert elsewhere[1] is not None
+    assert {data.data_ptr() for data, _ in (first, *later)} == {first[0].data_ptr()}
+    assert torch.equal(first[0], cells[20:])  # the last one that was read
+    assert torch.equal(first[1], cells[20:] % 2 == 0)
+    assert torch.equal(elsewhere[0], cells[:10])
+    held = [source.window(window) for window in where]
+    assert all(torch.equal(data, cells[window]) for (data, _), window in zip(held, where, strict=True))
+
+
+@pytest.mark.parametrize("together", [1, 2, 4, 32])
+@pytest.mark.parametrize("op", ["sum", "var", "argmax", "logsumexp"])
+def test_how_many_blocks_a_task_joins_changes_no_bit(op: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "BLOCK", 1 << 10)
+    monkeypatch.setattr(regions.SourceCells, "narrow", 1 << 4)
+    monkeypatch.setattr(regions.SourceCells, "together", together)
+    monkeypatch.setattr(engine, "SMALL", 1 << 6)
+    generator = torch.Generator().manual_seed(9)
+    sample = torch.randn((1337, 100), generator=generator), torch.rand((1337, 100), generator=generator) < 0.6
+    payload = BytesPayload(bytes_of(rain=sample[0], **{"rain.mask": sample[1]}))
+    request = requests.build("reduce", {"op": op, "dim": 0})
+    whole = answers.run(request, payload).to_bytes()
+    with execution.using(threads=2):
+        assert answers.run(request, payload, memory=100_000).to_bytes() == whole
+
+
 # -- states -------------------------------------------------------------------------------------------------------
 
 
@@ -159,13 +196,62 @@ def test_an_integer_beyond_64_bits_may_stand_for_empty_slices() -> None:
     assert maskserve.mean(nothing, empty=10**30).get_data().item() == pytest.approx(1e30)
 
 
-def test_a_shard_whose_states_do_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "MOST_STATES", 100)
-    payload = BytesPayload(bytes_of(rain=torch.ones(3000, 4)))
-    with pytest.raises(OutOfMemoryError, match=r"shard 0/1 holds 3000 states at once: that takes .* or more shards"):
-        lifted(payload, Shard(0, 1), 50_000, dim=1)
-    parts = [(str(i), lifted(payload, Shard(i, 4), 50_000, dim=1)) for i in range(4)]
-    assert states.merge(parts).answer().held[0].data.tolist() == [1] * 3000
+@pytest.mark.parametrize("op", ["mean", "argmax", "var"])
+@pytest.mark.parametrize("dim", ["0", "1", "2", "0,2"])
+def test_states_that_do_not_fit_are_written_and_merged_in_parts(
+    op: str, dim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(region_states, "MOST_STATES", 16)
+    generator = torch.Generator().manual_seed(3)
+    rain, mask = torch.randn((150, 7, 9), generator=generator), torch.rand((150, 7, 9), generator=generator) < 0.7
+    payload = BytesPayload(bytes_of(rain=rain, **{"rain.mask": mask}))
+    whole = answers.run(requests.build("reduce", {"op": op, "dim": dim}), payload).to_bytes()
+    read = []
+    for i in (2, 0, 1):
+        state, path = lifted(payload, Shard(i, 3), 3_000, op=op, dim=dim), tmp_path / str(i)
+        with open(path, "wb") as file:
+            assert state.write(file.fileno(), str(path), 3_000) == path.stat().st_size
+        assert path.read_bytes() == lifted(payload, Shard(i, 3), op=op, dim=dim).to_bytes()
+        read.append((str(i), states.read(FilePayload(path, partials.LIMITS))))
+    for memory in (None, 3_000, 100_000):
+        answer = states.merge(read).answer(memory)
+        with open(tmp_path / "out", "wb") as file:
+            answer.write(file.fileno(), "out")
+        assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_what_a_shard_keeps_as_it_is_need_not_fit(tmp_path: Path) -> None:
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "x"], "still": ["x"], "x": ["x"]})}
+    still = torch.arange(3000.0)
+    payload = BytesPayload(
+        bytes_of(names, rain=torch.ones(2, 3000), still=still, x=torch.arange(3000), **{"still.mask": still % 3 > 0})
+    )
+    whole = answers.run(requests.build("reduce", {"op": "sum", "dim": "t"}), payload).to_bytes()
+    state, path = lifted(payload, Shard(0, 1), 20_000, op="sum", dim="t"), tmp_path / "state"
+    with open(path, "wb") as file:
+        state.write(file.fileno(), "state", 20_000)
+    for memory in (None, 20_000):
+        answer = states.read(FilePayload(path, partials.LIMITS)).answer(memory)
+        assert answer.is_streamed == (memory is not None)
+        with open(tmp_path / "out", "wb") as file:
+            answer.write(file.fileno(), "out")
+        assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_a_state_that_counts_too_much_or_changes_is_told_where_it_is_read(tmp_path: Path) -> None:
+    good = lifted(BytesPayload(bytes_of(rain=torch.ones(300, 3))), Shard(0, 1))
+    (tmp_path / "a").write_bytes(good.to_bytes())
+    bad = bytearray(good.to_bytes())
+    begin = BytesPayload(bad, partials.LIMITS).header
+    (name,) = [name for name in begin.tensors if name.endswith("count")]
+    bad[begin.data_start + begin.tensors[name].begin + 3] = 9
+    (tmp_path / "b").write_bytes(bad)
+    with pytest.raises(StateError, match="b: the state of leaves 0 to 5 counts cells that it cannot have"):
+        states.read(FilePayload(tmp_path / "b", partials.LIMITS), "b").answer()
+    opened = states.read(FilePayload(tmp_path / "a", partials.LIMITS), "a")
+    (tmp_path / "a").write_bytes(good.to_bytes())
+    with pytest.raises(InputChangedError, match="changed while it was read"):
+        opened.answer()
 
 
 def test_shards_of_dims_without_cells_are_merged() -> None:
@@ -184,6 +270,20 @@ def test_stdin_is_the_same_input_in_memory_and_in_a_file() -> None:
     assert [*held.identity()] == [*spooled.identity()]
     parts = [("a", lifted(held, Shard(0, 2))), ("b", lifted(spooled, Shard(1, 2)))]
     assert states.merge(parts).answer().held[0].data.item() == 1
+
+
+def test_a_stream_among_many_files_is_not_opened_again(tmp_path: Path) -> None:
+    raw = bytes_of(rain=torch.ones(3000))
+    for i in range(3):
+        (tmp_path / str(i)).write_bytes(raw)
+
+    def read(path: str) -> Payload:
+        return inputs.read_stream(io.BytesIO(raw), "stdin", DEFAULT_LIMITS, 100) if path == "-" else open_any(path)
+
+    shelf = Shelf(read, most=1)
+    opened = [shelf.payload(path) for path in ("-", *(str(tmp_path / str(i)) for i in range(3)))]
+    assert bytes(opened[0].read("rain")) == bytes(opened[1].read("rain"))
+    opened[0].refuse_changed()
 
 
 def test_a_negative_number_of_workers_is_refused() -> None:

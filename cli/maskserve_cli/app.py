@@ -27,7 +27,7 @@ from maskserve.ops import verb_summary, verbs
 from maskserve_cli import exits
 from maskserve_cli.command import Command, imported, write_examples
 from maskserve_cli.exits import Terminated, report, say
-from maskserve_cli.words import examples, rows
+from maskserve_cli.words import examples, in_expression, rows
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises at words it does not understand; the class lives in click or in typer, by typer's version."""
@@ -310,7 +310,7 @@ def misused(error: Exception) -> str:
     name = getattr(error, "option_name", None)
     if name is not None and context is not None and not message.startswith("Option"):
         known = [opt for p in context.command.get_params(context) for opt in p.opts]
-        message = f"there is no option {name}{nearest(name, known)}"
+        message = f"there is no option {name}{in_expression(context.info_name, name) or nearest(name, known)}"
     elif hasattr(error, "format_message"):
         message = error.format_message().rstrip(".")
     where = context.command_path if context is not None else NAME

@@ -130,6 +130,8 @@ def ended(summary: Summary, planned: Plan) -> str:
     )
     if summary.failed:
         line += f"; why: {shown(planned.errors_path)}"
-    if summary.interrupted or left:
+    if left and 0 <= planned.job.max_errors < summary.failed:
+        line += "; stopped by run.max_errors (--fail-fast): without it, the same command tries all"
+    elif summary.interrupted or left:
         line += "; the same command goes on"
     return line

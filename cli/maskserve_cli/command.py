@@ -77,7 +77,7 @@ def one_file(command: str, files: Sequence[str] | None) -> str:
         raise ParameterError(f"{command} needs a FILE; - is stdin", parameter="FILE")
     if len(files) > 1:
         raise ParameterError(
-            f"{command} reads one FILE, and {len(files)} are given: this version does not join files", parameter="FILE"
+            f"{command} reads one FILE, and {len(files)} are given; run it once for each", parameter="FILE"
         )
     return files[0]
 

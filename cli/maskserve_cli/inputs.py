@@ -11,6 +11,7 @@ from typing import BinaryIO, Literal, TypeAlias
 
 from maskserve.errors import InputError, OutOfMemoryError, PayloadError
 from maskserve.opening import open_any
+from maskserve.payload.files import SpooledPayload
 from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload
 from maskserve.payload.header import is_text, shown
 from maskserve.payload.held import HeldPayload
@@ -114,11 +115,7 @@ def spooled(stream: BinaryIO, begun: bytearray, n_bytes: int, limits: Limits) ->
             file.write(chunk)
             left -= len(chunk)
         file.flush()
-        payload = FilePayload(f"/proc/self/fd/{file.fileno()}", limits)
-    payload.title = (
-        ""  # a stream has no name: shards of one that fits into memory and of one that does not belong together
-    )
-    return payload
+        return SpooledPayload(file.fileno(), limits)
 
 
 def read_up_to(stream: BinaryIO, buffer: bytearray, n_bytes: int) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import BinaryIO
 
 from maskserve.errors import OutputError, OutputExistsError, ParameterError, nearest
-from maskserve.payload.files import EXISTS, Exists
+from maskserve.payload.files import EXISTS, Exists, failing, placed
 from maskserve.payload.header import shown
 from maskserve_cli.inputs import JsonForm
 
@@ -160,6 +160,18 @@ def write_bytes(chunks: Iterable[bytes | memoryview]) -> None:
     for chunk in chunks:
         sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
+
+
+def write_in_place(path: str, write: Callable[[int], int], exists: Exists) -> int | None:
+    """How many bytes `write(descriptor)` put into the file at `path`; None where one stands that is to be left."""
+    sizes = []
+
+    def make(descriptor: int, _: str) -> None:
+        sizes.append(write(descriptor))
+        with failing(f"{shown(path)} cannot be written"):
+            os.fsync(descriptor)
+
+    return sizes[0] if placed(path, make, exists=exists) else None
 
 
 def chunks_of(file: BinaryIO) -> Iterator[bytes]:

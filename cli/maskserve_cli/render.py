@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 from maskserve.errors import TooLargeError
-from maskserve.payload.files import failing, placed
 from maskserve.payload.format import Encoded, Output, save
 from maskserve.payload.header import shown as printable
 from maskserve.payload.slices import stored
+from maskserve.room import megabytes
 from maskserve_cli import outputs, table
 from maskserve_cli.exits import say
 from maskserve_cli.inputs import JsonForm
@@ -21,7 +20,9 @@ from maskserve_cli.table import Shown
 
 if TYPE_CHECKING:
     from maskserve.answers import Answer
-    from maskserve.steps import Result, Streamed
+    from maskserve.payload.header import Shape
+    from maskserve.payload.metadata import Dims
+    from maskserve.steps import Result, Step, Streamed
 
 
 def write(answer: Answer, target: Target, question: JsonForm | None, hint: str | None) -> None:
@@ -57,29 +58,35 @@ def write_file(answer: Answer, target: Target, question: JsonForm | None) -> Non
 def write_streamed(answer: Answer, target: Target) -> None:
     """An answer that is computed while it is written: into its file, or by way of one without a name to a pipe."""
     if target.form is not Form.SAFETENSORS:
-        raise TooLargeError(
-            f"{summary_of_shapes(answer)} does not fit into --memory as {target.form}; give -o OUT.safetensors, or more memory"
-        )
+        named = [(r.name, r.shape, r.dims) for r in answer.results if not r.is_coordinate]
+        raise too_large(named, target, f"{OR_A_FILE} of a larger size")
     if target.path is None:
         with tempfile.TemporaryFile() as file:
             answer.write(file.fileno(), "a temporary file")
             outputs.write_bytes(outputs.chunks_of(file))
         return
-    path, sizes = target.path, []
-
-    def make(descriptor: int, _: str) -> None:
-        sizes.append(answer.write(descriptor, path))
-        with failing(f"{printable(path)} cannot be written"):
-            os.fsync(descriptor)
-
-    if placed(path, make, exists=target.exists):
-        say(f"wrote {printable(path)}: {summary(answer)}, {outputs.bytes_text(*sizes)}")
-    else:
+    path = target.path
+    n_bytes = outputs.write_in_place(path, lambda descriptor: answer.write(descriptor, path), target.exists)
+    if n_bytes is None:
         say_skipped(path)
+    else:
+        say(f"wrote {printable(path)}: {summary(answer)}, {outputs.bytes_text(n_bytes)}")
 
 
-def summary_of_shapes(answer: Answer) -> str:
-    return ", ".join(f"{r.name} {table.dims_text(r.shape, r.dims)}" for r in answer.results if not r.is_coordinate)
+def refuse_text(steps: Sequence[Step], target: Target, enough: int | None, *, is_report: bool) -> None:
+    """Raise where an answer is to be text, JSON or a report, and its results would only be held in `enough` bytes of memory."""
+    if enough is not None and target.form is not Form.SAFETENSORS:
+        named = [(step.name, step.result.shape, step.result.dims) for step in steps]
+        instead = "--memory" if is_report else OR_A_FILE
+        raise too_large(named, target, f"{instead} {megabytes(enough)}MB or more")
+
+
+OR_A_FILE = "-o OUT.safetensors, or --memory"
+
+
+def too_large(named: Sequence[tuple[str, Shape, Dims | None]], target: Target, instead: str) -> TooLargeError:
+    shapes = ", ".join(f"{name} {table.dims_text(shape, dims)}" for name, shape, dims in named)
+    return TooLargeError(f"{shapes} does not fit into --memory as {target.form}; give {instead}")
 
 
 def say_skipped(path: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from maskserve.errors import ParameterError, about
+from maskserve.payload.shelf import Shelf
 from maskserve.shards import WHOLE, parse_shard
 from maskserve_cli import inputs, outputs
 from maskserve_cli.asked import Asked, questioned, title_of
@@ -18,12 +20,11 @@ if TYPE_CHECKING:
     from maskserve.answers import Answer
     from maskserve.requests import Request
     from maskserve.settings import Settings
+    from maskserve.steps import Step
 
 
 def write_state(asked: Asked, request: Request, paths: Sequence[str], settings: Settings) -> None:
     """The state of a shard, in its file."""
-    from maskserve.payload.format import save
-
     path, shard = state_path(asked), WHOLE if asked.shard is None else parse_shard(asked.shard)
     exists = outputs.asked_exists(asked.wanted)
     if outputs.stands(path, exists):
@@ -35,11 +36,11 @@ def write_state(asked: Asked, request: Request, paths: Sequence[str], settings: 
         collect_again()
         memory = inputs.memory_of(settings)
         state = states.lift(request, question.payload, question.others, shard, memory)
-        encoded = state.encoded()
-    if save(path, encoded, exists=exists):
-        say(f"wrote {path}: the state of shard {shard}, {outputs.bytes_text(encoded.n_bytes)}")
-    else:
+        n_bytes = outputs.write_in_place(path, lambda descriptor: state.write(descriptor, path, memory), exists)
+    if n_bytes is None:
         say(f"{path} exists; skipped")
+    else:
+        say(f"wrote {path}: the state of shard {shard}, {outputs.bytes_text(n_bytes)}")
 
 
 def state_path(asked: Asked) -> str:
@@ -62,6 +63,22 @@ def refuse_streams(paths: Sequence[str]) -> None:
         raise ParameterError(
             "--workers reads files, which each process opens; stdin cannot be shared", parameter="workers"
         )
+
+
+def refuse_unmergeable(steps: Sequence[Step]) -> None:
+    """Raise where processes could not each do a part."""
+    from maskserve import states
+
+    states.check_steps(steps)
+
+
+def memory_to_hold(steps: Sequence[Step], memory: int) -> int | None:
+    """The memory in which the parent of processes holds every result; None where this one does."""
+    from maskserve.room import enough, held
+
+    sizes = [step.result.n_bytes for step in steps]
+    least = enough(lambda more: next((short for is_held, short in held(sizes, more) if not is_held), 0), memory)
+    return None if least == memory else least
 
 
 def by_workers(asked: Asked, request: Request, settings: Settings) -> Answer:
@@ -101,9 +118,10 @@ def merge(
     from maskserve_cli import render
 
     collect_again()
-    read = []
+    budget, read = inputs.memory_of(settings), []
+    shelf = Shelf(partial(inputs.read, limits=LIMITS, memory=budget))
     for path in paths:
-        with about(inputs.title(path)), inputs.read(path, LIMITS) as payload:
-            read.append((inputs.title(path), states.read(payload)))
-    answer = states.merge(read).answer(inputs.memory_of(settings))
-    render.write(answer, target, None, None)
+        title = inputs.title(path)
+        with about(title):
+            read.append((title, states.read(shelf.payload(path), title)))
+    render.write(states.merge(read).answer(budget), target, None, None)

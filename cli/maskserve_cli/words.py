@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from keyword import iskeyword
 from shlex import quote
 
-from maskserve.ops import default, served
+from maskserve.ops import OPS, default, served
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
-from maskserve.ops.rows import Row
+from maskserve.ops.rows import Formula, Reduction, Row
 
 SAMPLES: Mapping[Type, str] = {
     Type.DIMS: "time", Type.DIM: "-1", Type.COUNT: "2", Type.NUMBER: "0", Type.REAL: "2", Type.CELL: "0", Type.NUMBERS: "0.5",
@@ -84,3 +84,17 @@ def help_text(parameter: Parameter) -> str:
     if parameter.default in (None, False) or "default" in parameter.help:
         return parameter.help
     return f"{parameter.help}; default: {parameter.default}"
+
+
+def in_expression(verb: str | None, option: str) -> str:
+    """'; inside the expression it is said to an op, as in sum(x, nan=omit)', where a verb of expressions lacks an op's option."""
+    own = None if verb is None else default(verb)
+    if own is None or own.verb != verb or not isinstance(own, Formula):
+        return ""
+    word = option.lstrip("-").replace("-", "_")
+    found = [(row, p) for row in OPS.values() if isinstance(row, Reduction) for p in row.requestable if p.name == word]
+    if not found:
+        return ""
+    row, parameter = found[0]
+    value = next((choice for choice in parameter.choices if choice != parameter.default), "...")
+    return f"; inside the expression it is said to an op, as in {row.name}(x, {word}={value})"

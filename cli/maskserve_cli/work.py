@@ -10,7 +10,9 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from maskserve import requests
+from maskserve.cgroup import cpus
 from maskserve.errors import about
+from maskserve.ops import default
 from maskserve.payload.format import Payload
 from maskserve.requests import Request
 from maskserve.settings import Settings
@@ -59,8 +61,9 @@ def act(asked: Asked, request: Request, payload: Payload, others: Payloads, targ
     explain = explainer(request, payload, others, target) if asked.explain else unexplained
     if asked.dry_run:
         explain(None)
-        outputs.write_text(dry_run(request, payload, others, target, inputs.memory_of(settings)))
+        dry_run(asked, request, payload, others, target, inputs.memory_of(settings))
         return
+    refuse(asked, request, payload, others, target, inputs.memory_of(settings))
     with answered(asked, request, payload, others, settings) as answer:
         explain(answer)
         if asked.listing is not None:
@@ -105,8 +108,8 @@ def answered(
         return
     collect_again()
     memory = inputs.memory_of(settings)
-    steps = [step for step in answers.explain(request, payload, others) if step.is_streamed(memory)]
-    n_bytes = sum(step.bytes_read * max(step.passes(memory), 1) for step in steps)
+    steps = answers.rooms(answers.explain(request, payload, others), memory)
+    n_bytes = sum(step.bytes_read * max(step.passes(room), 1) for step, room in steps if step.is_streamed(room))
     with progress("reading", n_bytes) as tick, execution.using(threads=settings["threads"] or None, tick=tick):
         yield answers.run(request, payload, others, memory=memory)
 
@@ -138,11 +141,18 @@ class Outlook:
     """Whether it is read in parts, since it is larger than --memory."""
     passes: int
     """How many times it is read at most; 0: as its cells decide."""
+    written_in_parts: bool
+    """Whether its result is written as it is computed, since it is larger than its share of --memory."""
+    least_memory: int
+    """The memory that it must be given to be computed; 0 where it has enough."""
 
 
 def outlook(step: Step, memory: int) -> Outlook:
+    """What a step would do in the memory that is left to it."""
     from maskserve_cli.table import dims_text
 
+    need = step.need if step.is_streamed(memory) else None
+    is_streamed = step.is_streamed(memory) and (need is None or need.memory <= memory)
     return Outlook(
         name=step.name,
         passes_through=step.passes_through,
@@ -152,19 +162,41 @@ def outlook(step: Step, memory: int) -> Outlook:
         bytes_written=step.bytes_written,
         bytes_held=step.bytes_held,
         backend=", ".join(dict.fromkeys(work.backend for work in step.works)) or None,
-        streamed=step.is_streamed(memory),
-        passes=step.passes(memory),
+        streamed=is_streamed,
+        passes=step.passes(memory) if is_streamed else 1,
+        written_in_parts=not step.holds(memory),
+        least_memory=0 if need is None or need.memory <= memory else need.memory,
     )
 
 
-def dry_run(request: Request, payload: Payload, others: Payloads, target: Target, memory: int) -> Iterator[str]:
-    """Lines that say what would be read, computed and written."""
+def dry_run(asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, memory: int) -> None:
+    """Says what would be read, computed and written; what the run would refuse is refused here in the same words."""
     from maskserve import answers
 
-    looks = [outlook(step, memory) for step in answers.explain(request, payload, others)]
-    if target.form is Form.JSON and target.path is None:
-        yield as_json(request, looks, target)
+    steps = answers.explain(request, payload, others)
+    looks = [outlook(step, room) for step, room in answers.rooms(steps, memory)]
+    is_json = target.form is Form.JSON and target.path is None
+    outputs.write_text([as_json(request, looks, target)] if is_json else lines(asked, request, looks, target, memory))
+    refuse(asked, request, payload, others, target, memory)
+
+
+def refuse(asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, memory: int) -> None:
+    """Raise, before anything is read, what the memory or the processes do not allow."""
+    from maskserve import answers
+    from maskserve_cli import render
+
+    steps = answers.explain(request, payload, others)
+    if asked.workers is not None:
+        shards.refuse_unmergeable(steps)
+        render.refuse_text(steps, target, shards.memory_to_hold(steps, memory), is_report=False)
         return
+    answers.refuse_beyond(steps, memory)
+    enough = answers.memory_to_hold(steps, memory)
+    render.refuse_text(steps, target, enough, is_report=asked.listing is not None)
+
+
+def lines(asked: Asked, request: Request, looks: list[Outlook], target: Target, memory: int) -> Iterator[str]:
+    """A dry run for people."""
     from maskserve_cli.table import columns
 
     yield words_of(request)
@@ -174,7 +206,9 @@ def dry_run(request: Request, payload: Payload, others: Payloads, target: Target
     kept = " (it exists and would be skipped)" if target.skip else ""
     sizes = f"would read {bytes_text(n_read)} and write {bytes_text(n_written)} of cells and masks"
     yield f"{sizes} to {where} as {target.form}{kept}"
-    for look in looks:
+    if asked.workers is not None:
+        yield f"{asked.workers or cpus()} processes would each read a part, once"
+    for look in looks if asked.workers is None else ():
         if look.streamed:
             yield f"{look.name} is larger than --memory {bytes_text(memory)}: would be read in parts, {often(look.passes)}"
     n_held = sum(look.bytes_held for look in looks if not look.streamed)
@@ -198,7 +232,9 @@ def words_of(request: Request) -> str:
     """The request as one would type it."""
     said = request.canonical()
     verb = said.pop("verb")
-    return f"{verb} " + " ".join(f"--{name.replace('_', '-')}{spelled(value)}" for name, value in said.items())
+    if default(verb) is request.row:
+        del said["op"]
+    return " ".join([verb, *(f"--{name.replace('_', '-')}{spelled(value)}" for name, value in said.items())])
 
 
 def spelled(value: Any) -> str:

@@ -228,6 +228,14 @@ class FilePayload(_Ranges):
             self.close()
 
 
+class SpooledPayload(FilePayload):
+    """What a stream held, in a file without a name: it has none to be told by, nor to be opened by again."""
+
+    def __init__(self, descriptor: int, limits: Limits = DEFAULT_LIMITS) -> None:
+        super().__init__(f"/proc/self/fd/{descriptor}", limits)
+        self.title = ""  # shards of a stream that fits into memory and of one that does not belong together
+
+
 def open_payload(path: StrPath, limits: Limits = DEFAULT_LIMITS) -> FilePayload:
     """The payload in the regular file at `path`; close it, or use it in a with statement."""
     return FilePayload(path, limits)

@@ -19,7 +19,7 @@ from maskserve.errors import DimError, MaskserveError, ShapeError, UnknownTensor
 from maskserve.payload.files import Payload, _Ranges
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, Shape, check_shape, parse_header, shown, shown_shape
 from maskserve.payload.slices import validity
-from maskserve.payload.variables import MaskKind, Means, Variable, Variables
+from maskserve.payload.variables import Dims, MaskKind, Means, Variable, Variables
 from maskserve.payload.writing import Output, encode_header, in_order
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class JoinedPayload(_Ranges):
         if dim is None:
             for part, variable in zip(self.parts[1:], own[1:], strict=True):
                 refuse_other_cells(part, variable, self.parts[0], own[0])
-            sources = sources[:1]
+            sources, own = sources[:1], own[:1]
         fills = [partial(payload.read_runs, name) for payload, _ in sources]
         info = own[0].info
         data = joined(name, info.dtype, [v.info.shape for _, v in sources], dim or 0, fills)
@@ -250,10 +250,14 @@ def check_alike(variable: Variable, first: Variable, along: Along, title: str) -
     """Raise where a variable differs from the first part's in more than its size along the dim."""
     mine, theirs = variable.info, first.info
     dim = along.dim(first)
-    if mine.dtype is not theirs.dtype or variable.dims != first.dims:
-        what = (mine.dtype.name, theirs.dtype.name) if mine.dtype is not theirs.dtype else (variable.dims, first.dims)
+    if mine.dtype is not theirs.dtype:
         raise ShapeError(
-            f"{shown(variable.name)} is {shown(str(what[0]))}, in {title} {shown(str(what[1]))}; joined files agree"
+            f"{shown(variable.name)} is {mine.dtype.name}, in {title} {theirs.dtype.name}; joined files agree"
+        )
+    if variable.dims != first.dims:
+        raise ShapeError(
+            f"{shown(variable.name)} has {dims_text(variable.dims)}, in {title} {dims_text(first.dims)}; joined files agree in "
+            "the names of dims (maskserve.dims in the metadata), or have none"
         )
     own, others = [*mine.shape], [*theirs.shape]
     if dim is not None and dim < min(len(own), len(others)):
@@ -265,15 +269,26 @@ def check_alike(variable: Variable, first: Variable, along: Along, title: str) -
         )
 
 
+def dims_text(dims: Dims | None) -> str:
+    return "no names of dims" if dims is None else f"the dims {', '.join(map(shown, dims))}"
+
+
 def refuse_other_cells(part: Part, variable: Variable, first: Part, own: Variable) -> None:
     """Raise where what lacks the dim is not the same in two payloads."""
     same = part.payload.read(variable.name) == first.payload.read(own.name)
-    masks = [v.mask and p.payload.read(v.mask.info.name) for p, v in ((part, variable), (first, own))]
-    if not same or masks[0] != masks[1]:
+    if not same or valid_cells(part, variable) != valid_cells(first, own):
         raise ShapeError(
             f"{part.title}: {shown(variable.name)} differs from {first.title}'s, and lacks the dim that files are joined "
             "along: its cells must be the same in each"
         )
+
+
+def valid_cells(part: Part, variable: Variable) -> bytes:
+    """Which cells are valid, a byte each, in whatever form the mask is; no mask, and one that is true everywhere, are equal."""
+    found = bytearray(variable.info.n_cells)
+    if found:
+        fill_validity(validity_of(part.payload, variable), False, [0], memoryview(found))
+    return bytes(found)
 
 
 def joined(name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill]) -> Pieces:

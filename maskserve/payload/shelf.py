@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from maskserve.errors import InputChangedError
-from maskserve.payload.files import FilePayload, Payload, _Ranges, file_state
+from maskserve.payload.files import FilePayload, Payload, SpooledPayload, _Ranges, file_state
 from maskserve.payload.header import shown
 
 OPEN = 128
@@ -23,9 +23,9 @@ class Shelf:
         self._lock = Lock()
 
     def payload(self, path: str) -> Payload:
-        """The payload at `path`; what is not a file of ours is in memory already, and stays as it is."""
+        """The payload at `path`; what is in memory, or was a stream, cannot be opened again, and stays as it is."""
         found = self._open_payload(path)
-        if not isinstance(found, FilePayload):
+        if not isinstance(found, FilePayload) or isinstance(found, SpooledPayload):
             return found
         self._keep(path, found)
         return Shelved(self, path, found)

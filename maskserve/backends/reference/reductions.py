@@ -171,6 +171,8 @@ class Moments:
 def nonempty(side: Parts, otherwise: Parts, other: Parts) -> Parts:
     """`other` where `side` has no valid cell, else `otherwise`: an empty side is chosen away, never multiplied by 0."""
     empty = side["count"] == 0
+    if not empty.any():  # as mostly, and then four selections are saved
+        return otherwise
     return {name: torch.where(empty, other[name], part) for name, part in otherwise.items()}
 
 
