@@ -11,6 +11,7 @@ import torch
 
 from maskserve import sides, variable_steps
 from maskserve.errors import TooLargeError
+from maskserve.execution import execution
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
@@ -114,6 +115,12 @@ def run(
     return Answer(results=tuple(results), metadata=dict(prepared.metadata), sources=sources)
 
 
+def bytes_to_read(request: Request, payload: Payload, others: Payloads = NOTHING, *, memory: int) -> int:
+    """How many bytes `execution.using(tick=...)` will hear of where so many may be held: at most, as far as cells decide."""
+    planned = prepare(request, payload, others).steps
+    return sum(step.bytes_read * (max(step.passes(memory), 1) if step.is_streamed(memory) else 1) for step in planned)
+
+
 def alive(payload: Payload, prepared: Prepared, taken: set[str]) -> Iterator[Result]:
     """The coordinates of the dims that live on."""
     names = {dim for step in prepared.steps for dim in step.dims_alive} - taken
@@ -136,10 +143,13 @@ def computed(request: Request, payload: Payload, prepared: Prepared, memory: int
     if memory is None:
         return [made for step in prepared.steps for made in step.results(request, payload, prepared.variables)]
     results: list[Result | Streamed] = []
-    room = memory
+    room, tick = memory, execution().tick
     for step in prepared.steps:
-        give = step.results if step.bytes_in_memory <= room else partial(step.streamed, memory=room)
+        is_held = step.bytes_in_memory <= room
+        give = step.results if is_held else partial(step.streamed, memory=room)
         made = [*give(request, payload, prepared.variables)]
+        if is_held and tick is not None:  # what is streamed tells of itself, window by window
+            tick(step.bytes_read)
         room -= sum(out.n_bytes for result in made if isinstance(result, Result) for out in result.outputs())
         room = max(room, memory // LEAST_SHARE)  # a part is for what is read, however many results are held
         results += made

@@ -105,8 +105,7 @@ def answered(
         return
     collect_again()
     memory = inputs.memory_of(settings)
-    steps = [step for step in answers.explain(request, payload, others) if step.is_streamed(memory)]
-    n_bytes = sum(step.bytes_read * max(step.passes(memory), 1) for step in steps)
+    n_bytes = answers.bytes_to_read(request, payload, others, memory=memory)
     with progress("reading", n_bytes) as tick, execution.using(threads=settings["threads"] or None, tick=tick):
         yield answers.run(request, payload, others, memory=memory)
 
