@@ -74,7 +74,6 @@ class Verb:
         if jobs is not None and request is not None:
             submission = Submission(
                 jobs=jobs,
-                lane=self.service.lane,
                 memory=self.service.memory,
                 limits=self.service.limits,
                 request=request,

@@ -29,7 +29,6 @@ from maskserve_api.jobs.incoming import INLINE_BYTES, Arrived, Incoming
 from maskserve_api.jobs.job import BLOCK_BYTES, Job, Status, accepted
 from maskserve_api.jobs.quota import Place
 from maskserve_api.jobs.spool import failure
-from maskserve_api.lane import Lane
 from maskserve_api.record import KEY, record_of
 from maskserve_api.work import SMALL_BYTES
 
@@ -42,7 +41,6 @@ class Submission:
     """A checked request, whose body has not been read yet."""
 
     jobs: Jobs
-    lane: Lane
     memory: Memory
     limits: Limits
     request: Request
@@ -72,7 +70,7 @@ class Submission:
                 asked = asked_sha256(self, arrived)
                 if known is None:
                     with stages.stage("check"):
-                        n_blocks = await self._n_blocks(arrived, receive)
+                        n_blocks = await self._n_blocks(arrived)
                     job = self._job(id, owner, key, asked, n_blocks, arrived, record_of(scope).request_id)
                     with stages.stage("store"):
                         is_kept = True  # from here on the row may be on disk, also where nobody waits for it any longer
@@ -117,7 +115,7 @@ class Submission:
             await body.aclose()
         return await incoming.arrived()
 
-    async def _n_blocks(self, arrived: Arrived, receive: Receive) -> int:
+    async def _n_blocks(self, arrived: Arrived) -> int:
         """What the job will read, in blocks, planned from the body's header; raises what the plan has against it."""
 
         def planned() -> int:
@@ -132,8 +130,7 @@ class Submission:
 
         if arrived.n_bytes <= SMALL_BYTES[self.question]:
             return planned()
-        deadline_s = asyncio.get_running_loop().time() + self.timeout_s
-        return await self.lane.run(planned, receive, deadline_s)
+        return await asyncio.to_thread(planned)  # no turn of the lane: to submit a job waits for nobody
 
     def _job(
         self, id: str, owner: str, key: str | None, asked: str, n_blocks: int, arrived: Arrived, request_id: str
