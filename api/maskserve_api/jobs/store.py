@@ -8,7 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import fields
+from dataclasses import fields, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -259,13 +259,12 @@ def insert(job: Job, body: bytes | None) -> Change[tuple[Job, bool]]:
 
     def change(db: sqlite3.Connection) -> tuple[Job, bool]:
         done = db.execute(text, values)
-        is_new = done.rowcount == 1
-        if is_new and body is not None:
-            db.execute("INSERT INTO bodies (seq, data) VALUES (?, ?)", (done.lastrowid, body))
-        wanted, given = (
-            ("id = ?", (job.id,)) if is_new else ("owner = ? AND idempotency = ?", (job.owner, job.idempotency))
-        )
-        return as_job(db.execute(f"SELECT {COLUMNS} FROM jobs WHERE {wanted}", given).fetchone()), is_new
+        if done.rowcount == 1:
+            if body is not None:
+                db.execute("INSERT INTO bodies (seq, data) VALUES (?, ?)", (done.lastrowid, body))
+            return replace(job, seq=done.lastrowid or 0), True
+        first = f"SELECT {COLUMNS} FROM jobs WHERE owner = ? AND idempotency = ?"
+        return as_job(db.execute(first, (job.owner, job.idempotency)).fetchone()), False
 
     return change
 
