@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 import logging
@@ -10,7 +11,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,7 +26,6 @@ from prometheus_client.parser import text_string_to_metric_families as metrics
 from starlette.datastructures import Headers
 
 from maskserve import requests
-from maskserve.execution import in_turn
 from maskserve.ops.parameters import REQUIRED
 from maskserve_api.errors import RangeError
 from maskserve_api.jobs import ranges
@@ -396,30 +396,42 @@ def test_a_job_that_waits_is_cancelled_at_once(service: Running, folder: Path) -
     check_problem(service.http.delete(path), 404, "unknown_job")
 
 
-def blocks_without_end(begun: list[str]) -> Callable[..., Any]:
-    def made(*given: object, **named: object) -> Any:
-        begun.append("made")
-        for _ in in_turn(range(100_000)):
-            time.sleep(0.002)
-
-    return made
-
-
-def test_a_job_that_runs_is_cancelled_within_a_block(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[str] = []
-    with monkeypatch.context() as patched:
-        patched.setattr("maskserve_api.jobs.runner.made", blocks_without_end(begun))
-        path = submitted(service)
-        wait_until(lambda: begun == ["made"])
-        start_s = time.monotonic()
-        assert service.http.delete(path).json()["status"] == "cancelled"
+def test_a_job_that_runs_is_cancelled_within_a_block(folder: Path) -> None:
+    cells = np.random.default_rng(0).normal(size=(4096, 2048)).astype(np.float32)
+    with running(jobs=jobs_in(folder)) as service:
         runner = jobs_of(service).runner
         assert runner is not None
+        path = submitted(service, "/v1/scan?op=rank&dim=1", payload(data=cells))
+        wait_until(lambda: service.http.get(path).json()["status"] == "running")
+        start_s = time.monotonic()
+        assert service.http.delete(path).json()["status"] == "cancelled"
         wait_until(lambda: not runner.doing)
-        assert time.monotonic() - start_s < 2
-    assert service.service.lane.turns.holder is None
-    assert ended(service, submitted(service))["status"] == "succeeded"
-    assert service.http.get(path).json()["status"] == "cancelled"
+        assert time.monotonic() - start_s < 2, "a block takes milliseconds"
+        assert service.service.lane.turns.holder is None
+        assert ended(service, submitted(service))["status"] == "succeeded"
+        check_problem(service.http.get(f"{path}/result"), 410, "job_cancelled")
+        assert list((folder / "results").iterdir()) == list((folder / "bodies").iterdir()) == []
+
+
+@pytest.mark.parametrize(("call", "number"), [("fsync", errno.EIO), ("replace", errno.EROFS), ("write", errno.ENOSPC)])
+def test_a_disk_that_refuses_a_result_fails_that_job_and_leaves_nothing(
+    service: Running, folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    with blocked(service):
+        path = submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE)
+
+        def fail(*given: object) -> int:
+            raise OSError(number, "as a disk does")
+
+        monkeypatch.setattr(f"maskserve_api.jobs.spool.os.{call}", fail)
+    told = ended(service, path)
+    monkeypatch.undo()
+    code = "no_space" if number == errno.ENOSPC else "spool_failed"
+    assert (told["status"], told["problem"]["code"]) == ("failed", code)
+    assert str(folder) not in json.dumps(told)
+    assert list((folder / "results").iterdir()) == list((folder / "bodies").iterdir()) == []
+    assert jobs_of(service).quota.n_bytes == ROW_BYTES
+    assert ended(service, submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE))["status"] == "succeeded"
 
 
 def test_a_result_expires_and_is_forgotten_after_as_long_again(folder: Path) -> None:

@@ -33,6 +33,8 @@ class Spool:
                 os.makedirs(path, mode=0o700, exist_ok=True)
             self._lock = os.open(os.path.join(self.folder, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # nobody else's to read, in a folder that was there before, too; what SQLite puts beside it is like it
+            os.close(os.open(self.store_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except BlockingIOError:
             raise SettingsError(
                 f"{shown(folder)} is in use by another service: stop it, or give another --jobs-folder",
