@@ -22,7 +22,7 @@ from maskserve_api.jobs.clock import Clock, Mark
 from maskserve_api.jobs.job import Status
 from tests import jobs_faults
 from tests.http_service import check_problem, jobs_in, payload, running, wait_until
-from tests.jobs_process import left, said_soon, served, spawned
+from tests.jobs_process import left, served, spawned
 from tests.test_jobs import LARGE, MEAN, QUESTION, blocked, ended, submitted
 
 SOFTMAX = "/v1/softmax?op=softmax&dim=0"
@@ -69,7 +69,7 @@ def test_sigterm_leaves_running_jobs_for_the_next_start_and_counts_no_attempt(tm
     assert rows(folder, "SELECT status, attempts FROM jobs") == [("queued", 0)] * 6
     assert left(folder) == [f"bodies/{first[-32:]}"]
     with served(folder, tmp_path / "2.log", "--jobs-running", "1") as process:
-        assert "6 came back to be done" in process.said()
+        assert f"maskserve: jobs live in {folder}: 6 came back to be done, 0 are kept\n" in process.said()
         assert process.submit(LONG, LONG_BODY, **key).headers["location"] == first
         check_problem(process.submit(MEAN, LONG_BODY, **key), 422, "idempotency_mismatch")
         told = [process.ended(path) for path in (first, *paths)]
@@ -301,9 +301,7 @@ def test_age_goes_on_where_the_wall_clock_jumps_and_never_back() -> None:
 
 
 @needs_compiler
-def test_a_clock_that_jumps_by_a_day_ends_nothing_early_and_keeps_nothing_for_ever(
-    tmp_path: Path, jumping: str
-) -> None:
+def test_a_clock_that_jumps_by_a_day_ends_nothing_early_and_keeps_nothing_for_ever(tmp_path: Path) -> None:
     offset = tmp_path / "offset"
     offset.write_text("0")
     env = {"LD_PRELOAD": compiled(CLOCK, tmp_path), "CLOCK_OFFSET": str(offset)}
@@ -354,14 +352,3 @@ def test_submissions_that_come_together_share_a_transaction(tmp_path: Path) -> N
         with ThreadPoolExecutor(30) as threads:
             assert set(threads.map(submit, range(30))) == {202}
         assert n_commits < 25
-
-
-def test_the_service_says_where_jobs_live_and_what_came_back(tmp_path: Path) -> None:
-    child = spawned(tmp_path / "jobs", tmp_path / "log")
-    try:
-        said_soon(
-            child, tmp_path / "log", re.compile(r"maskserve: jobs live in .*jobs: 0 came back to be done, 0 are kept\n")
-        )
-    finally:
-        child.kill()
-        child.wait(30)

@@ -166,9 +166,12 @@ class Jobs:
                 log.warning("jobs: %s", error)
 
     def _is_due(self) -> bool:
-        age_s, first_s = self.clock.age_s(), self.store.first_end_age_s()
-        is_old = first_s is not None and age_s - first_s >= self.options.result_ttl_s
-        return age_s - self._marked_s >= (LOOK_S if is_old else MARK_S)
+        """Whether something is too old, or the age of the spool was noted a while ago."""
+        age_s, kept_s = self.clock.age_s(), self.options.result_ttl_s
+        ended_s, expired_s = self.store.oldest()
+        is_old = ended_s is not None and age_s - ended_s >= kept_s
+        is_older = expired_s is not None and age_s - expired_s >= 2 * kept_s
+        return is_old or is_older or age_s - self._marked_s >= MARK_S
 
     async def _expire(self) -> None:
         self._marked_s = self.clock.age_s()

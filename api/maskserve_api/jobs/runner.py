@@ -120,8 +120,11 @@ class Runner:
 
     async def _run(self, owner: str, seq: int) -> None:
         try:
-            if not await self.jobs.written(store.begin(seq, time.time())):
+            waiting = self.jobs.store.by_seq(seq)
+            if waiting is None or waiting.status is not Status.QUEUED:
                 return  # it was cancelled while it waited
+            if not await self.jobs.written(store.begin(seq, time.time())):
+                return
         except ServiceError as error:
             log.warning("jobs: %s", error)
             await self._pause()

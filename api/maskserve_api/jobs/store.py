@@ -28,7 +28,10 @@ BUSY_S = 10.0
 LITTLE_BYTES = 1 << 16
 """Of free disk: below it a failed write is taken for one of a full disk, whatever SQLite calls it."""
 COLUMNS = ", ".join(column.name for column in fields(Job))
-TABLES = """
+HAS_ENDED = f"status IN ({', '.join(repr(str(status)) for status in ENDED)})"
+HAS_EXPIRED = f"status = '{Status.EXPIRED}'"
+"""Spelled out, and not as parameters: so SQLite sees that an index has them."""
+TABLES = f"""
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, idempotency TEXT,
     asked_sha256 TEXT NOT NULL, verb TEXT NOT NULL, query BLOB NOT NULL, question TEXT NOT NULL, answer TEXT NOT NULL,
@@ -39,7 +42,8 @@ CREATE TABLE jobs (
 );
 CREATE INDEX by_owner ON jobs (owner, seq);
 CREATE INDEX by_status ON jobs (status, seq);
-CREATE INDEX by_end ON jobs (ended_age_s) WHERE ended_age_s IS NOT NULL;
+CREATE INDEX by_end ON jobs (ended_age_s) WHERE {HAS_ENDED};
+CREATE INDEX by_expiry ON jobs (ended_age_s) WHERE {HAS_EXPIRED};
 CREATE TABLE bodies (seq INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE results (seq INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE clock (one INTEGER PRIMARY KEY CHECK (one = 1), mark TEXT NOT NULL);
@@ -173,11 +177,11 @@ class Store:
         text = "SELECT id FROM jobs WHERE status = ? AND seq NOT IN (SELECT seq FROM results)"
         return {id for (id,) in self._rows(text, (Status.SUCCEEDED,))}
 
-    def first_end_age_s(self) -> float | None:
-        """The age of the spool when the job that ended first of all did so."""
-        found = self._rows("SELECT MIN(ended_age_s) FROM jobs WHERE ended_age_s IS NOT NULL", ())
-        age_s: float | None = found[0][0]
-        return age_s
+    def oldest(self) -> tuple[float | None, float | None]:
+        """The age of the spool when the first of the jobs that have ended did so, and the first of the expired ones."""
+        first = [f"(SELECT MIN(ended_age_s) FROM jobs WHERE {which})" for which in (HAS_ENDED, HAS_EXPIRED)]
+        ended_s, expired_s = self._rows(f"SELECT {', '.join(first)}", ())[0]
+        return ended_s, expired_s
 
     def mark(self) -> Mark | None:
         found = self._rows("SELECT mark FROM clock", ())
@@ -324,8 +328,8 @@ def forget(job: Job) -> Change[bool]:
 def expire(mark: Mark, kept_s: float, most: int) -> Change[tuple[list[Job], list[Job]]]:
     """At most so many of the jobs that ended `kept_s` ago, as they were before they lost their results; and those that, having
     expired, are gone altogether after as long again. Notes the age of the spool."""
-    old = f"SELECT {COLUMNS} FROM jobs WHERE ended_age_s <= ? AND status IN ({', '.join('?' * len(ENDED))}) LIMIT ?"
-    older = f"SELECT {COLUMNS} FROM jobs WHERE ended_age_s <= ? AND status = ? LIMIT ?"
+    old = f"SELECT {COLUMNS} FROM jobs WHERE ended_age_s <= ? AND {HAS_ENDED} LIMIT ?"
+    older = f"SELECT {COLUMNS} FROM jobs WHERE ended_age_s <= ? AND {HAS_EXPIRED} LIMIT ?"
     lose = (
         "UPDATE jobs SET status = ?, result_bytes = NULL, result_sha256 = NULL, result_type = NULL, problem = NULL "
         "WHERE seq = ?"
@@ -333,8 +337,8 @@ def expire(mark: Mark, kept_s: float, most: int) -> Change[tuple[list[Job], list
 
     def change(db: sqlite3.Connection) -> tuple[list[Job], list[Job]]:
         db.execute("INSERT OR REPLACE INTO clock (one, mark) VALUES (1, ?)", (json.dumps(mark.as_dict()),))
-        gone = [as_job(r) for r in db.execute(older, (mark.age_s - 2 * kept_s, Status.EXPIRED, most)).fetchall()]
-        expired = [as_job(r) for r in db.execute(old, (mark.age_s - kept_s, *ENDED, most)).fetchall()]
+        gone = [as_job(r) for r in db.execute(older, (mark.age_s - 2 * kept_s, most)).fetchall()]
+        expired = [as_job(r) for r in db.execute(old, (mark.age_s - kept_s, most)).fetchall()]
         db.executemany("DELETE FROM jobs WHERE seq = ?", [(job.seq,) for job in gone])
         db.executemany("DELETE FROM results WHERE seq = ?", [(job.seq,) for job in expired])
         db.executemany(lose, [(Status.EXPIRED, job.seq) for job in expired])
