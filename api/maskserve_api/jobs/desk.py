@@ -92,7 +92,9 @@ class Jobs:
     def _recover(self) -> None:
         """What a process that died has left is put in order: nothing that was acknowledged is lost, no end comes twice."""
         for done in [self.store.write(self._taken_up(job)) for job in self.store.of_status(Status.RUNNING)]:
-            done.result()
+            if isinstance(ended := done.result(), Job):
+                self.n_ended[ended.status] += 1
+                logs.tell_job(ended)
         expired, _ = self.store.write(store.expire(self.clock.mark(), self.options.result_ttl_s, MOST_EXPIRED)).result()
         for job in expired:
             remove(self.spool.result(job.id))
@@ -255,9 +257,11 @@ class Jobs:
             job, status, now_s=time.time(), age_s=self.clock.age_s(), n_done=n_done, result=result, problem=problem
         )
 
-    async def end(self, job: Job, status: Status, **how: object) -> Job | None:
+    async def end(
+        self, job: Job, status: Status, *, n_done: int, result: Result | None = None, problem: str | None = None
+    ) -> Job | None:
         """The job, ended; None where it was cancelled before."""
-        ended = await self.written(self._end_of(job, status, **how))  # type: ignore[arg-type]  # as it takes them
+        ended = await self.written(self._end_of(job, status, n_done=n_done, result=result, problem=problem))
         if ended is not None:
             self.note_end(job, ended)
         return ended

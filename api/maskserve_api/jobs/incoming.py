@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 
 from maskserve.errors import OutputError
@@ -61,6 +62,16 @@ class Incoming:
         try:
             if self._file is None:
                 self._file = self._make()
-            await asyncio.to_thread(self._file.write, [held])
+            await to_its_end(partial(self._file.write, [held]))
         except OutputError as error:
             raise failure(error) from error
+
+
+async def to_its_end(work: Callable[[], None]) -> None:
+    """Has a thread do it, and waits for that also where the request is given up: its file must not be closed under it."""
+    done = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await asyncio.wait([done])
+        raise

@@ -6,9 +6,12 @@ import asyncio
 import json
 import secrets
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
+from typing import TypeAlias
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -24,14 +27,15 @@ from maskserve_api.errors import BodyTimeoutError, IdempotencyError, ServiceErro
 from maskserve_api.forms import Form
 from maskserve_api.jobs.computing import opened
 from maskserve_api.jobs.desk import Jobs
-from maskserve_api.jobs.headers import ASYNC, idempotency_key
+from maskserve_api.jobs.headers import ASYNC, IDEMPOTENCY, idempotency_key
 from maskserve_api.jobs.incoming import INLINE_BYTES, Arrived, Incoming
 from maskserve_api.jobs.job import BLOCK_BYTES, Job, Status, accepted
 from maskserve_api.jobs.quota import Place
 from maskserve_api.jobs.spool import failure
-from maskserve_api.record import KEY, record_of
+from maskserve_api.record import KEY, Record, record_of
 from maskserve_api.work import SMALL_BYTES
 
+Read: TypeAlias = Callable[[Incoming, Place | None], Awaitable[Arrived]]
 BYTES_A_SECOND = 1_000_000
 """A body has as long as a request has, and a second for each so many bytes that came: a large one needs more."""
 
@@ -57,44 +61,49 @@ class Submission:
         headers, owner = Headers(scope=scope), str(scope.get(KEY) or "")
         self.jobs.refuse_fault()
         key = idempotency_key(headers)
-        id = secrets.token_hex(16)
         known = None if key is None else self.jobs.store.by_idempotency(owner, key)
-        stages = record_of(scope).stages
-        # who asks again takes no place, and its body is read only to be compared
-        with nullcontext(None) if known else self._place(owner) as place, self.memory.claim() as claim:
-            incoming = Incoming(None if known else lambda: self.jobs.file_of_body(id))
-            is_kept = False
+        with self.memory.claim() as claim:
+            read = partial(self._arrived, receive, claim)
+            if known is None:
+                job, asked = await self._taken(owner, key, record_of(scope), read)
+            else:  # who asks again takes no place, and the body is read only to be compared
+                job, asked = known, asked_sha256(self, await read(Incoming(None), None))
+        if job.asked_sha256 != asked:
+            raise IdempotencyError(
+                "this Idempotency-Key was used before, for another request: take a new key for each request",
+                parameter=IDEMPOTENCY,
+            )
+        await response(job)(scope, receive, send)
+
+    async def _taken(self, owner: str, key: str | None, record: Record, read: Read) -> tuple[Job, str]:
+        """The job on disk, a new one or the one that its key has had, and what tells this request from another."""
+        id, stages = secrets.token_hex(16), record.stages
+        incoming, is_kept = Incoming(lambda: self.jobs.file_of_body(id)), False
+        with self._place(owner) as place:
             try:
                 with stages.stage("read"):
-                    arrived = await self._arrived(receive, incoming, place, claim)
-                asked = asked_sha256(self, arrived)
-                if known is None:
-                    with stages.stage("check"):
-                        n_blocks = await self._n_blocks(arrived)
-                    job = self._job(id, owner, key, asked, n_blocks, arrived, record_of(scope).request_id)
-                    with stages.stage("store"):
-                        is_kept = True  # from here on the row may be on disk, also where nobody waits for it any longer
-                        try:
-                            known = await self._kept(job, arrived, place)
-                        except ServiceError:
-                            is_kept = False
-                            raise
-                        is_kept = known.id == id
+                    arrived = await read(incoming, place)
+                with stages.stage("check"):
+                    n_blocks = await self._n_blocks(arrived)
+                    asked = asked_sha256(self, arrived)
+                job = self._job(id, owner, key, asked, n_blocks, arrived, record.request_id)
+                with stages.stage("store"):
+                    is_kept = True  # from here on the row may be on disk, also where nobody waits for it any longer
+                    kept = await self._kept(job, arrived, place)
+                is_kept = kept.id == id
+            except ServiceError:
+                is_kept = False
+                raise
             finally:
                 if not is_kept:
                     incoming.discard()
-        if known.asked_sha256 != asked:
-            raise IdempotencyError(
-                "this Idempotency-Key was used before, for another request: take a new key for each request",
-                parameter="Idempotency-Key",
-            )
-        await response(known)(scope, receive, send)
+        return kept, asked
 
     def _place(self, owner: str) -> AbstractContextManager[Place]:
         declared = self.n_bytes if self.coding is None and self.n_bytes is not None else 0
         return self.jobs.quota.place(owner, declared)
 
-    async def _arrived(self, receive: Receive, incoming: Incoming, place: Place | None, claim: Claim) -> Arrived:
+    async def _arrived(self, receive: Receive, claim: Claim, incoming: Incoming, place: Place | None) -> Arrived:
         is_promised = self.coding is None and self.n_bytes is not None
         start_s = asyncio.get_running_loop().time() + self.timeout_s
         body = pieces(receive, self.n_bytes, self.jobs.options.max_body, self.coding)
