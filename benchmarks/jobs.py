@@ -35,17 +35,12 @@ HEAD = (
 def service(folder: str, *, computing: bool) -> Iterator[tuple[int, str]]:
     """A service of jobs on a free port, in a thread, and the file of its store."""
     from maskserve.payload.format import DEFAULT_LIMITS
-    from maskserve_api import logs
     from maskserve_api.app import create_app
     from maskserve_api.jobs.desk import Jobs, Options
-    from maskserve_api.jobs.runner import Runner
     from maskserve_api.server import Server
 
-    if not computing:
-        Runner.more = lambda self: None  # type: ignore[method-assign]  # jobs are taken, and stay
-    logs.configure("off")
     options = Options(
-        folder=folder, result_ttl_s=86400.0, n_running=2, max_body=1 << 20, per_key=10**6, most=10**6,
+        folder=folder, result_ttl_s=86400.0, n_running=2 if computing else 0, max_body=1 << 20, per_key=10**6, most=10**6,
         most_bytes=1 << 40, memory=1 << 28,
     )  # fmt: skip
     jobs = Jobs(options, DEFAULT_LIMITS)
@@ -137,6 +132,9 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where jobs live: the disk is what is measured")
     parser.add_argument("--computing", action="store_true", help="jobs are computed while others are submitted")
     given = parser.parse_args()
+    from maskserve_api import logs
+
+    logs.configure("off")
     lines = []
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-", dir=given.folder) as folder,

@@ -112,13 +112,9 @@ def test_a_result_that_was_published_before_the_death_is_adopted_and_not_compute
         assert jobs.n_started == 0
 
 
-def test_a_job_that_kills_its_service_three_times_is_tried_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr("maskserve_api.jobs.runner.Runner.more", lambda runner: None)  # what is taken is not begun
-        with running(jobs=jobs_in(tmp_path)) as service:
-            doomed, other = submitted(service, SOFTMAX, LARGE), submitted(service)
+def test_a_job_that_kills_its_service_three_times_is_tried_no_more(tmp_path: Path) -> None:
+    with running(jobs=jobs_in(tmp_path, n_running=0)) as service:
+        doomed, other = submitted(service, SOFTMAX, LARGE), submitted(service)
     for n, status in ((2, Status.QUEUED), (3, Status.FAILED)):
         changed(tmp_path, f"UPDATE jobs SET status = 'running', attempts = {n} WHERE id = '{doomed[-32:]}'")
         jobs = jobs_in(tmp_path)

@@ -49,6 +49,7 @@ class Options:
     folder: str
     result_ttl_s: float
     n_running: int
+    """At once; with 0 jobs are taken, and none begins."""
     max_body: int
     per_key: int
     most: int
@@ -85,7 +86,7 @@ class Jobs:
     @property
     def job_memory(self) -> int:
         """What each running job may hold."""
-        return max(LEAST_MEMORY, self.options.memory // self.options.n_running)
+        return max(LEAST_MEMORY, self.options.memory // max(1, self.options.n_running))
 
     # -- the life of the service ----------------------------------------------------------------------------------
 

@@ -35,6 +35,9 @@ class Spool:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # nobody else's to read, in a folder that was there before, too; what SQLite puts beside it is like it
             os.close(os.open(self.store_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            _sync_folder(self.folder)
+            with suppress(PermissionError):  # a folder above that is closed to us was there before
+                _sync_folder(os.path.dirname(self.folder))
         except BlockingIOError:
             raise SettingsError(
                 f"{shown(folder)} is in use by another service: stop it, or give another --jobs-folder",
