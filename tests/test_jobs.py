@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import gzip
 import json
 import logging
@@ -11,6 +12,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -250,6 +252,30 @@ def test_a_job_that_fails_tells_its_problem(service: Running) -> None:
     assert (told["status"], told["result"], told["problem"]["code"]) == ("failed", None, answer.json()["code"])
     problem = check_problem(service.http.get(f"{path}/result"), answer.status_code, answer.json()["code"])
     assert problem["detail"] == answer.json()["detail"]
+
+
+def test_a_job_that_fails_holds_nothing_until_the_collector_comes(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that stands in a cycle would keep the cells of its body."""
+    alive: list[weakref.ref[Kept]] = []
+
+    def made(*given: object, **named: object) -> None:
+        kept = Kept()
+        alive.append(weakref.ref(kept))
+        raise ValueError("as nobody foresaw")
+
+    monkeypatch.setattr("maskserve_api.jobs.runner.made", made)
+    gc.disable()
+    try:
+        assert ended(service, submitted(service))["problem"]["code"] == "internal"
+        wait_until(lambda: alive[0]() is None, timeout_s=5)
+    finally:
+        gc.enable()
+
+
+class Kept:
+    """Something that can be seen to go."""
 
 
 # -- Prefer -----------------------------------------------------------------------------------------------------------

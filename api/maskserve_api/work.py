@@ -162,7 +162,8 @@ def decode(body: Buffer, form: Form, head: Head | None, limits: Limits) -> AnyPa
     try:
         return json.decode(bytes(body), limits) if form is Form.JSON else BytesPayload(body, limits)
     except PayloadError as error:
-        raise better_said(error, bytes(body[:START_BYTES]), form) from error
+        refuse_misnamed(bytes(body[:START_BYTES]), form, error)
+        raise
 
 
 def refuse_large_json(n_bytes: int, limits: Limits) -> None:
@@ -172,13 +173,12 @@ def refuse_large_json(n_bytes: int, limits: Limits) -> None:
         )
 
 
-def better_said(error: PayloadError, start: bytes, form: Form) -> PayloadError:
-    """What is wrong with a body that begins so: that its headers call it something else, where they do."""
+def refuse_misnamed(start: bytes, form: Form, error: PayloadError) -> None:
+    """Raises, because of `error`, where a body that begins so is not what its headers call it."""
     said = misnamed(start, form)
-    if said is None:
-        return error
-    looks, header, instead = said
-    return PayloadError(f"the body looks like {looks}: send {instead}", parameter=header)
+    if said is not None:
+        looks, header, instead = said
+        raise PayloadError(f"the body looks like {looks}: send {instead}", parameter=header) from error
 
 
 def misnamed(start: bytes, form: Form) -> tuple[str, str, str] | None:

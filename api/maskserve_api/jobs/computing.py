@@ -16,7 +16,7 @@ from maskserve_api.forms import Form
 from maskserve_api.jobs.incoming import INLINE_BYTES
 from maskserve_api.jobs.job import Result
 from maskserve_api.jobs.spool import Body, File, digest
-from maskserve_api.work import ENCODERS, START_BYTES, better_said, decode, refuse_large_answer, refuse_large_json
+from maskserve_api.work import ENCODERS, START_BYTES, decode, refuse_large_answer, refuse_large_json, refuse_misnamed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,8 @@ def opened(body: bytes | str, n_bytes: int, form: Form, limits: Limits) -> Paylo
     try:
         return Body(body, limits)
     except PayloadError as error:
-        raise better_said(error, contents(body, START_BYTES), form) from error
+        refuse_misnamed(contents(body, START_BYTES), form, error)
+        raise
 
 
 def contents(path: str, most: int = -1) -> bytes:

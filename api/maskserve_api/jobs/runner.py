@@ -11,7 +11,7 @@ from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from maskserve.errors import InputError, MaskserveError, OutputError
+from maskserve.errors import InputError, OutputError
 from maskserve.execution import using
 from maskserve_api.errors import BusyError, NoSpaceError, ServiceError, SpoolError
 from maskserve_api.jobs import store
@@ -167,10 +167,7 @@ class Runner:
         except (Cancelled, BusyError):
             raise
         except Exception as error:  # whatever it is, it is this job's end alone
-            known = failure(error) if isinstance(error, OutputError | InputError) else translated(error)
-            if status_of(type(known)) == 500 or isinstance(known, SpoolError):
-                log.error("job %s failed: %s", job.id, traced(error))
-            return Outcome(status=Status.FAILED, problem=text_of(known, job.request_id))
+            return failed(job, error)
 
     async def _in_lane(self, doing: Doing) -> Made:
         """What the lane computes; Cancelled where the job was stopped."""
@@ -188,11 +185,14 @@ class Runner:
         doing.task = task = self.lane.submit(work)
         future: Future[Made] = task.future
         done = asyncio.wrap_future(future)
-        await asyncio.wait([done])
-        doing.task = None
-        if done.cancelled():
-            raise Cancelled
-        return done.result()
+        try:
+            await asyncio.wait([done])
+            if done.cancelled():
+                raise Cancelled
+            return done.result()
+        finally:
+            doing.task = None
+            del task, future, done  # an error holds this frame: in a cycle, what it held would wait for the collector
 
     async def _published(self, job: Job, found: Made) -> Result:
         """The result on disk, counted."""
@@ -240,7 +240,10 @@ class Runner:
             return
 
 
-def text_of(error: MaskserveError, request_id: str) -> str:
-    """The problem that tells of `error`, as JSON."""
-    _, _, body = problem(error, request_id)
-    return body.decode()
+def failed(job: Job, error: Exception) -> Outcome:
+    """How a job ends that `error` has ended; the log has the reason where it is the service's own."""
+    known = failure(error) if isinstance(error, OutputError | InputError) else translated(error)
+    if status_of(type(known)) == 500 or isinstance(known, SpoolError):
+        log.error("job %s failed: %s", job.id, traced(error))
+    _, _, body = problem(known, job.request_id)
+    return Outcome(status=Status.FAILED, problem=body.decode())
