@@ -11,6 +11,7 @@ import torch
 
 from maskserve import sides, variable_steps
 from maskserve.errors import TooLargeError
+from maskserve.execution import execution
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
@@ -115,6 +116,12 @@ def run(
     return Answer(results=tuple(results), metadata=dict(prepared.metadata), sources=sources)
 
 
+def bytes_to_read(request: Request, payload: Payload, others: Payloads = NOTHING, *, memory: int) -> int:
+    """How many bytes `execution.using(tick=...)` will hear of where so many may be held: at most, as far as cells decide."""
+    planned = rooms(prepare(request, payload, others).steps, memory)
+    return sum(step.bytes_read * (max(step.passes(room), 1) if step.is_streamed(room) else 1) for step, room in planned)
+
+
 def alive(payload: Payload, prepared: Prepared, taken: set[str]) -> Iterator[Result]:
     """The coordinates of the dims that live on."""
     names = {dim for step in prepared.steps for dim in step.dims_alive} - taken
@@ -136,9 +143,13 @@ def computed(request: Request, payload: Payload, prepared: Prepared, memory: int
         return [made for step in prepared.steps for made in step.results(request, payload, prepared.variables)]
     results: list[Result | Streamed] = []
     refuse_beyond(prepared.steps, memory)
+    tick = execution().tick
     for step, room in rooms(prepared.steps, memory):
-        give = partial(step.streamed, memory=room) if step.is_streamed(room) else step.results
+        is_streamed = step.is_streamed(room)
+        give = partial(step.streamed, memory=room) if is_streamed else step.results
         results += give(request, payload, prepared.variables)
+        if not is_streamed and tick is not None:  # what is streamed tells of itself, window by window
+            tick(step.bytes_read)
     return results
 
 

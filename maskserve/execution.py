@@ -38,7 +38,7 @@ class Execution:
     checkpoint: Callable[[], None] | None = None
     """Called before each block, in the thread that will compute it: it may wait, and what it raises ends the request."""
     tick: Callable[[int], None] | None = None
-    """Hears of the bytes of each window that is read of what is not in memory."""
+    """Where memory is bounded, hears of the bytes of each window that is read, and of what was read whole once it is computed."""
 
 
 _DEFAULT = Execution()

@@ -81,6 +81,17 @@ def whole(given: object) -> int:
     return int(given)
 
 
+def count(given: object) -> int:
+    """A whole number, 1 or more."""
+    try:
+        number = whole(given)
+    except ValueError:
+        number = 0
+    if number == 0:
+        raise ValueError("a whole number, 1 or more")
+    return number
+
+
 def port(given: object) -> int:
     """A TCP port; 0 lets the system choose one."""
     try:
@@ -197,7 +208,7 @@ ROWS = (
     Row(name="threads", default=0, help="threads to compute with; 0: the CPUs that this process may use", parse=whole),
     Row(
         name="memory", default=0, parse=memory,
-        help="bytes that a command holds of its data at once; 0: half of what the machine or the container grants",
+        help="bytes that a command, or all running jobs of serve, hold of their data; 0: half of what is granted",
     ),
     Row(name="header_bytes", default="1MiB", help="largest payload header that is read", parse=size),
     Row(name="max_tensors", default=1024, help="most tensors in a payload that is read", parse=whole),
@@ -217,6 +228,17 @@ ROWS = (
     ),
     Row(name="serve_keys_file", default="", help="file of name:key lines; one of these keys is asked for", parse=file),
     Row(name="serve_allow_anonymous", default=False, help="serve all who reach a public address, without keys", parse=switch),
+    Row(name="serve_jobs", default=False, help="take jobs: requests with Prefer: respond-async, answered later", parse=switch),
+    Row(
+        name="serve_jobs_folder", default="", parse=file,
+        help="local folder that keeps jobs; empty: $XDG_STATE_HOME/maskserve/jobs, or ~/.local/state/maskserve/jobs",
+    ),
+    Row(name="serve_result_ttl", default=86400, help="seconds that jobs and their results are kept once they end", parse=period),
+    Row(name="serve_jobs_running", default=2, help="most jobs that run at once", parse=count),
+    Row(name="serve_jobs_max_body", default="4GiB", help="largest body of a job that serve accepts", parse=size),
+    Row(name="serve_jobs_per_key", default=1000, help="most jobs of one key that have not ended", parse=count),
+    Row(name="serve_jobs_queue", default=10000, help="most jobs of all keys that have not ended", parse=count),
+    Row(name="serve_jobs_disk", default="16GiB", help="most bytes of bodies and results that jobs keep on disk", parse=size),
     Row(name="serve_allowed_host", default=(), help="Host names that are served; empty: all, or localhost's own", parse=hosts),
 )  # fmt: skip
 BY_NAME: Mapping[str, Row] = MappingProxyType({row.name: row for row in ROWS})

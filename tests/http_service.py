@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 from maskserve.dtypes import BY_TORCH
 from maskserve.payload.format import Output, to_bytes
 from maskserve_api.app import create_app
+from maskserve_api.forms import bounded
+from maskserve_api.jobs.desk import Jobs, Options
 from maskserve_api.server import Server
 from maskserve_api.verbs import Service
 
@@ -70,6 +73,15 @@ def running(*, server: Mapping[str, Any] = MappingProxyType({}), **options: Any)
     finally:
         served.should_exit = True
         thread.join()
+
+
+def jobs_in(folder: Path, **changes: Any) -> Jobs:
+    """The jobs of a folder, under mild limits."""
+    options = {
+        "result_ttl_s": 3600.0, "n_running": 2, "max_body": 64 << 20, "per_key": 1000, "most": 2000, "most_bytes": 1 << 30,
+        "memory": 256 << 20,
+    }  # fmt: skip
+    return Jobs(Options(folder=str(folder), **(options | changes)), bounded())
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20) -> None:

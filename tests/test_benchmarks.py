@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import maskserve as ms
-from benchmarks import cases, gradients, peers, timing
+from benchmarks import cases, gradients, jobs, peers, timing
 from benchmarks.__main__ import measured
 from benchmarks.forms import FORMS
 from benchmarks.report import BEGIN, END, PAGE, Run, report, rewrite
@@ -109,3 +109,13 @@ def test_the_report_of_gradients_has_a_line_for_each_op() -> None:
     small = [gradients.measure(op, gradients.SMALL, timing.LEAST) for op in gradients.PLAIN_FORMS]
     text = "\n".join(gradients.parts("tiny", small, small, 1.0))
     assert all(f"\n| {op} " in text for op in gradients.PLAIN_FORMS)
+
+
+def test_submitting_is_timed_beside_the_synchronous_reply_with_many_jobs_that_have_ended(tmp_path: Path) -> None:
+    with jobs.service(str(tmp_path), computing=False) as (port, store):
+        first = jobs.by_turns(port, str(tmp_path / "bare"), 5)
+        jobs.add_finished(store, 50)
+        second = jobs.by_turns(port, str(tmp_path / "bare"), 5)
+    for times in (first, second):
+        assert [len(some) for some in times] == [5, 5, 5]
+        assert len(jobs.line(50, times)) == len(jobs.HEAD)

@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from maskserve.settings import BY_NAME, NOT_SETTINGS, load
+from maskserve.settings import BY_NAME, NOT_SETTINGS, load, size
 from maskserve_api.app import create_app
 from maskserve_cli import exits
 from maskserve_cli.app import UsageError, built, entries
@@ -198,7 +198,8 @@ def test_each_container_is_confined(run: Started) -> None:
     assert run.container["resources"]["limits"]["memory"] == run.container["resources"]["requests"]["memory"]
     mounted = {mount["name"]: mount for mount in run.container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in run.pod["volumes"]}
-    assert set(mounted) == set(volumes)
+    claimed = {claim["metadata"]["name"] for claim in run.owner["spec"].get("volumeClaimTemplates", [])}
+    assert set(mounted) == {*volumes, *claimed}
     assert mounted["tmp"]["mountPath"] == "/tmp"
     assert volumes["tmp"]["emptyDir"]["sizeLimit"]
 
@@ -211,7 +212,7 @@ def test_each_variable_that_a_container_sets_is_a_setting(run: Started) -> None:
 
 def test_a_service_that_kubernetes_links_to_its_pods_changes_no_setting_and_warns_of_nothing() -> None:
     """With enableServiceLinks left on, each Service named maskserve... puts its address into the pods beside it."""
-    (service,) = of_kind("Service")
+    service = named("Service", "maskserve")
     (port,) = service["spec"]["ports"]
     linked = {
         f"{prefix}{suffix}": "tcp://10.0.0.1:80"
@@ -297,15 +298,18 @@ def test_the_job_file_of_the_batch_job_is_one(tmp_path: Path) -> None:
 # -- the service ------------------------------------------------------------------------------------------------------
 
 
-def deployed() -> Started:
-    (run,) = [run for run in started() if run.owner["kind"] == "Deployment"]
+def deployed(kind: str = "Deployment") -> Started:
+    (run,) = [run for run in started() if run.owner["kind"] == kind]
     return run
 
 
-def test_probes_ask_paths_that_the_service_answers_without_a_key() -> None:
+every_service = pytest.mark.parametrize("run", [deployed(), deployed("StatefulSet")], ids=str)
+
+
+@every_service
+def test_probes_ask_paths_that_the_service_answers_without_a_key(run: Started) -> None:
     from maskserve_api.edge import OPEN
 
-    run = deployed()
     served = {route.path for route in create_app().routes}  # type: ignore[attr-defined]
     (port,) = run.container["ports"]
     for name, path in {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}.items():
@@ -318,24 +322,23 @@ def test_probes_ask_paths_that_the_service_answers_without_a_key() -> None:
 
 def served_settings(words: list[str]) -> dict[str, Any]:
     """The settings that a `serve` of these words has."""
-    flags = {f"serve_{name}": value or None for name, value in parsed(words).items() if f"serve_{name}" in BY_NAME}
+    given = parsed(words)
+    flags = {f"serve_{name}": value or None for name, value in given.items() if f"serve_{name}" in BY_NAME}
+    flags["memory"] = given["memory"]
     settings = load(flags, None, {})
     return {name: settings[name] for name in settings.rows}
 
 
-def test_the_pod_s_grace_is_longer_than_what_the_service_takes_to_end() -> None:
-    run = deployed()
+@every_service
+def test_the_pod_s_grace_is_longer_than_what_the_service_takes_to_end(run: Started) -> None:
     settings = served_settings(run.command)
-    takes_s = (
-        run.container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        + settings["serve_drain_delay"]
-        + settings["serve_grace"]
-    )
+    before = run.container.get("lifecycle", {"preStop": {"sleep": {"seconds": 0}}})
+    takes_s = before["preStop"]["sleep"]["seconds"] + settings["serve_drain_delay"] + settings["serve_grace"]
     assert run.pod["terminationGracePeriodSeconds"] >= takes_s + 5
 
 
-def test_the_keys_come_from_a_secret_that_others_may_not_read() -> None:
-    run = deployed()
+@every_service
+def test_the_keys_come_from_a_secret_that_others_may_not_read(run: Started) -> None:
     (volume,) = [volume for volume in run.pod["volumes"] if volume["name"] == "keys"]
     (mount,) = [mount for mount in run.container["volumeMounts"] if mount["name"] == "keys"]
     assert volume["secret"]["defaultMode"] & 0o007 == 0
@@ -344,17 +347,37 @@ def test_the_keys_come_from_a_secret_that_others_may_not_read() -> None:
     assert mount["readOnly"]
 
 
-def test_memory_leaves_room_above_the_budget_for_bodies() -> None:
-    run = deployed()
-    from maskserve.settings import size
-
+@every_service
+def test_memory_leaves_room_above_the_budget_for_bodies(run: Started) -> None:
+    settings = served_settings(run.command)
     limit = size(run.container["resources"]["limits"]["memory"] + "B")
-    assert limit >= 4 * served_settings(run.command)["serve_max_body"] + 2**30
+    of_jobs = settings["memory"] if settings["serve_jobs"] else 0
+    assert limit >= 4 * settings["serve_max_body"] + of_jobs + 2**30
+
+
+def test_jobs_live_on_one_replica_with_a_claim_that_holds_them_and_on_no_other() -> None:
+    assert served_settings(deployed().command)["serve_jobs"] is False
+    assert "--no-jobs" in deployed().command, "said, since a variable could turn them on"
+    run = deployed("StatefulSet")
+    settings = served_settings(run.command)
+    assert settings["serve_jobs"] is True
+    assert run.owner["spec"]["replicas"] == 1
+    (claim,) = run.owner["spec"]["volumeClaimTemplates"]
+    (mount,) = [mount for mount in run.container["volumeMounts"] if mount["name"] == claim["metadata"]["name"]]
+    assert Path(settings["serve_jobs_folder"]).is_relative_to(mount["mountPath"])
+    assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
+    assert settings["serve_jobs_disk"] < size(claim["spec"]["resources"]["requests"]["storage"] + "B")
+    labels = run.owner["spec"]["template"]["metadata"]["labels"]
+    assert labels != deployed().owner["spec"]["template"]["metadata"]["labels"], "or its Service would ask it, too"
+    service, policy = named("Service", run.owner["spec"]["serviceName"]), named("NetworkPolicy", "maskserve-jobs")
+    assert service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"] == labels
+    assert run.owner["spec"]["selector"]["matchLabels"] == labels
 
 
 def test_everything_that_selects_pods_selects_the_deployment_s() -> None:
     labels = deployed().owner["spec"]["template"]["metadata"]["labels"]
-    (service,), (budget,), (policy,) = of_kind("Service"), of_kind("PodDisruptionBudget"), of_kind("NetworkPolicy")
+    kinds = ("Service", "PodDisruptionBudget", "NetworkPolicy")
+    service, budget, policy = (named(kind, "maskserve") for kind in kinds)
     assert service["spec"]["selector"] == labels
     assert deployed().owner["spec"]["selector"]["matchLabels"] == labels
     assert budget["spec"]["selector"]["matchLabels"] == labels

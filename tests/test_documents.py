@@ -16,7 +16,7 @@ import torch
 
 import maskserve as ms
 from tests.documents import BLOCK, PAGES, ROOT, environment, rewritten
-from tests.http_service import running
+from tests.http_service import jobs_in, running
 
 README = (ROOT / "README.md").read_text()
 HTTP = (ROOT / "docs" / "http.md").read_text()
@@ -90,6 +90,22 @@ def test_the_curl_lines_work_verbatim_but_for_the_port(text: str, tmp_path: Path
         ]
     assert ms.load(tmp_path / "mean.safetensors")["co2"].shape == (44,)
     assert answers[-1] in ('{"data": [1.5, 4.0]}\n', '{"data": 1.5}\n')
+
+
+def test_the_lines_about_jobs_work_verbatim_but_for_the_port(tmp_path: Path) -> None:
+    block = re.search(r"## Jobs\n.*?```sh\n(.*?)```", HTTP, re.DOTALL)
+    assert block
+    serve, _, *lines = block.group(1).splitlines()
+    assert serve == "maskserve serve --jobs &"
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with running(jobs=jobs_in(tmp_path / "jobs")) as service:
+        script = "set -e\n" + "\n".join(lines).replace("localhost:8000", service.netloc)
+        ran = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+        )
+        assert service.http.get("/v1/jobs").json()["jobs"] == []
+    assert json.loads(ran.stdout)["status"] == "succeeded"
+    assert ms.load(tmp_path / "weeks.safetensors")["co2"].shape == (44,)
 
 
 def test_dims_have_names_in_both_forms_as_the_page_says() -> None:

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 
 from maskserve_api.openapi import document
 from maskserve_api.v2_openapi import example
-from tests.http_service import BINARY, SAFETENSORS, Running, payload, running
+from tests.http_service import BINARY, SAFETENSORS, Running, jobs_in, payload, running
 
 CHECKS = [
     not_a_server_error,
@@ -33,12 +33,12 @@ CHECKS = [
 QUESTION = payload(data=np.arange(6, dtype=np.float32).reshape(2, 3), mask=np.arange(6).reshape(2, 3) % 4 > 0)
 openapi.media_type(SAFETENSORS, st.binary(max_size=64) | st.just(QUESTION))
 openapi.media_type(BINARY, st.binary(max_size=64) | st.just(json.dumps(example()).encode()))
-schema = openapi.from_dict(document())
+schema = openapi.from_dict(document(jobs=True))
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Running]:
-    with running() as it:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(jobs=jobs_in(tmp_path_factory.mktemp("jobs"))) as it:
         yield it
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -17,6 +18,8 @@ from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
 from maskserve_api.forms import bounded
+from maskserve_api.jobs.desk import Jobs
+from maskserve_api.jobs.routes import add_routes
 from maskserve_api.keys import Keys
 from maskserve_api.lane import Lane
 from maskserve_api.metrics import Metrics
@@ -34,10 +37,12 @@ def create_app(
     limits: Limits = DEFAULT_LIMITS,
     allowed_hosts: Collection[str] | None = LOOPBACK_HOSTS,
     keys: Keys | None = None,
+    jobs: Jobs | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; sizes in bytes, times in seconds; `limits` are those of each payload.
 
-    `allowed_hosts` are the Host names served, without ports; None serves all. `keys` None asks for none.
+    `allowed_hosts` are the Host names served, without ports; None serves all. `keys` None asks for none. `jobs` are those
+    of requests that are answered later; None answers all at once.
     `app.state.service` is the Service.
     """
     service = Service(
@@ -46,17 +51,20 @@ def create_app(
         lane=Lane(queue),
         memory=Memory(BODIES_IN_FLIGHT * max_body),
         limits=bounded(limits),
+        jobs=jobs,
     )
     app = FastAPI(title="maskserve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.keys = keys
-    app.openapi = openapi.document  # type: ignore[method-assign]  # FastAPI's own way to give another document
-    app.state.metrics = metrics = Metrics(service.lane, service.memory)
+    app.openapi = partial(openapi.document, jobs=jobs is not None)  # type: ignore[method-assign]  # FastAPI's own way to give another document
+    app.state.metrics = metrics = Metrics(service.lane, service.memory, jobs)
     app.add_middleware(Edge, allowed_hosts=allowed_hosts, keys=keys, metrics=metrics)
     app.add_exception_handler(HTTPException, unrouted)
     for verb in verbs():  # first: routes are tried one after the other, at 3 µs each
         app.add_route(f"/v1/{verb}", Verb(verb, service), methods=["POST"])  # type: ignore[arg-type]  # ASGI endpoint
     v2_models.add_routes(app, service)
+    if jobs is not None:
+        add_routes(app, service, jobs)
     app.add_route("/v1/ops", ops)
     app.add_route("/v1/ops/{name}", op)
     app.add_route("/livez", livez)
@@ -108,6 +116,8 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     if request.app.state.service.draining:
         raise DrainingError("the service is shutting down")
+    if request.app.state.service.jobs is not None:
+        request.app.state.service.jobs.refuse_fault()
     return JSONResponse({"status": "ready"})
 
 
@@ -117,7 +127,7 @@ async def metered(request: Request) -> Response:
 
 
 async def document(request: Request) -> Response:
-    return JSONResponse(openapi.document())
+    return JSONResponse(request.app.openapi())
 
 
 async def home(request: Request) -> Response:

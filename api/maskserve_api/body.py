@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from threading import Lock
@@ -138,41 +138,75 @@ async def read_exactly(receive: Receive, body: memoryview, claim: Claim) -> Buff
     while more:
         chunk, more = await next_chunk(receive)
         if at + len(chunk) > n_bytes:
-            raise FramingError(f"the body has more bytes than its Content-Length, {n_bytes}")
+            raise longer(n_bytes)
         claim.add(len(chunk))
         body[at : at + len(chunk)] = chunk
         at += len(chunk)
     if at < n_bytes:
-        raise FramingError(f"the body has {at} bytes; its Content-Length is {n_bytes}")
+        raise shorter(at, n_bytes)
     return body
 
 
 async def read_chunked(receive: Receive, max_body: int, claim: Claim) -> Buffer:
-    body, more = bytearray(), True
-    while more:
-        chunk, more = await next_chunk(receive)
-        if len(body) + len(chunk) > max_body:
-            raise too_large(max_body)
+    body = bytearray()
+    async for chunk in pieces(receive, None, max_body, None):
         claim.add(len(chunk))
         body += chunk
     return body
 
 
 async def read_coded(receive: Receive, coding: Coding, max_body: int, claim: Claim) -> Buffer:
-    """The body that a compressed one expands to; between two pieces of it others get their turn."""
-    body, stream, more = bytearray(), Stream(coding), True
+    body = bytearray()
+    async for piece in pieces(receive, None, max_body, coding):
+        claim.add(len(piece))
+        body += piece
+    return body
+
+
+async def pieces(
+    receive: Receive, n_bytes: int | None, max_body: int, coding: Coding | None
+) -> AsyncGenerator[bytes, None]:
+    """A body as it comes, expanded where it is compressed.
+
+    It has `n_bytes`, or at most `max_body` where that is None or a coding is said.
+    """
+    if coding is not None:
+        async for piece in expanded(receive, coding, max_body):
+            yield piece
+        return
+    at, more, most = 0, True, max_body if n_bytes is None else n_bytes
+    while more:
+        chunk, more = await next_chunk(receive)
+        at += len(chunk)
+        if at > most:
+            raise too_large(max_body) if n_bytes is None else longer(n_bytes)
+        yield chunk
+    if n_bytes is not None and at < n_bytes:
+        raise shorter(at, n_bytes)
+
+
+async def expanded(receive: Receive, coding: Coding, max_body: int) -> AsyncGenerator[bytes, None]:
+    """What a compressed body expands to; between two pieces of it others get their turn."""
+    at, stream, more = 0, Stream(coding), True
     while more:
         chunk, more = await next_chunk(receive)
         for piece in chain(stream.pieces(chunk), () if more else stream.end()):
-            if len(body) + len(piece) > max_body:
+            at += len(piece)
+            if at > max_body:
                 raise TooLargeError(
                     f"the body expands to more than {max_body} bytes, the most that are read",
                     parameter="Content-Encoding",
                 )
-            claim.add(len(piece))
-            body += piece
+            yield piece
             await asyncio.sleep(0)
-    return body
+
+
+def longer(n_bytes: int) -> FramingError:
+    return FramingError(f"the body has more bytes than its Content-Length, {n_bytes}")
+
+
+def shorter(at: int, n_bytes: int) -> FramingError:
+    return FramingError(f"the body has {at} bytes; its Content-Length is {n_bytes}")
 
 
 async def next_chunk(receive: Receive) -> tuple[bytes, bool]:

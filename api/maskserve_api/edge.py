@@ -6,14 +6,12 @@ import asyncio
 import logging
 import re
 import secrets
-import traceback
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maskserve.errors import MaskserveError
-from maskserve.payload.header import shown
 from maskserve_api import logs
 from maskserve_api.errors import (
     CrossSiteError,
@@ -35,7 +33,6 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 OPEN = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """A kubelet probes by IP and has no key, Prometheus too: no guard stands before these, and a 200 of theirs is no news."""
 MAX_HEADERS = 128
-TRACED_FRAMES, TRACED_CHARS = 32, 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DISCARDED_BYTES = 1 << 16
 LINGER_S = 2.0
@@ -128,7 +125,7 @@ class Exchange:
         known = translated(error)
         self.record.code = known.code
         if status_of(type(known)) == 500:
-            log.error("request %s failed: %s", self.request_id, traced(error))
+            log.error("request %s failed: %s", self.request_id, logs.traced(error))
         status, headers, body = problem(known, self.request_id)
         must_close = self._must_close(known)
         if must_close:
@@ -154,12 +151,6 @@ class Exchange:
                     await self.receive()
         except TimeoutError:
             return
-
-
-def traced(error: Exception) -> str:
-    """Where `error` was raised, and its message, which may hold what a client sent: on one line, escaped and cut."""
-    frames = "".join(traceback.format_tb(error.__traceback__, limit=-TRACED_FRAMES))
-    return f"{type(error).__name__}: {shown(str(error), TRACED_CHARS)}\n{frames}"
 
 
 def check_framing(http_version: str, headers: Headers) -> None:

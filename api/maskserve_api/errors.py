@@ -16,7 +16,16 @@
     ├── BusyError            busy
     ├── DrainingError        draining
     ├── DeadlineError        deadline_exceeded
-    └── NotOfferedError      not_offered
+    ├── NotOfferedError      not_offered
+    ├── UnknownJobError      unknown_job
+    ├── JobNotFinishedError  job_not_finished
+    ├── JobExpiredError      job_expired
+    ├── JobCancelledError    job_cancelled
+    ├── JobLimitError        too_many_jobs
+    ├── IdempotencyError     idempotency_mismatch
+    ├── RangeError           range_not_satisfiable
+    ├── SpoolError           spool_failed
+    └── NoSpaceError         no_space
 
 Their status stands in the one table, in problems.py.
 """
@@ -126,6 +135,61 @@ class NotOfferedError(ServiceError):
     """A part of a protocol that this service leaves out: do without."""
 
     code = "not_offered"
+
+
+class UnknownJobError(ServiceError):
+    """There is no such job of this key: it was forgotten, or never was; GET /v1/jobs lists those that are."""
+
+    code = "unknown_job"
+
+
+class JobNotFinishedError(ServiceError):
+    """The job has not ended, so there is no result: ask again after Retry-After, or wait with ?wait=30 on the job."""
+
+    code = "job_not_finished"
+
+
+class JobExpiredError(ServiceError):
+    """The result was kept for as long as the service says (--result-ttl) and is gone: submit the job again."""
+
+    code = "job_expired"
+
+
+class JobCancelledError(ServiceError):
+    """The job was cancelled, so there is no result: submit it again."""
+
+    code = "job_cancelled"
+
+
+class JobLimitError(ServiceError):
+    """As many jobs of this key have not ended as may be: wait for some, or cancel them."""
+
+    code = "too_many_jobs"
+
+
+class IdempotencyError(ServiceError):
+    """The Idempotency-Key was used before, for another request: take a new key for each request."""
+
+    code = "idempotency_mismatch"
+
+
+class RangeError(ServiceError):
+    """The result has no byte of the range: Content-Range says how many it has."""
+
+    code = "range_not_satisfiable"
+    n_bytes = 0
+
+
+class SpoolError(ServiceError):
+    """The folder in which the service keeps its jobs cannot be used: try again after Retry-After, or tell who runs it."""
+
+    code = "spool_failed"
+
+
+class NoSpaceError(ServiceError):
+    """The disk of the service is full, or its jobs keep as many bytes as they may: forget some, or try again later."""
+
+    code = "no_space"
 
 
 class Disconnected(Exception):  # noqa: N818  # no error: nobody is left to be told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from datetime import UTC, datetime
 
 import structlog
@@ -12,11 +13,13 @@ from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level
 from structlog.types import EventDict, Processor, WrappedLogger
 
 from maskserve.payload.header import shown
+from maskserve_api.jobs.job import Job
 from maskserve_api.record import Record
 
 requests = logging.getLogger("maskserve.requests")
 FIRST = ("time", "level", "event")
 TEXT_LENGTH = 1024
+TRACED_FRAMES, TRACED_CHARS = 32, 1024
 TOLD = "ASGI callable returned without completing response."
 """uvicorn's line where a reply broke off, as for who takes no byte of it: ours has told that, with the request's id."""
 OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
@@ -73,3 +76,14 @@ def tell(record: Record, fields: dict[str, object]) -> None:
     """Logs a request that has ended."""
     level = logging.WARNING if record.status >= 500 else logging.INFO
     requests.log(level, "request", extra=fields)
+
+
+def tell_job(job: Job) -> None:
+    """Logs a job that has ended."""
+    requests.info("job", extra=job.event())
+
+
+def traced(error: Exception) -> str:
+    """Where `error` was raised, and its message, which may hold what a client sent: on one line, escaped and cut."""
+    frames = "".join(traceback.format_tb(error.__traceback__, limit=-TRACED_FRAMES))
+    return f"{type(error).__name__}: {shown(str(error), TRACED_CHARS)}\n{frames}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from maskserve.version import version
 from maskserve_api.body import Memory
+from maskserve_api.jobs.desk import Jobs
+from maskserve_api.jobs.job import ENDED, Status
 from maskserve_api.lane import Lane
 from maskserve_api.record import Record
 
@@ -18,7 +23,7 @@ BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 6
 class Metrics:
     """What the service counts, and what it reads off the lane and the memory when it is asked."""
 
-    def __init__(self, lane: Lane, memory: Memory) -> None:
+    def __init__(self, lane: Lane, memory: Memory, jobs: Jobs | None = None) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -45,6 +50,8 @@ class Metrics:
         depth.set_function(lambda: lane.n_pending)
         held = Gauge("maskserve_held_bytes", "Bytes of the bodies in flight and of their answers", registry=registry)
         held.set_function(lambda: memory.held_bytes)
+        if jobs is not None:
+            registry.register(OfJobs(jobs))
 
     def count(self, record: Record, seconds: dict[str, float]) -> None:
         """Adds one request that has ended."""
@@ -64,3 +71,28 @@ class Metrics:
         except (TypeError, ValueError):  # the library fails on a version that is no number
             encode, media_type = choose_encoder("")
         return encode(self.registry), media_type
+
+
+class OfJobs(Collector):
+    """What is read off the jobs when it is asked for."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs = jobs
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        there = GaugeMetricFamily("maskserve_jobs", "Jobs that are there, by how far they are", labels=["status"])
+        for status in Status:
+            there.add_metric([status], self.jobs.n_by_status[status])
+        yield there
+        yield CounterMetricFamily(
+            "maskserve_jobs_started", "Attempts to compute a job that have begun", value=self.jobs.n_started
+        )
+        ended = CounterMetricFamily("maskserve_jobs_ended", "Jobs that have ended, by how", labels=["status"])
+        for status in ENDED:
+            ended.add_metric([status], self.jobs.n_ended[status])
+        yield ended
+        yield GaugeMetricFamily(
+            "maskserve_jobs_kept_bytes",
+            "Bytes that jobs keep on disk, bodies and results",
+            value=self.jobs.quota.n_bytes,
+        )

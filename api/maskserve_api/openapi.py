@@ -11,7 +11,7 @@ from maskserve.ops import default, verb_summary, verbs
 from maskserve.ops.parameters import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
-from maskserve_api import v2_openapi
+from maskserve_api import jobs_openapi, v2_openapi
 from maskserve_api.forms import Form
 from maskserve_api.operations import HEADERS, PROBLEM, failures, getter, in_path
 from maskserve_api.problems import STATUS
@@ -30,13 +30,13 @@ TENSOR: Json = {
         },
     ],
 }
-NO_VERB = frozenset({404, 405})
-"""Statuses of paths that are not there."""
+NO_VERB = frozenset({404, 405, 409, 410, 416})
+"""Statuses of paths that are not there, and of results of jobs."""
 KEY: Json = {"type": "http", "scheme": "bearer", "description": "where the service was given a file of keys"}
 
 
-def document() -> Json:
-    """The whole document, checked against FastAPI's models of OpenAPI."""
+def document(*, jobs: bool = False) -> Json:
+    """The whole document, of a service with jobs or without, checked against FastAPI's models of OpenAPI."""
     api = OpenAPI.model_validate(
         {
             "openapi": "3.1.0",
@@ -46,15 +46,21 @@ def document() -> Json:
                 "description": "Computes on tensors with missing values: a payload in, a payload out.",
             },
             "paths": {
-                **{f"/v1/{verb}": {"post": operation(verb)} for verb in verbs()},
+                **{f"/v1/{verb}": {"post": operation(verb, jobs=jobs)} for verb in verbs()},
                 "/v1/ops": {"get": getter("ops", "every op with its parameters and their exact JSON schema", 401, 403)},
                 "/v1/ops/{name}": {"get": getter("op", "one op", 401, 403, 404) | {"parameters": [in_path("name")]}},
                 "/livez": {"get": getter("livez", "200 while the process lives")},
                 "/readyz": {"get": getter("readyz", "200 while requests are taken, else 503", 503)},
+                **(jobs_openapi.paths() if jobs else {}),
                 **v2_openapi.paths(),
             },
             "components": {
-                "schemas": {"Problem": PROBLEM, "Tensor": TENSOR, **v2_openapi.SCHEMAS},
+                "schemas": {
+                    "Problem": PROBLEM,
+                    "Tensor": TENSOR,
+                    **(jobs_openapi.SCHEMAS if jobs else {}),
+                    **v2_openapi.SCHEMAS,
+                },
                 "securitySchemes": {"key": KEY},
             },
             "security": [{"key": []}, {}],
@@ -64,8 +70,9 @@ def document() -> Json:
     return written
 
 
-def operation(verb: str) -> Json:
+def operation(verb: str, *, jobs: bool) -> Json:
     rows = requests.rows(verb)
+    statuses = {*STATUS.values()} - NO_VERB - (set() if jobs else jobs_openapi.STATUSES)
     payload = {
         Form.JSON: {  # first: the form that a page can show and send
             "schema": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Tensor"}},
@@ -77,10 +84,16 @@ def operation(verb: str) -> Json:
         "operationId": verb,
         "summary": f"{verb}: {', '.join(row.name for row in rows)}",
         "description": verb_summary(verb),
-        "parameters": [op(verb), *(in_query(verb, p.name) for p in requests.parameters(verb)), *HEADERS],
+        "parameters": [
+            op(verb),
+            *(in_query(verb, p.name) for p in requests.parameters(verb)),
+            *HEADERS,
+            *(jobs_openapi.HEADERS if jobs else ()),
+        ],
         "requestBody": {"required": True, "content": payload},
         "responses": {"200": {"description": "the answer", "content": payload}}
-        | failures(*sorted(set(STATUS.values()) - NO_VERB)),
+        | ({"202": jobs_openapi.ACCEPTED} if jobs else {})
+        | failures(*sorted(statuses)),
     }
 
 

@@ -14,7 +14,8 @@ from maskserve_api import errors as service
 CONTENT_TYPE = "application/problem+json"
 MAX_BYTES = 8192
 DETAIL_BYTES, PARAMETER_BYTES, ALLOWED_BYTES = 2048, 512, 3072  # as JSON; the detail stands in a problem twice
-RETRY_AFTER_S = 1
+RETRY_AFTER_S: Mapping[int, int] = MappingProxyType({409: 1, 429: 1, 503: 1, 507: 10})
+"""Statuses that may pass, and the seconds after which it is worth to ask again."""
 FAILED = "the service failed; its log has the reason under this request_id"
 Headers = list[tuple[bytes, bytes]]
 
@@ -74,6 +75,15 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         service.DrainingError: 503,
         service.DeadlineError: 504,
         service.NotOfferedError: 501,
+        service.UnknownJobError: 404,
+        service.JobNotFinishedError: 409,
+        service.JobExpiredError: 410,
+        service.JobCancelledError: 410,
+        service.JobLimitError: 429,
+        service.IdempotencyError: 422,
+        service.RangeError: 416,
+        service.SpoolError: 503,
+        service.NoSpaceError: 507,
     }
 )
 
@@ -113,7 +123,9 @@ def problem(error: MaskserveError, request_id: str) -> tuple[int, Headers, bytes
     """The status, headers and body that tell of `error`."""
     kind = type(error)
     status = status_of(kind)
-    if status == 500:  # its message may name settings and paths, which are nobody's business
+    if (
+        status == 500 and kind is not errors.WorkerLostError
+    ):  # it may name settings and paths, which are nobody's business
         error = service.InternalError(FAILED)
     detail = clipped(error.message, DETAIL_BYTES)
     body = encoded(
@@ -135,10 +147,12 @@ def problem(error: MaskserveError, request_id: str) -> tuple[int, Headers, bytes
 
 def headers(error: MaskserveError, status: int, n_bytes: int) -> Headers:
     given = [(b"content-type", CONTENT_TYPE.encode()), (b"content-length", str(n_bytes).encode())]
-    if status == 503:
-        given.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    if status in RETRY_AFTER_S:
+        given.append((b"retry-after", str(RETRY_AFTER_S[status]).encode()))
     if isinstance(error, service.UnauthorizedError):
         given.append((b"www-authenticate", b'Bearer realm="maskserve"'))
+    if isinstance(error, service.RangeError):
+        given.append((b"content-range", f"bytes */{error.n_bytes}".encode()))
     if isinstance(error, service.MethodError):
         given.append((b"allow", ", ".join(error.allowed).encode("ascii", "replace")))
     return given

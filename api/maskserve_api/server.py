@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import resource
 import signal
 import socket
@@ -18,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 
+from maskserve.cgroup import default_memory
 from maskserve.errors import SettingsError
 from maskserve.payload.format import DEFAULT_LIMITS, Limits
 from maskserve.payload.header import shown
@@ -26,6 +28,8 @@ from maskserve_api.addresses import BACKLOG, bound, is_awaited, netloc, resolved
 from maskserve_api.allocator import bound_arenas
 from maskserve_api.app import create_app
 from maskserve_api.edge import LOOPBACK_HOSTS, log
+from maskserve_api.forms import bounded
+from maskserve_api.jobs.desk import Jobs, Options
 from maskserve_api.keys import Keys
 from maskserve_api.pages import curl
 from maskserve_api.protocol import Connections, Protocol
@@ -57,10 +61,20 @@ def serve(
     allow_anonymous: bool = False,
     allowed_host: Sequence[str] = (),
     log: str = "json",
+    jobs: bool = False,
+    jobs_folder: str = "",
+    result_ttl: float = 86400.0,
+    jobs_running: int = 2,
+    jobs_max_body: int = 4 << 30,
+    jobs_per_key: int = 1000,
+    jobs_queue: int = 10_000,
+    jobs_disk: int = 16 << 30,
+    memory: int = 0,
 ) -> int:
     """0 after SIGTERM or SIGINT, once running requests are done, and before `drain_delay` and `grace` have passed.
 
-    SettingsError where the address cannot be bound, or is open to others and neither keys nor anonymous use were given.
+    SettingsError where the address cannot be bound, or is open to others and neither keys nor anonymous use were given,
+    or where jobs are to be kept in a folder that cannot be used.
     """
     bound_arenas()
     addresses = resolved(host, port)
@@ -69,18 +83,32 @@ def serve(
     own_hosts = {*LOOPBACK_HOSTS, netloc(host.lower()), *(netloc(address[0]) for _, address in addresses)}
     # a second series beside each, with the time of its first value
     disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types here
-    app = create_app(
-        max_body=max_body,
-        request_timeout=request_timeout,
-        queue=queue,
-        limits=limits,
-        allowed_hosts={*allowed_host, *(own_hosts if is_local else ())} or None,
-        keys=keys,
+    options = Options(
+        folder=jobs_folder or default_folder(),
+        result_ttl_s=result_ttl,
+        n_running=jobs_running,
+        max_body=jobs_max_body,
+        per_key=jobs_per_key,
+        most=jobs_queue,
+        most_bytes=jobs_disk,
+        memory=memory or default_memory(),
     )
     sockets = [bound(family, address) for family, address in addresses]
     logs.configure(log)
     try:
+        desk = Jobs(options, bounded(limits)) if jobs else None
+        app = create_app(
+            max_body=max_body,
+            request_timeout=request_timeout,
+            queue=queue,
+            limits=limits,
+            allowed_hosts={*allowed_host, *(own_hosts if is_local else ())} or None,
+            keys=keys,
+            jobs=desk,
+        )
         rehearse()
+        if desk is not None:
+            say(desk.summary())
         if not is_local:
             say(f"{shown(host)} is served without TLS: put a proxy that terminates TLS in front (docs/security.md)")
         example_host = None if is_local else next(iter(allowed_host), None)
@@ -113,6 +141,12 @@ def keys_of(host: str, path: str, *, is_local: bool, allow_anonymous: bool) -> K
             parameter="host",
         )
     return None
+
+
+def default_folder() -> str:
+    """Where jobs live on a machine whose user did not say: what is to outlast a start belongs to the state of a user."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return os.path.join(state if os.path.isabs(state) else os.path.expanduser("~/.local/state"), "maskserve", "jobs")
 
 
 def say(line: str) -> None:
@@ -174,6 +208,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop, self.listeners = asyncio.get_running_loop(), sockets or ()
+        if self.service.jobs is not None:
+            self.service.jobs.start(self.service.lane)
         if self.keys is not None and threading.current_thread() is threading.main_thread():
             self.loop.add_signal_handler(signal.SIGHUP, self.reload_keys, self.keys)
         await super().startup(sockets=sockets)
@@ -187,6 +223,11 @@ class Server(uvicorn.Server):
             transports = [connection.transport for connection in self.server_state.connections]
             self.connections.drop_stuck(transports, asyncio.get_running_loop().time(), self.service.request_timeout_s)
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets=sockets)
+        if self.service.jobs is not None:
+            await self.service.jobs.close()
 
     def reload_keys(self, keys: Keys) -> None:
         try:
@@ -211,6 +252,8 @@ class Server(uvicorn.Server):
         """Refuses work from here on, except what was sent before the signal, and listens for `delay_s` more."""
         await self.settle()
         self.service.draining = True
+        if self.service.jobs is not None:
+            self.service.jobs.stop()
         await asyncio.sleep(delay_s)
         self.should_exit = True
 

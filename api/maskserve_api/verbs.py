@@ -18,6 +18,9 @@ from maskserve_api import coding, forms, v2_question
 from maskserve_api.body import Claim, Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
 from maskserve_api.forms import Form
+from maskserve_api.jobs.desk import Jobs
+from maskserve_api.jobs.headers import prefers_async
+from maskserve_api.jobs.submitting import Submission
 from maskserve_api.lane import Lane
 from maskserve_api.query import request_of, words_of
 from maskserve_api.record import record_of
@@ -37,6 +40,8 @@ class Service:
     lane: Lane
     memory: Memory
     limits: Limits
+    jobs: Jobs | None = None
+    """Where requests may be answered later."""
     draining: bool = False
 
 
@@ -57,7 +62,8 @@ class Verb:
         question = self.form or forms.of_question(headers)
         answer = self.form or forms.of_answer(headers, question)
         body_coding = coding.of_body(headers)
-        n_bytes = declared_bytes(headers, self.service.max_body)
+        jobs = self.service.jobs if self.form is None and prefers_async(headers) else None
+        n_bytes = declared_bytes(headers, self.service.max_body if jobs is None else jobs.options.max_body)
         query, head, request = scope["query_string"], None, None
         if question is Form.V2:
             head = v2_question.head(self.name, words_of(self.name, query), headers)
@@ -65,6 +71,21 @@ class Verb:
             request = request_of(self.name, query)
             record.op = request.row.name
         timeout_s = timeout_of(headers, self.service.request_timeout_s)
+        if jobs is not None and request is not None:
+            submission = Submission(
+                jobs=jobs,
+                memory=self.service.memory,
+                limits=self.service.limits,
+                request=request,
+                query=query,
+                question=question,
+                answer=answer,
+                coding=body_coding,
+                n_bytes=n_bytes,
+                timeout_s=timeout_s,
+            )
+            await submission(scope, receive, send)
+            return
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         stages = record.stages
         with self.service.memory.claim() as claim:

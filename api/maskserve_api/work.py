@@ -18,7 +18,7 @@ from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED
 from maskserve.ops.rows import Row
 from maskserve.payload import json
-from maskserve.payload.format import Buffer, BytesPayload, Limits
+from maskserve.payload.format import Buffer, BytesPayload, Limits, Payload
 from maskserve.requests import Request
 from maskserve_api import v2_answer, v2_question
 from maskserve_api.coding import compressed
@@ -28,6 +28,8 @@ from maskserve_api.v2_question import Head, V2Payload
 
 AnyPayload: TypeAlias = BytesPayload | V2Payload
 GZIP_MAGIC = b"\x1f\x8b"
+START_BYTES = 64
+"""By which a body is told."""
 EXAMPLE = b'{"data": [1, 2, null]}'
 SMALL_BYTES = {Form.SAFETENSORS: 1 << 15, Form.JSON: 1 << 11, Form.V2: 1 << 15}
 """Bodies computed where they are read: the slowest op takes 1 ms for them, the median one 0.4 ms, both of which the
@@ -155,23 +157,32 @@ def decode(body: Buffer, form: Form, head: Head | None, limits: Limits) -> AnyPa
     if not len(body):
         example = EXAMPLE.decode() if form is Form.JSON else "a file of safetensors"
         raise PayloadError(f"the body is empty: send a payload, such as {example}")
-    if form is Form.JSON and len(body) > limits.json_bytes:  # before the copy below
-        raise TooLargeError(
-            f"the JSON has {len(body)} bytes; at most {limits.json_bytes} are read: send large tensors as safetensors"
-        )
+    if form is Form.JSON:
+        refuse_large_json(len(body), limits)  # before the copy below
     try:
         return json.decode(bytes(body), limits) if form is Form.JSON else BytesPayload(body, limits)
     except PayloadError as error:
-        said = misnamed(body, form)
-        if said is None:
-            raise
+        refuse_misnamed(bytes(body[:START_BYTES]), form, error)
+        raise
+
+
+def refuse_large_json(n_bytes: int, limits: Limits) -> None:
+    if n_bytes > limits.json_bytes:
+        raise TooLargeError(
+            f"the JSON has {n_bytes} bytes; at most {limits.json_bytes} are read: send large tensors as safetensors"
+        )
+
+
+def refuse_misnamed(start: bytes, form: Form, error: PayloadError) -> None:
+    """Raises, because of `error`, where a body that begins so is not what its headers call it."""
+    said = misnamed(start, form)
+    if said is not None:
         looks, header, instead = said
         raise PayloadError(f"the body looks like {looks}: send {instead}", parameter=header) from error
 
 
-def misnamed(body: Buffer, form: Form) -> tuple[str, str, str] | None:
+def misnamed(start: bytes, form: Form) -> tuple[str, str, str] | None:
     """What a body looks like that is not what its headers say, which header is at fault, and what to send instead."""
-    start = bytes(body[:64])
     if start.startswith(GZIP_MAGIC):
         return "a gzip stream", "Content-Encoding", "Content-Encoding: gzip"
     if form is Form.JSON and start[8:9] == b"{":
@@ -181,15 +192,13 @@ def misnamed(body: Buffer, form: Form) -> tuple[str, str, str] | None:
     return None
 
 
-def as_safetensors(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
+def as_safetensors(computed: Answer, payload: Payload, limits: Limits) -> Reply:
     encoded = computed.encoded()
     return Reply(encoded.n_bytes, list(encoded.chunks), Form.SAFETENSORS)
 
 
-def as_json(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
-    """A plain question gets a plain answer; all others get one that names dtypes."""
-    outputs = computed.outputs()
-    n_bytes = computed.encoded().n_bytes
+def refuse_large_answer(n_bytes: int, limits: Limits) -> None:
+    """Raises where an answer of so many bytes cannot be JSON."""
     if n_bytes > limits.json_bytes:
         raise NotAcceptableError(
             f"the answer has {n_bytes} bytes; as JSON at most {limits.json_bytes} are written: "
@@ -197,6 +206,13 @@ def as_json(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
             parameter="Accept",
             allowed=[Form.SAFETENSORS],
         )
+
+
+def as_json(computed: Answer, payload: Payload, limits: Limits) -> Reply:
+    """A plain question gets a plain answer; all others get one that names dtypes."""
+    outputs = computed.outputs()
+    n_bytes = computed.encoded().n_bytes
+    refuse_large_answer(n_bytes, limits)
     form: Literal["plain", "explicit"] = payload.form if isinstance(payload, json.JsonPayload) else "explicit"
     try:
         pieces = json.encode(outputs, computed.metadata, form)
@@ -206,7 +222,7 @@ def as_json(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
     return Reply(sum(map(len, chunks)), chunks, Form.JSON)
 
 
-def as_v2(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
+def as_v2(computed: Answer, payload: Payload, limits: Limits) -> Reply:
     """JSON and the bytes behind it, compressed where the client takes nothing else."""
     assert isinstance(payload, V2Payload)
     text, data = v2_answer.encode(computed.outputs(), payload.asked, limits.json_bytes)
@@ -220,7 +236,7 @@ def as_v2(computed: Answer, payload: AnyPayload, limits: Limits) -> Reply:
     return Reply(sum(memoryview(chunk).nbytes for chunk in chunks), chunks, Form.V2 if data else Form.JSON, headers)
 
 
-ENCODERS: dict[Form, Callable[[Answer, AnyPayload, Limits], Reply]] = {
+ENCODERS: dict[Form, Callable[[Answer, Payload, Limits], Reply]] = {
     Form.SAFETENSORS: as_safetensors,
     Form.JSON: as_json,
     Form.V2: as_v2,

@@ -47,6 +47,40 @@ def serve(
         bool,
         typer.Option("--allow-anonymous", help="serve everyone who can reach a public address", show_default=False),
     ] = False,
+    jobs: Annotated[
+        bool | None,
+        typer.Option("--jobs/--no-jobs", help="take jobs: Prefer: respond-async is answered later", show_default=False),
+    ] = None,
+    jobs_folder: Annotated[
+        str | None,
+        typer.Option("--jobs-folder", metavar="DIR", help="keeps jobs; default: ~/.local/state/maskserve/jobs"),
+    ] = None,
+    result_ttl: Annotated[
+        str | None, typer.Option("--result-ttl", metavar="S", help="seconds that results are kept; default: 86400")
+    ] = None,
+    jobs_running: Annotated[
+        str | None, typer.Option("--jobs-running", metavar="N", help="most jobs that run at once; default: 2")
+    ] = None,
+    jobs_max_body: Annotated[
+        str | None, typer.Option("--jobs-max-body", metavar="SIZE", help="largest body of a job; default: 4GiB")
+    ] = None,
+    jobs_per_key: Annotated[
+        str | None, typer.Option("--jobs-per-key", metavar="N", help="most unended jobs of one key; default: 1000")
+    ] = None,
+    jobs_queue: Annotated[
+        str | None, typer.Option("--jobs-queue", metavar="N", help="most unended jobs of all keys; default: 10000")
+    ] = None,
+    jobs_disk: Annotated[
+        str | None, typer.Option("--jobs-disk", metavar="SIZE", help="most bytes that jobs keep; default: 16GiB")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="bytes that running jobs hold of their data; default: half of what is granted",
+        ),
+    ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option("--allowed-host", metavar="NAME", help="a Host name that is served; may be given again"),
@@ -66,6 +100,15 @@ def serve(
         "serve_log": log,
         "serve_keys_file": keys_file,
         "serve_allow_anonymous": allow_anonymous or None,
+        "serve_jobs": jobs,
+        "serve_jobs_folder": jobs_folder,
+        "serve_result_ttl": result_ttl,
+        "serve_jobs_running": jobs_running,
+        "serve_jobs_max_body": jobs_max_body,
+        "serve_jobs_per_key": jobs_per_key,
+        "serve_jobs_queue": jobs_queue,
+        "serve_jobs_disk": jobs_disk,
+        "memory": memory,
         "serve_allowed_host": allowed_host or None,
     }
     settings = settings_of(config, flags)

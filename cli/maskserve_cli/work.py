@@ -108,8 +108,7 @@ def answered(
         return
     collect_again()
     memory = inputs.memory_of(settings)
-    steps = answers.rooms(answers.explain(request, payload, others), memory)
-    n_bytes = sum(step.bytes_read * max(step.passes(room), 1) for step, room in steps if step.is_streamed(room))
+    n_bytes = answers.bytes_to_read(request, payload, others, memory=memory)
     with progress("reading", n_bytes) as tick, execution.using(threads=settings["threads"] or None, tick=tick):
         yield answers.run(request, payload, others, memory=memory)
 
