@@ -17,10 +17,10 @@ from maskserve.answers import Answer
 from maskserve.cgroup import cpus
 from maskserve.errors import ParameterError
 from maskserve.executors import Limits as Bounds
-from maskserve.executors import Processes
 from maskserve.payload.files import FilePayload, failing, temp_name
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
+from maskserve.processes import Processes
 from maskserve.shards import Shard
 
 HELD_SHARE = 4

@@ -9,7 +9,6 @@ there is room for them, by number and by bytes. Imports no torch.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import deque
@@ -29,7 +28,6 @@ AHEAD = 2
 """Tasks in flight a worker: the one that runs, and one that waits for it to end."""
 WINDOW = 8
 """Tasks a worker that may be done or in flight beyond the first that is not, where outcomes keep the order of tasks."""
-log = logging.getLogger("maskserve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,28 +226,3 @@ class Threads:
                     yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Processes:
-    """Tasks in processes of their own; 0 workers are the CPUs that the cgroup grants, and share them as threads.
-
-    A task whose worker dies is run again, `retries` times at most, and then has a WorkerLostError. `split` gives the parts
-    of a task that are run by themselves instead, once, so that only one of them is at fault. `tell` hears, a line
-    each, of workers that die.
-    """
-
-    workers: int = 0
-    retries: int = 2
-    split: Callable[[Any], list[Any]] = lambda task: [task]
-    tell: Callable[[str], None] = log.warning
-
-    def run(
-        self, function: Callable[[T], R], tasks: Iterable[T], limits: Limits | None = None
-    ) -> Generator[Outcome[T, R], None, None]:
-        from maskserve.processes import Crew  # 20 ms that the others do without
-
-        workers = self.workers or cpus()
-        queue = Queue(tasks, limits or Limits(), workers)
-        crew = Crew(function, queue, workers=workers, retries=self.retries, split=self.split, tell=self.tell)
-        return queue.arranged(crew.outcomes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -11,15 +12,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 from maskserve.cgroup import UNLIMITED, cpus
 from maskserve.errors import ParameterError, WorkerLostError
-from maskserve.executors import AHEAD, POLL_S, Job, Outcome, Queue
+from maskserve.executors import AHEAD, POLL_S, Job, Limits, Outcome, Queue
 
+log = logging.getLogger("maskserve")
 T = TypeVar("T")
 R = TypeVar("R")
 START_DEATHS = 3
@@ -32,6 +35,29 @@ HEALTH_S = 1.0
 STOPPED_CHECKS = 30
 """Seconds that a worker may be stopped (SIGSTOP) before it is ended."""
 PROGRAM = "import sys; sys.path[:] = {path!r}; from maskserve.worker import main; main({fd}, {parent}, {is_tied})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """Tasks in processes of their own; 0 workers are the CPUs that the cgroup grants, and share them as threads.
+
+    A task whose worker dies is run again, `retries` times at most, and then has a WorkerLostError. `split` gives the parts
+    of a task that are run by themselves instead, once, so that only one of them is at fault. `tell` hears, a line
+    each, of workers that die.
+    """
+
+    workers: int = 0
+    retries: int = 2
+    split: Callable[[Any], list[Any]] = lambda task: [task]
+    tell: Callable[[str], None] = log.warning
+
+    def run(
+        self, function: Callable[[T], R], tasks: Iterable[T], limits: Limits | None = None
+    ) -> Generator[Outcome[T, R], None, None]:
+        workers = self.workers or cpus()
+        queue = Queue(tasks, limits or Limits(), workers)
+        crew = Crew(function, queue, workers=workers, retries=self.retries, split=self.split, tell=self.tell)
+        return queue.arranged(crew.outcomes())
 
 
 class Worker(Generic[T]):

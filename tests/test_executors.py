@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from maskserve.errors import ParameterError, WorkerLostError
-from maskserve.executors import Executor, Limits, Outcome, Processes, Serial, Stop, Threads
+from maskserve.executors import Executor, Limits, Outcome, Serial, Stop, Threads
+from maskserve.processes import Processes
 from tests import executor_tasks as tasks
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +158,7 @@ def test_a_function_of_main_is_refused_in_words() -> None:
 
 def test_neither_parent_nor_worker_imports_torch_by_itself() -> None:
     code = (
-        "import sys; from maskserve.executors import *; from tests.executor_tasks import no_torch;"
+        "import sys; from maskserve.processes import Processes; from tests.executor_tasks import no_torch;"
         "assert [o.result for o in Processes(workers=1).run(no_torch, [1])] == [True]; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -166,7 +167,7 @@ def test_neither_parent_nor_worker_imports_torch_by_itself() -> None:
 @pytest.mark.parametrize("in_thread", [False, True], ids=["main thread", "other thread"])
 def test_workers_end_with_a_parent_that_is_killed(in_thread: bool) -> None:
     code = (
-        "import threading; from maskserve.executors import *; from tests.executor_tasks import wait_long\n"
+        "import threading; from maskserve.processes import Processes; from tests.executor_tasks import wait_long\n"
         "def work(): list(Processes(workers=2).run(wait_long, [1, 2]))\n"
         + ("t = threading.Thread(target=work); t.start(); t.join()" if in_thread else "work()")
     )

@@ -17,11 +17,12 @@ from maskserve.batch.inputs import Version, find, version_of
 from maskserve.batch.job import Job
 from maskserve.batch.ledger import Failure, Part
 from maskserve.batch.work import Block, Item, Report, Work, failure
-from maskserve.executors import Executor, Limits, Outcome, Processes, Stop
+from maskserve.executors import Executor, Limits, Outcome, Stop
 from maskserve.payload.files import _sync_folder, failing, save, temps_of
 from maskserve.payload.header import Limits as HeaderLimits
 from maskserve.payload.header import shown
 from maskserve.payload.writing import Encoded
+from maskserve.processes import Processes
 from maskserve.settings import LEAST_MEMORY
 from maskserve.shards import WHOLE, Shard
 
