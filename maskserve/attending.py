@@ -27,6 +27,9 @@ from maskserve.tracing import in_transform, is_followed
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 """What torch's own function calls; that does not hand out the logarithms of sums which the way back needs."""
+SERVED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+STEADY = 2.0**-16
+"""How far rounding may move a score: the way back raises e to the difference of a score and the sum that was kept."""
 TOGETHER = 8
 ALL = 0x0101010101010101
 """Cells of a mask that are looked at together, as one number; and that number where all are valid."""
@@ -52,12 +55,14 @@ def attended(
     words = [Words(x._data, valid) for x in given if (valid := whole_words(x)) is not None]
     if len(words) < len(given) or (met := meetings(words, masks)) is None:
         return None
-    if not torch.equal(words[1].valid, words[2].valid) or not is_bounded(words, scale):
+    followed = any(is_followed(of.cells) for of in words)
+    # the way back finds weights again, and the junk of a masked query may make them inf
+    if followed or not torch.equal(words[1].valid, words[2].valid) or not is_bounded(words, scale):
         words = [Words(without_junk(x), of.valid) for x, of in zip(given, words, strict=True)]
         if not is_bounded(words, scale):
             return None
     how = OfAttention(met, scale, *(of.valid for of in words))
-    if not any(is_followed(of.cells) for of in words):
+    if not followed:
         made = how.compute(tuple(of.cells for of in words), ())
         return MaskedTensor._of(made.values, made.valid[..., :1])
     operands = [Operand(of.cells, x._mask, x._reach) for x, of in zip(given, words, strict=True)]
@@ -65,9 +70,11 @@ def attended(
 
 
 def is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if q.dtype not in SERVED or any(x.layout is not torch.strided or x.is_meta for x in (q, k, v)):
+        return False
     alike = q.dtype is k.dtype is v.dtype and q.device == k.device == v.device
     alike = alike and q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.shape[-1] == k.shape[-1]
-    return alike and k.shape == v.shape and q.is_floating_point() and q.ndim in (3, 4) and 0 not in (*q.shape, *k.shape)
+    return alike and k.shape == v.shape and q.ndim in (3, 4) and 0 not in (*q.shape, *k.shape)
 
 
 def whole_words(x: MaskedTensor) -> Tensor | None:
@@ -114,6 +121,12 @@ def is_bounded(words: Sequence[Words], scale: float) -> bool:
     return length(q) * length(k) * max(abs(scale), 1) < most(q) and length(v) < most(v)
 
 
+def is_steady(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether scores found again are the same: by Cauchy and Schwarz, of the longest query and the longest key."""
+    lengths = (float(torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide(x)).amax()) for x in (q, k))
+    return math.prod(lengths) * abs(scale) * torch.finfo(wide(q)).eps <= STEADY
+
+
 def length(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.detach(), dtype=wide(x)))
 
@@ -156,8 +169,8 @@ class OfAttention(Operation):
         """By the fused kernel, which gives exactly 0 where nothing is reached; by the formula where it is followed."""
         if any(map(is_followed, (*given.operands, above.g))):
             return super().gradients(given, above, reached)
-        g, v = kept(above.g, above.gate), given.operands[2]
-        if not length(g) * max(length(v), 1) < most(v):
+        g, (q, k, v) = kept(above.g, above.gate), given.operands
+        if not length(g) * max(length(v), 1) < most(v) or not is_steady(q, k, self.scale):
             return super().gradients(given, above, reached)
         return fused_back(g, given, self.bias(v), self.scale)
 

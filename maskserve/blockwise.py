@@ -96,14 +96,13 @@ class Op:
         return Cells(function(*values, **self.params), mask)
 
     def room(self, values: Sequence[Any], spare: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """Where the result may lie: new memory takes longer to get than a cheap op to compute."""
-        for tensor in spare:
-            if (
-                tensor.dtype is self.reuses
-                and tensor.is_contiguous()
-                and all(not isinstance(v, Tensor) or v.shape in (tensor.shape, NO_DIMS) for v in values)
-            ):
-                return {"out": tensor}
+        """Where the result may lie, if it would lie so by itself: new memory takes longer to get than a cheap op to compute."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            return NOTHING
+        for own in spare:
+            if own.dtype is self.reuses and all(tensor.shape in (own.shape, NO_DIMS) for tensor in tensors):
+                return {"out": own}
         return NOTHING
 
     def refused(self, error: Exception) -> MaskserveError:

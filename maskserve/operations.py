@@ -211,7 +211,8 @@ class OfProduct(Operation):
     def compute(self, operands: Cells, masks: Masks) -> Result:
         a, b = operands
         flat: list[Any] = [
-            None if part is None else part.reshape(-1, *part.shape[-2:]) for part in (a, masks[0], b, masks[1])
+            None if part is None else part.reshape(prod(part.shape[:-2]), *part.shape[-2:])
+            for part in (a, masks[0], b, masks[1])
         ]
         values, valid = contractions.product(*flat)
         shape = (*a.shape[:-1], b.shape[-1])

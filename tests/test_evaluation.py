@@ -195,6 +195,19 @@ def is_the_same_after_ops(row: Elementwise, dtype: torch.dtype) -> bool:
     return True
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["atan2(x - 0.5, copysign(y + 0.5, 0.5 - x))", "(abs(x) + 1) ** copysign(y + 0.5, 0.5 - x)", "(y - x) / (x + 2)"],
+)
+def test_memory_that_is_lent_changes_no_bit_where_operands_lie_differently(text: str) -> None:
+    """A kernel of torch goes by the layout of what it is given."""
+    values = {"x": ms.masked_tensor(torch.randn(128, 100) * 3), "y": ms.masked_tensor(torch.randn(100, 128).t() * 3)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "FEW", 1 << 60)
+        expected = evaluate(text, values)
+    assert_same(evaluate(text, values), expected)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in BY_TORCH.values() if kind.code], ids=lambda kind: kind.name)
 def test_what_is_chosen_is_hidden_in_every_dtype(kind: DType) -> None:
     dtype = getattr(torch, kind.torch)

@@ -221,6 +221,57 @@ def test_attention_can_be_differentiated_twice(kind: str, monkeypatch: pytest.Mo
         close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("junk", [1e9, 1e12, 1e30, 1e38])
+def test_junk_in_a_masked_word_changes_no_bit_of_a_gradient(junk: float, dtype: torch.dtype) -> None:
+    """A kernel that finds weights again from junk finds inf; and 0 times inf is NaN."""
+    for n in (2, 17, 20, 33):
+        x, valid = drawn(1, 2, n, 5, seed=n).to(dtype), (torch.arange(n) < n - 1).view(1, 1, n, 1)
+        found = []
+        for below in (0.0, junk):
+            leaves = [leaf(x + i, valid.expand(x.shape), below) for i in range(3)]
+            made = F.scaled_dot_product_attention(*leaves)
+            found.append([made.detach(), *torch.autograd.grad([made.sum()], leaves)])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one.to_tensor(0), other.to_tensor(0))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e4, 1e5])
+def test_gradients_of_attention_hold_where_scores_are_large(size: float) -> None:
+    """Queries meet keys that are all alike: each weighs as much, however large the scores are."""
+    q, v = drawn(1, 1, 17, 5).float() * size, drawn(1, 1, 17, 5, seed=2).float()
+    k = (drawn(1, 1, 1, 5, seed=1).float() * size).expand(q.shape).contiguous()
+    leaves = [leaf(x) for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    found = torch.autograd.grad([F.scaled_dot_product_attention(*leaves).sum()], leaves)
+    above = torch.autograd.grad(F.scaled_dot_product_attention(*exact).sum(), exact)
+    torch.testing.assert_close(found[2].to_tensor(), above[2].float(), rtol=1e-4, atol=1e-4)
+    assert all(bool(g.to_tensor().isfinite().all()) for g in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_attention_widens_what_other_products_widen(dtype: torch.dtype) -> None:
+    x = drawn(2, 4, 8).to(dtype)
+    made = F.scaled_dot_product_attention(*[ms.masked_tensor(x)] * 3)
+    torch.testing.assert_close(made.get_data(), F.scaled_dot_product_attention(*[x.float()] * 3), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_of_what_has_no_cells_of_its_own_is_refused() -> None:
+    sparse = ms.masked_tensor(drawn(2, 4, 8).to_sparse(), torch.ones(2, 4, 8).bool().to_sparse())
+    for x in (ms.masked_tensor(torch.empty(2, 4, 8, device="meta")), sparse):
+        with pytest.raises(MaskserveError, match="strided"):
+            F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("shapes", [((2, 0, 8), (2, 3, 8)), ((2, 3, 8), (2, 0, 8)), ((0, 3, 8), (0, 3, 8))], ids=str)
+def test_attention_of_no_words_has_a_gradient(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    leaves = [leaf(drawn(*shapes[0])), *(leaf(drawn(*shapes[1])) for _ in range(2))]
+    made = F.scaled_dot_product_attention(*leaves)
+    found = torch.autograd.grad([made], leaves, [torch.ones(made.shape, dtype=torch.float64)])
+    assert [g.shape for g in found] == [x.shape for x in leaves]
+    assert not any(bool(g.get_mask().any()) for g in found)
+
+
 def test_an_infinite_gradient_spoils_only_what_its_query_met() -> None:
     q, k, v = (leaf(drawn(1, 4, 8, seed=i)) for i in range(3))
     above = torch.zeros(1, 4, 8, dtype=torch.float64)
