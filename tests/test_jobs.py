@@ -384,7 +384,7 @@ def test_a_job_of_one_key_is_not_there_for_another(folder: Path, tmp_path: Path)
             check_problem(service.http.get(path, headers=bob), 404, "unknown_job")
         check_problem(service.http.delete(one, headers=bob), 404, "unknown_job")
         assert [job["id"] for job in service.http.get("/v1/jobs", headers=bob).json()["jobs"]] == [other[-32:]]
-        assert service.http.get("/v1/jobs", params={"after": one[-32:]}, headers=bob).status_code == 422
+        assert len(service.http.get("/v1/jobs", params={"after": one[-32:]}, headers=bob).json()["jobs"]) == 1
         assert service.http.get(f"{one}?wait=30", headers=alice).json()["status"] == "succeeded"
         assert service.http.get(f"{one}/result").status_code == 401
 
@@ -542,7 +542,7 @@ def test_who_goes_away_waits_no_longer(service: Running) -> None:
         wait_until(lambda: not jobs_of(service)._changes)
 
 
-def test_jobs_are_listed_page_by_page_in_their_order(service: Running) -> None:
+def test_jobs_are_listed_page_by_page_in_their_order_though_those_seen_are_forgotten(service: Running) -> None:
     paths = [submitted(service) for _ in range(5)]
     for path in paths:
         ended(service, path)
@@ -552,12 +552,30 @@ def test_jobs_are_listed_page_by_page_in_their_order(service: Running) -> None:
         page = service.http.get("/v1/jobs", params={"limit": "2"} | after).json()
         assert all(job.keys() == FIELDS for job in page["jobs"])
         seen += [job["id"] for job in page["jobs"]]
+        for job in page["jobs"]:
+            assert service.http.delete(f"/v1/jobs/{job['id']}").status_code == 204
         if page["next"] is None:
             break
         after = {"after": page["next"]}
     assert [f"/v1/jobs/{id}" for id in seen] == paths
+    assert service.http.get("/v1/jobs").json() == {"jobs": [], "next": None}
+    paths = [submitted(service) for _ in range(5)]
+    for path in paths:
+        ended(service, path)
     assert len(service.http.get("/v1/jobs?status=succeeded").json()["jobs"]) == 5
     assert service.http.get("/v1/jobs?status=queued").json()["jobs"] == []
+
+
+def test_a_service_without_jobs_says_so() -> None:
+    with running() as service:
+        for path in ("/v1/jobs", "/v1/jobs/0", "/v1/jobs/0/result"):
+            told = check_problem(service.http.get(path), 404, "unknown_path")
+            assert "--jobs" in told["detail"]
+        assert service.post(MEAN, QUESTION, prefer="respond-async").status_code == 200
+
+
+def test_a_job_that_is_posted_to_the_list_is_told_where_to_go(service: Running) -> None:
+    assert "/v1/{verb} with Prefer" in check_problem(service.http.post("/v1/jobs"), 405, "method_not_allowed")["detail"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from maskserve_api.verbs import Service, Verb
 
 MIB = 1 << 20
 BODIES_IN_FLIGHT = 4
+JOBS = "/v1/jobs"
 
 
 def create_app(
@@ -85,7 +86,12 @@ async def unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "").split(", ")
-        raise MethodError(f"this path takes {' or '.join(allowed)}", allowed=allowed) from None
+        hint = "; a job is a POST to /v1/{verb} with Prefer: respond-async" if request.scope["path"] == JOBS else ""
+        raise MethodError(f"this path takes {' or '.join(allowed)}{hint}", allowed=allowed) from None
+    if request.scope["path"].startswith(JOBS) and request.app.state.service.jobs is None:
+        raise UnknownPathError(
+            "this service takes no jobs, and answers each request at once: who runs it starts it with --jobs"
+        )
     known = [path for route in request.app.routes if "{" not in (path := route.path)]
     raise UnknownPathError(
         f"there is no such path{nearest(request.scope['path'][:64], known)}; "

@@ -102,7 +102,11 @@ def declared_bytes(headers: Headers, max_body: int) -> int | None:
 
 
 def too_large(max_body: int) -> TooLargeError:
-    return TooLargeError(f"the body has more than {max_body} bytes, the most that are read", parameter="Content-Length")
+    return TooLargeError(
+        f"the body has more than {max_body} bytes, the most that are read; who runs the service sets --max-body, and "
+        "--jobs-max-body for jobs",
+        parameter="Content-Length",
+    )
 
 
 async def read_body(

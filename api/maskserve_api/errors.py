@@ -150,13 +150,13 @@ class JobNotFinishedError(ServiceError):
 
 
 class JobExpiredError(ServiceError):
-    """The result was kept for as long as the service says (--result-ttl) and is gone: submit the job again."""
+    """The result was kept as long as results are (--result-ttl), and is gone: submit it again, under a new Idempotency-Key."""
 
     code = "job_expired"
 
 
 class JobCancelledError(ServiceError):
-    """The job was cancelled, so there is no result: submit it again."""
+    """The job was cancelled, so there is no result: submit it again, with a new Idempotency-Key."""
 
     code = "job_cancelled"
 
@@ -187,7 +187,7 @@ class SpoolError(ServiceError):
 
 
 class NoSpaceError(ServiceError):
-    """The disk of the service is full, or its jobs keep as many bytes as they may: forget some, or try again later."""
+    """The disk of the service is full, or the jobs of all keys keep what they may: forget some, or try again later."""
 
     code = "no_space"
 

@@ -109,6 +109,8 @@ def serve(
         rehearse()
         if desk is not None:
             say(desk.summary())
+        elif jobs_folder:
+            say("--jobs-folder says where jobs would live, and this service takes none: add --jobs")
         if not is_local:
             say(f"{shown(host)} is served without TLS: put a proxy that terminates TLS in front (docs/security.md)")
         example_host = None if is_local else next(iter(allowed_host), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter
 from concurrent.futures import Future
@@ -32,6 +33,8 @@ from maskserve_api.table import Json
 
 T = TypeVar("T")
 log = logging.getLogger("maskserve.api")
+TIME_DIGITS, SECRET_BYTES = 12, 10
+"""Of an id: the milliseconds at which it was made, and what cannot be guessed."""
 MOST_ATTEMPTS = 3
 """Attempts that may end with the process's death: a job that kills its service must not do so for ever."""
 MARK_S = 30.0
@@ -76,6 +79,7 @@ class Jobs:
         self.n_ended: Counter[Status] = Counter()
         self.n_started = 0
         self.is_stopping = False
+        self._last_ms = int(self.store.last_id()[:TIME_DIGITS] or "0", 16)
         self._changes: dict[int, set[asyncio.Future[None]]] = {}
         self._marked_s = 0.0
         self._keeper: asyncio.Task[None] | None = None
@@ -87,6 +91,11 @@ class Jobs:
     def job_memory(self) -> int:
         """What each running job may hold."""
         return max(LEAST_MEMORY, self.options.memory // max(1, self.options.n_running))
+
+    def new_id(self) -> str:
+        """An id that nobody guesses; one that comes later is larger, however the clock is set."""
+        self._last_ms = max(self._last_ms + 1, time.time_ns() // 10**6)
+        return f"{self._last_ms:0{TIME_DIGITS}x}{secrets.token_hex(SECRET_BYTES)}"
 
     # -- the life of the service ----------------------------------------------------------------------------------
 

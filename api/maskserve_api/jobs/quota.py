@@ -43,7 +43,7 @@ class Quota:
     def add(self, n_bytes: int) -> None:
         if self.n_bytes + n_bytes > self.most_bytes:
             raise NoSpaceError(
-                f"the jobs of this service would keep more than {self.most_bytes} bytes: forget some (DELETE), or try again later"
+                f"the jobs of all keys would keep more than {self.most_bytes} bytes: forget some (DELETE), or try again later"
             )
         self.n_bytes += n_bytes
 

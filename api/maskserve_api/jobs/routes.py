@@ -32,8 +32,10 @@ from maskserve_api.record import KEY, record_of
 from maskserve_api.verbs import SEND_BYTES, Service
 
 WAIT = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+ID = re.compile(r"[0-9a-f]{32}")
 MOST_WAIT_S = 60.0
 PAGE, MOST_PAGE = 100, 1000
+NEW_KEY = "with a new Idempotency-Key if it had one"
 STATUS, LIMIT, AFTER, WAITED = "status", "limit", "after", "wait"
 
 
@@ -52,20 +54,10 @@ class Listing:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         owner, words = owner_of(scope), words_of(scope, (STATUS, LIMIT, AFTER))
         n = page_size(words.get(LIMIT))
-        found = self.jobs.store.page(owner, statuses(words.get(STATUS)), n + 1, self.number(owner, words.get(AFTER)))
+        found = self.jobs.store.page(owner, statuses(words.get(STATUS)), n + 1, place(words.get(AFTER)))
         told = [self.jobs.told(job) for job in found[:n]]
         following = told[-1]["id"] if len(found) > n else None
         await JSONResponse({"jobs": told, "next": following})(scope, receive, send)
-
-    def number(self, owner: str, after: str | None) -> int:
-        if after is None:
-            return 0
-        job = self.jobs.find(owner, after)
-        if job is None:
-            raise ParameterError(
-                "after names no job that is there: give the `next` of an answer, or leave it out", parameter=AFTER
-            )
-        return job.seq
 
 
 class One:
@@ -240,6 +232,15 @@ def page_size(word: str | None) -> int:
     return n
 
 
+def place(word: str | None) -> str:
+    """The id that a page begins behind; the job itself may have been forgotten meanwhile."""
+    if word is not None and not ID.fullmatch(word):
+        raise ParameterError(
+            "after must be the id of a job: give the `next` of an answer, or leave it out", parameter=AFTER
+        )
+    return word or ""
+
+
 def wait_of(word: str | None) -> float:
     if word is None:
         return 0.0
@@ -260,9 +261,11 @@ def refuse_without_result(job: Job) -> None:
     if job.is_open:
         raise JobNotFinishedError(f"the job is {job.status}: ask again, or wait for it by GET {job.path}?wait=30")
     if job.status is Status.CANCELLED:
-        raise JobCancelledError("the job was cancelled, so there is no result; submit it again")
+        raise JobCancelledError(f"the job was cancelled, so there is no result; submit it again, {NEW_KEY}")
     if job.status is Status.EXPIRED:
-        raise JobExpiredError("the result was kept as long as results are, and is gone; submit the job again")
+        raise JobExpiredError(
+            f"the result was kept as long as results are, and is gone; submit the job again, {NEW_KEY}"
+        )
 
 
 def failed(job: Job, request_id: str) -> Response:

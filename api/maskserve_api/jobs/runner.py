@@ -201,7 +201,10 @@ class Runner:
         except NoSpaceError:
             if found.file is not None:
                 found.file.discard()
-            raise
+            raise NoSpaceError(
+                f"the result has {found.n_bytes} bytes, and with it the jobs of all keys would keep more than "
+                f"{self.jobs.quota.most_bytes}: forget some (DELETE), then submit this one again, with a new Idempotency-Key"
+            ) from None
         try:
             return await asyncio.to_thread(on_disk, found, self._file(job))
         except BaseException:

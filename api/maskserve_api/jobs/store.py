@@ -40,7 +40,7 @@ CREATE TABLE jobs (
     is_inline INTEGER NOT NULL, n_blocks INTEGER NOT NULL, n_done INTEGER NOT NULL, result_bytes INTEGER,
     result_sha256 TEXT, result_type TEXT, problem TEXT, UNIQUE (owner, idempotency)
 );
-CREATE INDEX by_owner ON jobs (owner, seq);
+CREATE INDEX by_owner ON jobs (owner, id);
 CREATE INDEX by_status ON jobs (status, seq);
 CREATE INDEX by_end ON jobs (ended_age_s) WHERE {HAS_ENDED};
 CREATE INDEX by_expiry ON jobs (ended_age_s) WHERE {HAS_EXPIRED};
@@ -144,11 +144,11 @@ class Store:
     def by_idempotency(self, owner: str, key: str) -> Job | None:
         return self._one(f"SELECT {COLUMNS} FROM jobs WHERE owner = ? AND idempotency = ?", (owner, key))
 
-    def page(self, owner: str, statuses: Iterable[Status], n: int, after: int) -> list[Job]:
-        """At most `n` jobs of an owner, in the order in which they were submitted, from behind number `after`."""
+    def page(self, owner: str, statuses: Iterable[Status], n: int, after: str) -> list[Job]:
+        """At most `n` jobs of an owner, in the order in which their submission began, from behind the id `after`."""
         wanted = tuple(statuses)
         marks = ", ".join("?" * len(wanted))
-        text = f"SELECT {COLUMNS} FROM jobs WHERE owner = ? AND seq > ? AND status IN ({marks}) ORDER BY seq LIMIT ?"
+        text = f"SELECT {COLUMNS} FROM jobs WHERE owner = ? AND id > ? AND status IN ({marks}) ORDER BY id LIMIT ?"
         return [as_job(row) for row in self._rows(text, (owner, after, *wanted, n))]
 
     def of_status(self, *statuses: Status) -> list[Job]:
@@ -176,6 +176,11 @@ class Store:
         """The ids of jobs whose results are files."""
         text = "SELECT id FROM jobs WHERE status = ? AND seq NOT IN (SELECT seq FROM results)"
         return {id for (id,) in self._rows(text, (Status.SUCCEEDED,))}
+
+    def last_id(self) -> str:
+        """The largest id of those that are here; empty without one."""
+        ((id,),) = self._rows("SELECT COALESCE(MAX(id), '') FROM jobs", ())
+        return str(id)
 
     def oldest(self) -> tuple[float | None, float | None]:
         """The age of the spool when the first of the jobs that have ended did so, and the first of the expired ones."""

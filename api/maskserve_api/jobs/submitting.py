@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
@@ -77,7 +76,7 @@ class Submission:
 
     async def _taken(self, owner: str, key: str | None, record: Record, read: Read) -> tuple[Job, str]:
         """The job on disk, a new one or the one that its key has had, and what tells this request from another."""
-        id, stages = secrets.token_hex(16), record.stages
+        id, stages = self.jobs.new_id(), record.stages
         incoming, is_kept = Incoming(lambda: self.jobs.file_of_body(id)), False
         with self._place(owner) as place:
             try:
