@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 
 from maskserve.answers import Answer
 from maskserve.cgroup import cpus
-from maskserve.errors import ParameterError
+from maskserve.errors import InputChangedError
 from maskserve.executors import Limits as Bounds
-from maskserve.payload.files import FilePayload, failing, temp_name
+from maskserve.payload.files import FilePayload, failing, file_state, temp_name
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.processes import Processes
@@ -40,6 +40,9 @@ class Share:
     memory: int
     folder: str
     """The name of a folder beside others of the system's for temporary files: there once a state is too large to be sent."""
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}"
 
 
 Lifted: TypeAlias = bytes | str
@@ -89,6 +92,14 @@ def opened(state: Lifted) -> Payload:
     return payload
 
 
+def states_of(paths: Sequence[str]) -> list[object]:
+    """What tells a file from the one that it was before."""
+    try:
+        return [file_state(os.stat(path)) for path in paths]
+    except OSError as error:
+        raise InputChangedError(f"{shown(str(error.filename))} is no longer there: {error.strerror}") from None
+
+
 def reduce(
     verb: str, words: Mapping[str, Any], paths: Sequence[str], along: str | None, *, workers: int, limits: Limits, memory: int,
     tell: Callable[[str], None],
@@ -96,11 +107,7 @@ def reduce(
     """The answer of a reduction, its shards in `workers` processes (0: one a CPU); `tell` hears of those that die."""
     from maskserve import states
 
-    if workers < 0:
-        raise ParameterError(
-            f"workers is {workers}; give a number of processes, or 0 for one a CPU", parameter="workers"
-        )
-    n, folder = workers or cpus(), temp_name()
+    n, folder, before = workers or cpus(), temp_name(), states_of(paths)
     shares = [
         Share(
             verb=verb, words=dict(words), paths=tuple(paths), along=along, shard=Shard(i, n), limits=limits, memory=memory // n,
@@ -116,6 +123,8 @@ def reduce(
                     raise outcome.error
                 assert outcome.result is not None
                 found.append((f"shard {outcome.task.shard}", states.read(opened(outcome.result))))
+        if states_of(paths) != before:  # each has read one version of a file, but perhaps not the same one
+            raise InputChangedError("a file changed while processes read it; run again once it is written")
     finally:
         shutil.rmtree(os.path.join(tempfile.gettempdir(), folder), ignore_errors=True)
     return states.merge(found).answer(memory)

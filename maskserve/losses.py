@@ -23,7 +23,7 @@ def compute(row: Loss, given: MaskedTensor, target: Any, said: dict[str, Any]) -
     params = resolve(row, {name: value for name, value in said.items() if name not in tensors and value is not None})
     weight = tensors.get("weight")
     if isinstance(target, int | float):
-        target = torch.full((), target, dtype=given.dtype, device=given.device)
+        target = of_number(target, given)
     if row.cells is not None:
         third = (tensors.get(row.third),) if row.third else ()
         own = {p.name: params[p.name] for p in row.cells.parameters}
@@ -34,6 +34,19 @@ def compute(row: Loss, given: MaskedTensor, target: Any, said: dict[str, Any]) -
         losses = losses if weight is None else times(losses, weight)
         weight = None
     return reduced(losses, weight, params["reduction"], params["dim"])
+
+
+def of_number(target: int | float, given: MaskedTensor) -> Tensor:
+    """A number as a target: in the dtype of the cells, or in that of both together where they are whole and it is not."""
+    cells = given._data
+    dtype = torch.result_type(cells, target)
+    if isinstance(target, float):
+        return torch.tensor(target, dtype=torch.float64, device=cells.device).to(dtype)
+    if not (dtype.is_floating_point or dtype_of(cells).holds(target)):
+        raise DtypeError(
+            f"the target {target} does not fit {dtype_of(cells).name}; convert the input first, to a dtype that holds it"
+        )
+    return torch.tensor(float(target) if dtype.is_floating_point else target, dtype=dtype, device=cells.device)
 
 
 def reduced(losses: MaskedTensor, weight: Any, reduction: str, dim: Any) -> MaskedTensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from maskserve import contracting, equations, functions
+from maskserve import contracting, equations, functions, losses
 from maskserve.alignment import Shape, described, dim_numbers, laid_over, laid_together
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.moves import Masked
@@ -233,7 +233,7 @@ def of_cells(row: Loss, pair: Operands, sides: Operands, params: Params) -> Loss
         for word, operand in {**pair, **sides}.items()
     }
     if "target" not in tensors:
-        samples["target"] = torch.full((), samples["target"], dtype=samples["input"].dtype)
+        samples["target"] = losses.of_number(samples["target"], samples["input"])
     third = [samples.get(row.third)] if row.third else []
     own = {p.name: params[p.name] for p in row.cells.parameters}
     made = functions.elementwise(row.cells, (samples["input"], samples["target"], *third), None, None, own)

@@ -181,7 +181,7 @@ def _plan(
         raise ParameterError(f"{row.name}: {wrong}", parameter=word if word in params else None)
     dims = normalize_dims(row, params.get("dim"), shape)
     result = row.result(as_floats(dtype), params)
-    check_result(row, as_floats(dtype), result)
+    check_result(row, as_floats(dtype), result, row.result(as_floats(dtype), {**params, "dtype": None}))
     folded = fold(shape, dims)
     out_shape = shape
     if isinstance(row, Reduction):
@@ -229,9 +229,8 @@ def seen(row: SlicedRow, dtype: DType) -> DType:
     return f64 if negates and wide.is_integral else wide
 
 
-def check_result(row: Row, dtype: DType, result: DType) -> None:
+def check_result(row: Row, dtype: DType, result: DType, natural: DType) -> None:
     """`dtype=` may float an integer, or narrow or widen within a kind; it may not drop fractions without a word."""
-    natural = row.result(dtype, {})
     whole = dtypes.INTEGRAL - {dtypes.boolean} if natural.is_integral else frozenset()
     allowed = dtypes.FLOATING | whole
     if result is not natural and result not in allowed:

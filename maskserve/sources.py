@@ -283,10 +283,10 @@ class Laid(Source):
 
     def window(self, where: Window) -> Masked:
         asked = [slice(0, n) for n in self.of.shape]
-        own = (dim for dim in self.order if self.of.shape[dim] > 1)
+        own = (dim for dim in self.order if self.of.shape[dim] != 1)
         lengths = [1] * len(self.shape)
         for at, n in enumerate(self.sizes):
-            if n > 1:
+            if n != 1:
                 asked[next(own)] = where[at]
                 lengths[at] = where[at].stop - where[at].start
         data, mask = self.of.window(tuple(asked))

@@ -57,7 +57,7 @@ class Stage(Source):
 
 def part(leaf: Source, axes: Shape, where: Window) -> Masked:
     """What of a leaf lies in a window; a size 1 lies in each."""
-    return leaf.window(tuple(where[dim] if n > 1 else slice(0, n) for n, dim in zip(leaf.shape, axes, strict=True)))
+    return leaf.window(tuple(where[dim] if n != 1 else slice(0, n) for n, dim in zip(leaf.shape, axes, strict=True)))
 
 
 class Terms:

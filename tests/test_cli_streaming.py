@@ -215,6 +215,7 @@ def test_a_dry_run_ends_as_the_run_does(words: str, maskserve: Maskserve, large:
         ("reduce --op sum rain.safetensors --state no/folder", 73, "there is no folder no"),
         ("reduce --op median rain.safetensors --state s", 65, "median of f32 has no state that can be merged"),
         ("reduce --op sum - --workers 2", 2, "--workers reads files"),
+        ("reduce --op sum rain.safetensors --workers -1 --dry-run", 2, "workers is -1"),
         ("reduce --op sum - -", 2, "reduce reads stdin (-) once"),
         ("reduce --op sum rain.safetensors missing.safetensors", 66, "missing.safetensors cannot be opened"),
         ("reduce --op sum rain.safetensors rain.safetensors --along level", 2, "no variable has the dim 'level'"),
@@ -227,6 +228,39 @@ def test_a_wrong_word_is_one_line_and_its_exit_code(maskserve: Maskserve, words:
         os.environ.pop(name, None)
     ran = maskserve(*words.split())
     assert (ran.code, said in one_line(ran)) == (code, True), ran.err
+
+
+def test_weights_of_no_cells_go_to_processes(maskserve: Maskserve) -> None:
+    dims = {"maskserve.dims": json.dumps({"x": ["t", "y", "z"], "w": ["y"]})}
+    save_file({"x": torch.ones(4, 0, 3), "w": torch.ones(0)}, "none.safetensors", metadata=dims)
+    command = ["reduce", "--op", "sum", "--dim", "t", "--weights", "w", "none.safetensors"]
+    assert maskserve(*command, "-o", "whole.safetensors").code == 0
+    assert maskserve(*command, "--workers", "2", "-o", "parts.safetensors").code == 0
+    assert Path("parts.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["replaced", "written"])
+def test_a_file_that_changes_between_two_processes_is_told(
+    how: str, maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them reads one version, whole."""
+    from maskserve import crews
+
+    run = crews.Processes.run
+
+    def late(*args: object, **words: object) -> Iterator[object]:
+        if how == "replaced":
+            save_file({"x": torch.full((2, 3), 5.0)}, "moved.safetensors")
+            os.replace("moved.safetensors", "x.safetensors")
+        else:
+            save_file({"x": torch.full((2, 3), 5.0)}, "x.safetensors")
+        yield from run(*args, **words)  # type: ignore[arg-type]
+
+    save_file({"x": torch.ones(2, 3)}, "x.safetensors")
+    monkeypatch.setattr(crews.Processes, "run", late)
+    ran = maskserve("reduce", "--op", "sum", "x.safetensors", "--workers", "1", "-o", "sum.safetensors")
+    assert (ran.code, "changed" in one_line(ran)) == (75, True), ran.err
+    assert not Path("sum.safetensors").exists()
 
 
 def test_files_are_one_along_a_dim(maskserve: Maskserve) -> None:

@@ -115,6 +115,24 @@ def test_weights_count_only_where_cells_do(case: Case, reduction: str) -> None:
     close((loss.get_data()[both] if reduction == "none" else loss.get_data()).detach(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("target", [0, 3, 0.5, 1e300, nan])
+def test_a_number_is_a_target_as_it_stands(dtype: torch.dtype, target: float) -> None:
+    """Beside whole cells 0.5 is 0.5, and what overflows is inf."""
+    x = torch.tensor([1, 2, 7]).to(dtype)
+    wide = x.dtype if dtype.is_floating_point else torch.float32
+    expected = (
+        ((x.double() - torch.tensor(target, dtype=torch.float64).to(wide).double()) ** 2).to(wide).double().mean()
+    )
+    torch.testing.assert_close(ms.mse_loss(ms.masked_tensor(x), target).get_data().double(), expected, equal_nan=True)
+    assert ms.eval(f"mse_loss(x, {target!r})" if target == target else "mse_loss(x, asin(2))", x=x).get_mask().all()
+
+
+def test_a_number_that_the_cells_cannot_hold_is_no_target() -> None:
+    with pytest.raises(MaskserveError, match="300 does not fit u8"):
+        ms.mse_loss(ms.masked_tensor(torch.ones(3, dtype=torch.uint8)), 300)
+
+
 def test_pos_weight_is_torchs() -> None:
     x, t, p = torch.randn(4, 3).double(), torch.rand(4, 3).double(), torch.tensor([0.5, 2, 3]).double()
     mask = torch.rand(4, 3) > 0.3

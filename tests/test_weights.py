@@ -198,6 +198,14 @@ def test_complex_cells_are_weighted_by_parts() -> None:
     assert ms.var(data, weights=weights, correction=0).item() == pytest.approx(spread.item())
 
 
+@pytest.mark.parametrize("op", ["sum", "mean", "var"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_weighted_whole_numbers_give_no_whole_numbers(op: str, dtype: torch.dtype) -> None:
+    x = ms.masked_tensor(torch.full((4, 300), 2, dtype=torch.int32))
+    with pytest.raises(DtypeError, match=f"{op} of i32 cannot give .*: give one of f64, f32"):
+        getattr(ms, op)(x, dim=1, weights=torch.ones(4, 300), dtype=dtype)
+
+
 def test_a_masked_weight_masks_its_cell_and_weights_that_sum_to_zero_mask_the_result() -> None:
     masked = ms.masked_tensor(t([1.0, nan, 5]), t([True, False, True], torch.bool))
     assert ms.mean(t([1.0, 2, 3]), weights=masked).item() == pytest.approx(16 / 6)

@@ -54,7 +54,8 @@ def act(asked: Asked, request: Request, payload: Payload, others: Payloads, targ
 
     if asked.listing is not None:
         reports.refuse_output(asked.listing, target)
-
+    if asked.workers is not None:
+        shards.refuse_workers(asked.workers)
     if target.skip and not asked.dry_run:
         render.say_skipped(str(target.path))
         return
@@ -104,7 +105,10 @@ def answered(
     from maskserve import answers, execution
 
     if asked.workers is not None:
-        yield shards.by_workers(asked, request, settings)
+        answer = shards.by_workers(asked, request, settings)
+        for source in (payload, *others.values()):
+            source.refuse_changed()  # a worker compares what it read with what it opened, which may have been later
+        yield answer
         return
     collect_again()
     memory = inputs.memory_of(settings)
