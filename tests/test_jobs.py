@@ -8,6 +8,7 @@ import gc
 import gzip
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -15,7 +16,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -298,10 +299,19 @@ class Kept:
         (["foo; respond-async"], False),
         (["foo=respond-async"], False),
         (['"' * 5000], False),
+        (['foo="a, respond-async'], False),
+        (['foo="a\\'], False),
     ],
 )
 def test_prefer_is_read_as_rfc_7240_has_it(lines: list[str], is_async: bool) -> None:
     assert prefers_async(Headers(raw=[(b"prefer", line.encode()) for line in lines])) is is_async
+
+
+def test_a_long_preference_is_read_in_no_time() -> None:
+    """A quote that never ends, and thousands that might."""
+    given = Headers(raw=[(b"prefer", b'"' + rb"\"" * 400_000)])
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(prefers_async, given).result(20) is False
 
 
 def test_v2_knows_no_jobs(service: Running) -> None:
@@ -439,6 +449,22 @@ def test_a_job_that_runs_is_cancelled_within_a_block(folder: Path) -> None:
         assert list((folder / "results").iterdir()) == list((folder / "bodies").iterdir()) == []
 
 
+def test_a_job_that_lacks_a_descriptor_waits_for_one(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failed = os.open, [0]
+
+    def short(path: object, flags: int, *given: object, **words: object) -> int:
+        if str(path).find("bodies") >= 0 and not flags & os.O_CREAT and failed[0] < 2:
+            failed[0] += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, flags, *given, **words)  # type: ignore[arg-type]
+
+    with blocked(service):
+        path = submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE)
+        monkeypatch.setattr(os, "open", short)
+    assert ended(service, path)["status"] == "succeeded"
+    assert failed[0] == 2
+
+
 @pytest.mark.parametrize(("call", "number"), [("fsync", errno.EIO), ("replace", errno.EROFS), ("write", errno.ENOSPC)])
 def test_a_disk_that_refuses_a_result_fails_that_job_and_leaves_nothing(
     service: Running, folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
@@ -513,6 +539,47 @@ def test_the_bytes_that_jobs_keep_are_bounded(folder: Path) -> None:
         for gone in (path, waiting):
             assert service.http.delete(gone).status_code == 204
         assert jobs_of(service).quota.n_bytes == 0
+
+
+def test_a_job_that_ends_while_it_is_deleted_gives_all_its_bytes_back(service: Running) -> None:
+    """Whoever looked it up a moment before saw it running."""
+    jobs = jobs_of(service)
+    with blocked(service):
+        path = submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE)
+        before = jobs.find("", path.rpartition("/")[2])
+    assert before is not None
+    ended(service, path)
+    assert asyncio.run(jobs.cancel(before)) is None
+    assert [asyncio.run(jobs.forget(before)) for _ in range(2)] == [True, False]
+    assert jobs.quota.n_bytes == 0
+    assert all(n == 0 for n in jobs.n_by_status.values())
+
+
+def test_a_body_that_was_only_promised_takes_no_room(folder: Path) -> None:
+    with running(jobs=jobs_in(folder, most_bytes=2 * len(LARGE))) as service:
+        head = f"POST {MEAN} HTTP/1.1\r\nHost: {service.netloc}\r\nPrefer: respond-async\r\n"
+        promise = f"{head}Content-Length: {len(LARGE)}\r\n\r\nx"
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(socket.create_connection(("127.0.0.1", service.port))).sendall(promise.encode())
+            wait_until(lambda: jobs_of(service).quota.n_open[""] == 3)
+            assert ended(service, submitted(service, MEAN, LARGE))["status"] == "succeeded"
+
+
+def test_a_request_whose_job_was_forgotten_while_it_was_sent_again_is_no_job(service: Running) -> None:
+    path = submitted(service, idempotency_key="again")
+    ended(service, path)
+    head = (
+        f"POST {MEAN} HTTP/1.1\r\nHost: {service.netloc}\r\nPrefer: respond-async\r\nIdempotency-Key: again\r\n"
+        f"Content-Length: {len(QUESTION)}\r\nConnection: close\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(head.encode() + QUESTION[:50])
+        wait_until(lambda: service.service.memory.held_bytes == 50)
+        assert service.http.delete(path).status_code == 204
+        connection.sendall(QUESTION[50:])
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 503 "), answer
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------

@@ -240,12 +240,13 @@ class Jobs:
 
     async def forget(self, job: Job) -> bool:
         """Whether a job that has ended was there, and is no more."""
-        is_gone = await self.written(store.forget(job))
-        if is_gone:
-            remove(self.spool.result(job.id))
-            self.quota.lost(job, row=True)
-            self._count(job.status, None)
-        return is_gone
+        gone = await self.written(store.forget(job.seq))
+        if gone is None:
+            return False
+        remove(self.spool.result(gone.id))
+        self.quota.lost(gone, row=True)  # as it stood: it may have ended since it was looked up
+        self._count(gone.status, None)
+        return True
 
     def fault(self) -> str | None:
         """Why no job can be taken, where the disk is at fault and not merely full."""

@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 from maskserve.errors import ParameterError
 
 IDEMPOTENCY = "Idempotency-Key"
-ELEMENT = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,])+')
-"""What stands between two commas, of which a quoted text may hold some."""
+ELEMENT = re.compile(r'(?:"(?:[^"\\]|\\.)*(?:"|\\?$)|[^,"])+')
+"""What stands between two commas, of which a quoted text may hold some; one without an end goes on to the end."""
 KEY = re.compile(r"[ -~]{1,128}")
 ASYNC = "respond-async"
 

@@ -13,7 +13,7 @@ from maskserve_api.jobs.spool import File, failure
 
 INLINE_BYTES = 1 << 16
 """Bodies and results up to here stand in the store, where one fsync serves them and their row."""
-WRITTEN_BYTES = 1 << 20
+WRITTEN_BYTES = 1 << 18
 """What is written to a file at once: to ask a thread for less costs more than the writing."""
 
 

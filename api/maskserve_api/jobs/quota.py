@@ -23,17 +23,21 @@ class Quota:
 
     @contextmanager
     def place(self, owner: str, n_bytes: int) -> Iterator[Place]:
-        """Room for one job more of an owner, whose body will have so many bytes at least; given back unless it is kept."""
+        """Room for one job more of an owner, given back unless it is kept; what its body says to have must fit now.
+
+        Bytes are counted as they come: a promise alone blocks nobody.
+        """
         if self.n_open[owner] >= self.per_key:
             raise JobLimitError(
                 f"{self.per_key} jobs of yours have not ended, as many as may: wait for some, or cancel them"
             )
         if self.n_open.total() >= self.most:
             raise BusyError(f"{self.most} jobs have not ended, as many as may; try again")
+        self.refuse(ROW_BYTES + n_bytes)
         place = Place(self, owner)
         self.n_open[owner] += 1
         try:
-            place.add(ROW_BYTES + n_bytes)
+            place.add(ROW_BYTES)
             yield place
         finally:
             if not place.is_kept:
@@ -41,11 +45,15 @@ class Quota:
                 self.n_bytes -= place.n_bytes
 
     def add(self, n_bytes: int) -> None:
+        self.refuse(n_bytes)
+        self.n_bytes += n_bytes
+
+    def refuse(self, n_bytes: int) -> None:
+        """Raises where so many bytes more are too many."""
         if self.n_bytes + n_bytes > self.most_bytes:
             raise NoSpaceError(
                 f"the jobs of all keys would keep more than {self.most_bytes} bytes: forget some (DELETE), or try again later"
             )
-        self.n_bytes += n_bytes
 
     def end(self, owner: str) -> None:
         """One job less that has not ended."""

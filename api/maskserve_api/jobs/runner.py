@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from concurrent.futures import Future
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from maskserve_api.jobs.desk import Jobs
 
 log = logging.getLogger("maskserve.api")
+SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 RETRY_S = 1.0
 """After a disk has refused."""
 END_S = 1.0
@@ -113,9 +115,10 @@ class Runner:
         """Returns once what ran is recorded; what did not reach its next block in time is queued all the same."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=END_S)
+        left = [*self.doing]
         for task in self._tasks:
             task.cancel()
-        for seq in self.doing:
+        for seq in left:
             await self._recorded(store.put_back(seq, counts=False))
 
     async def _run(self, owner: str, seq: int) -> None:
@@ -167,6 +170,8 @@ class Runner:
         except (Cancelled, BusyError):
             raise
         except Exception as error:  # whatever it is, it is this job's end alone
+            if is_short(error):
+                raise BusyError("the system has no file or memory to spare; try again") from error
             return failed(job, error)
 
     async def _in_lane(self, doing: Doing) -> Made:
@@ -250,3 +255,12 @@ def failed(job: Job, error: Exception) -> Outcome:
         log.error("job %s failed: %s", job.id, traced(error))
     _, _, body = problem(known, job.request_id)
     return Outcome(status=Status.FAILED, problem=body.decode())
+
+
+def is_short(error: BaseException | None) -> bool:
+    """Whether the system lacked what it may have again in a moment."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in SHORT:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

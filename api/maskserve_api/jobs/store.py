@@ -320,12 +320,17 @@ def end(
     return change
 
 
-def forget(job: Job) -> Change[bool]:
-    """Whether the job, which has ended, was there and is no more."""
+def forget(seq: int) -> Change[Job | None]:
+    """The job as it stood, and is no more; None where it has not ended, or was forgotten before."""
 
-    def change(db: sqlite3.Connection) -> bool:
-        db.execute("DELETE FROM results WHERE seq = ?", (job.seq,))
-        return db.execute("DELETE FROM jobs WHERE seq = ? AND status NOT IN (?, ?)", (job.seq, *OPEN)).rowcount == 1
+    def change(db: sqlite3.Connection) -> Job | None:
+        text = f"SELECT {COLUMNS} FROM jobs WHERE seq = ? AND status NOT IN (?, ?)"
+        row = db.execute(text, (seq, *OPEN)).fetchone()
+        if row is None:
+            return None
+        db.execute("DELETE FROM results WHERE seq = ?", (seq,))
+        db.execute("DELETE FROM jobs WHERE seq = ?", (seq,))
+        return as_job(row)
 
     return change
 

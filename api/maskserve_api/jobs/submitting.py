@@ -22,7 +22,7 @@ from maskserve.payload.format import Limits
 from maskserve.requests import Request, spelled
 from maskserve_api.body import Claim, Memory, pieces
 from maskserve_api.coding import Coding
-from maskserve_api.errors import BodyTimeoutError, IdempotencyError, ServiceError
+from maskserve_api.errors import BodyTimeoutError, BusyError, IdempotencyError, ServiceError
 from maskserve_api.forms import Form
 from maskserve_api.jobs.computing import opened
 from maskserve_api.jobs.desk import Jobs
@@ -63,10 +63,14 @@ class Submission:
         known = None if key is None else self.jobs.store.by_idempotency(owner, key)
         with self.memory.claim() as claim:
             read = partial(self._arrived, receive, claim)
+            job: Job | None
             if known is None:
                 job, asked = await self._taken(owner, key, record_of(scope), read)
             else:  # who asks again takes no place, and the body is read only to be compared
-                job, asked = known, asked_sha256(self, await read(Incoming(None), None))
+                asked = asked_sha256(self, await read(Incoming(None), None))
+                job = self.jobs.store.by_seq(known.seq)
+        if job is None:
+            raise BusyError("the job of this Idempotency-Key was forgotten while its request was sent again; try again")
         if job.asked_sha256 != asked:
             raise IdempotencyError(
                 "this Idempotency-Key was used before, for another request: take a new key for each request",
@@ -99,11 +103,9 @@ class Submission:
         return kept, asked
 
     def _place(self, owner: str) -> AbstractContextManager[Place]:
-        declared = self.n_bytes if self.coding is None and self.n_bytes is not None else 0
-        return self.jobs.quota.place(owner, declared)
+        return self.jobs.quota.place(owner, self.n_bytes or 0 if self.coding is None else 0)
 
     async def _arrived(self, receive: Receive, claim: Claim, incoming: Incoming, place: Place | None) -> Arrived:
-        is_promised = self.coding is None and self.n_bytes is not None
         start_s = asyncio.get_running_loop().time() + self.timeout_s
         body = pieces(receive, self.n_bytes, self.jobs.options.max_body, self.coding)
         try:
@@ -111,7 +113,7 @@ class Submission:
                 async for piece in body:
                     if incoming.n_bytes < INLINE_BYTES:
                         claim.add(len(piece))
-                    if place is not None and not is_promised:
+                    if place is not None:
                         place.add(len(piece))
                     await incoming.add(piece)
                     bound.reschedule(start_s + incoming.n_bytes / BYTES_A_SECOND)
