@@ -19,6 +19,7 @@ import yaml
 
 from maskserve.settings import BY_NAME, NOT_SETTINGS, load, size
 from maskserve_api.app import create_app
+from maskserve_api.jobs.routes import MOST_WAIT_S
 from maskserve_cli import exits
 from maskserve_cli.app import UsageError, built, entries
 from tests.manifests import (
@@ -372,6 +373,30 @@ def test_jobs_live_on_one_replica_with_a_claim_that_holds_them_and_on_no_other()
     service, policy = named("Service", run.owner["spec"]["serviceName"]), named("NetworkPolicy", "maskserve-jobs")
     assert service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"] == labels
     assert run.owner["spec"]["selector"]["matchLabels"] == labels
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "largest", "longest"),
+    [
+        ("Deployment", "maskserve", "serve_max_body", "serve_request_timeout"),
+        ("StatefulSet", "maskserve-jobs", "serve_jobs_max_body", None),
+    ],
+)
+def test_each_service_has_a_host_of_its_own_that_lets_its_bodies_and_its_waiting_through(
+    kind: str, name: str, largest: str, longest: str | None
+) -> None:
+    ingress, settings = named("Ingress", name), served_settings(deployed(kind).command)
+    (rule,), (tls,) = ingress["spec"]["rules"], ingress["spec"]["tls"]
+    assert [rule["host"]] == tls["hosts"]
+    (path,) = rule["http"]["paths"]
+    service = path["backend"]["service"]
+    assert service["name"] == name
+    assert service["port"]["name"] in {port["name"] for port in named("Service", name)["spec"]["ports"]}
+    said = {key.rpartition("/")[2]: value for key, value in ingress["metadata"]["annotations"].items()}
+    assert size(said["proxy-body-size"].upper() + "iB") == settings[largest]
+    assert int(said["proxy-read-timeout"]) > (settings[longest] if longest else MOST_WAIT_S)
+    hosts = [rule["host"] for found in of_kind("Ingress") for rule in found["spec"]["rules"]]
+    assert len(hosts) == len(set(hosts)), "the paths are the same, so the names are not"
 
 
 def test_everything_that_selects_pods_selects_the_deployment_s() -> None:
