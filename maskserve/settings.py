@@ -23,6 +23,7 @@ NOT_SETTINGS: Mapping[str, str] = MappingProxyType(
         CONFIG: "the settings file",
         f"{PREFIX}DEBUG": "1 shows the traceback of an internal error",
         f"{PREFIX}ISA": "the compiled variant of the native kernels",
+        f"{PREFIX}KEY": "the key that the example clients bring",
     }
 )
 """Environment variables that are ours and stand in no file."""
