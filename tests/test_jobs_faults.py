@@ -235,7 +235,7 @@ def test_a_store_that_somebody_has_edited_is_a_line_at_the_start(tmp_path: Path,
     changed(tmp_path, text)
     for _ in range(2):  # the first gives the folder back
         with pytest.raises(
-            SettingsError, match=rf"{tmp_path}/jobs\.sqlite3 cannot be used: .*give another --jobs-folder"
+            SettingsError, match=rf"{tmp_path}/jobs\.sqlite3 cannot be taken up: .*give another --jobs-folder"
         ) as found:
             jobs_in(tmp_path)
         assert "\n" not in str(found.value)

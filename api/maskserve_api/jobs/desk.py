@@ -103,7 +103,7 @@ class Jobs:
         elif isinstance(error, OSError):
             path, reason = error.filename or self.spool.folder, error.strerror or reason
         return SettingsError(
-            f"{shown(path)} cannot be used: {reason}; put it right, or give another --jobs-folder",
+            f"{shown(path)} cannot be taken up: {reason}; put it right, or give another --jobs-folder",
             parameter="serve_jobs_folder",
         )
 
