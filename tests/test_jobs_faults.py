@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import signal
@@ -19,9 +21,10 @@ import pytest
 
 from maskserve.errors import SettingsError
 from maskserve_api.jobs.clock import Clock, Mark
+from maskserve_api.jobs.desk import Jobs
 from maskserve_api.jobs.job import Status
 from tests import jobs_faults
-from tests.http_service import check_problem, jobs_in, payload, running, wait_until
+from tests.http_service import JSON, SAFETENSORS, check_problem, jobs_in, payload, running, wait_until
 from tests.jobs_process import left, served, spawned
 from tests.test_jobs import LARGE, MEAN, QUESTION, blocked, ended, submitted
 
@@ -165,6 +168,159 @@ def test_a_folder_that_cannot_be_one_is_a_line(tmp_path: Path) -> None:
         jobs_in(tmp_path / "jobs")
 
 
+def test_files_that_are_not_of_jobs_are_left_alone_and_no_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    ours = tmp_path / "results" / ("0" * 32)
+    kept = [tmp_path / "results" / name for name in ("mine.safetensors", "0" * 31, "0" * 33, "A" * 32, ".hidden")]
+    for path in kept:
+        path.write_text("mine")
+    closed(jobs_in(tmp_path))
+    ours.write_text("of a process that died")
+    closed(jobs_in(tmp_path))
+    assert sorted((tmp_path / "results").iterdir()) == sorted(kept)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "elsewhere").mkdir()
+    (other / "elsewhere" / ("1" * 32)).write_text("mine")
+    (other / "bodies").symlink_to("elsewhere")
+    with pytest.raises(SettingsError, match=r"bodies is a symbolic link, .*remove it, or give another --jobs-folder"):
+        jobs_in(other)
+    (other / "bodies").unlink()
+    (other / "bodies").write_text("mine")
+    with pytest.raises(SettingsError, match="bodies is no folder"):
+        jobs_in(other)
+    assert (other / "elsewhere" / ("1" * 32)).read_text() == "mine"
+
+
+def closed(jobs: Jobs) -> None:
+    jobs.store.close()
+    jobs.spool.close()
+
+
+@pytest.mark.parametrize("name", ["0" * 32, ".maskserve-00"])
+def test_files_of_jobs_without_the_store_that_knows_them_are_kept_and_told_of(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "results" / name
+    path.parent.mkdir()
+    path.write_text("a result")
+    for _ in range(2):  # the first leaves nothing that lets the second in
+        with pytest.raises(
+            SettingsError, match=r"results has files of jobs, and there is no jobs\.sqlite3 that knows them"
+        ):
+            jobs_in(tmp_path)
+    assert path.read_text() == "a result"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "UPDATE clock SET mark = 'no JSON'",
+        "UPDATE clock SET mark = '{}'",
+        "UPDATE clock SET mark = '[1]'",
+        "UPDATE clock SET mark = json_set(mark, '$.age_s', 'old')",
+        "UPDATE jobs SET status = 'lost'",
+        "UPDATE jobs SET request = 'no JSON'",
+        "UPDATE jobs SET request = '[]'",
+        "UPDATE jobs SET status = 'failed', problem = '{}'",
+        "UPDATE jobs SET status = 'queued', question = 'a letter'",
+        "UPDATE jobs SET id = '../../' || substr(id, 7)",
+        "DROP TABLE bodies",
+        "DROP TABLE results",
+        "DROP TABLE clock",
+        "DROP TABLE jobs",
+    ],
+)
+def test_a_store_that_somebody_has_edited_is_a_line_at_the_start(tmp_path: Path, text: str) -> None:
+    with running(jobs=jobs_in(tmp_path)) as service:
+        ended(service, submitted(service))
+    changed(tmp_path, text)
+    for _ in range(2):  # the first gives the folder back
+        with pytest.raises(
+            SettingsError, match=rf"{tmp_path}/jobs\.sqlite3 cannot be taken up: .*give another --jobs-folder"
+        ) as found:
+            jobs_in(tmp_path)
+        assert "\n" not in str(found.value)
+
+
+def test_an_edited_store_ends_the_command_as_a_setting_does(tmp_path: Path) -> None:
+    closed(jobs_in(tmp_path / "jobs"))
+    changed(tmp_path / "jobs", "UPDATE clock SET mark = 'no JSON'")
+    assert spawned(tmp_path / "jobs", tmp_path / "log").wait(60) == 78
+    assert (tmp_path / "log").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["removed", "made again", "another store"])
+def test_a_folder_that_is_taken_away_takes_no_job_and_says_so(tmp_path: Path, how: str) -> None:
+    folder, away = tmp_path / "jobs", tmp_path / "away"
+    with running(jobs=jobs_in(folder)) as service:
+        ended(service, submitted(service))
+        folder.rename(away)
+        if how != "removed":
+            for name in ("bodies", "results"):
+                (folder / name).mkdir(parents=True)
+        if how == "another store":
+            shutil.copy(away / "jobs.sqlite3", folder)
+            (folder / "lock").touch()
+        for _ in range(2):
+            for response in (service.http.get("/readyz"), service.post(MEAN, QUESTION, prefer="respond-async")):
+                told = check_problem(response, 503, "spool_failed")
+                assert "the folder of jobs is gone or was replaced" in told["detail"]
+        assert service.post(MEAN, QUESTION).status_code == 200
+        shutil.rmtree(folder, ignore_errors=True)
+        away.rename(folder)
+        assert ended(service, submitted(service))["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("how", ["shorter", "longer", "a link", "a pipe", "gone"])
+def test_a_result_whose_file_is_not_as_it_was_left_is_refused_before_its_first_byte(tmp_path: Path, how: str) -> None:
+    with running(jobs=jobs_in(tmp_path)) as service:
+        path = submitted(service, SOFTMAX, LARGE)
+        ended(service, path)
+        spoil(tmp_path / "results" / path[-32:], how)
+        check_problem(service.http.get(f"{path}/result"), 503, "spool_failed")
+        assert service.http.head(f"{path}/result").status_code == 503
+
+
+def spoil(path: Path, how: str) -> None:
+    """The file, as somebody else has left it."""
+    held = path.read_bytes()
+    path.unlink()
+    match how:
+        case "shorter":
+            path.write_bytes(held[:-1])
+        case "longer":
+            path.write_bytes(held + b"x")
+        case "a link":
+            path.with_suffix(".kept").write_bytes(held)
+            path.symlink_to(path.with_suffix(".kept"))
+        case "a pipe":
+            os.mkfifo(path)
+
+
+@pytest.mark.parametrize("how", ["a link", "a pipe"])
+def test_what_is_no_file_of_ours_is_no_result_to_adopt(tmp_path: Path, how: str) -> None:
+    with running(jobs=jobs_in(tmp_path)) as service:
+        path = submitted(service, SOFTMAX, LARGE)
+        ended(service, path)
+        spoil(tmp_path / "results" / path[-32:], how)
+    changed(tmp_path, "UPDATE jobs SET status = 'running', ended_s = NULL, ended_age_s = NULL, n_done = 0, "
+            "result_bytes = NULL, result_sha256 = NULL, result_type = NULL")  # fmt: skip
+    jobs = jobs_in(tmp_path)
+    assert (jobs.n_adopted, jobs.n_by_status[Status.QUEUED]) == (0, 1)
+    closed(jobs)
+
+
+@pytest.mark.parametrize("form", [SAFETENSORS, JSON])
+@pytest.mark.parametrize("how", ["shorter", "longer", "a link", "a pipe", "gone"])
+def test_a_body_whose_file_is_not_as_it_came_is_the_disks_fault(tmp_path: Path, how: str, form: str) -> None:
+    body = LARGE if form == SAFETENSORS else json.dumps({"value": [0.125] * (1 << 14)}).encode()
+    with running(jobs=jobs_in(tmp_path)) as service:
+        with blocked(service):
+            path = submitted(service, "/v1/softmax?op=softmax&dim=0", body, content_type=form)
+            spoil(tmp_path / "bodies" / path[-32:], how)
+        told = ended(service, path)
+        assert (told["status"], told["problem"]["code"]) == ("failed", "spool_failed")
+
+
 def test_bodies_and_results_are_on_disk_before_what_names_them(tmp_path: Path) -> None:
     """write, fsync of the file, rename, fsync of the folder, and only then the store's write-ahead log."""
     strace = shutil.which("strace")
@@ -216,6 +372,7 @@ def test_a_full_disk_refuses_and_fails_jobs_and_the_service_recovers(tmp_path: P
         ended(service, fits)
         with blocked(service):
             doomed = submitted(service, SOFTMAX, LARGE)
+            wait_until(lambda: service.http.get(doomed).json()["status"] == "running")  # what has not begun would wait
             filler = small_disk / "filler"
             fill(filler)
             for body in (QUESTION, LARGE):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from io import FileIO
 
 from maskserve import answers
 from maskserve.answers import Answer
@@ -15,7 +18,7 @@ from maskserve.steps import Result as Held
 from maskserve_api.forms import Form
 from maskserve_api.jobs.incoming import INLINE_BYTES
 from maskserve_api.jobs.job import Result
-from maskserve_api.jobs.spool import Body, File, digest
+from maskserve_api.jobs.spool import Body, File, digest, open_file
 from maskserve_api.work import ENCODERS, START_BYTES, decode, refuse_large_answer, refuse_large_json, refuse_misnamed
 
 
@@ -30,7 +33,8 @@ class Made:
 
 
 def opened(body: bytes | str, n_bytes: int, form: Form, limits: Limits) -> Payload:
-    """The payload of a body, which is its bytes or the path of its file."""
+    """The payload of a body, which is its bytes or the path of its file; InputError where it has not `n_bytes`."""
+    refuse_changed(body, n_bytes)
     if isinstance(body, bytes):
         return decode(body, form, None, limits)
     if form is Form.JSON:
@@ -43,10 +47,28 @@ def opened(body: bytes | str, n_bytes: int, form: Form, limits: Limits) -> Paylo
         raise
 
 
+def refuse_changed(body: bytes | str, n_bytes: int) -> None:
+    """A body that is not as long as its job's row says is the disk's fault, and not a malformed one of its client."""
+    if isinstance(body, bytes):
+        found = len(body)
+    else:
+        with reading(body) as file:
+            found = os.fstat(file.fileno()).st_size
+    if found != n_bytes:
+        raise InputError(f"the body of a job has {found} bytes, and had {n_bytes} when it came")
+
+
 def contents(path: str, most: int = -1) -> bytes:
+    with reading(path) as file:
+        return file.read(most)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[FileIO]:
+    """A file of a job, open; InputError where it cannot be read."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(most)
+        with open(open_file(path), "rb", buffering=0) as file:
+            yield file
     except OSError as cause:
         error = InputError(f"a file of a job cannot be read: {cause.strerror}")
         error.errno = cause.errno

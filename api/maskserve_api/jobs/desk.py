@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from maskserve.errors import OutputError, WorkerLostError
+from maskserve.errors import OutputError, SettingsError, WorkerLostError
 from maskserve.payload.format import Limits
 from maskserve.payload.header import shown
 from maskserve.settings import LEAST_MEMORY
@@ -72,20 +72,40 @@ class Jobs:
         except BaseException:
             self.spool.close()
             raise
-        self.clock = Clock(self.store.mark())
         self.quota = Quota(per_key=options.per_key, most=options.most, most_bytes=options.most_bytes)
         self.waiting = Waiting()
         self.n_by_status: Counter[Status] = Counter()
         self.n_ended: Counter[Status] = Counter()
         self.n_started = 0
         self.is_stopping = False
-        self._last_ms = int(self.store.last_id()[:TIME_DIGITS] or "0", 16)
         self._changes: dict[int, set[asyncio.Future[None]]] = {}
         self._marked_s = 0.0
         self._keeper: asyncio.Task[None] | None = None
         self.runner: Runner | None = None
         self.n_adopted = self.n_lost = 0
-        self._recover()
+        try:
+            self.store.refuse_edited()
+            self.clock = Clock(self.store.mark())
+            self._last_ms = int(self.store.last_id()[:TIME_DIGITS] or "0", 16)
+            self._recover()
+        except BaseException as error:
+            self.store.close()
+            self.spool.close()
+            if isinstance(error, ServiceError | ValueError | TypeError | KeyError | OSError):
+                raise self._unusable(error) from error
+            raise
+
+    def _unusable(self, error: Exception) -> SettingsError:
+        """What was found at the start, as who starts the service is told of it."""
+        path, reason = self.spool.store_path, "it is not as maskserve has left it"
+        if isinstance(error, ServiceError):
+            reason = error.message.partition(";")[0]  # what follows is for clients
+        elif isinstance(error, OSError):
+            path, reason = error.filename or self.spool.folder, error.strerror or reason
+        return SettingsError(
+            f"{shown(path)} cannot be taken up: {reason}; put it right, or give another --jobs-folder",
+            parameter="serve_jobs_folder",
+        )
 
     @property
     def job_memory(self) -> int:
@@ -250,9 +270,7 @@ class Jobs:
 
     def fault(self) -> str | None:
         """Why no job can be taken, where the disk is at fault and not merely full."""
-        if self.spool.is_read_only():
-            return "the folder of jobs is read-only"
-        return self.store.fault
+        return self.spool.fault() or self.store.fault
 
     def refuse_fault(self) -> None:
         reason = self.fault()

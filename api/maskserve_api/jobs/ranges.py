@@ -8,7 +8,9 @@ from starlette.datastructures import Headers
 
 from maskserve_api.errors import RangeError
 
-ONE = re.compile(r"\s*bytes\s*=\s*([0-9]{0,19})\s*-\s*([0-9]{0,19})\s*", re.IGNORECASE)
+ONE = re.compile(r"\s*bytes\s*=\s*([0-9]*)\s*-\s*([0-9]*)\s*", re.IGNORECASE)
+MOST_DIGITS = 20
+"""Python refuses to read numbers of thousands."""
 TAG = re.compile(r'(?:W/)?"[^"]*"')
 
 
@@ -35,15 +37,21 @@ def part(headers: Headers, n_bytes: int, tag: str) -> range | None:
     first, last = found.groups()
     if not first and not last:
         return None
-    if first and last and int(last) < int(first):
+    if first and last and number(last) < number(first):
         return None
-    start = int(first) if first else max(0, n_bytes - int(last))
-    stop = min(int(last) + 1, n_bytes) if first and last else n_bytes
+    start = number(first) if first else max(0, n_bytes - number(last))
+    stop = min(number(last) + 1, n_bytes) if first and last else n_bytes
     if start >= n_bytes or start >= stop:
         error = RangeError(f"the result has {n_bytes} bytes, and none of the range", parameter="Range")
         error.n_bytes = n_bytes
         raise error
     return range(start, stop)
+
+
+def number(digits: str) -> int:
+    """The number; one that is larger than any file is as good as the next."""
+    digits = digits.lstrip("0")
+    return int(digits or "0") if len(digits) < MOST_DIGITS else 10**MOST_DIGITS
 
 
 def is_current(headers: Headers, tag: str) -> bool:

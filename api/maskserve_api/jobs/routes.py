@@ -27,6 +27,7 @@ from maskserve_api.errors import (
 from maskserve_api.jobs import ranges
 from maskserve_api.jobs.desk import Jobs
 from maskserve_api.jobs.job import Job, Status
+from maskserve_api.jobs.spool import open_file
 from maskserve_api.problems import CONTENT_TYPE
 from maskserve_api.record import KEY, record_of
 from maskserve_api.verbs import SEND_BYTES, Service
@@ -36,6 +37,7 @@ ID = re.compile(r"[0-9a-f]{32}")
 MOST_WAIT_S = 60.0
 PAGE, MOST_PAGE = 100, 1000
 NEW_KEY = "with a new Idempotency-Key if it had one"
+CHANGED = "the result cannot be read: it is not as it was left"
 STATUS, LIMIT, AFTER, WAITED = "status", "limit", "after", "wait"
 
 
@@ -127,7 +129,9 @@ class ResultOf:
         if ranges.is_known(headers, tag):
             await Response(status_code=304, headers=given)(scope, receive, send)
             return
-        part = ranges.part(headers, job.result_bytes, tag)
+        is_head = scope["method"] == "HEAD"
+        # a range is of GET alone: RFC 9110, 14.2
+        part = None if is_head else ranges.part(headers, job.result_bytes, tag)
         wanted = range(job.result_bytes) if part is None else part
         given |= {"content-type": job.result_type, "content-length": str(len(wanted))}
         if part is not None:
@@ -136,7 +140,7 @@ class ResultOf:
         source = Source(self.jobs, job)
         try:
             await send({"type": "http.response.start", "status": 200 if part is None else 206, "headers": raw})
-            await self.sent(source, wanted if scope["method"] != "HEAD" else range(0), send)
+            await self.sent(source, range(0) if is_head else wanted, send)
         finally:
             source.close()
 
@@ -149,16 +153,26 @@ class ResultOf:
 
 
 class Source:
-    """The bytes of a result, from the store or from a file, which stays readable though the job is forgotten meanwhile."""
+    """The bytes of a result, from the store or from a file, which stays readable though the job is forgotten meanwhile.
+
+    SpoolError where they are not as many as the job's row says.
+    """
 
     def __init__(self, jobs: Jobs, job: Job) -> None:
         self.data = jobs.store.result(job.seq)
         self.fd = -1
         if self.data is None:
             try:
-                self.fd = os.open(jobs.spool.result(job.id), os.O_RDONLY | os.O_CLOEXEC)
+                self.fd = open_file(jobs.spool.result(job.id))
             except OSError as error:
-                raise SpoolError("the result cannot be read: its file is not as it was left") from error
+                raise SpoolError(CHANGED) from error
+        if self.n_bytes != job.result_bytes:
+            self.close()
+            raise SpoolError(CHANGED)
+
+    @property
+    def n_bytes(self) -> int:
+        return os.fstat(self.fd).st_size if self.data is None else len(self.data)
 
     async def pieces(self, wanted: range) -> AsyncIterator[bytes]:
         for start in range(wanted.start, wanted.stop, SEND_BYTES):

@@ -177,6 +177,18 @@ class Store:
         text = "SELECT id FROM jobs WHERE status = ? AND seq NOT IN (SELECT seq FROM results)"
         return {id for (id,) in self._rows(text, (Status.SUCCEEDED,))}
 
+    def refuse_edited(self) -> None:
+        """SpoolError where a table is not there, or ids, requests or problems of jobs are what nobody here has written."""
+        for name in ("bodies", "results", "clock"):
+            self._rows(f"SELECT 1 FROM {name} LIMIT 1", ())
+        text = (
+            "SELECT COUNT(*) FROM jobs WHERE length(id) != 32 OR id GLOB '*[^0-9a-f]*' OR json_type(request) IS NOT 'object' "
+            "OR (problem IS NOT NULL AND json_type(problem, '$.code') IS NOT 'text')"
+        )
+        ((n,),) = self._rows(text, ())
+        if n:
+            raise SpoolError("the store of jobs is not as maskserve has left it")
+
     def last_id(self) -> str:
         """The largest id of those that are here; empty without one."""
         ((id,),) = self._rows("SELECT COALESCE(MAX(id), '') FROM jobs", ())
