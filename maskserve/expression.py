@@ -134,7 +134,7 @@ def check_words(text: str) -> None:
             instead = INSTEAD.get(run[0])
             write = f"write {instead}" if instead else f"there are names, numbers, {SIGNS} , and ( )"
             raise refusal(f"{run[0][:40]!r} is no word here: {write}", at + 1)
-        if text[at : at + 2] in INSTEAD:
+        if word.lastgroup == "sign" and text[at : at + 2] in INSTEAD:
             raise refusal(f"{text[at : at + 2]!r} is no word here: write {INSTEAD[text[at : at + 2]]}", at + 1)
         at = word.end()
 

@@ -212,3 +212,8 @@ def test_the_text_of_a_tree_is_read_as_that_tree(text: str) -> None:
     again = parse(canonical(tree)).root
     assert spelled(again) == spelled(tree)
     assert canonical(again) == canonical(tree)
+
+
+@pytest.mark.parametrize("name", ["orography", "order", "ord", "android", "nothing", "note", "isobar", "inn", "format"])
+def test_a_name_may_begin_as_a_word_of_python_does(name: str) -> None:
+    assert parse(f"{name} - mean({name})").names == (name,)
