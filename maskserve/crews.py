@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from maskserve.answers import Answer
 from maskserve.cgroup import cpus
-from maskserve.errors import InputChangedError
+from maskserve.errors import InputChangedError, ParameterError
 from maskserve.executors import Limits as Bounds
 from maskserve.payload.files import FilePayload, failing, file_state, temp_name
 from maskserve.payload.format import Limits, Payload
@@ -92,6 +92,14 @@ def opened(state: Lifted) -> Payload:
     return payload
 
 
+def checked(workers: int) -> int:
+    if workers < 0:
+        raise ParameterError(
+            f"workers is {workers}; give a number of processes, or 0 for one a CPU", parameter="workers"
+        )
+    return workers
+
+
 def states_of(paths: Sequence[str]) -> list[object]:
     """What tells a file from the one that it was before."""
     try:
@@ -107,7 +115,7 @@ def reduce(
     """The answer of a reduction, its shards in `workers` processes (0: one a CPU); `tell` hears of those that die."""
     from maskserve import states
 
-    n, folder, before = workers or cpus(), temp_name(), states_of(paths)
+    n, folder, before = checked(workers) or cpus(), temp_name(), states_of(paths)
     shares = [
         Share(
             verb=verb, words=dict(words), paths=tuple(paths), along=along, shard=Shard(i, n), limits=limits, memory=memory // n,

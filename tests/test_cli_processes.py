@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -82,7 +83,10 @@ def test_a_signal_ends_in_its_code_with_nothing_half_written(folder: Path, numbe
     os.mkfifo(folder / "pipe")
     env = environment()
     argv = [*COMMAND, "reduce", "--op", "sum", "pipe", "-o", "out.safetensors"]
-    with subprocess.Popen(argv, cwd=folder, env=env, stderr=subprocess.PIPE) as running:
+    heeded = functools.partial(
+        signal.signal, number, signal.SIG_DFL
+    )  # a background job of a shell starts with SIGINT ignored
+    with subprocess.Popen(argv, cwd=folder, env=env, stderr=subprocess.PIPE, preexec_fn=heeded) as running:
         writer = os.open(folder / "pipe", os.O_WRONLY)  # waits until it reads
         time.sleep(0.1)
         running.send_signal(number)

@@ -81,13 +81,6 @@ def memory_to_hold(steps: Sequence[Step], memory: int) -> int | None:
     return None if least == memory else least
 
 
-def refuse_workers(workers: int) -> None:
-    if workers < 0:
-        raise ParameterError(
-            f"workers is {workers}; give a number of processes, or 0 for one a CPU", parameter="workers"
-        )
-
-
 def by_workers(asked: Asked, request: Request, settings: Settings) -> Answer:
     """The answer, its parts reduced in processes."""
     from maskserve.crews import reduce

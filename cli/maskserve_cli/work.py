@@ -55,7 +55,9 @@ def act(asked: Asked, request: Request, payload: Payload, others: Payloads, targ
     if asked.listing is not None:
         reports.refuse_output(asked.listing, target)
     if asked.workers is not None:
-        shards.refuse_workers(asked.workers)
+        from maskserve.crews import checked
+
+        checked(asked.workers)
     if target.skip and not asked.dry_run:
         render.say_skipped(str(target.path))
         return
