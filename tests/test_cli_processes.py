@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from maskserve.payload import files
-from maskserve_cli import outputs, table
+from maskserve_cli import app, exits, outputs, table
 from tests.command_line import (  # noqa: F401  # fixtures are found by name
     COMMAND,
     environment,
@@ -94,6 +94,17 @@ def test_a_signal_ends_in_its_code_with_nothing_half_written(folder: Path, numbe
         assert (running.wait(30), running.stderr.read()) == (code, line)
         os.close(writer)
     assert not [name for name in os.listdir(folder) if name.startswith(("out", files.TEMP_PREFIX))]
+
+
+@pytest.mark.parametrize(("end", "code"), [(exits.Terminated, 143), (KeyboardInterrupt, 130)])
+def test_a_signal_that_comes_while_an_error_is_told_ends_in_its_code(
+    end: type[BaseException], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(error: Exception) -> int:
+        raise end
+
+    monkeypatch.setattr(app, "report", report)
+    assert app.outcome(["info", "no such file"]) == code
 
 
 def test_a_terminal_gets_the_table_with_colors_unless_it_wants_none(folder: Path) -> None:

@@ -227,24 +227,29 @@ def leave(code: int) -> NoReturn:
 
 
 def outcome(words: list[str]) -> int:
-    """The exit code of the words, once what went wrong is said."""
+    """The exit code of the words, once what went wrong is said; a signal may come while it is said, too."""
     with prepared():
         try:
-            return run(words)
-        except UsageError as error:
-            say(misused(error))
-            return exits.USAGE
-        except BrokenPipeError:
-            abandon_stdout()
-            return exits.BROKEN_PIPE
+            return told(words)
         except KeyboardInterrupt:
             say("interrupted")
             return exits.INTERRUPTED
         except Terminated:
             say("terminated")
             return exits.TERMINATED
-        except Exception as error:
-            return report(error)
+
+
+def told(words: list[str]) -> int:
+    try:
+        return run(words)
+    except UsageError as error:
+        say(misused(error))
+        return exits.USAGE
+    except BrokenPipeError:
+        abandon_stdout()
+        return exits.BROKEN_PIPE
+    except Exception as error:
+        return report(error)
 
 
 def run(words: list[str]) -> int:
