@@ -59,7 +59,8 @@ def reduced(losses: MaskedTensor, weight: Any, reduction: str, dim: Any) -> Mask
         return made
     made = public("sum")(losses, dim)
     if reduction == "batchmean":
-        rows = losses.get_mask().flatten(1).any(1).sum() if losses.ndim else losses.get_mask().sum()
+        mask = losses.get_mask()
+        rows = mask.flatten(1).any(1).sum() if losses.ndim > 1 else mask.sum()
         made = public("div")(made, max(int(rows), 1))
     return made
 

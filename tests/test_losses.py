@@ -155,6 +155,16 @@ def test_a_loss_per_row_and_one_of_no_cells(case: Case) -> None:
     assert nothing.tolist() is None
 
 
+@pytest.mark.parametrize("n", [0, 4])
+def test_batchmean_of_one_dim_is_by_its_cells(n: int) -> None:
+    x, y = torch.randn(n), torch.rand(n)
+    mask = torch.arange(n) != 1
+    made = ms.kl_div(ms.masked_tensor(x, mask), y, reduction="batchmean")
+    if n:
+        torch.testing.assert_close(made.get_data(), F.kl_div(x[mask], y[mask], reduction="batchmean"))
+    assert bool(made.get_mask()) == bool(n)
+
+
 def test_batchmean_is_by_the_rows_that_have_cells() -> None:
     given, target, own, others = drawn(CASES[6], 5, 7)
     loss = F.kl_div(leaf(given, own), leaf(target, others), reduction="batchmean")
