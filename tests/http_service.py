@@ -116,3 +116,20 @@ def check_problem(response: httpx.Response, status: int, code: str) -> dict[str,
     if status == 503:
         assert int(response.headers["retry-after"]) > 0
     return told
+
+
+@contextmanager
+def lane_blocked(service: Running) -> Iterator[None]:
+    """One request has the lane's turn until the block ends."""
+    release, started = threading.Event(), threading.Event()
+
+    def occupy() -> None:
+        started.set()
+        release.wait(30)
+
+    service.service.lane.submit(occupy)
+    assert started.wait(10)
+    try:
+        yield
+    finally:
+        release.set()

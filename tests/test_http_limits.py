@@ -26,7 +26,7 @@ from maskserve_api import work
 from maskserve_api.body import Memory
 from maskserve_api.server import serve
 from maskserve_api.turns import Cancelled
-from tests.http_service import FIELDS, JSON, Running, check_problem, payload, running, wait_until
+from tests.http_service import FIELDS, JSON, Running, check_problem, lane_blocked, payload, running, wait_until
 
 QUESTION = payload(data=np.ones(3, np.float32))
 LARGE = payload(data=np.ones(1 << 18, np.float32))
@@ -45,23 +45,6 @@ def head(service: Running, *lines: str, path: str = "/v1/reduce?op=sum") -> byte
 
 def alive(service: Running) -> bool:
     return service.post("/v1/reduce?op=sum", QUESTION).status_code == 200
-
-
-@contextmanager
-def lane_blocked(service: Running) -> Iterator[None]:
-    """One request has the lane's turn until the block ends."""
-    release, started = threading.Event(), threading.Event()
-
-    def occupy() -> None:
-        started.set()
-        release.wait(30)
-
-    service.service.lane.submit(occupy)
-    assert started.wait(10)
-    try:
-        yield
-    finally:
-        release.set()
 
 
 # -- bodies -------------------------------------------------------------------------------------------------------

@@ -11,12 +11,11 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -38,7 +37,17 @@ from maskserve_api.jobs.quota import ROW_BYTES
 from maskserve_api.jobs.waiting import Waiting
 from maskserve_api.keys import Keys
 from maskserve_api.server import default_folder
-from tests.http_service import JSON, SAFETENSORS, Running, check_problem, jobs_in, payload, running, wait_until
+from tests.http_service import (
+    JSON,
+    SAFETENSORS,
+    Running,
+    check_problem,
+    jobs_in,
+    lane_blocked,
+    payload,
+    running,
+    wait_until,
+)
 
 QUESTION = payload(data=np.array([[1, 1e9, 3], [4, 5, 6]], np.float32), mask=np.array([[1, 0, 1], [1, 1, 1]], bool))
 LARGE = payload(data=np.arange(1 << 16, dtype=np.float32).reshape(256, 256))
@@ -78,23 +87,6 @@ def ended(service: Running, path: str) -> dict[str, Any]:
 def jobs_of(service: Running) -> Jobs:
     assert service.service.jobs is not None
     return service.service.jobs
-
-
-@contextmanager
-def blocked(service: Running) -> Iterator[None]:
-    """Nothing is computed until the block ends: the lane has other work."""
-    release, started = threading.Event(), threading.Event()
-
-    def occupy() -> None:
-        started.set()
-        release.wait(30)
-
-    service.service.lane.submit(occupy)
-    assert started.wait(10)
-    try:
-        yield
-    finally:
-        release.set()
 
 
 # -- the way of a job -------------------------------------------------------------------------------------------------
@@ -160,7 +152,7 @@ def test_the_result_of_each_op_is_what_the_synchronous_answer_is(service: Runnin
 
 
 def test_large_bodies_and_results_are_files_and_small_ones_are_none(service: Running, folder: Path) -> None:
-    with blocked(service):
+    with lane_blocked(service):
         large, small = submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE), submitted(service)
         assert [path.name for path in (folder / "bodies").iterdir()] == [large.rpartition("/")[2]]
     for path in (large, small):
@@ -417,7 +409,7 @@ def test_keys_take_turns_those_with_fewest_running_first() -> None:
 
 
 def test_a_job_that_waits_is_cancelled_at_once(service: Running, folder: Path) -> None:
-    with blocked(service):
+    with lane_blocked(service):
         for _ in range(2):
             submitted(service)
         path = submitted(service, MEAN, LARGE)
@@ -458,7 +450,7 @@ def test_a_job_that_lacks_a_descriptor_waits_for_one(service: Running, monkeypat
             raise OSError(errno.EMFILE, "Too many open files")
         return real(path, flags, *given, **words)  # type: ignore[arg-type]
 
-    with blocked(service):
+    with lane_blocked(service):
         path = submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE)
         monkeypatch.setattr(os, "open", short)
     assert ended(service, path)["status"] == "succeeded"
@@ -469,7 +461,7 @@ def test_a_job_that_lacks_a_descriptor_waits_for_one(service: Running, monkeypat
 def test_a_disk_that_refuses_a_result_fails_that_job_and_leaves_nothing(
     service: Running, folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    with blocked(service):
+    with lane_blocked(service):
         path = submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE)
 
         def fail(*given: object) -> int:
@@ -505,7 +497,7 @@ def test_a_result_expires_and_is_forgotten_after_as_long_again(folder: Path) -> 
 
 
 def test_a_key_has_so_many_jobs_and_all_keys_together_have_a_bound(folder: Path) -> None:
-    with running(jobs=jobs_in(folder, per_key=2, most=100)) as service, blocked(service):
+    with running(jobs=jobs_in(folder, per_key=2, most=100)) as service, lane_blocked(service):
         paths = [submitted(service, idempotency_key=f"{i}") for i in range(2)]
         told = service.post(MEAN, QUESTION, prefer="respond-async")
         check_problem(told, 429, "too_many_jobs")
@@ -525,7 +517,7 @@ def test_the_bytes_that_jobs_keep_are_bounded(folder: Path) -> None:
         told = ended(service, path)  # its result is larger, since it has a mask
         assert (told["status"], told["problem"]["code"]) == ("failed", "no_space")
         assert list((folder / "results").iterdir()) == []
-        with blocked(service):
+        with lane_blocked(service):
             waiting = submitted(service, MEAN, LARGE)
             refused = service.post(MEAN, LARGE, prefer="respond-async")
             check_problem(refused, 507, "no_space")
@@ -544,7 +536,7 @@ def test_the_bytes_that_jobs_keep_are_bounded(folder: Path) -> None:
 def test_a_job_that_ends_while_it_is_deleted_gives_all_its_bytes_back(service: Running) -> None:
     """Whoever looked it up a moment before saw it running."""
     jobs = jobs_of(service)
-    with blocked(service):
+    with lane_blocked(service):
         path = submitted(service, "/v1/softmax?op=softmax&dim=0", LARGE)
         before = jobs.find("", path.rpartition("/")[2])
     assert before is not None
@@ -586,7 +578,7 @@ def test_a_request_whose_job_was_forgotten_while_it_was_sent_again_is_no_job(ser
 
 
 def test_who_waits_is_told_of_the_end_or_of_how_far_it_is(service: Running) -> None:
-    with blocked(service):
+    with lane_blocked(service):
         path = submitted(service)
         start_s = time.monotonic()
         assert service.http.get(f"{path}?wait=0.3").json()["status"] in ("queued", "running")
@@ -601,7 +593,7 @@ def test_who_waits_is_told_of_the_end_or_of_how_far_it_is(service: Running) -> N
 
 
 def test_who_goes_away_waits_no_longer(service: Running) -> None:
-    with blocked(service):
+    with lane_blocked(service):
         path = submitted(service)
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
             connection.sendall(f"GET {path}?wait=60 HTTP/1.1\r\nHost: {service.netloc}\r\n\r\n".encode())

@@ -24,9 +24,9 @@ from maskserve_api.jobs.clock import Clock, Mark
 from maskserve_api.jobs.desk import Jobs
 from maskserve_api.jobs.job import Status
 from tests import jobs_faults
-from tests.http_service import JSON, SAFETENSORS, check_problem, jobs_in, payload, running, wait_until
+from tests.http_service import JSON, SAFETENSORS, check_problem, jobs_in, lane_blocked, payload, running, wait_until
 from tests.jobs_process import left, served, spawned
-from tests.test_jobs import LARGE, MEAN, QUESTION, blocked, ended, submitted
+from tests.test_jobs import LARGE, MEAN, QUESTION, ended, submitted
 
 SOFTMAX = "/v1/softmax?op=softmax&dim=0"
 LONG, LONG_BODY = (
@@ -314,7 +314,7 @@ def test_what_is_no_file_of_ours_is_no_result_to_adopt(tmp_path: Path, how: str)
 def test_a_body_whose_file_is_not_as_it_came_is_the_disks_fault(tmp_path: Path, how: str, form: str) -> None:
     body = LARGE if form == SAFETENSORS else json.dumps({"value": [0.125] * (1 << 14)}).encode()
     with running(jobs=jobs_in(tmp_path)) as service:
-        with blocked(service):
+        with lane_blocked(service):
             path = submitted(service, "/v1/softmax?op=softmax&dim=0", body, content_type=form)
             spoil(tmp_path / "bodies" / path[-32:], how)
         told = ended(service, path)
@@ -370,7 +370,7 @@ def test_a_full_disk_refuses_and_fails_jobs_and_the_service_recovers(tmp_path: P
     with running(jobs=jobs_in(small_disk)) as service:
         fits = submitted(service)
         ended(service, fits)
-        with blocked(service):
+        with lane_blocked(service):
             doomed = submitted(service, SOFTMAX, LARGE)
             wait_until(lambda: service.http.get(doomed).json()["status"] == "running")  # what has not begun would wait
             filler = small_disk / "filler"
@@ -483,7 +483,7 @@ def test_a_clock_that_jumps_by_a_day_ends_nothing_early_and_keeps_nothing_for_ev
 
 def test_submissions_that_come_together_share_a_transaction(tmp_path: Path) -> None:
     """A hundred at once cost far less than a hundred fsyncs."""
-    with running(jobs=jobs_in(tmp_path)) as service, blocked(service):
+    with running(jobs=jobs_in(tmp_path)) as service, lane_blocked(service):
         jobs = service.service.jobs
         assert jobs is not None
         n_commits = 0

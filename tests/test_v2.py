@@ -27,8 +27,17 @@ from maskserve.ops.rows import Row
 from maskserve.payload.format import BytesPayload
 from maskserve_api import work
 from maskserve_api.v2_tensors import DTYPES
-from tests.http_service import BINARY, JSON, MAX_BODY, Running, check_problem, payload, running, wait_until
-from tests.test_http_limits import lane_blocked
+from tests.http_service import (
+    BINARY,
+    JSON,
+    MAX_BODY,
+    Running,
+    check_problem,
+    lane_blocked,
+    payload,
+    running,
+    wait_until,
+)
 
 DATA = np.arange(12, dtype=np.float32).reshape(3, 4)
 MASK = DATA % 5 != 1
