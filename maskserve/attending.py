@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from maskserve import gradients
 from maskserve.backends.reference.cells import select
-from maskserve.gates import as_cotangent, kept
+from maskserve.gates import as_cotangent, hide_rows, kept, rows_alike
 from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result
 from maskserve.operations import OfProduct
 from maskserve.reach import Operand
@@ -30,9 +30,6 @@ FUSED_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 SERVED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 STEADY = 2.0**-16
 """How far rounding may move a score: the way back raises e to the difference of a score and the sum that was kept."""
-TOGETHER = 8
-ALL = 0x0101010101010101
-"""Cells of a mask that are looked at together, as one number; and that number where all are valid."""
 
 
 class Words(NamedTuple):
@@ -55,14 +52,14 @@ def attended(
     words = [Words(x._data, valid) for x in given if (valid := whole_words(x)) is not None]
     if len(words) < len(given) or (met := meetings(words, masks)) is None:
         return None
-    followed = any(is_followed(of.cells) for of in words)
-    # the way back finds weights again, and the junk of a masked query may make them inf
-    if followed or not torch.equal(words[1].valid, words[2].valid) or not is_bounded(words, scale):
+    n_words, lengths = k.shape[-2], Lengths.of(tuple(of.cells for of in words))
+    if not torch.equal(words[1].valid, words[2].valid) or not lengths.are_bounded(q._data, scale, n_words):
         words = [Words(without_junk(x), of.valid) for x, of in zip(given, words, strict=True)]
-        if not is_bounded(words, scale):
+        lengths = Lengths.of(tuple(of.cells for of in words))
+        if not lengths.are_bounded(q._data, scale, n_words):
             return None
-    how = OfAttention(met, scale, *(of.valid for of in words))
-    if not followed:
+    how = OfAttention(met, scale, tuple(of.valid for of in words), lengths)
+    if not any(is_followed(of.cells) for of in words):
         made = how.compute(tuple(of.cells for of in words), ())
         return MaskedTensor._of(made.values, made.valid[..., :1])
     operands = [Operand(of.cells, x._mask, x._reach) for x, of in zip(given, words, strict=True)]
@@ -82,16 +79,8 @@ def whole_words(x: MaskedTensor) -> Tensor | None:
     shape, mask = x._data.shape[:-1], x._mask
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=x._data.device)
-    if mask.shape[-1] == 1:
-        return mask[..., 0].expand(shape)
-    first = mask[..., 0]
-    if mask.shape[-1] % TOGETHER or not mask.is_contiguous():
-        is_whole = torch.equal(mask, first.unsqueeze(-1).expand(mask.shape))
-    else:
-        eight = mask.view(torch.int64)
-        start = eight[..., :1]
-        is_whole = torch.equal(eight, start.expand(eight.shape)) and bool(((start == 0) | (start == ALL)).all())
-    return first.expand(shape) if is_whole else None
+    valid = rows_alike(mask)
+    return None if valid is None else valid.expand(shape)
 
 
 def meetings(words: Sequence[Words], masks: Sequence[Tensor | None]) -> Tensor | None:
@@ -115,20 +104,31 @@ def without_junk(x: MaskedTensor) -> Tensor:
     return x._data if x._mask is None else kept(x._data, x._full_mask())
 
 
-def is_bounded(words: Sequence[Words], scale: float) -> bool:
-    """Whether no score and no mean can be inf or NaN: by Cauchy and Schwarz, of all that lies there."""
-    q, k, v = (of.cells for of in words)
-    return length(q) * length(k) * max(abs(scale), 1) < most(q) and length(v) < most(v)
+class Lengths(NamedTuple):
+    """Of the longest query, key and value, whether valid or not: what bounds all that kernels compute of them."""
+
+    q: float
+    k: float
+    v: float
+
+    @staticmethod
+    def of(operands: Cells) -> Lengths:
+        return Lengths(*map(longest, operands))
+
+    def are_bounded(self, like: Tensor, scale: float, n_words: int) -> bool:
+        """Whether no score and no mean can be inf or NaN: by Cauchy and Schwarz."""
+        return self.q * self.k * max(abs(scale), 1) < most(like) and self.v * n_words < most(like)
+
+    def allow_back(self, g: Tensor, scale: float) -> bool:
+        """Whether scores that are found again are the same, and nothing that is multiplied with `g` overflows."""
+        if not self.q * self.k * abs(scale) * torch.finfo(wide(g)).eps <= STEADY:
+            return False
+        return longest(g) * g.shape[-2] * max(self.v, 1) < most(g)
 
 
-def is_steady(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether scores found again are the same: by Cauchy and Schwarz, of the longest query and the longest key."""
-    lengths = (float(torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide(x)).amax()) for x in (q, k))
-    return math.prod(lengths) * abs(scale) * torch.finfo(wide(q)).eps <= STEADY
-
-
-def length(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.detach(), dtype=wide(x)))
+def longest(x: Tensor) -> float:
+    """The length of the longest word; NaN where any is."""
+    return float(torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide(x)).amax())
 
 
 def most(x: Tensor) -> float:
@@ -142,21 +142,21 @@ def wide(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class OfAttention(Operation):
-    """Attention of whole words; `met` is (..., i or 1, j), the others say which words of each operand are valid."""
+    """Attention of whole words; `met` is (..., i or 1, j), `words` say which words of each operand are valid."""
 
     met: Tensor
     scale: float
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
+    words: Cells
+    lengths: Lengths
 
     def batched(self, n: int) -> OfAttention:
         return self
 
     def compute(self, operands: Cells, masks: Masks) -> Result:
         made, sums = fused(operands, self.bias(operands[0]), self.scale)
-        valid = (self.met & self.values.unsqueeze(-2)).any(-1) & self.queries
-        hide_words(made, valid)
+        queries, _, values = self.words
+        valid = (self.met & values.unsqueeze(-2)).any(-1) & queries
+        hide_rows(made, valid)
         return Result(made, valid.unsqueeze(-1).expand(made.shape), sums)
 
     def bias(self, like: Tensor) -> Tensor:
@@ -169,14 +169,20 @@ class OfAttention(Operation):
         """By the fused kernel, which gives exactly 0 where nothing is reached; by the formula where it is followed."""
         if any(map(is_followed, (*given.operands, above.g))):
             return super().gradients(given, above, reached)
-        g, (q, k, v) = kept(above.g, above.gate), given.operands
-        if not length(g) * max(length(v), 1) < most(v) or not is_steady(q, k, self.scale):
-            return super().gradients(given, above, reached)
-        return fused_back(g, given, self.bias(v), self.scale)
+        g, bias, operands = kept(above.g, above.gate), self.bias(above.g), given.operands
+        made, _, sums = given.result
+        if not self.lengths.allow_back(g, self.scale):  # perhaps for the junk of masked words alone
+            operands = tuple(
+                kept(x, at.unsqueeze(-1).expand(x.shape)) for x, at in zip(operands, self.words, strict=True)
+            )
+            if not Lengths.of(operands).allow_back(g, self.scale):
+                return super().gradients(given, above, reached)
+            made, sums = fused(operands, bias, self.scale)
+        return fused_back(g, operands, made, sums, bias, self.scale)
 
     def pull(self, given: Given, above: Above) -> Cells:
         """W = softmax(s QK'), dV = W'G, dS = W (GV' - sum(W GV')) s, dQ = dS K, dK = dS'Q, over the pairs that meet."""
-        shown = zip(given.operands, (self.queries, self.keys, self.values), strict=True)
+        shown = zip(given.operands, self.words, strict=True)
         q, k, v = (Operand(x, valid.unsqueeze(-1).expand(x.shape)) for x, valid in shown)
         g, pairs = Operand(*above), self.met.expand(*q.value.shape[:-1], k.value.shape[-2])
         pairs = pairs & above.gate.any(-1, keepdim=True)
@@ -189,16 +195,17 @@ class OfAttention(Operation):
 
     def reached(self, given: Given, gate: Tensor) -> Cells:
         q, k, v = given.operands
-        asked = gate.any(-1)
+        whole = None if in_transform() else rows_alike(gate)
+        asked = gate.any(-1) if whole is None else whole
         if self.met.shape[-2] == 1:
             is_met = self.met.squeeze(-2) & asked.any(-1, keepdim=True)
         else:
             is_met = (self.met & asked.unsqueeze(-1)).any(-2)
         by_cell = is_met.unsqueeze(-1)
-        if in_transform() or not torch.equal(gate, asked.unsqueeze(-1).expand(gate.shape)):
+        if whole is None:
             pairs = self.met.expand(*gate.shape[:-1], k.shape[-2])
             by_cell = pairs.mT.to(torch.float32) @ gate.to(torch.float32) > 0
-        found = (asked.unsqueeze(-1), is_met.unsqueeze(-1), by_cell & self.values.unsqueeze(-1))
+        found = (asked.unsqueeze(-1), is_met.unsqueeze(-1), by_cell & self.words[2].unsqueeze(-1))
         return tuple(at.expand(x.shape) for at, x in zip(found, (q, k, v), strict=True))
 
     def back(self, given: Given, reach: Tensor) -> Cells:
@@ -214,15 +221,6 @@ def times(a: Operand, b: Operand) -> Tensor:
     return made
 
 
-def hide_words(made: Tensor, valid: Tensor) -> None:
-    """Sets words that are not valid to 0: by their numbers where each head's lie in turn, as the kernel writes them."""
-    hidden, turns = ~valid, made.transpose(-3, -2)
-    if made.ndim == 4 and turns.is_contiguous():
-        turns.view(-1, made.shape[-1]).index_fill_(0, hidden.transpose(-2, -1).flatten().nonzero().squeeze(1), 0)
-    else:
-        made.masked_fill_(hidden.unsqueeze(-1), 0)
-
-
 # -- torch's kernels ----------------------------------------------------------------------------------------------
 
 
@@ -235,17 +233,16 @@ def fused(operands: Cells, bias: Tensor, scale: float) -> tuple[Tensor, Tensor |
     return made.view(q.shape), sums
 
 
-def fused_back(g: Tensor, given: Given, bias: Tensor, scale: float) -> Cells:
+def fused_back(g: Tensor, operands: Cells, made: Tensor, sums: Tensor | None, bias: Tensor, scale: float) -> Cells:
     """The gradients by queries, keys and values."""
-    made, _, sums = given.result
     if sums is None:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in given.operands]
+            leaves = [x.detach().requires_grad_() for x in operands]
             again, _ = fused(tuple(leaves), bias, scale)
         return torch.autograd.grad(again, leaves, g)
-    cells = map(of_heads, (g, *given.operands, made))
+    cells = map(of_heads, (g, *operands, made))
     found = FUSED_BACK(*cells, sums, 0.0, False, attn_mask=of_heads(bias), scale=scale)
-    return tuple(part.view(x.shape) for part, x in zip(found, given.operands, strict=True))
+    return tuple(part.view(x.shape) for part, x in zip(found, operands, strict=True))
 
 
 def of_heads(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskserve.errors import NanError
+from maskserve.gates import spread
 from maskserve.ops.rows import Normalization, Row
 from maskserve.plan import Plan
 
@@ -95,7 +96,10 @@ class Folded:
     def window(self, slices: tuple[slice, ...]) -> Tensor:
         """A copy of the block."""
         box, sizes, exact = covering(tuple(self.tensor.shape), self.shape, slices)
-        return self.tensor[box].reshape(sizes)[exact]
+        part = self.tensor[box]
+        if part.dtype is torch.bool and part.ndim and part.stride(-1) == 0 and part.numel():
+            part = spread(part)
+        return part.reshape(sizes)[exact]
 
 
 def covering(

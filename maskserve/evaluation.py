@@ -15,7 +15,7 @@ import torch
 from maskserve import blockwise
 from maskserve.alignment import dim_numbers, laid_over, laid_together
 from maskserve.backends import Choice, choose
-from maskserve.blockwise import Cells, Op, Slot, at_once, in_blocks, laid, op
+from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, in_blocks, laid, lies_along, op
 from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run
@@ -407,21 +407,27 @@ def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
 
 def elementwise(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
     """Adjacent elementwise ops: block by block where there are many cells."""
-    n_dims, made = len(term.shape), program(term)
-    cells = [
-        Cells(laid(v._data, axes, n_dims), None if v._mask is None else laid(v._mask, axes, n_dims))
-        for v, (_, axes) in zip(values, made.leaves, strict=True)
-    ]
-    if prod(term.shape) <= blockwise.SMALL or any(leaf.data.device.type != "cpu" for leaf in cells):
-        return MaskedTensor._of(*at_once(made.ops, cells))
-    return MaskedTensor._of(*in_blocks(made.ops, cells, term.shape, Cells(term.sample._data, term.sample._mask)))
+    made = program(term)
+    cells = [Cells(v._data, v._mask) for v in values]
+    if not made.lie_along:
+        n_dims = len(term.shape)
+        cells = [
+            Cells(laid(data, axes, n_dims), None if mask is None else laid(mask, axes, n_dims))
+            for (data, mask), (_, axes) in zip(cells, made.leaves, strict=True)
+        ]
+    if made.is_small or not all(leaf.data.is_cpu for leaf in cells):
+        return MaskedTensor._of(*at_once(made.chain, cells))
+    return MaskedTensor._of(*in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask)))
 
 
 class Program(NamedTuple):
     """A stage as ops on its leaves, each of which lies along some dims of it; variables that come twice are one leaf."""
 
     leaves: tuple[tuple[Term, Shape], ...]
-    ops: tuple[Op, ...]
+    chain: Chain
+    lie_along: bool
+    """Whether torch broadcasts all leaves as they are."""
+    is_small: bool
 
 
 @lru_cache(maxsize=256)
@@ -444,12 +450,16 @@ def program(stage: Term) -> Program:
                 operands.append(slot_of(operand, tuple(axes[dim] for dim in term.axes[word])))
             else:
                 operands.append(operand)
-        kinds = [operand.dtype for operand, _ in term.terms]
-        ops.append(op(term.node.row, tuple(operands), term.params, kinds, term.node.column, term.sample._data.dtype))
+        kinds, result = [operand.dtype for operand, _ in term.terms], term.sample._data.dtype
+        ops.append(op(term.node.row, tuple(operands), term.params, kinds, term.node.column, result, len(slots)))
         return Slot(len(slots) + len(ops) - 1)
 
     slot_of(stage, tuple(range(len(stage.shape))))
-    return Program(tuple(found.values()), tuple(ops))
+    leaves = tuple(found.values())
+    return Program(
+        leaves, Chain.of(ops), all(lies_along(axes, len(stage.shape)) for _, axes in leaves),
+        prod(stage.shape) <= blockwise.SMALL,
+    )  # fmt: skip
 
 
 def leaf_key(leaf: Term, axes: Shape) -> object:

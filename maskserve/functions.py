@@ -22,7 +22,7 @@ from maskserve.blocks import counting
 from maskserve.engine import run, run_with_indices
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.foreign import from_foreign
-from maskserve.making import as_masked_tensor, tensor_of
+from maskserve.making import as_masked_tensor, operand, tensor_of
 from maskserve.moving import moved
 from maskserve.ops import OPS
 from maskserve.ops.parameters import NAN, REQUIRED, Parameter, Type
@@ -214,15 +214,13 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
 
 def formula(row: Formula, expr: str, variables: dict[str, Any]) -> MaskedTensor:
     """An expression on tensors by name."""
-    tensors = {
-        name: given if isinstance(given, MaskedTensor) else as_masked_tensor(given) for name, given in variables.items()
-    }
+    tensors = {name: operand(given) for name, given in variables.items()}
     made: MaskedTensor = implementation(row)(expr, tensors)
     return as_masked_tensor(made) if any(made is tensor for tensor in tensors.values()) else made
 
 
 def loss(row: Loss, given: Any, target: Any, params: dict[str, Any]) -> MaskedTensor:
-    made: MaskedTensor = implementation(row)(row, as_masked_tensor(given), target, params)
+    made: MaskedTensor = implementation(row)(row, operand(given), target, params)
     return made
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from maskserve.attending import attended
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.functions import public
-from maskserve.making import as_masked_tensor
+from maskserve.making import as_masked_tensor, operand
 from maskserve.tensor import MaskedTensor
 
 
@@ -31,12 +31,12 @@ def of_rows(name: str, *args: Any, **params: Any) -> MaskedTensor:
 def layer_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> MaskedTensor:
-    x = as_masked_tensor(input)
+    x = operand(input)
     return scaled(standardized(x, last_dims("layer_norm", x, normalized_shape), eps), weight, bias)
 
 
 def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> MaskedTensor:
-    x = as_masked_tensor(input)
+    x = operand(input)
     dims = last_dims("rms_norm", x, normalized_shape)
     square = of_rows("mean", of_rows("square", x), dims, keepdim=True)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
@@ -44,7 +44,7 @@ def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, ep
 
 
 def group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> MaskedTensor:
-    x = as_masked_tensor(input)
+    x = operand(input)
     if x.ndim < 2 or num_groups < 1 or x.shape[1] % num_groups:
         raise ShapeError(
             f"group_norm: {num_groups} groups do not divide the channels (dim 1) of shape {tuple(x.shape)}"
@@ -59,7 +59,7 @@ def batch_norm(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> MaskedTensor:  # fmt: skip
     """In training the running statistics move where a channel has valid cells, and stay where it has none."""
-    x = as_masked_tensor(input)
+    x = operand(input)
     if x.ndim < 2:
         raise ShapeError(f"batch_norm takes channels along dim 1; the input has shape {tuple(x.shape)}")
     dims = tuple(d for d in range(x.ndim) if d != 1)
@@ -111,7 +111,7 @@ def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int]) -> tupl
 
 
 def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> MaskedTensor:
-    one, other = as_masked_tensor(x1), as_masked_tensor(x2)
+    one, other = operand(x1), operand(x2)
     shape = torch.broadcast_shapes(one.shape, other.shape)
     pair: list[MaskedTensor] = [one.expand(shape), other.expand(shape)]
     both = pair[0].get_mask() & pair[1].get_mask()
@@ -136,7 +136,7 @@ def embedding(
     scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> MaskedTensor:  # fmt: skip
     """Rows of a plain table; its gradient is dense, and 0 for a row that only masked indices meant."""
-    index = as_masked_tensor(input)
+    index = operand(input)
     if index._data.is_floating_point() or index._data.is_complex() or index._data.dtype is torch.bool:
         raise DtypeError(f"embedding: indices are whole numbers, not {index.dtype}")
     valid = index.get_mask()
@@ -163,7 +163,7 @@ def scaled_dot_product_attention(
 
     A bool `attn_mask` is True where a key is met, as in torch; of floats, which are added, it is not met at -inf.
     """
-    q, k, v = (as_masked_tensor(given) for given in (query, key, value))
+    q, k, v = (operand(given) for given in (query, key, value))
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     if is_causal:
@@ -194,7 +194,7 @@ def weights_of(q: MaskedTensor, k: MaskedTensor, masks: Sequence[Any], scale: fl
     for mask in masks:
         if mask is None:
             continue
-        added = as_masked_tensor(mask)
+        added = operand(mask)
         is_bool = added.dtype is torch.bool
         met = added.get_mask() & (added.get_data() if is_bool else added.get_data() != -torch.inf)
         if met.ndim > scores.ndim or any(
@@ -221,7 +221,7 @@ def multi_head_attention_forward(
         raise UncoveredFunctionError(
             "multi_head_attention_forward: bias_k, bias_v, add_zero_attn and static_k have no rule for a MaskedTensor"
         )
-    q, k, v = (as_masked_tensor(x) for x in (query, key, value))
+    q, k, v = (operand(x) for x in (query, key, value))
     is_batched = q.ndim == 3
     q, k, v = (x if is_batched else x.unsqueeze(1) for x in (q, k, v))
     n, width = q.shape[1], embed_dim_to_check // num_heads

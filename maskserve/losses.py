@@ -10,7 +10,7 @@ from torch import Tensor
 from maskserve.dtypes import WIDENED
 from maskserve.errors import DataError, DtypeError, ShapeError
 from maskserve.functions import elementwise, public
-from maskserve.making import as_masked_tensor
+from maskserve.making import as_masked_tensor, operand
 from maskserve.ops.rows import Loss
 from maskserve.params import accept, resolve
 from maskserve.tensor import MaskedTensor
@@ -66,7 +66,7 @@ def reduced(losses: MaskedTensor, weight: Any, reduction: str, dim: Any) -> Mask
 
 
 def spread(weight: Any, losses: MaskedTensor) -> MaskedTensor:
-    made: MaskedTensor = as_masked_tensor(weight).expand(losses.shape)
+    made: MaskedTensor = operand(weight).expand(losses.shape)
     return made
 
 
@@ -82,7 +82,7 @@ def of_classes(
         raise ShapeError(f"{row.name} takes classes along dim 1, or along the only dim; the input has no dim")
     dim = min(given.ndim - 1, 1)
     logs: MaskedTensor = public("log_softmax")(given, dim) if row.of_logits else given
-    wanted = as_masked_tensor(target)
+    wanted = operand(target)
     per_class = None if weight is None else of_each_class(row, weight, logs, dim)
     smoothing = params.get("label_smoothing", 0.0)
     if wanted._data.is_floating_point():
@@ -129,7 +129,7 @@ def of_probabilities(
 
 def of_each_class(row: Loss, weight: Any, logs: MaskedTensor, dim: int) -> Tensor:
     """One weight a class, along their dim."""
-    made = as_masked_tensor(weight)
+    made = operand(weight)
     if made.shape != (logs.shape[dim],):
         raise ShapeError(
             f"{row.name}: weight has shape {tuple(made.shape)}, and there are {logs.shape[dim]} classes: give one for each"

@@ -64,6 +64,11 @@ def as_masked_tensor(data: Any, mask: Any = None) -> MaskedTensor:
     return MaskedTensor(tensor_of(data), mask)
 
 
+def operand(given: Any) -> MaskedTensor:
+    """The same, for an op that only reads it: a MaskedTensor as it is."""
+    return given if isinstance(given, MaskedTensor) else as_masked_tensor(given)
+
+
 def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
     """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
     tensor = tensor_of(data)

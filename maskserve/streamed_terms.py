@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from maskserve import regions, sinks, streaming
-from maskserve.blockwise import Cells, Op, at_once, laid
+from maskserve.blockwise import Cells, Chain, at_once, laid
 from maskserve.evaluation import Term, called, is_elementwise, program
 from maskserve.expression import Name
 from maskserve.payload.files import open_payload
@@ -31,8 +31,8 @@ RESULT_SHARE = 8
 class Stage(Source):
     """Adjacent elementwise ops on the windows of their leaves."""
 
-    def __init__(self, term: Term, leaves: Sequence[tuple[Source, Shape]], ops: Sequence[Op]) -> None:
-        self.shape, self.leaves, self.ops = term.shape, leaves, ops
+    def __init__(self, term: Term, leaves: Sequence[tuple[Source, Shape]], chain: Chain) -> None:
+        self.shape, self.leaves, self.chain = term.shape, leaves, chain
         self.dtype, self.is_masked = term.sample._data.dtype, term.sample._mask is not None
         n_cells = max(prod(term.shape), 1)
         self.between = sum(source.cell_bytes for source, _ in leaves) + -(-term.between_bytes // n_cells)
@@ -47,7 +47,7 @@ class Stage(Source):
         for of, axes in self.leaves:
             own, valid = part(of, axes, where)
             cells.append(Cells(laid(own, axes, n_dims), None if valid is None else laid(valid, axes, n_dims)))
-        data, mask = at_once(self.ops, cells)
+        data, mask = at_once(self.chain, cells)
         shape = tuple(s.stop - s.start for s in where)
         return data.expand(shape), None if mask is None else mask.expand(shape)
 
@@ -85,7 +85,7 @@ class Terms:
     def stage(self, term: Term) -> Stage:
         made = program(term)
         leaves = [(self.kept(leaf) if is_small(leaf, term) else self.source(leaf), axes) for leaf, axes in made.leaves]
-        return Stage(term, leaves, made.ops)
+        return Stage(term, leaves, made.chain)
 
     def kept(self, term: Term) -> Source:
         """The cells of a term, whole: in memory, or in a file."""

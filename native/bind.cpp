@@ -275,6 +275,23 @@ void to_mask(uint64_t reach_ptr, int64_t n, uint64_t mask_ptr) {
   maskserve::pull_variant().to_mask(address<const unsigned char>(reach_ptr), n, address<unsigned char>(mask_ptr));
 }
 
+void spread_rows(uint64_t first_ptr, int64_t rows, int64_t n, uint64_t mask_ptr) {
+  nb::gil_scoped_release released;
+  maskserve::pull_variant().spread_rows(address<const unsigned char>(first_ptr), rows, n, address<unsigned char>(mask_ptr));
+}
+
+void hide_rows(uint64_t cells_ptr, uint64_t valid_ptr, int64_t rows, int64_t row_bytes) {
+  nb::gil_scoped_release released;
+  maskserve::pull_variant().hide_rows(address<unsigned char>(cells_ptr), address<const unsigned char>(valid_ptr), rows,
+                                      row_bytes);
+}
+
+bool rows_alike(uint64_t mask_ptr, int64_t rows, int64_t n, uint64_t first_ptr) {
+  nb::gil_scoped_release released;
+  return maskserve::pull_variant().rows_alike(address<const unsigned char>(mask_ptr), rows, n,
+                                              address<unsigned char>(first_ptr));
+}
+
 constexpr uintptr_t huge_page = uintptr_t{1} << 21;
 
 // Huge pages for memory that is about to be written as a whole, where the system leaves that to programs.
@@ -447,6 +464,9 @@ NB_MODULE(_native, m) {
   m.def("keep", &keep);
   m.def("to_reach", &to_reach);
   m.def("to_mask", &to_mask);
+  m.def("spread_rows", &spread_rows);
+  m.def("hide_rows", &hide_rows);
+  m.def("rows_alike", &rows_alike);
   m.def("will_write", &will_write);
   m.def("read_runs", &read_runs);
   m.def("raise_", raise);

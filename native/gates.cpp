@@ -80,5 +80,26 @@ void to_mask(const unsigned char* reach_ptr, int64_t n, unsigned char* mask_ptr)
   bytes_of<OfReach>(reach_ptr, n, mask_ptr);
 }
 
+void spread_rows(const unsigned char* first_ptr, int64_t rows, int64_t n, unsigned char* mask_ptr) {
+  for (int64_t r = 0; r < rows; ++r) std::memset(mask_ptr + r * n, first_ptr[r], static_cast<size_t>(n));
+}
+
+void hide_rows(unsigned char* cells_ptr, const unsigned char* valid_ptr, int64_t rows, int64_t row_bytes) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!valid_ptr[r]) std::memset(cells_ptr + r * row_bytes, 0, static_cast<size_t>(row_bytes));
+  }
+}
+
+bool rows_alike(const unsigned char* mask_ptr, int64_t rows, int64_t n, unsigned char* first_ptr) {
+  for (int64_t r = 0; r < rows; ++r, mask_ptr += n) {
+    const unsigned char first = mask_ptr[0];
+    unsigned char differs = 0;
+    for (int64_t j = 0; j < n; ++j) differs = static_cast<unsigned char>(differs | (mask_ptr[j] ^ first));
+    if (differs) return false;
+    first_ptr[r] = first;
+  }
+  return true;
+}
+
 }  // namespace MASKSERVE_ISA
 }  // namespace maskserve

@@ -52,6 +52,12 @@ struct PullVariant {
   Keep keep_reached;
   void (*to_reach)(const unsigned char* mask_ptr, int64_t n, unsigned char* reach_ptr);
   void (*to_mask)(const unsigned char* reach_ptr, int64_t n, unsigned char* mask_ptr);
+  // Rows of n bytes that are all the same.
+  void (*spread_rows)(const unsigned char* first_ptr, int64_t rows, int64_t n, unsigned char* mask_ptr);
+  // Sets the rows of cells that are not valid to 0.
+  void (*hide_rows)(unsigned char* cells_ptr, const unsigned char* valid_ptr, int64_t rows, int64_t row_bytes);
+  // Whether each of some rows of n bytes, n > 0, has one byte alone; the first of each.
+  bool (*rows_alike)(const unsigned char* mask_ptr, int64_t rows, int64_t n, unsigned char* first_ptr);
 };
 
 // The variant for this processor, as variant() chooses it.

@@ -30,6 +30,9 @@ namespace maskserve {
   void keep_reached(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                     \
   void to_reach(const unsigned char*, int64_t, unsigned char*);                                               \
   void to_mask(const unsigned char*, int64_t, unsigned char*);                                                \
+  void spread_rows(const unsigned char*, int64_t, int64_t, unsigned char*);                                   \
+  void hide_rows(unsigned char*, const unsigned char*, int64_t, int64_t);                                     \
+  bool rows_alike(const unsigned char*, int64_t, int64_t, unsigned char*);                                    \
   const Variant table{#isa,                                                                                   \
                       {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},                                                   \
                       {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},                                                   \
@@ -37,7 +40,8 @@ namespace maskserve {
                       {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)},                                                  \
                       finish,                                                                                 \
                       raise};                                                                                 \
-  const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)}, ties, keep, keep_reached, to_reach, to_mask}; \
+  const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)},                                               \
+                          ties, keep, keep_reached, to_reach, to_mask, spread_rows, hide_rows, rows_alike};   \
   }
 
 MASKSERVE_VARIANT(baseline)

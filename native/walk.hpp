@@ -71,6 +71,11 @@ inline Operand tile_mask(const Block& block, Walk walk, const Window& tile, unsi
   if (walkable) return mask;
   unsigned char* to_ptr = copy_ptr;
   for (int64_t g = 0; g < tile.groups; ++g) {
+    if (tile.columns == 1 && mask.stride_n == 0) {  // one byte for all cells of a slice
+      std::memset(to_ptr, mask.cells_ptr[g * mask.stride_outer], static_cast<size_t>(tile.rows));
+      to_ptr += tile.rows;
+      continue;
+    }
     for (int64_t i = 0; i < tile.rows; ++i, to_ptr += tile.columns) {
       const unsigned char* row_ptr = mask.cells_ptr + g * mask.stride_outer + i * mask.stride_n;
       if (mask.stride_inner == 0) {

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # as torch's own documentation writes it
 import maskserve as ms
 from maskserve import MaskedTensor, layers
 from maskserve.errors import MaskserveError
+from maskserve.gates import rows_alike
 
 nan, inf = torch.nan, torch.inf
 
@@ -222,7 +223,7 @@ def test_attention_can_be_differentiated_twice(kind: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("junk", [1e9, 1e12, 1e30, 1e38])
+@pytest.mark.parametrize("junk", [1.0, 30.0, 1e9, 1e12, 1e30, 1e38, inf, nan])
 def test_junk_in_a_masked_word_changes_no_bit_of_a_gradient(junk: float, dtype: torch.dtype) -> None:
     """A kernel that finds weights again from junk finds inf; and 0 times inf is NaN."""
     for n in (2, 17, 20, 33):
@@ -234,6 +235,21 @@ def test_junk_in_a_masked_word_changes_no_bit_of_a_gradient(junk: float, dtype: 
             found.append([made.detach(), *torch.autograd.grad([made.sum()], leaves)])
         for one, other in zip(*found, strict=True):
             assert torch.equal(one.to_tensor(0), other.to_tensor(0))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 100])
+@pytest.mark.parametrize("layout", ["dense", "broadcast", "strided"])
+def test_rows_of_a_mask_are_alike_or_not(n: int, layout: str) -> None:
+    first = masks(3, 5, 1)
+    mask = first.expand(3, 5, n) if layout == "broadcast" else first.expand(3, 5, n).clone()
+    mask = mask.permute(1, 2, 0).contiguous().permute(2, 0, 1) if layout == "strided" else mask
+    found = rows_alike(mask)
+    assert found is not None
+    assert torch.equal(found, first[..., 0])
+    for at in (0, n - 1) if n > 1 else ():
+        spoilt = mask.clone()
+        spoilt[2, 4, at] ^= True
+        assert rows_alike(spoilt) is None
 
 
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e4, 1e5])

@@ -42,8 +42,10 @@ def polygamma(n: Tensor, data: Tensor) -> Tensor:
 
 def div(data: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
     """torch.div, which ends the process (SIGFPE) at the smallest int / -1 rounded towards 0: that wraps here, as in -data."""
+    if rounding_mode is None:
+        return torch.div(data, other)
     dtype = torch.result_type(data, other)
-    if rounding_mode and isinstance(other, int) and not (dtype.is_floating_point or dtype is torch.bool):
+    if isinstance(other, int) and not (dtype.is_floating_point or dtype is torch.bool):
         limits = torch.iinfo(dtype)
         if not limits.min <= other <= limits.max:
             raise DtypeError(f"div: {other} does not fit {dtype}; convert the tensor first, to a dtype that holds it")
