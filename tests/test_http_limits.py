@@ -317,6 +317,20 @@ def test_a_half_sent_body_keeps_no_process_beyond_its_grace() -> None:
         assert child.wait(20) == 0
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_waits_for_nobody_and_is_no_clean_end(sent: signal.Signals) -> None:
+    with process() as (child, line):
+        port = int(line.partition("127.0.0.1:")[2].partition(";")[0])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(b"POST /v1/reduce?op=sum HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc")
+            time.sleep(0.3)
+            child.send_signal(sent)
+            time.sleep(0.2)
+            assert child.poll() is None
+            child.send_signal(sent)
+            assert child.wait(20) == 128 + sent
+
+
 def test_a_draining_service_is_not_ready_and_takes_no_work() -> None:
     with running() as service:
         service.service.draining = True

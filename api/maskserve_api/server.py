@@ -127,7 +127,7 @@ def serve(
     finally:
         for listener in sockets:
             listener.close()
-    return 0
+    return server.exit
 
 
 def keys_of(host: str, path: str, *, is_local: bool, allow_anonymous: bool) -> Keys | None:
@@ -162,6 +162,10 @@ def file_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS + SPARE_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+BY_SIGNAL = 128
+"""What a shell adds to the number of a signal that ended a process."""
 
 
 class Server(uvicorn.Server):
@@ -207,6 +211,7 @@ class Server(uvicorn.Server):
         self.listeners: Sequence[socket.socket] = ()
         self.draining: asyncio.Task[None] | None = None
         self.is_signalled = False
+        self.exit = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop, self.listeners = asyncio.get_running_loop(), sockets or ()
@@ -240,9 +245,10 @@ class Server(uvicorn.Server):
             say(f"the keys were read again, {len(keys)} in all")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second does not wait."""
+        """The first signal drains, the second does not wait, and is no clean end."""
         if self.is_signalled or self.loop is None:
             self.force_exit, self.should_exit = self.is_signalled, True
+            self.exit = BY_SIGNAL + sig if self.is_signalled else 0
             return
         self.is_signalled = True
         self.loop.call_soon_threadsafe(self.begin_drain, self.drain_delay_s if sig == signal.SIGTERM else 0.0)
