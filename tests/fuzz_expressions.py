@@ -17,7 +17,7 @@ import torch
 import maskserve as ms
 from maskserve import MaskedTensor
 from maskserve.errors import ExpressionError, MaskserveError
-from maskserve.evaluation import declared_of, evaluated, planned
+from maskserve.evaluation import Declared, Term, declared_of, evaluated, planned
 from maskserve.expression import canonical, functions, parse
 from maskserve.ops.parameters import REQUIRED
 from maskserve.torch_dtypes import dtype_of
@@ -99,18 +99,22 @@ def variables(rng: random.Random) -> dict[str, MaskedTensor]:
     return found
 
 
+def read(source: str, declared: dict[str, Declared]) -> tuple[float, Term | int | float | None, MaskserveError | None]:
+    """The seconds that it took to plan a text or to refuse it, and which."""
+    start = time.process_time()
+    try:
+        term = planned(parse(source).root, declared)
+    except MaskserveError as error:
+        return time.process_time() - start, None, error
+    return time.process_time() - start, term, None
+
+
 def one(source: str, values: dict[str, MaskedTensor]) -> str:
     """What became of a text; raises what should not be."""
     declared = {name: declared_of(value) for name, value in values.items()}
-    start = time.process_time()
-    refused: MaskserveError | None = None
-    term = None
-    try:
-        root = parse(source).root
-        term = planned(root, declared)
-    except MaskserveError as error:
-        refused = error
-    seconds = time.process_time() - start
+    seconds, term, refused = read(source, declared)
+    if seconds >= MOST_S:  # a module that was imported, or the collector's walk, is not the text's
+        seconds = min(read(source, declared)[0] for _ in range(3))
     assert seconds < MOST_S, f"{seconds * 1e3:.1f} ms: {source[:300]!r}"
     if refused is not None:
         at_length = isinstance(refused, ExpressionError) and "bytes" in refused.message
@@ -118,6 +122,7 @@ def one(source: str, values: dict[str, MaskedTensor]) -> str:
         assert len(refused.message) < 1000, refused.message
         return "refused"
     assert term is not None
+    root = parse(source).root
     again = parse(canonical(root)).root
     assert canonical(again) == canonical(root), source
     start = time.process_time()
