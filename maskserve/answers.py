@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from maskserve import sides, variable_steps
+from maskserve import sides, sources, streaming, variable_steps
 from maskserve.errors import TooLargeError
 from maskserve.execution import execution
 from maskserve.ops.rows import Formula
@@ -18,9 +18,10 @@ from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.requests import Request
-from maskserve.room import RESULT_SHARE, Need, beyond, enough
+from maskserve.room import RESULT_SHARE, Need, beyond, enough, held
 from maskserve.sides import Payloads
 from maskserve.steps import Result, Step, Streamed
+from maskserve.told import Told
 from maskserve.version import version
 
 NOTHING: Payloads = MappingProxyType({})
@@ -106,7 +107,8 @@ def run(
         admit(prepared.bytes_held)
     results = computed(request, payload, prepared, memory)
     if not request.is_gradient:
-        results += alive(payload, prepared, {r.name for r in results})
+        room = None if memory is None else [*shares(planned, memory)][-1]
+        results += alive(payload, prepared, {r.name for r in results}, room)
         results += labels(planned, {r.name for r in results})
     sources = (payload, *others.values())
     for source in sources:
@@ -122,19 +124,19 @@ def bytes_to_read(request: Request, payload: Payload, others: Payloads = NOTHING
     return sum(step.bytes_read * (max(step.passes(room), 1) if step.is_streamed(room) else 1) for step, room in planned)
 
 
-def alive(payload: Payload, prepared: Prepared, taken: set[str]) -> Iterator[Result]:
-    """The coordinates of the dims that live on."""
-    names = {dim for step in prepared.steps for dim in step.dims_alive} - taken
-    for found in prepared.variables.coordinates.values():
-        if found.name in names:
-            yield coordinate(payload, found, prepared.variables)
+def alive(payload: Payload, prepared: Prepared, taken: set[str], room: int | None) -> Iterator[Result | Streamed]:
+    """The coordinates of the dims that live on; those that `room` has no place for are read while they are written."""
+    found = [coordinate for coordinate in prepared.coordinates if coordinate.name not in taken]
+    fits = [True] * len(found) if room is None else [is_held for is_held, _ in held(map(coordinate_bytes, found), room)]
+    for coordinate, is_held in zip(found, fits, strict=True):
+        yield (as_it_came if is_held else as_it_lies)(payload, coordinate, prepared.variables)
 
 
 def kept(request: Request, payload: Payload, prepared: Prepared, memory: int) -> list[Result | Streamed]:
     """What a reduction does not reduce: the variables without the dim, and the coordinates."""
     passed = [step for step in prepared.steps if step.passes_through]
     results = [made for step in passed for made in step.streamed(request, payload, prepared.variables, memory)]
-    return [*results, *alive(payload, prepared, {step.name for step in prepared.steps})]
+    return [*results, *alive(payload, prepared, {step.name for step in prepared.steps}, memory)]
 
 
 def computed(request: Request, payload: Payload, prepared: Prepared, memory: int | None) -> list[Result | Streamed]:
@@ -155,11 +157,17 @@ def computed(request: Request, payload: Payload, prepared: Prepared, memory: int
 
 def rooms(planned: Sequence[Step], memory: int) -> Iterator[tuple[Step, int]]:
     """Each step with the memory that it has beside the results that are held of those before it."""
+    return zip(planned, shares(planned, memory), strict=False)
+
+
+def shares(planned: Sequence[Step], memory: int) -> Iterator[int]:
+    """The memory that each step has, and what is left at last."""
     room = memory
     for step in planned:
-        yield step, room
+        yield room
         room -= step.bytes_written if step.holds(room) else 0
         room = max(room, memory // LEAST_SHARE)  # a part is for what is read, however many results are held
+    yield room
 
 
 def refuse_beyond(planned: Sequence[Step], memory: int) -> None:
@@ -176,10 +184,24 @@ def lacking(planned: Sequence[Step], memory: int) -> Iterator[tuple[Need, int]]:
             yield need, need.memory - room
 
 
-def memory_to_hold(planned: Sequence[Step], memory: int) -> int | None:
-    """The memory in which all fits and every result is held; None where this one does."""
-    least = enough(lambda more: first_lack(lacking(planned, more)) or first_lack(unheld(planned, more)), memory)
+def memory_to_hold(planned: Sequence[Step], memory: int, beside: Sequence[int] = ()) -> int | None:
+    """The memory in which all fits and every result is held, and what has so many bytes `beside`; None where this one does."""
+
+    def more(memory: int) -> int:
+        room = [*shares(planned, memory)][-1]
+        return (
+            first_lack(lacking(planned, memory))
+            or first_lack(unheld(planned, memory))
+            or next((short for is_held, short in held(beside, room) if not is_held), 0)
+        )
+
+    least = enough(more, memory)
     return None if least == memory else least
+
+
+def bytes_beside(request: Request, payload: Payload, others: Payloads = NOTHING) -> list[int]:
+    """The sizes of the coordinates that an answer has beside its results."""
+    return [*map(coordinate_bytes, prepare(request, payload, others).coordinates)]
 
 
 def unheld(planned: Sequence[Step], memory: int) -> Iterator[tuple[Step, int]]:
@@ -212,6 +234,8 @@ class Prepared:
 
     variables: Variables
     steps: tuple[Step, ...]
+    coordinates: tuple[Variable, ...]
+    """Those of the dims that live on."""
     bytes_held: int
     metadata: dict[str, str] | None = None
     """None until the first answer is there, which names its dims."""
@@ -227,7 +251,13 @@ def prepare(request: Request, payload: Payload, others: Payloads) -> Prepared:
     variables = resolved(request, payload, others)
     planned = steps(request, variables, payload, others)
     refuse_growth(planned, payload)
-    prepared = Prepared(variables=variables, steps=planned, bytes_held=sum(step.bytes_held for step in planned))
+    names = set() if request.is_gradient else {dim for step in planned for dim in step.dims_alive}
+    prepared = Prepared(
+        variables=variables,
+        steps=planned,
+        coordinates=tuple(own for own in variables.coordinates.values() if own.name in names),
+        bytes_held=sum(step.bytes_held for step in planned),
+    )
     # a side input holds its payload, which no memo may
     if not others and not sides.names(request.row, request.params, payload, others):
         if len(memo) >= REMEMBERED:
@@ -270,14 +300,34 @@ def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:
     )
 
 
-def coordinate(payload: Payload, variable: Variable, variables: Variables) -> Result:
-    """A coordinate as it came."""
-    data, mask = load(payload, variable)
+def coordinate_bytes(coordinate: Variable) -> int:
+    return coordinate.info.n_bytes + (coordinate.info.n_cells if coordinate.mask else 0)
+
+
+def as_it_came(payload: Payload, coordinate: Variable, variables: Variables) -> Result:
+    """A coordinate, in memory."""
+    data, mask = load(payload, coordinate)
     return Result(
-        name=variable.name,
+        name=coordinate.name,
         data=data,
-        mask=mask,
-        mask_name=answer_mask_name(variable, variables),
-        dims=variable.dims,
+        mask=None if mask is None else mask.expand(data.shape),
+        mask_name=answer_mask_name(coordinate, variables),
+        dims=coordinate.dims,
         is_coordinate=True,
+    )
+
+
+def as_it_lies(payload: Payload, coordinate: Variable, variables: Variables) -> Streamed:
+    """A coordinate, to be read while it is written."""
+    info = coordinate.info
+    source = sources.stored(payload, coordinate)
+    return Streamed(
+        name=coordinate.name,
+        told=Told(dtype=info.dtype, shape=info.shape, dims=coordinate.dims),
+        mask_name=answer_mask_name(coordinate, variables),
+        dims=coordinate.dims,
+        fold=info.shape,
+        pieces=partial(streaming.copied, source),
+        is_coordinate=True,
+        has_mask=coordinate.mask is not None,
     )

@@ -5,17 +5,18 @@ A side input comes from the payload itself or, by name, from another one. It is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from maskserve.errors import MaskserveError, ShapeError, UnknownTensorError
 from maskserve.ops.parameters import Parameter, Type
 from maskserve.ops.rows import Row
 from maskserve.payload.format import Payload
-from maskserve.payload.header import Shape, shown, shown_shape
+from maskserve.payload.header import Shape, TensorInfo, shown, shown_shape
 from maskserve.payload.metadata import Means, dim_names, mask_means_of
-from maskserve.payload.slices import numbers, stored
+from maskserve.payload.slices import BLOCK_CELLS, cells_at, numbers
 from maskserve.payload.variables import Dims, Variable, Variables, resolve, unknown
 
 if TYPE_CHECKING:
@@ -113,8 +114,7 @@ def refuse_other_places(
         own, other = payload.header.tensors.get(dim), source.header.tensors.get(dim)
         if own is None or other is None or own.shape != other.shape or 1 in own.shape:
             continue
-        mine, theirs = (numbers(stored(x.read(dim), t.dtype), t.dtype) for x, t in ((payload, own), (source, other)))
-        if not same_places(mine, theirs):
+        if not same_places(partial(places, payload, own), partial(places, source, other)):
             raise ShapeError(
                 f"{p.name}: the coordinate {shown(dim)} of {shown(word)} differs from the data's: its cells lie elsewhere, or "
                 "in another order; write it on the data's grid first",
@@ -122,14 +122,34 @@ def refuse_other_places(
             )
 
 
-def same_places(mine: Array, theirs: Array) -> bool:
+def places(payload: Payload, coordinate: TensorInfo) -> Iterator[Array]:
+    """The cells of a coordinate as float64, some at a time."""
+    import numpy as np
+
+    for start in range(0, coordinate.n_cells, BLOCK_CELLS):
+        cells = cells_at(payload, coordinate, start, min(BLOCK_CELLS, coordinate.n_cells - start))
+        yield numbers(cells, coordinate.dtype).astype(np.float64)
+
+
+def same_places(mine: Callable[[], Iterator[Array]], theirs: Callable[[], Iterator[Array]]) -> bool:
     """Whether two coordinates agree up to what rounding to another dtype may move: far less than the way to a neighbour."""
     import numpy as np
 
-    a, b = mine.astype(np.float64), theirs.astype(np.float64)
-    gaps = np.abs(np.diff(a[np.isfinite(a)]))
-    near = 1e-3 * gaps[gaps > 0].min(initial=np.inf)
-    return bool(np.isclose(a, b, rtol=0, atol=near if np.isfinite(near) else 0, equal_nan=True).all())
+    near = 1e-3 * least_gap(mine())
+    atol = near if np.isfinite(near) else 0
+    return all(np.isclose(a, b, rtol=0, atol=atol, equal_nan=True).all() for a, b in zip(mine(), theirs(), strict=True))
+
+
+def least_gap(blocks: Iterator[Array]) -> float:
+    """The least way from a place to another that follows it; infinite where all are one."""
+    import numpy as np
+
+    least, last = np.inf, np.empty(0)
+    for block in blocks:
+        finite = np.concatenate([last, block[np.isfinite(block)]])
+        gaps, last = np.abs(np.diff(finite)), finite[-1:]
+        least = gaps[gaps > 0].min(initial=least)
+    return float(least)
 
 
 def laid_over(side: Variable, variable: Variable, parameter: Parameter) -> tuple[Shape, Shape]:

@@ -23,8 +23,8 @@ from maskserve.execution import execution
 from maskserve.loading import without_fill
 from maskserve.payload.format import Payload
 from maskserve.payload.header import TensorInfo
-from maskserve.payload.slices import Validity, validity
-from maskserve.payload.tensors import load_mask, refuse_other_bytes
+from maskserve.payload.slices import FEW_BYTES, Validity, validity
+from maskserve.payload.tensors import refuse_other_bytes
 from maskserve.payload.variables import DATA, MASK, MaskKind, MaskSource, Variable
 from maskserve.sides import Side
 
@@ -33,9 +33,6 @@ Masked: TypeAlias = tuple[Tensor, Tensor | None]
 Window: TypeAlias = tuple[slice, ...]
 Read: TypeAlias = Callable[[Sequence[int], Tensor], None]
 """Fills a flat tensor with as many cells from each of some flat indices on."""
-
-FEW_BYTES = 1 << 22
-"""Side inputs up to this size are read once, and not again for each window."""
 
 MOST_RUNS = 1 << 16
 """Runs that are told at once: a number in a list takes 40 bytes, and a run may be one cell."""
@@ -159,12 +156,10 @@ def read_cells(payload: Payload, info: TensorInfo, starts: Sequence[int], into: 
 
 
 def validity_of(payload: Payload, of: TensorInfo, mask: MaskSource) -> Read:
-    """Which cells of a variable are valid: a mask of its shape is read where it lies, a smaller one once."""
-    if mask.kind is MaskKind.BITMASK:
-        return partial(by_run, partial(read_bits, validity(payload, of, mask)))
+    """Which cells of a variable are valid: a mask of its shape is read where it lies, a small one once."""
     if mask.kind is MaskKind.BOOL and mask.info.shape == of.shape:
         return partial(read_mask, payload, mask)
-    return broadcast(load_mask(payload, of, mask), of.shape)
+    return partial(by_run, validity(payload, of, mask))
 
 
 def read_mask(payload: Payload, mask: MaskSource, starts: Sequence[int], into: Tensor) -> None:
@@ -175,49 +170,11 @@ def read_mask(payload: Payload, mask: MaskSource, starts: Sequence[int], into: T
         into.logical_not_()
 
 
-def by_run(read: Callable[[int, int], Tensor], starts: Sequence[int], into: Tensor) -> None:
+def by_run(valid: Validity, starts: Sequence[int], into: Tensor) -> None:
     """Runs one after the other."""
-    n = into.numel() // max(len(starts), 1)
+    n, cells = into.numel() // max(len(starts), 1), into.numpy()
     for i, start in enumerate(starts):
-        into[i * n : (i + 1) * n] = read(start, n)
-
-
-def read_bits(bits: Validity, start: int, n: int) -> Tensor:
-    return torch.from_numpy(bits(start, n))
-
-
-def broadcast(cells: Tensor, shape: Shape) -> Read:
-    """Cells that are fewer than those of `shape`, and the same along some dims, as a reader of flat ones."""
-    split = len(shape)
-    while split and cells.shape[split - 1] == 1:
-        split -= 1
-    together, core = prod(shape[split:]), cells.reshape(cells.shape[:split])
-
-    def read(start: int, n: int) -> Tensor:
-        first, last = start // together, -(-(start + n) // together)
-        units = units_of(core, shape[:split], first, last - first)
-        if together == 1:
-            return units
-        return units.repeat_interleave(together)[start - first * together :][:n]
-
-    return partial(by_run, read)
-
-
-def units_of(core: Tensor, shape: Shape, start: int, n: int) -> Tensor:
-    """`n` cells of `core`, expanded to `shape`, from the flat index `start` on."""
-    flat, period = core.reshape(-1), core.numel()
-    split = next((dim for dim, size in enumerate(core.shape) if size > 1), core.dim())
-    if core.shape[split:] == shape[split:]:  # the same over and over: a map that is masked alike at all times
-        at = start % max(period, 1)
-        if at + n <= period:
-            return flat[at : at + n]
-        return torch.cat([flat[at:], flat.repeat(-(-n // period))])[:n]
-    places, index, rest = torch.arange(start, start + n), torch.zeros(n, dtype=torch.int64), prod(shape)
-    for size, own, stride in zip(shape, core.shape, core.stride(), strict=True):
-        rest //= size
-        if own > 1:
-            index += places // rest % size * stride
-    return flat[index]
+        cells[i * n : (i + 1) * n] = valid(start, n)
 
 
 class Folded(Source):

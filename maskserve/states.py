@@ -26,9 +26,9 @@ from maskserve.ops.rows import Reduction
 from maskserve.partials import FIELDS, LIMITS, Partial, check_joins, merged, read_partial
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, to_bytes
 from maskserve.payload.header import TensorInfo, strict_json
-from maskserve.payload.tensors import load_tensor, output
+from maskserve.payload.tensors import output
 from maskserve.payload.variables import answer_mask_name
-from maskserve.regions import InPlace, Piece
+from maskserve.regions import InPlace
 from maskserve.requests import Request
 from maskserve.room import budget_of, held
 from maskserve.shards import Shard
@@ -39,8 +39,6 @@ from maskserve.variable_steps import OfVariable
 
 KEY = "maskserve.state"
 MOST_SHARDS = 1 << 24
-KEPT_BUDGET = 1 << 26
-"""Bytes for windows of what is only copied: 8 MB at a time."""
 SOME = 8
 """Missing shards that a message names."""
 Said: TypeAlias = dict[str, Any]
@@ -292,7 +290,7 @@ def kept_said(result: Result | Streamed) -> Said:
         "dims": result.dims,
         "is_coordinate": result.is_coordinate,
         "passed_through": result.passed_through,
-        "has_mask": not isinstance(result, Result) or result.mask is not None,
+        "has_mask": result.has_mask,
     }
 
 
@@ -357,8 +355,8 @@ def lifted_from(said: object, payload: Payload, names: Mapping[str, TensorInfo],
     return Lifted(name=said["name"], mask_name=said["mask_name"], dims=dims, partial=found)
 
 
-def kept_from(i: int, said: object, payload: Payload) -> Result | Streamed:
-    """A coordinate, which is small; or a variable, which is read while it is written."""
+def kept_from(i: int, said: object, payload: Payload) -> Streamed:
+    """A coordinate, or a variable without the dim, to be read while it is written."""
     kinds = {"name": str, "mask_name": str, "is_coordinate": bool, "passed_through": bool, "has_mask": bool}
     tensors = payload.header.tensors
     wanted = [f"kept.{i}", f"kept.{i}.mask"]
@@ -370,30 +368,13 @@ def kept_from(i: int, said: object, payload: Payload) -> Result | Streamed:
     if mask is not None and (mask.dtype is not boolean or mask.shape != data.shape):
         raise StateError(f"it is no state of a shard: {wanted[1]} is no mask")
     dims = dims_from(said.get("dims"), len(data.shape))
-    if mask is None or said["is_coordinate"]:
-        return Result(
-            name=said["name"], data=load_tensor(payload, data), mask=None if mask is None else load_tensor(payload, mask),
-            mask_name=said["mask_name"], dims=dims, is_coordinate=said["is_coordinate"], passed_through=said["passed_through"],
-        )  # fmt: skip
+    valid = None if mask is None else partial(sources.read_cells, payload, mask)
+    dtype, read = getattr(torch, data.dtype.torch), partial(sources.read_cells, payload, data)
     return Streamed(
         name=said["name"], told=Told(dtype=data.dtype, shape=data.shape, dims=dims), mask_name=said["mask_name"], dims=dims,
-        fold=data.shape, pieces=partial(kept_pieces, payload, data, mask), passed_through=said["passed_through"],
+        fold=data.shape, pieces=partial(streaming.copied, sources.Stored(read, valid, dtype, data.shape)),
+        passed_through=said["passed_through"], is_coordinate=said["is_coordinate"], has_mask=said["has_mask"],
     )  # fmt: skip
-
-
-def kept_pieces(payload: Payload, data: TensorInfo, mask: TensorInfo) -> Iterator[Piece]:
-    """What is kept, a few megabytes at a time."""
-    source = sources.Stored(
-        partial(sources.read_cells, payload, data), partial(sources.read_cells, payload, mask),
-        getattr(torch, data.dtype.torch), data.shape,
-    )  # fmt: skip
-
-    def piece(where: sources.Window) -> Piece:
-        values, valid = source.window(where)
-        assert valid is not None
-        return Piece(where=where, values=values, mask=valid)
-
-    yield from streaming.by_window(source, piece, KEPT_BUDGET)
 
 
 def dims_from(said: object, n_dims: int) -> tuple[str, ...] | None:

@@ -67,6 +67,10 @@ class Result:
         return self.data.numel()
 
     @property
+    def has_mask(self) -> bool:
+        return self.mask is not None
+
+    @property
     def n_masked(self) -> int:
         return 0 if self.mask is None else self.mask.numel() - int(self.mask.count_nonzero())
 
@@ -103,6 +107,7 @@ class Streamed:
     n_nan: int = 0
     """Counted while it is written."""
     is_coordinate: bool = False
+    has_mask: bool = True
     n_masked_before: int | None = None
     gradient: None = None
 
@@ -133,7 +138,8 @@ class Streamed:
 
         for piece in self.counted():
             yield InPlace(self.name, self.fold, piece.where, piece.values)
-            yield InPlace(self.mask_name, self.fold, piece.where, piece.mask)
+            if self.has_mask:
+                yield InPlace(self.mask_name, self.fold, piece.where, piece.mask)
 
     def in_memory(self) -> Result:
         """The variable, computed now."""
@@ -141,14 +147,16 @@ class Streamed:
 
         data, mask = assembled(self.fold, getattr(torch, self.dtype.torch), self.counted())
         return Result(
-            name=self.name, data=data.view(self.shape), mask=mask.view(self.shape), mask_name=self.mask_name, dims=self.dims,
-            passed_through=self.passed_through, n_masked_before=self.n_masked_before,
+            name=self.name, data=data.view(self.shape), mask=mask.view(self.shape) if self.has_mask else None,
+            mask_name=self.mask_name, dims=self.dims, is_coordinate=self.is_coordinate, passed_through=self.passed_through,
+            n_masked_before=self.n_masked_before,
         )  # fmt: skip
 
     def outputs(self) -> Iterator[Output]:
         """Its cells and its mask, without bytes yet."""
         yield Output(self.name, self.dtype, self.shape, ())
-        yield Output(self.mask_name, boolean, self.shape, ())
+        if self.has_mask:
+            yield Output(self.mask_name, boolean, self.shape, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,8 +223,7 @@ class Step(ABC):
     @property
     def bytes_in_memory(self) -> int:
         """The bytes that are held where all is in memory: what is read, and what is held beside it."""
-        unpacked = sum(v.info.n_cells for v in self.inputs if v.mask and v.mask.kind is MaskKind.BITMASK)
-        return self.bytes_read + unpacked + self.bytes_held
+        return self.bytes_read + sum(unpacked_bytes(v) for v in self.inputs) + self.bytes_held
 
     @abstractmethod
     def results(self, request: Request, payload: Payload, variables: Variables) -> Iterator[Result]:
@@ -249,6 +256,15 @@ class Step(ABC):
     def holds(self, memory: int) -> bool:
         """Whether its result is held, and not written as it is computed."""
         return not self.is_streamed(memory) or len(self.written) > 1 or self.result.n_bytes <= memory // RESULT_SHARE
+
+
+def unpacked_bytes(variable: Variable) -> int:
+    """The bytes of a mask that is made of bits or lengths."""
+    if variable.mask is None or variable.mask.kind is MaskKind.BOOL:
+        return 0
+    if variable.mask.kind is MaskKind.BITMASK:
+        return variable.info.n_cells
+    return prod(variable.info.shape[: len(variable.mask.info.shape) + 1])
 
 
 def gradient_results(

@@ -28,6 +28,8 @@ BLOCKS_SHARE = 4
 """The part of the budget for the blocks of all threads."""
 LEAST_BLOCK = 1 << 14
 """Cells below which blocks cost more in calls than they save."""
+COPIED_BUDGET = 1 << 26
+"""Bytes for windows of what is only copied: 8 MB at a time."""
 WINDOW_WIDTHS = 8
 """How many times the bytes of a window are held where new masks are made of its cells."""
 
@@ -57,6 +59,16 @@ def by_window(source: Source, piece: Callable[[Window], Piece], budget: int) -> 
     most = max(budget // (WINDOW_WIDTHS * source.cell_bytes), 1)
     for where in windows(source.shape, most):
         yield piece(where)
+
+
+def copied(source: Source) -> Iterator[Piece]:
+    """What is only copied, a few megabytes at a time."""
+
+    def piece(where: Window) -> Piece:
+        data, mask = source.window(where)
+        return Piece(where=where, values=data, mask=torch.ones(data.shape, dtype=torch.bool) if mask is None else mask)
+
+    yield from by_window(source, piece, COPIED_BUDGET)
 
 
 def windows(shape: Sequence[int], most: int) -> Iterator[Window]:

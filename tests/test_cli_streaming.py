@@ -81,6 +81,35 @@ def test_memory_holds_and_changes_no_byte(words: list[str], large: Path, tmp_pat
     assert peak - torch_bytes <= MEMORY + BUFFERS, f"{(peak - torch_bytes) / MEGABYTE:.0f} MB beyond torch"
 
 
+LONG = 24 * MEGABYTE
+DIMS = {"maskserve.dims": json.dumps({"rain": ["time", "x"], "time": ["time"], "still": ["cell"]})}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"rain": (LONG, 2), "time": (LONG,)}, ["reduce", "--op", "sum", "--dim", "x"]),
+        ({"rain": (LONG, 2), "time": (LONG,)}, ["reduce", "--op", "sum", "--dim", "x", "--weights", "FILE"]),
+        ({"rain": (LONG // 2, 7), "rain.lengths": (LONG // 2,)}, ["reduce", "--op", "sum", "--dim", "x"]),
+        ({"rain": (2, 5 * LONG), "rain.lengths": (2,)}, ["reduce", "--op", "sum", "--dim", "time"]),
+        ({"rain": (2, 8 * LONG), "rain.mask": (1, 8 * LONG)}, ["reduce", "--op", "any", "--dim", "x"]),
+        ({"rain": (3, 2), "still": (2 * LONG,)}, ["reduce", "--op", "sum", "--dim", "time", "--along", "time", "FILE"]),
+    ],
+    ids=["coordinate", "coordinates that are compared", "many lengths", "long rows", "a broadcast mask", "alike in two files"],
+)  # fmt: skip
+def test_what_stands_beside_the_cells_is_within_the_memory_too(
+    tensors: dict[str, tuple[int, ...]], words: list[str], tmp_path: Path, torch_bytes: int
+) -> None:
+    dtypes = {"time": torch.float64, "rain.lengths": torch.int64, "rain.mask": torch.bool, "still": torch.float32}
+    path = tmp_path / "rain.safetensors"
+    made = {name: torch.ones(shape, dtype=dtypes.get(name, torch.int8)) for name, shape in tensors.items()}
+    save_file(made, path, metadata=DIMS)
+    del made
+    said = [str(path) if word == "FILE" else word for word in words]
+    peak = peak_bytes([*COMMAND, *said, str(path), "-o", str(tmp_path / "out"), "--memory", "64MB"])
+    assert peak - torch_bytes <= MEMORY + BUFFERS, f"{(peak - torch_bytes) / MEGABYTE:.0f} MB beyond torch"
+
+
 def test_stdin_that_is_larger_than_the_memory_is_read_in_parts(large: Path) -> None:
     words = ["reduce", "--op", "mean", "--dim", "lat,lon", "--memory", "64MB"]
     with open(large, "rb") as file:

@@ -24,6 +24,7 @@ from maskserve.errors import (
     DimError,
     InputChangedError,
     MaskDtypeError,
+    MaskError,
     MaskserveError,
     OutOfMemoryError,
     PayloadError,
@@ -36,8 +37,10 @@ from maskserve.joining import question
 from maskserve.opening import open_any
 from maskserve.ops import OPS, served
 from maskserve.ops.rows import Reduction, Row
+from maskserve.partials import LIMITS
+from maskserve.payload import joined, slices
 from maskserve.payload.format import BytesPayload, Payload, open_payload, to_bytes
-from maskserve.payload.tensors import output
+from maskserve.payload.tensors import load_mask, output
 from maskserve.payload.variables import resolve
 from maskserve.plan import Plan, plan
 from maskserve.shards import Shard
@@ -173,8 +176,9 @@ def companions(seed: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
 
 @given(seed=SEEDS, data=st.data())
 @pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("few", [0, slices.FEW_BYTES], ids=["large", "small"])
 def test_masks_of_every_form_are_read_in_windows(
-    seed: int, missing: bool, data: st.DataObject, tmp_path_factory: Any
+    seed: int, missing: bool, few: int, data: st.DataObject, tmp_path_factory: Any
 ) -> None:
     shape = data.draw(st.tuples(*[st.integers(1, 9)] * 3))
     rain = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -188,7 +192,8 @@ def test_masks_of_every_form_are_read_in_windows(
         name = {"lengths": "rain.lengths", "lengths2": "rain.lengths", "bits": "rain.bitmask"}.get(kind, "rain.mask")
         said = {"maskserve.mask_means": "missing"} if missing else {}
         path.write_bytes(bytes_of(said, rain=rain, **{name: mask}))
-        with open_payload(path) as payload:
+        with open_payload(path) as payload, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(slices, "FEW_BYTES", few)
             variable = resolve(payload.header)["rain"]
             fill = data.draw(st.sampled_from((None, float(rain.reshape(-1)[0]))))
             want = answers.run(requests.build("reduce", {"op": "sum", "fill_value": fill}), payload).results[0]
@@ -209,8 +214,48 @@ def test_masks_of_every_form_are_read_in_windows(
                 assert part is None
             else:
                 assert part is not None
+                assert variable.mask is not None
+                own = load_mask(payload, variable.info, variable.mask).expand(shape)
+                assert torch.equal(valid, own if fill is None else own & (rain != fill)), kind
                 assert torch.equal(part, valid[where]), kind
                 assert want.data == torch.where(valid, rain.double(), 0).sum().float() or not valid.any(), kind
+
+
+@pytest.mark.parametrize("few", [0, slices.FEW_BYTES], ids=["large", "small"])
+def test_a_length_beyond_its_dim_is_found_where_it_is_read(
+    few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "FEW_BYTES", few)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(bytes_of(rain=torch.ones(900, 7), **{"rain.lengths": torch.arange(900) % 9}))
+    told = r"rain\.lengths holds a length outside 0 to 7, the size of dim 1 of rain"
+    for memory in (None, 1_000):
+        with open_payload(path) as payload, pytest.raises(MaskError, match=told):
+            answers.run(requests.build("reduce", {"op": "sum"}), payload, memory=memory)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "one", "bitmask", "lengths"])
+def test_a_coordinate_that_does_not_fit_is_copied_while_the_answer_is_written(mask: str, tmp_path: Path) -> None:
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "x"], "t": ["t"]})}
+    masks = {
+        "none": {}, "bool": {"t.mask": torch.arange(9000) % 3 > 0}, "one": {"t.mask": torch.tensor([True])},
+        "bitmask": {"t.bitmask": torch.arange(1125).to(torch.uint8)}, "lengths": {"t.lengths": torch.tensor(4567)},
+    }  # fmt: skip
+    payload = BytesPayload(
+        bytes_of(names, rain=torch.ones(9000, 2), t=torch.arange(9000, dtype=torch.float64), **masks[mask])
+    )
+    request = requests.build("reduce", {"op": "sum", "dim": "x"})
+    whole = answers.run(request, payload).to_bytes()
+    for memory in (10_000, 400_000):
+        answer = answers.run(request, payload, memory=memory)
+        assert [result.name for result in answer.held] == [["rain", "t"], []][memory == 10_000]
+        assert written(answer) == whole
+        path = tmp_path / f"{memory}.state"
+        parts = [states.lift(request, payload, {}, Shard(i, 2), memory) for i in range(2)]
+        with open(path, "wb") as file:
+            parts[0].write(file.fileno(), "a state", memory)
+        read = [states.read(open_payload(path, LIMITS)), states.from_bytes(parts[1].to_bytes())]
+        assert written(states.merge([("0", read[0]), ("1", read[1])]).answer(memory)) == whole
 
 
 @given(seed=SEEDS, data=st.data())
@@ -456,6 +501,25 @@ def test_what_lacks_the_joined_dim_may_say_in_any_form_that_all_is_valid(
     )
     with pytest.raises(ShapeError, match="still differs from"), question(request, paths, open_any, "t"):
         pass
+
+
+@pytest.mark.parametrize("at", [0, 4, 17])
+def test_what_lacks_the_joined_dim_is_compared_in_parts(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined, "BLOCK_CELLS", 5)
+    names = {"maskserve.dims": json.dumps({"rain": ["t"], "still": ["y", "x"]})}
+    still, paths = torch.arange(18.0).view(2, 9), []
+    for i in range(2):
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+        other = still.clone()
+        other.view(-1)[at] += 1
+        Path(paths[-1]).write_bytes(bytes_of(names, rain=torch.ones(3), still=other if i else still))
+    request = requests.build("reduce", {"op": "sum", "dim": "t"})
+    with pytest.raises(ShapeError, match="still differs from"), question(request, paths, open_any, "t"):
+        pass
+    with question(request, paths[:1] * 2, open_any, "t") as asked:
+        assert answers.run(request, asked.payload).held[0].data.item() == 6
 
 
 def test_thousands_of_files_are_joined_with_few_open(tmp_path: Path) -> None:

@@ -72,11 +72,11 @@ def refuse_unmergeable(steps: Sequence[Step]) -> None:
     states.check_steps(steps)
 
 
-def memory_to_hold(steps: Sequence[Step], memory: int) -> int | None:
-    """The memory in which the parent of processes holds every result; None where this one does."""
+def memory_to_hold(steps: Sequence[Step], memory: int, beside: Sequence[int]) -> int | None:
+    """The memory in which the parent of processes holds all, also what has so many bytes `beside`; None where this one does."""
     from maskserve.room import enough, held
 
-    sizes = [step.result.n_bytes for step in steps]
+    sizes = [*(step.result.n_bytes for step in steps), *beside]
     least = enough(lambda more: next((short for is_held, short in held(sizes, more) if not is_held), 0), memory)
     return None if least == memory else least
 

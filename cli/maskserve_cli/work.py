@@ -191,12 +191,13 @@ def refuse(asked: Asked, request: Request, payload: Payload, others: Payloads, t
     from maskserve_cli import render
 
     steps = answers.explain(request, payload, others)
+    beside = [] if asked.listing is not None else answers.bytes_beside(request, payload, others)
     if asked.workers is not None:
         shards.refuse_unmergeable(steps)
-        render.refuse_text(steps, target, shards.memory_to_hold(steps, memory), is_report=False)
+        render.refuse_text(steps, target, shards.memory_to_hold(steps, memory, beside), is_report=False)
         return
     answers.refuse_beyond(steps, memory)
-    enough = answers.memory_to_hold(steps, memory)
+    enough = answers.memory_to_hold(steps, memory, beside)
     render.refuse_text(steps, target, enough, is_report=asked.listing is not None)
 
 

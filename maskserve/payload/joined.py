@@ -18,7 +18,7 @@ from maskserve.dtypes import DType, boolean
 from maskserve.errors import DimError, MaskserveError, ShapeError, UnknownTensorError, nearest
 from maskserve.payload.files import Payload, _Ranges
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, Shape, check_shape, parse_header, shown, shown_shape
-from maskserve.payload.slices import validity
+from maskserve.payload.slices import BLOCK_CELLS, validity
 from maskserve.payload.variables import Dims, MaskKind, Means, Variable, Variables
 from maskserve.payload.writing import Output, encode_header, in_order
 
@@ -274,21 +274,35 @@ def dims_text(dims: Dims | None) -> str:
 
 
 def refuse_other_cells(part: Part, variable: Variable, first: Part, own: Variable) -> None:
-    """Raise where what lacks the dim is not the same in two payloads."""
-    same = part.payload.read(variable.name) == first.payload.read(own.name)
-    if not same or valid_cells(part, variable) != valid_cells(first, own):
+    """Raise where what lacks the dim is not the same in two payloads; they are compared some cells at a time."""
+    here, there = cells_of(part, variable), cells_of(first, own)
+    n_cells = variable.info.n_cells
+    if any(here(at, n) != there(at, n) for at, n in counted_out(n_cells, BLOCK_CELLS)):
         raise ShapeError(
             f"{part.title}: {shown(variable.name)} differs from {first.title}'s, and lacks the dim that files are joined "
             "along: its cells must be the same in each"
         )
 
 
-def valid_cells(part: Part, variable: Variable) -> bytes:
-    """Which cells are valid, a byte each, in whatever form the mask is; no mask, and one that is true everywhere, are equal."""
-    found = bytearray(variable.info.n_cells)
-    if found:
-        fill_validity(validity_of(part.payload, variable), False, [0], memoryview(found))
-    return bytes(found)
+def counted_out(n: int, step: int) -> Iterator[tuple[int, int]]:
+    """Where each part begins of n cells, and how many it has.
+
+    >>> [*counted_out(5, 2)]
+    [(0, 2), (2, 2), (4, 1)]
+    """
+    return ((start, min(step, n - start)) for start in range(0, n, step))
+
+
+def cells_of(part: Part, variable: Variable) -> Callable[[int, int], tuple[memoryview, bytes]]:
+    """Some cells as they lie, and which are valid, a byte each, in whatever form the mask is: no mask is one that is true."""
+    valid, width = validity_of(part.payload, variable), variable.info.dtype.n_bytes
+
+    def some(start: int, n: int) -> tuple[memoryview, bytes]:
+        found = bytearray(n)
+        fill_validity(valid, False, [start], memoryview(found))
+        return part.payload.read_range(variable.name, start * width, n * width), bytes(found)
+
+    return some
 
 
 def joined(name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill]) -> Pieces:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maskserve.dtypes import DType, boolean
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK_CELLS = 1 << 20
+FEW_BYTES = 1 << 22
+"""Masks and side inputs up to this size are read once, and not again for each window."""
+FEW_ROWS = 4
+"""Rows that are looked at one by one: of more, the ends that were not asked for are few beside the rest."""
+MOST_AROUND = 4
+"""How many times the cells asked for may be read around them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,44 +72,121 @@ Validity: TypeAlias = "Callable[[int, int], Array]"
 
 
 def validity(payload: Payload, of: TensorInfo, mask: MaskSource) -> Validity:
-    """Which of `n` cells from a flat index on are valid, as a function of both."""
+    """Which of `n` cells from a flat index on are valid, as a function of both; what is small is read once, the rest there."""
     match mask.kind:
         case MaskKind.LENGTHS:
-            return _spread(_from_lengths(payload, of, mask.info), of.shape, inverted=False)
+            dim = len(mask.info.shape)
+            rows = _once(partial(_lengths, payload, of, mask.info), mask.info)
+            own = (*of.shape[: dim + 1], *(1 for _ in of.shape[dim + 1 :]))
+            return partial(_spread, partial(_prefixes, rows, of.shape[dim]), own, of.shape)
         case MaskKind.BITMASK:
             return _bits(payload, of, mask)
         case MaskKind.BOOL if mask.info.shape == of.shape:
-            return lambda start, n: _checked(payload, mask.info, start, n) != (mask.means == "missing")
+            return partial(_bools, payload, mask)
         case MaskKind.BOOL:
-            whole = _checked(payload, mask.info, 0, mask.info.n_cells).reshape(mask.info.shape)
-            return _spread(whole, of.shape, inverted=mask.means == "missing")
+            return partial(_spread, _once(partial(_bools, payload, mask), mask.info), mask.info.shape, of.shape)
 
 
-def _checked(payload: Payload, info: TensorInfo, start: int, n: int) -> Array:
+def _once(read: Validity, info: TensorInfo) -> Validity:
+    """What reads the cells of a tensor, or has them where they are few."""
+    if info.n_bytes > FEW_BYTES:
+        return read
+    whole = read(0, info.n_cells)
+    return lambda start, n: whole[start : start + n]
+
+
+def _bools(payload: Payload, mask: MaskSource, start: int, n: int) -> Array:
     import numpy as np
 
-    buffer = payload.read_range(info.name, start, n)
-    refuse_other_bytes(info, buffer)
-    return np.frombuffer(buffer, np.bool_)
+    buffer = payload.read_range(mask.info.name, start, n)
+    refuse_other_bytes(mask.info, buffer)
+    valid: Array = np.frombuffer(buffer, np.bool_)
+    return ~valid if mask.means == "missing" else valid
 
 
-def _spread(whole: Array, shape: Shape, *, inverted: bool) -> Validity:
+def _lengths(payload: Payload, of: TensorInfo, info: TensorInfo, start: int, n: int) -> Array:
+    """`n` lengths from a flat index on, none of them beyond the dim that they count along."""
+    width, size = info.dtype.n_bytes, of.shape[len(info.shape)]
+    lengths = stored(payload.read_range(info.name, start * width, n * width), info.dtype)
+    if lengths.size and not 0 <= lengths.min() <= lengths.max() <= size:
+        raise MaskError(
+            f"{shown(info.name)} holds a length outside 0 to {size}, the size of dim {len(info.shape)} of {shown(of.name)}",
+            parameter=shown(info.name),
+        )
+    return lengths
+
+
+def _prefixes(rows: Validity, size: int, start: int, n: int) -> Array:
+    """`n` cells of rows of which the first ones are valid, as many as `rows` says of each."""
     import numpy as np
 
-    cells = np.broadcast_to(whole, shape).flat  # a flat index into the view: the mask is never made full size
-    return lambda start, n: np.asarray(cells[start : start + n]) != inverted
+    first, last = start // size, -(-(start + n) // size)
+    lengths = rows(first, last - first)
+    if last - first > FEW_ROWS:
+        whole: Array = np.arange(size) < lengths[:, None]
+        return whole.reshape(-1)[start - first * size :][:n]
+    valid = np.zeros(n, np.bool_)
+    for row, length in enumerate(lengths.tolist(), first):
+        begin = row * size - start  # before 0 where the row began earlier
+        valid[max(begin, 0) : max(begin + length, 0)] = True
+    return valid
 
 
-def _from_lengths(payload: Payload, of: TensorInfo, info: TensorInfo) -> Array:
-    """(B,) lengths of a (B, T, D) tensor -> (B, T, 1)."""
+def _spread(core: Validity, own: Shape, shape: Shape, start: int, n: int) -> Array:
+    """`n` cells of a mask of shape `own`, broadcast to `shape`; `core` gives the mask's own cells."""
     import numpy as np
 
-    _check_lengths(payload, of, info)
-    lengths = stored(payload.read(info.name), info.dtype).reshape(info.shape)
-    dim = lengths.ndim
-    n = of.shape[dim]
-    valid = np.arange(n) < lengths[..., None]
-    return valid.reshape(*valid.shape, *(1 for _ in of.shape[dim + 1 :]))
+    if not n:
+        return np.empty(0, np.bool_)
+    split = len(shape)
+    while split and own[split - 1] == 1:
+        split -= 1
+    together = prod(shape[split:])
+    first, last = start // together, -(-(start + n) // together)
+    units = _units(core, own[:split], shape[:split], first, last - first)
+    if together == 1:
+        return units
+    if last - first > FEW_ROWS:
+        return np.broadcast_to(units[:, None], (last - first, together)).reshape(-1)[start - first * together :][:n]
+    counts = np.full(last - first, together)
+    counts[0] -= start - first * together
+    counts[-1] -= last * together - (start + n)
+    return np.repeat(units, counts)
+
+
+def _units(core: Validity, own: Shape, shape: Shape, start: int, n: int) -> Array:
+    """As `_spread`, of dims of which the last is not broadcast."""
+    import numpy as np
+
+    period = prod(own)
+    split = next((dim for dim, size in enumerate(own) if size > 1), len(own))
+    if own[split:] == shape[split:]:  # the same over and over: a map that is masked alike at all times
+        at = start % period
+        if at + n <= period:
+            return core(at, n)
+        if n > period:
+            return np.tile(core(0, period), -(-(at + n) // period))[at : at + n]
+        return np.concatenate([core(at, period - at), core(0, at + n - period)])
+    index = _index(own, shape, np.arange(start, start + n))
+    low, high = int(index.min()), int(index.max())
+    if high - low < max(MOST_AROUND * n, FEW_BYTES):
+        found: Array = core(low, high - low + 1)[index - low]
+        return found
+    half = n // 2  # they lie around a place where the mask begins anew: the halves lie closer together
+    return np.concatenate([_units(core, own, shape, start, half), _units(core, own, shape, start + half, n - half)])
+
+
+def _index(own: Shape, shape: Shape, places: Array) -> Array:
+    """Where in a tensor of shape `own` the cells stand that its broadcast to `shape` has at flat places."""
+    import numpy as np
+
+    index, rest, stride = np.zeros_like(places), prod(shape), prod(own)
+    for size, mine in zip(shape, own, strict=True):
+        rest //= size
+        stride //= mine
+        if mine > 1:
+            index += places // rest % size * stride
+    return index
 
 
 def _bits(payload: Payload, of: TensorInfo, mask: MaskSource) -> Validity:
@@ -144,7 +229,9 @@ def check(payload: Payload, variable: Variable) -> None:
     if variable.mask is not None and variable.mask.kind is MaskKind.BOOL:
         _check_bools(payload, variable.mask.info)
     if variable.mask is not None and variable.mask.kind is MaskKind.LENGTHS:
-        _check_lengths(payload, variable.info, variable.mask.info)
+        lengths = variable.mask.info
+        for start in range(0, lengths.n_cells, BLOCK_CELLS):
+            _lengths(payload, variable.info, lengths, start, min(BLOCK_CELLS, lengths.n_cells - start))
 
 
 def _check_bools(payload: Payload, info: TensorInfo) -> None:
@@ -157,13 +244,3 @@ def refuse_other_bytes(info: TensorInfo, buffer: Buffer) -> None:
     if bytes(buffer).translate(None, b"\0\1"):
         kind = PayloadError if info.dtype is boolean else MaskDtypeError
         raise kind(f"{shown(info.name)} holds bytes other than 0 and 1; write it as bool", parameter=shown(info.name))
-
-
-def _check_lengths(payload: Payload, of: TensorInfo, info: TensorInfo) -> None:
-    lengths = payload.read(info.name).cast("B").cast("q" if info.dtype.n_bytes == 8 else "i")
-    n = of.shape[len(info.shape)]
-    if len(lengths) and not 0 <= min(lengths) <= max(lengths) <= n:
-        raise MaskError(
-            f"{shown(info.name)} holds a length outside 0 to {n}, the size of that dim of {shown(of.name)}",
-            parameter=shown(info.name),
-        )
