@@ -66,7 +66,17 @@ def make(path: Path, gigabytes: float) -> tuple[int, int, int]:
 
     placed(path, write, exists="replace")
     assert path.stat().st_size == n_bytes
+    settle(path)
     return shape
+
+
+def settle(path: Path) -> None:
+    """The file as any other that was read once: what was written just now lies in the cache in smaller pieces."""
+    with open(path, "rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(CHUNK):
+            pass
 
 
 def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -46,11 +46,16 @@ class Cells:
 
         The cells of a row that negates are `negated`, where the kernel does not do that itself.
         """
-        data = seen(self.plan, self.data[outer, run, inner])
+        data, mask = self.stored(outer, run, inner)
+        data = seen(self.plan, data)
         if negated and isinstance(self.plan.row, Normalization) and self.plan.row.negates:
             data = data.neg()
-        mask = None if self.mask is None else self.mask[outer, run, inner]
         return data, counting(self.plan.row, data, mask, self.policy)
+
+    def stored(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
+        """Data and mask of a block as they came."""
+        where = (outer, run, inner)
+        return self.data[where], None if self.mask is None else self.mask[where]
 
 
 def counting(row: Row, data: Tensor, mask: Tensor | None, policy: str) -> Tensor | None:

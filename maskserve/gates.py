@@ -6,6 +6,7 @@ The bits are those of `select` and `> 0`, which do it where autograd or a transf
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -64,6 +65,20 @@ def is_reached(reach: Tensor) -> Tensor:
 def laid_out(mask: Tensor) -> Tensor:
     """The mask with its cells side by side: a byte copied takes a tenth of the time of a step over strides."""
     return mask if mask.is_contiguous() else mask.contiguous()
+
+
+def are_bools(cells: Tensor) -> bool:
+    """Whether bytes are 0 and 1 alone: torch takes any, and some of its kernels then go wrong. Without torch's threads."""
+    raw = cells.view(torch.uint8)
+    if missing() is not None or raw.device.type != "cpu" or not has_memory(raw):
+        return not raw.numel() or bool(raw.amax() <= 1)
+    lined = raw if raw.ndim > 1 and not raw.is_contiguous() else raw.view(1, -1)
+    sizes, steps = lined.shape, lined.stride()
+    for index in product(*map(range, sizes[:-2])):
+        at = lined.data_ptr() + sum(i * step for i, step in zip(index, steps, strict=False))
+        if not native().are_bools(at, sizes[-2], steps[-2], sizes[-1], steps[-1]):
+            return False
+    return True
 
 
 def spread(mask: Tensor) -> Tensor:

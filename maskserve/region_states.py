@@ -6,8 +6,10 @@ has more than one index: kept ones lie side by side, reduced ones are aligned su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +19,15 @@ from maskserve.backends import Parts
 from maskserve.backends.reference import kernel
 from maskserve.blocks import spans
 from maskserve.dtypes import Kind
-from maskserve.execution import backend_of
+from maskserve.execution import backend_of, in_parallel
 from maskserve.ops.rows import Reduction
 from maskserve.plan import Plan
-from maskserve.regions import Region, lifted_cells, moved, of_sizes, put, sizes_of
-from maskserve.sources import Source
+from maskserve.regions import Region, cells_of, moved, of_sizes, put, sizes_of
+from maskserve.sources import Source, Stored
 from maskserve.trees import Counter, subtrees
 
+MERGED = 1 << 15
+"""Results whose states a thread merges at a time."""
 MOST_STATES = 1 << 20
 """States of a region's blocks, before they are joined into one a result: so many stay in the cache."""
 SHARE = 4
@@ -39,6 +43,34 @@ def lifts(plan: Plan) -> bool:
 def state_bytes(plan: Plan) -> int:
     """The bytes of the state of one result."""
     return sum(part.dtype.n_bytes for part in plan.passes[0].parts(plan.dtype))
+
+
+class Most(NamedTuple):
+    """What of a region is in work at once."""
+
+    states: int
+    cells: int
+    """Of a source that is seen where it lies."""
+
+    def units(self, plan: Plan, source: Source, region: Region, axis: int) -> int:
+        """How many units of a group: 1 at least."""
+        n = -(-(region[axis].stop - region[axis].start) // unit_of(plan, axis))
+        fit: int = self.states // max(-(-n_states(plan, region) // n), 1)
+        if is_shown(source):
+            fit = min(fit, self.cells // max(-(-prod(sizes_of(region)) // n), 1))
+        return max(fit, 1)
+
+    def holds(self, plan: Plan, source: Source, region: Region) -> bool:
+        return n_states(plan, region) <= self.states and (not is_shown(source) or prod(sizes_of(region)) <= self.cells)
+
+
+def most_of(plan: Plan, source: Source, budget: int) -> Most:
+    n_bytes = min(regions.SHOWN, budget // SHARE)
+    return Most(most_states(plan, budget), max(n_bytes // source.cell_bytes, 1))
+
+
+def is_shown(source: Source) -> bool:
+    return isinstance(source, Stored) and source.is_mappable
 
 
 def most_states(plan: Plan, budget: int) -> int:
@@ -60,19 +92,45 @@ def n_states(plan: Plan, region: Region) -> int:
     return prod(outer) * inner * max(n_joined, 1)
 
 
-def state(plan: Plan, source: Source, weights: Source | None, region: Region, most: int) -> Parts:
-    """The state of each result of a region, (first kept group, other kept groups); at most `most` of them at a time."""
+def state(plan: Plan, source: Source, weights: Source | None, region: Region, most: Most) -> Parts:
+    """The state of each result of a region, (first kept group, other kept groups); at most `most` of it at a time."""
     axis = next((d for d, s in enumerate(region) if s.stop - s.start > unit_of(plan, d)), None)
-    if axis is None or n_states(plan, region) <= most:
-        below = of_sizes(plan, sizes_of(region))
-        return engine.joined(below, lifted_cells(plan, source, weights, region))
+    if axis is None or most.holds(plan, source, region):
+        with cells_of(plan, source, weights, region) as cells:
+            return engine.joined(of_sizes(plan, sizes_of(region)), cells)
     if axis % 2 == 0:
         return side_by_side(plan, source, weights, region, most, axis)
-    counter = Counter(backend_of(plan).merge(plan))
-    for first, n_units, part in parts_of(plan, region, axis, most):
+    counter = Counter(side_by_side_merge(plan))
+    for first, n_units, part in parts_of(plan, region, axis, most.units(plan, source, region, axis)):
         parts = state(plan, source, weights, part, most)
         counter.add(first, n_units, placed(plan, parts, axis, part[axis].start - region[axis].start))
     return counter.joined()
+
+
+def side_by_side_merge(plan: Plan) -> Callable[[Parts, Parts], Parts]:
+    """The plan's merge, on our threads where results are many: torch's own wait for each other after each step of it."""
+    backend = backend_of(plan)
+    merge = backend.merge(plan)
+
+    def merged(left: Parts, right: Parts) -> Parts:
+        rows, others = left["count"].shape
+        if rows * others <= MERGED:
+            return merge(left, right)
+        made = {name: torch.empty_like(part) for name, part in left.items()}
+
+        def task(*where: slice) -> Callable[[], None]:
+            def merge_some() -> None:
+                some = merge(*({name: part[where] for name, part in side.items()} for side in (left, right)))
+                for name, part in some.items():
+                    made[name][where] = part
+
+            return merge_some
+
+        tiles = product(spans(rows, max(1, MERGED // others)), spans(others, MERGED))
+        in_parallel(backend, rows * others, [task(*tile) for tile in tiles])
+        return made
+
+    return merged
 
 
 def unit_of(plan: Plan, axis: int) -> int:
@@ -81,11 +139,10 @@ def unit_of(plan: Plan, axis: int) -> int:
 
 
 def parts_of(plan: Plan, region: Region, axis: int, most: int) -> Iterator[tuple[int, int, Region]]:
-    """A reduced group cut into aligned subtrees whose states fit: the first unit of each, how many, and its region."""
+    """A reduced group cut into aligned subtrees of at most so many units: the first unit of each, how many, and its region."""
     unit, of = unit_of(plan, axis), region[axis]
     n_units = -(-(of.stop - of.start) // unit)
-    each = -(-n_states(plan, region) // n_units)
-    largest = max(1, 1 << max(most // max(each, 1), 1).bit_length() - 1)
+    largest: int = 1 << most.bit_length() - 1
     for start, size in subtrees(of.start // unit, of.start // unit + n_units, largest):
         cells = slice(start * unit, min((start + size) * unit, of.stop))
         yield start, size, put(region, axis, cells)
@@ -97,10 +154,9 @@ def placed(plan: Plan, parts: Parts, axis: int, by: int) -> Parts:
     return shift(parts, by * prod(plan.fold[axis + 2 :: 2])) if shift and by else parts
 
 
-def side_by_side(plan: Plan, source: Source, weights: Source | None, region: Region, most: int, axis: int) -> Parts:
+def side_by_side(plan: Plan, source: Source, weights: Source | None, region: Region, most: Most, axis: int) -> Parts:
     """States of a region cut along a kept group."""
-    n_results, size = n_states(plan, region), region[axis].stop - region[axis].start
-    step = max(1, most // max(-(-n_results // size), 1))
+    size, step = region[axis].stop - region[axis].start, most.units(plan, source, region, axis)
     cut = [put(region, axis, moved(part, region[axis].start)) for part in spans(size, step)]
     found = [(part, state(plan, source, weights, part, most)) for part in cut]
     kept = sizes_of(region)[::2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -10,10 +11,10 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from maskserve.blocks import Cells, counting, covering, seen, spans
+from maskserve.blocks import Cells, counting, covering, spans
 from maskserve.execution import finisher_of, nan_policy
 from maskserve.masks import intersection
-from maskserve.ops.rows import Normalization, Ordering, Reduction
+from maskserve.ops.rows import Ordering, Reduction
 from maskserve.plan import Plan
 from maskserve.sources import KeptPages, Masked, Pages, Source, Stored, Window
 
@@ -24,6 +25,8 @@ BLOCK = 1 << 20
 """Cells that a thread reads at a time: few enough for the cache, and many enough that a read is no call too many."""
 WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
+SHOWN = 1 << 26
+"""Bytes of a file that are seen as memory at a time, at most: they count as memory of the process for as long."""
 TOGETHER = 32
 """Blocks below each other that a thread joins while their states are in its cache."""
 
@@ -81,16 +84,12 @@ class SourceCells(Cells):
             return ()
         return (self.read(self.weights_source, where, Pages())[0],)
 
-    def block(self, outer: slice, run: slice, inner: slice, *, negated: bool = True) -> Masked:
+    def stored(self, outer: slice, run: slice, inner: slice) -> Masked:
         data, mask = self.read(self.source, (outer, run, inner), self.pages)
-        row = self.plan.row
         if self.weights_source is not None:
             weights = self.read(self.weights_source, (outer, run, inner), Pages())
-            mask = intersection([mask, counting(row, *weights, self.plan.params["nan"])])
-        data = seen(self.plan, data)
-        if negated and isinstance(row, Normalization) and row.negates:
-            data = data.neg()
-        return data, counting(row, data, mask, self.policy)
+            mask = intersection([mask, counting(self.plan.row, *weights, self.plan.params["nan"])])
+        return data, mask
 
     def read(self, source: Source, where: Window, pages: Pages) -> Masked:
         """A block of the region."""
@@ -129,6 +128,28 @@ def flat_index(shape: Sequence[int], index: Sequence[int]) -> int:
     for n, i in zip(shape, index, strict=True):
         at = at * n + i
     return at
+
+
+class MappedCells(Cells):
+    """The cells of a region where they lie in a file, each block checked where it is computed on."""
+
+    def __init__(self, plan: Plan, source: Stored, found: Masked, *, policy: str) -> None:
+        super().__init__(plan, *found, policy=policy)
+        self.source = source
+
+    def stored(self, outer: slice, run: slice, inner: slice) -> Masked:
+        return self.source.checked(*super().stored(outer, run, inner))
+
+
+@contextmanager
+def cells_of(plan: Plan, source: Source, weights: Source | None, region: Region) -> Iterator[Cells]:
+    """The cells of a region of which states are made: where they lie, if the system shows them, else read."""
+    if isinstance(source, Stored) and source.is_mappable and weights is None:
+        with source.folded(plan.fold).mapped(region) as found:
+            if found is not None:
+                yield MappedCells(of_sizes(plan, sizes_of(region)), source, found, policy=nan_policy(plan))
+                return
+    yield lifted_cells(plan, source, weights, region)
 
 
 def lifted_cells(plan: Plan, source: Source, weights: Source | None, region: Region) -> SourceCells:

@@ -6,25 +6,29 @@ are several. Nothing of a source is larger in memory than the window asked for.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice, product
 from math import prod
 from threading import get_ident
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskserve.blocks import covering
 from maskserve.dtypes import boolean
 from maskserve.execution import execution
+from maskserve.gates import are_bools
 from maskserve.loading import without_fill
 from maskserve.payload.format import Payload
 from maskserve.payload.header import TensorInfo
 from maskserve.payload.slices import FEW_BYTES, Validity, validity
-from maskserve.payload.tensors import refuse_other_bytes
+from maskserve.payload.tensors import refuse_other_bytes, tensor_of
 from maskserve.payload.variables import DATA, MASK, MaskKind, MaskSource, Variable
 from maskserve.sides import Side
 
@@ -87,14 +91,15 @@ class Stored(Source):
     """The cells of a payload's variable; those that equal `fill` are masked."""
 
     def __init__(
-        self, cells: Read, valid: Read | None, dtype: torch.dtype, shape: Shape, fill: float | None = None
-    ) -> None:
-        self.cells, self.valid, self.dtype, self.shape, self.fill = cells, valid, dtype, shape, fill
+        self, cells: Read, valid: Read | None, dtype: torch.dtype, shape: Shape, fill: float | None = None,
+        lies: Lies | None = None,
+    ) -> None:  # fmt: skip
+        self.cells, self.valid, self.dtype, self.shape, self.fill, self.lies = cells, valid, dtype, shape, fill, lies
         self.tick = execution().tick  # of whoever asks for the source: threads that read have no context of their own
         self.is_masked = valid is not None or fill is not None
 
     def folded(self, shape: Shape) -> Stored:
-        return Stored(self.cells, self.valid, self.dtype, shape, self.fill)
+        return Stored(self.cells, self.valid, self.dtype, shape, self.fill, self.lies)
 
     def window(self, where: Window) -> Masked:
         return self.read(where, Pages())
@@ -113,6 +118,36 @@ class Stored(Source):
             done = part.stop
         if self.tick is not None:
             self.tick(data.nbytes + (0 if mask is None else mask.nbytes))
+        return data, without_fill(data, mask, self.fill)
+
+    @property
+    def is_mappable(self) -> bool:
+        """Whether windows may be seen where they lie."""
+        return self.lies is not None
+
+    @contextmanager
+    def mapped(self, where: Window) -> Iterator[Masked | None]:
+        """The cells of a window and its mask where they lie, not looked at yet, while the block runs; None: to be read."""
+        sizes = tuple(s.stop - s.start for s in where)
+        if self.lies is None or 0 in sizes:
+            yield None
+            return
+        steps = [prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        first = sum(s.start * step for s, step in zip(where, steps, strict=True))
+        n = 1 + sum((s.stop - 1) * step for s, step in zip(where, steps, strict=True)) - first
+        with self.lies.seen(first, n) as found:
+            if found is None:
+                yield None
+                return
+            data, mask = found
+            yield data.as_strided(sizes, steps), None if mask is None else mask.as_strided(sizes, steps)
+        if self.tick is not None:
+            self.tick(prod(sizes) * self.cell_bytes)
+
+    def checked(self, data: Tensor, mask: Tensor | None) -> Masked:
+        """A block of what was mapped, and what its mask means."""
+        if self.lies is not None:
+            data, mask = self.lies.checked(data, mask)
         return data, without_fill(data, mask, self.fill)
 
 
@@ -145,7 +180,42 @@ def stored(payload: Payload, variable: Variable, fill: float | None = None) -> S
     info, mask = variable.info, variable.mask
     dtype = getattr(torch, info.dtype.torch)
     valid = None if mask is None else validity_of(payload, info, mask)
-    return Stored(partial(read_cells, payload, info), valid, dtype, info.shape, fill)
+    is_plain = mask is None or (mask.kind is MaskKind.BOOL and mask.info.shape == info.shape)
+    lies = Lies(payload, info, mask) if is_plain and sys.byteorder == "little" else None
+    return Stored(partial(read_cells, payload, info), valid, dtype, info.shape, fill, lies)
+
+
+class Lies(NamedTuple):
+    """Where the cells of a variable lie, and a mask of its shape beside them."""
+
+    payload: Payload
+    info: TensorInfo
+    mask: MaskSource | None
+
+    @contextmanager
+    def seen(self, start: int, n: int) -> Iterator[Masked | None]:
+        """`n` cells from a flat index on, and the bytes of their mask; None where the payload does not show them."""
+        with ExitStack() as shown:
+            data = shown.enter_context(self._seen(self.info, start, n))
+            mask = None if self.mask is None else shown.enter_context(self._seen(self.mask.info, start, n))
+            yield None if data is None or (mask is None and self.mask is not None) else (data, mask)
+            del data, mask
+
+    @contextmanager
+    def _seen(self, info: TensorInfo, start: int, n: int) -> Iterator[Tensor | None]:
+        dtype, width = getattr(torch, info.dtype.torch), info.dtype.n_bytes
+        with self.payload.mapped(info.name, start * width, n * width) as view:
+            is_aligned = view is not None and np.frombuffer(view, np.uint8).ctypes.data % width == 0
+            yield tensor_of(view, info.dtype, (n,)).view(dtype) if view is not None and is_aligned else None
+
+    def checked(self, data: Tensor, mask: Tensor | None) -> Masked:
+        if self.info.dtype is boolean and not are_bools(data):
+            refuse_other_bytes(data, self.info.name, is_mask=False)
+        if self.mask is None or mask is None:
+            return data, None
+        if not are_bools(mask):
+            refuse_other_bytes(mask, self.mask.info.name, is_mask=True)
+        return data, ~mask if self.mask.means == "missing" else mask
 
 
 def read_cells(payload: Payload, info: TensorInfo, starts: Sequence[int], into: Tensor) -> None:

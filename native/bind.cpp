@@ -1,6 +1,7 @@
 // The Python module: addresses and sizes in, a kernel run with the GIL released.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
@@ -12,9 +13,11 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "block.hpp"
+#include "maps.hpp"
 #include "pull.hpp"
 
 #ifdef __linux__
@@ -275,6 +278,11 @@ void to_mask(uint64_t reach_ptr, int64_t n, uint64_t mask_ptr) {
   maskserve::pull_variant().to_mask(address<const unsigned char>(reach_ptr), n, address<unsigned char>(mask_ptr));
 }
 
+bool are_bools(uint64_t mask_ptr, int64_t outer, int64_t stride_outer, int64_t n, int64_t stride_n) {
+  nb::gil_scoped_release released;
+  return maskserve::pull_variant().are_bools(address<const unsigned char>(mask_ptr), outer, stride_outer, n, stride_n);
+}
+
 void spread_rows(uint64_t first_ptr, int64_t rows, int64_t n, uint64_t mask_ptr) {
   nb::gil_scoped_release released;
   maskserve::pull_variant().spread_rows(address<const unsigned char>(first_ptr), rows, n, address<unsigned char>(mask_ptr));
@@ -320,6 +328,18 @@ int64_t read_runs(int descriptor, const std::vector<int64_t>& starts, int64_t n_
     into += n_bytes;
   }
   return 0;
+}
+
+// (address, guard) of a range of a file as memory; address 0: it is to be read.
+std::pair<uint64_t, int> map_range(int descriptor, int64_t start, int64_t n_bytes) {
+  nb::gil_scoped_release released;
+  const maskserve::Mapped mapped = maskserve::map_range(descriptor, start, n_bytes);
+  return {reinterpret_cast<uint64_t>(mapped.ptr), mapped.guard};
+}
+
+bool unmap_range(uint64_t ptr, int guard, int64_t n_bytes) {
+  nb::gil_scoped_release released;
+  return maskserve::unmap_range({address<const unsigned char>(ptr), guard}, n_bytes);
 }
 
 void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
@@ -464,11 +484,14 @@ NB_MODULE(_native, m) {
   m.def("keep", &keep);
   m.def("to_reach", &to_reach);
   m.def("to_mask", &to_mask);
+  m.def("are_bools", &are_bools);
   m.def("spread_rows", &spread_rows);
   m.def("hide_rows", &hide_rows);
   m.def("rows_alike", &rows_alike);
   m.def("will_write", &will_write);
   m.def("read_runs", &read_runs);
+  m.def("map_range", &map_range);
+  m.def("unmap_range", &unmap_range);
   m.def("raise_", raise);
   m.def("finish", &finish);
   m.def("reduce", &reduce);

@@ -80,6 +80,20 @@ void to_mask(const unsigned char* reach_ptr, int64_t n, unsigned char* mask_ptr)
   bytes_of<OfReach>(reach_ptr, n, mask_ptr);
 }
 
+bool are_bools(const unsigned char* mask_ptr, int64_t outer, int64_t stride_outer, int64_t n, int64_t stride_n) {
+  for (int64_t o = 0; o < outer; ++o) {
+    const unsigned char* const row_ptr = mask_ptr + o * stride_outer;
+    unsigned char together = 0;
+    if (stride_n == 1) {
+      for (int64_t j = 0; j < n; ++j) together = static_cast<unsigned char>(together | row_ptr[j]);
+    } else {
+      for (int64_t j = 0; j < n; ++j) together = static_cast<unsigned char>(together | row_ptr[j * stride_n]);
+    }
+    if (together > 1) return false;
+  }
+  return true;
+}
+
 void spread_rows(const unsigned char* first_ptr, int64_t rows, int64_t n, unsigned char* mask_ptr) {
   for (int64_t r = 0; r < rows; ++r) std::memset(mask_ptr + r * n, first_ptr[r], static_cast<size_t>(n));
 }

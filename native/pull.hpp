@@ -52,6 +52,8 @@ struct PullVariant {
   Keep keep_reached;
   void (*to_reach)(const unsigned char* mask_ptr, int64_t n, unsigned char* reach_ptr);
   void (*to_mask)(const unsigned char* reach_ptr, int64_t n, unsigned char* mask_ptr);
+  // Whether all bytes are 0 or 1.
+  bool (*are_bools)(const unsigned char* mask_ptr, int64_t outer, int64_t stride_outer, int64_t n, int64_t stride_n);
   // Rows of n bytes that are all the same.
   void (*spread_rows)(const unsigned char* first_ptr, int64_t rows, int64_t n, unsigned char* mask_ptr);
   // Sets the rows of cells that are not valid to 0.

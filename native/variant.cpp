@@ -30,6 +30,7 @@ namespace maskserve {
   void keep_reached(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                     \
   void to_reach(const unsigned char*, int64_t, unsigned char*);                                               \
   void to_mask(const unsigned char*, int64_t, unsigned char*);                                                \
+  bool are_bools(const unsigned char*, int64_t, int64_t, int64_t, int64_t);                                   \
   void spread_rows(const unsigned char*, int64_t, int64_t, unsigned char*);                                   \
   void hide_rows(unsigned char*, const unsigned char*, int64_t, int64_t);                                     \
   bool rows_alike(const unsigned char*, int64_t, int64_t, unsigned char*);                                    \
@@ -41,7 +42,8 @@ namespace maskserve {
                       finish,                                                                                 \
                       raise};                                                                                 \
   const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)},                                               \
-                          ties, keep, keep_reached, to_reach, to_mask, spread_rows, hide_rows, rows_alike};   \
+                          ties, keep, keep_reached, to_reach, to_mask, are_bools, spread_rows, hide_rows,     \
+                          rows_alike};                                                                        \
   }
 
 MASKSERVE_VARIANT(baseline)

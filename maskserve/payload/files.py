@@ -1,6 +1,7 @@
 """Where payloads live: bytes in memory, regular files, and the safe way to make a file. Imports no torch.
 
-Files are read by pread, never mapped: a mapped file that shrinks kills the process. They appear whole or not at all.
+Files are read by pread; they are mapped for a moment alone, and under guard, since a mapped file that shrinks kills the
+process. They appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import secrets
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
@@ -52,6 +53,7 @@ class Payload(Protocol):
     def read(self, name: str) -> memoryview: ...
     def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview: ...
     def read_runs(self, name: str, start_bytes: Sequence[int], view: memoryview) -> None: ...
+    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]: ...
     def refuse_changed(self) -> None: ...
     def identity(self) -> Iterator[tuple[object, ...]]: ...
     def close(self) -> None: ...
@@ -82,6 +84,13 @@ class _Ranges(ABC):
         first, n = start_bytes[0], view.nbytes // len(start_bytes)
         offset = self._offset(name, first, start_bytes[-1] - first + n) - first
         self._fill_runs([offset + start for start in start_bytes], view)
+
+    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
+        """The `n_bytes` of tensor `name` from `start_byte` on where they lie, for as long as the block runs; not to be written.
+
+        None where they must be read.
+        """
+        return nullcontext()
 
     def refuse_changed(self) -> None:  # noqa: B027 - what lies in memory is as it was
         """Raises where the bytes may be other ones than at first: to be asked once all is read."""
@@ -134,6 +143,9 @@ class BytesPayload(_Ranges):
         self._view = memoryview(buffer).cast("B")
         self.n_bytes = self._view.nbytes
         self.header = parse_header(self._range, self.n_bytes, limits)
+
+    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
+        return nullcontext(self.read_range(name, start_byte, n_bytes))
 
     def _range(self, offset: int, n: int) -> memoryview:
         return self._view[offset : offset + n]
@@ -206,6 +218,18 @@ class FilePayload(_Ranges):
         failed = read_runs(self._fd, offsets, view)
         if failed is not None:
             raise self._ended() if failed.errno is None else self._unreadable(failed)
+
+    @contextmanager
+    def mapped(self, name: str, start_byte: int, n_bytes: int) -> Iterator[memoryview | None]:
+        from maskserve.backends.native_maps import SpoiltRangeError, mapped_range  # which brings torch along
+
+        offset = self._offset(name, start_byte, n_bytes)
+        try:
+            with mapped_range(self._fd, offset, n_bytes) as view:
+                yield view
+        except SpoiltRangeError:
+            is_short = os.fstat(self._fd).st_size < offset + n_bytes
+            raise self._ended() if is_short else self._unreadable(OSError(errno.EIO, os.strerror(errno.EIO))) from None
 
     def _ended(self) -> InputChangedError:
         n_bytes = os.fstat(self._fd).st_size

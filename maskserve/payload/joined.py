@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Fill: TypeAlias = Callable[[Sequence[int], memoryview], None]
 """Fills a buffer with as many bytes of a tensor from each of some places on."""
+Map: TypeAlias = Callable[[int, int], AbstractContextManager[memoryview | None]]
+"""The bytes of a tensor from a place on where they lie; None where they must be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,8 @@ class Pieces:
 
     output: Output
     fills: tuple[Fill, ...]
+    maps: tuple[Map, ...]
+    """How parts show their bytes where they lie; none where they do not hold them as they are wanted."""
     starts: tuple[int, ...]
     """Where each part begins in such a row, and where the last one ends."""
 
@@ -68,6 +73,15 @@ class Pieces:
                 at, whose, done = [], part, i * n
             at.append(index * width + inside)
         self._flush(whose, at, view[done:])
+
+    def mapped(self, start: int, n: int) -> AbstractContextManager[memoryview | None]:
+        """`n` bytes where they lie, if that is in one part."""
+        index, rest = divmod(start, self.starts[-1])
+        part = bisect_right(self.starts, rest) - 1
+        inside, width = rest - self.starts[part], self.starts[part + 1] - self.starts[part]
+        if not self.maps or inside + n > width:
+            return nullcontext()
+        return self.maps[part](index * width + inside, n)
 
     def _flush(self, part: int, at: Sequence[int], view: memoryview) -> None:
         if at:
@@ -113,8 +127,8 @@ class JoinedPayload(_Ranges):
                 refuse_other_cells(part, variable, self.parts[0], own[0])
             sources, own = sources[:1], own[:1]
         fills = [partial(payload.read_runs, name) for payload, _ in sources]
-        info = own[0].info
-        data = joined(name, info.dtype, [v.info.shape for _, v in sources], dim or 0, fills)
+        info, maps = own[0].info, [partial(payload.mapped, name) for payload, _ in sources]
+        data = joined(name, info.dtype, [v.info.shape for _, v in sources], dim or 0, fills, maps)
         if all(variable.mask is None for variable in own):
             return [data]
         return [data, self._mask(sources, dim or 0, means)]
@@ -130,11 +144,12 @@ class JoinedPayload(_Ranges):
         ):  # fmt: skip
             shapes = [mask.info.shape for mask in masks if mask is not None]
             fills = [partial(p.read_runs, v.mask.info.name) for p, v in sources if v.mask is not None]
-            return joined(named.info.name, named.info.dtype, shapes, dim, fills)
+            maps = [partial(p.mapped, v.mask.info.name) for p, v in sources if v.mask is not None]
+            return joined(named.info.name, named.info.dtype, shapes, dim, fills, maps)
         is_bool = named is not None and named.kind is MaskKind.BOOL
         name = named.info.name if named is not None and is_bool else f"{variable.name}.{MaskKind.BOOL}"
         fills = [partial(fill_validity, validity_of(payload, v), means == "missing") for payload, v in sources]
-        return joined(name, boolean, [v.info.shape for _, v in sources], dim, fills)
+        return joined(name, boolean, [v.info.shape for _, v in sources], dim, fills, ())
 
     @property
     def described(self) -> str:
@@ -159,6 +174,11 @@ class JoinedPayload(_Ranges):
         view = memoryview(bytearray(n))
         self._fill(offset, view)
         return view
+
+    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
+        offset = self._offset(name, start_byte, n_bytes)
+        at = bisect_right(self._begins, offset) - 1
+        return self._pieces[at].mapped(offset - self._begins[at], n_bytes) if n_bytes else nullcontext()
 
     def _fill(self, offset: int, view: memoryview) -> None:
         if view.nbytes:
@@ -305,10 +325,13 @@ def cells_of(part: Part, variable: Variable) -> Callable[[int, int], tuple[memor
     return some
 
 
-def joined(name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill]) -> Pieces:
+def joined(
+    name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill], maps: Sequence[Map]
+) -> Pieces:
     inner = [prod(shape[dim:]) * dtype.n_bytes for shape in shapes]
     shape = shapes[0] if len(shapes) == 1 else (*shapes[0][:dim], sum(s[dim] for s in shapes), *shapes[0][dim + 1 :])
-    return Pieces(output=Output(name, dtype, shape, ()), fills=tuple(fills), starts=(0, *accumulate(inner)))
+    output, starts = Output(name, dtype, shape, ()), (0, *accumulate(inner))
+    return Pieces(output=output, fills=tuple(fills), maps=tuple(maps), starts=starts)
 
 
 def can_join(shape: Shape, first: Shape, dim: int, variable: Variable, kind: MaskKind) -> bool:

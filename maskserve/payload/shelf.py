@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from threading import Lock
 
 from maskserve.errors import InputChangedError
@@ -62,6 +63,9 @@ class Shelved(_Ranges):
         if payload.state != self.state:
             raise changed(self._path)
         return payload
+
+    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
+        return self._file().mapped(name, start_byte, n_bytes)
 
     def _range(self, offset: int, n: int) -> memoryview:
         return self._file()._range(offset, n)
