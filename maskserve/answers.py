@@ -223,9 +223,14 @@ def metadata_of(
 
 
 def metadata_of_dims(request: Request, payload: Payload, others: Payloads, named: Mapping[str, Dims]) -> dict[str, str]:
-    elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
-    line = {"maskserve": version(), **request.canonical(), **elsewhere}
+    line = {"maskserve": version(), **said_of(request, others)}
     return answer_metadata(payload.header.metadata, named, line, version())
+
+
+def said_of(request: Request, others: Payloads) -> dict[str, object]:
+    """The request in its one spelling, without paths: one file has many."""
+    elsewhere = {p.name: sides.ELSEWHERE for p in sides.parameters(request.row) if request.params.get(p.name) in others}
+    return {**request.canonical(), **elsewhere}
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,22 +6,22 @@ The shards are those of `reduce --shard`, so the bits are those of one process.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from maskserve.answers import Answer
 from maskserve.cgroup import cpus
 from maskserve.errors import InputChangedError, ParameterError
 from maskserve.executors import Limits as Bounds
-from maskserve.payload.files import FilePayload, failing, file_state, temp_name
+from maskserve.payload.files import SpooledPayload, failing, file_state
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.processes import Processes
 from maskserve.shards import Shard
+from maskserve.temporary import room_for
 
 HELD_SHARE = 4
 """The part of a worker's memory up to which its state is sent, and held by its parent."""
@@ -38,15 +38,15 @@ class Share:
     shard: Shard
     limits: Limits
     memory: int
-    folder: str
-    """The name of a folder beside others of the system's for temporary files: there once a state is too large to be sent."""
+    file: str
+    """A path of an empty file without a name, which whoever made it has open: for a state that is too large to be sent."""
 
     def __str__(self) -> str:
         return f"shard {self.shard}"
 
 
-Lifted: TypeAlias = bytes | str
-"""A state, or the path of the file that has it."""
+Lifted: TypeAlias = bytes | None
+"""A state, or None where the file of its share has it."""
 
 
 def lift(share: Share) -> Lifted:
@@ -63,33 +63,27 @@ def lift(share: Share) -> Lifted:
         state = states.lift(request, asked.payload, asked.others, share.shard, share.memory)
         if state.n_bytes <= share.memory // HELD_SHARE:
             return state.to_bytes()
-        return in_a_file(share, partial(state.write, memory=share.memory))
+        with room_for(state.n_bytes):
+            in_its_file(share, partial(state.write, memory=share.memory))
+        return None
 
 
-def in_a_file(share: Share, write: Callable[[int, str], int]) -> str:
-    """The path of a new file of the crew's folder, written by `write(descriptor, name)`."""
-    folder = os.path.join(tempfile.gettempdir(), share.folder)
-    path = os.path.join(folder, str(share.shard.index))
-    with failing(f"{shown(path)} cannot be written"):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def in_its_file(share: Share, write: Callable[[int, str], int]) -> None:
+    """Has `write(descriptor, name)` fill the file of a share, which is empty again where a worker died that wrote it."""
+    with failing("a temporary file cannot be written"):
+        descriptor = os.open(share.file, os.O_RDWR | os.O_TRUNC | os.O_CLOEXEC)
     try:
-        write(descriptor, path)
+        write(descriptor, "a temporary file")
     finally:
         os.close(descriptor)
-    return path
 
 
-def opened(state: Lifted) -> Payload:
-    """A state that a worker made, open; its file, if it has one, needs no name any more."""
+def opened(state: Lifted, file: IO[bytes]) -> Payload:
+    """A state that a worker made, open."""
     from maskserve.partials import LIMITS
     from maskserve.payload.format import BytesPayload
 
-    if isinstance(state, bytes):
-        return BytesPayload(state, LIMITS)
-    payload = FilePayload(state, LIMITS)
-    os.unlink(state)
-    return payload
+    return SpooledPayload(file.fileno(), LIMITS) if state is None else BytesPayload(state, LIMITS)
 
 
 def checked(workers: int) -> int:
@@ -115,24 +109,25 @@ def reduce(
     """The answer of a reduction, its shards in `workers` processes (0: one a CPU); `tell` hears of those that die."""
     from maskserve import states
 
-    n, folder, before = checked(workers) or cpus(), temp_name(), states_of(paths)
-    shares = [
-        Share(
-            verb=verb, words=dict(words), paths=tuple(paths), along=along, shard=Shard(i, n), limits=limits, memory=memory // n,
-            folder=folder,
+    n, before = checked(workers) or cpus(), states_of(paths)
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(n)]
+        shares = [
+            Share(
+                verb=verb, words=dict(words), paths=tuple(paths), along=along, shard=Shard(i, n), limits=limits,
+                memory=memory // n, file=f"/proc/{os.getpid()}/fd/{file.fileno()}",
+            )
+            for i, file in enumerate(files)
+        ]  # fmt: skip
+        found = []
+        outcomes = stack.enter_context(
+            closing(Processes(workers=n, tell=tell).run(lift, shares, Bounds(in_order=True)))
         )
-        for i in range(n)
-    ]  # fmt: skip
-    found = []
-    try:
-        with closing(Processes(workers=n, tell=tell).run(lift, shares, Bounds(in_order=True))) as outcomes:
-            for outcome in outcomes:
-                if outcome.error is not None:
-                    raise outcome.error
-                assert outcome.result is not None
-                found.append((f"shard {outcome.task.shard}", states.read(opened(outcome.result))))
-        if states_of(paths) != before:  # each has read one version of a file, but perhaps not the same one
-            raise InputChangedError("a file changed while processes read it; run again once it is written")
-    finally:
-        shutil.rmtree(os.path.join(tempfile.gettempdir(), folder), ignore_errors=True)
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+            read = states.read(opened(outcome.result, files[outcome.index]))
+            found.append((f"shard {outcome.task.shard}", read))
+    if states_of(paths) != before:  # each has read one version of a file, but perhaps not the same one
+        raise InputChangedError("a file changed while processes read it; run again once it is written")
     return states.merge(found).answer(memory)

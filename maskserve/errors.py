@@ -64,6 +64,11 @@ class MaskserveError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """With its errno, by which exit codes are told: OSError's own way to another process leaves it behind."""
+        number = {"errno": self.errno} if isinstance(self, OSError) else {}
+        return type(self), (self.message,), {**self.__dict__, **number}
+
 
 class RequestError(MaskserveError, ValueError):
     """What is asked for is wrong, the data aside: correct the request."""

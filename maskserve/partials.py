@@ -38,7 +38,7 @@ from maskserve.ops import find
 from maskserve.ops.parameters import Type
 from maskserve.ops.rows import Reduction
 from maskserve.payload.format import DEFAULT_LIMITS, Buffer, BytesPayload, Limits, Output, Payload, TensorInfo, to_bytes
-from maskserve.payload.header import strict_json
+from maskserve.payload.header import shown, strict_json
 from maskserve.payload.tensors import output
 from maskserve.plan import Plan, plan
 from maskserve.region_states import lifts, state_bytes
@@ -236,13 +236,16 @@ def read_partial(
     """
     if said["order"] != ORDER_VERSION or said["version"] != version():
         raise StateError(
-            f"the state is of order {said['order']} and version {said['version']}, this is order {ORDER_VERSION} "
-            f"and version {version()}; states of different versions are never merged"
+            f"the state is of order {shown(said['order'])} and version {shown(said['version'])}, this is order "
+            f"{ORDER_VERSION} and version {version()}; states of different versions are never merged"
         )
     try:
         whole = plan_of(said)
     except MaskserveError as error:
-        raise error if isinstance(error, StateError) else StateError(f"the bytes are no state: {error}") from error
+        why = (
+            error.message if len(error.message) <= LONG else f"{error.message[:LONG]}…"
+        )  # it repeats what a state says
+        raise error if isinstance(error, StateError) else StateError(f"the bytes are no state: {why}") from error
     nodes = sorted(stored_nodes(whole, payload, names, title), key=by_place)
     refuse_overlap(nodes)
     return Partial(plan=whole, backend=said["backend"], nodes=tuple(nodes))
@@ -276,6 +279,8 @@ def check_joins(plan: Plan) -> None:
         )
 
 
+LONG = 300
+"""Characters of an error on what a state says, which may be long."""
 FIELDS = {"op": str, "params": dict, "dtype": str, "shape": list, "backend": str, "order": int, "version": str}
 """What a state says of itself, each field as JSON of this type."""
 

@@ -10,9 +10,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from maskserve.errors import SettingsError, nearest
 
@@ -36,6 +37,7 @@ UNITS: Mapping[str, int] = MappingProxyType(
 )
 Value: TypeAlias = str | int | float | tuple[str, ...]
 Given: TypeAlias = Mapping[str, object]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,17 +84,6 @@ def whole(given: object) -> int:
     return int(given)
 
 
-def count(given: object) -> int:
-    """A whole number, 1 or more."""
-    try:
-        number = whole(given)
-    except ValueError:
-        number = 0
-    if number == 0:
-        raise ValueError("a whole number, 1 or more")
-    return number
-
-
 def port(given: object) -> int:
     """A TCP port; 0 lets the system choose one."""
     try:
@@ -115,15 +106,24 @@ def seconds(given: object) -> float:
     return number
 
 
-def period(given: object) -> float:
-    """A finite number of seconds above 0."""
-    try:
-        number = seconds(given)
-    except ValueError:
-        number = 0.0
-    if number == 0:
-        raise ValueError("a number of seconds above 0")
-    return number
+def above_0(parse: Callable[[object], Number], said: str) -> Callable[[object], Number]:
+    """A function that reads as `parse` does, and refuses 0 too, in these words.
+
+    >>> above_0(whole, "1 or more")("3")
+    3
+    """
+
+    def read(given: object) -> Number:
+        with suppress(ValueError):
+            if number := parse(given):
+                return number
+        raise ValueError(said)
+
+    return read
+
+
+count = above_0(whole, "a whole number, 1 or more")
+period = above_0(seconds, "a number of seconds above 0")
 
 
 def size(given: object) -> int:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from maskserve import answers, execution, regions, sources, streaming
+from maskserve import answers, execution, regions, sides, sources, streaming
 from maskserve.answers import Answer, Prepared
 from maskserve.dtypes import boolean
 from maskserve.errors import MaskserveError, ParameterError, StateError, TooLargeError
@@ -25,7 +25,8 @@ from maskserve.nodes import HELD_TWICE
 from maskserve.ops.rows import Reduction
 from maskserve.partials import FIELDS, LIMITS, Partial, check_joins, merged, read_partial
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, to_bytes
-from maskserve.payload.header import TensorInfo, strict_json
+from maskserve.payload.header import TensorInfo, check_name, strict_json
+from maskserve.payload.metadata import is_dim_name
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import answer_mask_name
 from maskserve.regions import InPlace
@@ -202,8 +203,8 @@ def lift(request: Request, payload: Payload, others: Payloads, shard: Shard, mem
     named = {step.name: step.dims for step in steps if step.dims is not None}
     named |= {result.name: result.dims for result in kept if result.dims is not None}
     key = {
-        "request": request.canonical(),
-        "inputs": identity(payload, others),
+        "request": answers.said_of(request, others),
+        "inputs": identity(request, payload, others),
         "order": [*(step.name for step in steps), *(result.name for result in kept if result.is_coordinate)],
         "metadata": answers.metadata_of_dims(request, payload, others, named),
     }
@@ -232,10 +233,11 @@ def check_steps(steps: Iterable[Step]) -> None:
             check_joins(step.plan)
 
 
-def identity(payload: Payload, others: Payloads) -> str:
+def identity(request: Request, payload: Payload, others: Payloads) -> str:
     """What tells inputs of one job from those of another: names, sizes, headers; not their folders, which differ by machine."""
     digest = hashlib.sha256()
-    for source in (payload, *(others[word] for word in sorted(others))):
+    words = [str(request.params.get(p.name)) for p in sides.parameters(request.row)]
+    for source in (payload, *(others[word] for word in words if word in others)):
         for line in source.identity():
             digest.update(json.dumps(line).encode())
     return digest.hexdigest()
@@ -380,8 +382,8 @@ def kept_from(i: int, said: object, payload: Payload) -> Streamed:
 def dims_from(said: object, n_dims: int) -> tuple[str, ...] | None:
     if said is None:
         return None
-    if not isinstance(said, list) or len(said) != n_dims or not all(isinstance(name, str) for name in said):
-        raise StateError("it is no state of a shard: its names of dims do not fit its shapes")
+    if not isinstance(said, list) or len(said) != n_dims or not all(map(is_dim_name, said)):
+        raise StateError("it is no state of a shard: its names of dims are none, or do not fit its shapes")
     return tuple(said)
 
 
@@ -391,6 +393,9 @@ def check_key(said: Said, lifted: Sequence[Lifted], kept: Sequence[Result | Stre
     kinds = {"request": dict, "inputs": str, "order": list, "metadata": dict}
     if {k: type(v) for k, v in key.items()} != kinds or not all(isinstance(v, str) for v in key["metadata"].values()):
         raise StateError("it is no state of a shard: what it belongs to is incomplete")
+    for one in (*lifted, *kept):
+        for name in (one.name, one.mask_name):
+            check_name(name)
     own = [one.name for one in lifted]
     names = own + [result.name for result in kept]
     fits = (

@@ -21,6 +21,7 @@ from maskserve.regions import Piece
 from maskserve.room import Need, beyond, memory_for
 from maskserve.sources import Folded, Held, Laid, Masked, Shape, Source, Window, stored
 from maskserve.steps import Streamed
+from maskserve.temporary import room_for
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 
@@ -205,7 +206,7 @@ def over(source: Source, axes: Shape, shape: Shape) -> Source:
 
 def in_a_file(made: Streamed) -> Source:
     """The cells of a result that does not fit, from a file without a name."""
-    with tempfile.TemporaryFile() as file:
+    with room_for(made.told.n_bytes), tempfile.TemporaryFile() as file:
         sinks.write(file.fileno(), "a temporary file", [made], {})
         payload = open_payload(f"/proc/self/fd/{file.fileno()}")
     return stored(payload, resolve(payload.header)[made.name])

@@ -347,6 +347,23 @@ void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
   maskserve::variant().raise(address<const double>(cells_ptr), address<double>(raised_ptr), n);
 }
 
+// A pointer for the count, then for mean, low and m2, of each side and of what they are together.
+void merge_moments(int64_t n, uint64_t left_count_ptr, uint64_t left_mean_ptr, uint64_t left_low_ptr, uint64_t left_m2_ptr,
+                   uint64_t right_count_ptr, uint64_t right_mean_ptr, uint64_t right_low_ptr, uint64_t right_m2_ptr,
+                   uint64_t count_ptr, uint64_t mean_ptr, uint64_t low_ptr, uint64_t m2_ptr) {
+  const maskserve::States left{
+      n,
+      address<const int64_t>(left_count_ptr),
+      {address<const void>(left_mean_ptr), address<const void>(left_low_ptr), address<const void>(left_m2_ptr)}};
+  const maskserve::States right{
+      n,
+      address<const int64_t>(right_count_ptr),
+      {address<const void>(right_mean_ptr), address<const void>(right_low_ptr), address<const void>(right_m2_ptr)}};
+  const Parts both{address<int64_t>(count_ptr), {address<void>(mean_ptr), address<void>(low_ptr), address<void>(m2_ptr)}};
+  nb::gil_scoped_release released;
+  maskserve::variant().merge_moments(left, right, both);
+}
+
 constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as have these, so that states stay in L2
 
 // lift (or, of kernel n_lifts + k, selection k) and finish in one call: states are memory traffic, and in a small tensor
@@ -493,6 +510,7 @@ NB_MODULE(_native, m) {
   m.def("map_range", &map_range);
   m.def("unmap_range", &unmap_range);
   m.def("raise_", raise);
+  m.def("merge_moments", &merge_moments);
   m.def("finish", &finish);
   m.def("reduce", &reduce);
 }

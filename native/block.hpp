@@ -166,6 +166,8 @@ struct Variant {
                 unsigned char* mask_ptr);
   // exp of n cells, as the kernels raise them: what merges their states must have the same bits.
   void (*raise)(const double* cells_ptr, double* raised_ptr, int64_t n);
+  // The moments of cells and those of the cells behind them, as one.
+  void (*merge_moments)(const States& left, const States& right, const Parts& both);
 };
 
 // The variant for this processor, or the one MASKSERVE_ISA names. Decided once.

@@ -125,6 +125,12 @@ struct MomentsState {
     }
   }
 
+  void read(const States& states, int64_t at, int64_t n) {
+    copy_lanes(states.count_ptr + at, n, count);
+    double* const lanes[] = {mean, low, m2};
+    for (int k = 0; k < 3; ++k) copy_lanes(static_cast<const double*>(states.part_ptr[k]) + at, n, lanes[k]);
+  }
+
   void read(const Block& block, const Window& w) {
     read_counts(block, w, count);
     read_lanes(block, w, 0, mean), read_lanes(block, w, 1, low), read_lanes(block, w, 2, m2);
@@ -243,6 +249,17 @@ bool moments(const Block& block, const Options&, const Parts& parts) {
     case Dtype::i32: return walk_route<ShortMoments>(block, parts);
     case Dtype::i64: return walk_route<I64Moments>(block, parts);
     default: return walk_route<F32Moments>(block, parts);
+  }
+}
+
+void merge_moments(const States& left, const States& right, const Parts& both) {
+  MomentsState joined, state;
+  for (int64_t at = 0; at < left.n; at += n_lanes) {
+    const int64_t n = least(n_lanes, left.n - at);
+    joined.read(left, at, n), state.read(right, at, n);
+    joined.join(state, n);
+    copy_lanes(joined.count, n, both.count_ptr + at);
+    joined.write(both, at, n);
   }
 }
 

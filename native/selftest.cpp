@@ -390,20 +390,42 @@ void run_pull(int kernel, const Case& given, Hash& hash) {
   hash.add(reach.data(), n * sizeof(uint16_t));
 }
 
-void run_finish(int kernel, Dtype result, Hash& hash) {
-  constexpr int64_t n = 300;
-  Random random{7};
-  std::vector<int64_t> count(n);
-  std::vector<std::vector<uint64_t>> words(n_parts, std::vector<uint64_t>(n));
-  for (int64_t& some : count) some = static_cast<int64_t>(random.next() % 5);
-  for (auto& some : words) {
-    for (uint64_t& word : some) word = bits_of(Dtype::f64, random.one_in(20) ? Kind::wild : Kind::tame, random);
+struct SomeStates {
+  static constexpr int64_t n = 300;
+  std::vector<int64_t> count = std::vector<int64_t>(n);
+  std::vector<std::vector<uint64_t>> words{n_parts, std::vector<uint64_t>(n)};
+
+  explicit SomeStates(uint64_t seed) {
+    Random random{seed};
+    for (int64_t& some : count) some = static_cast<int64_t>(random.next() % 5);
+    for (auto& some : words) {
+      for (uint64_t& word : some) word = bits_of(Dtype::f64, random.one_in(20) ? Kind::wild : Kind::tame, random);
+    }
   }
-  States states{n, count.data(), {}};
-  for (int k = 0; k < n_parts; ++k) states.part_ptr[k] = words[k].data();
+
+  States states() const {
+    States states{n, count.data(), {}};
+    for (int k = 0; k < n_parts; ++k) states.part_ptr[k] = words[k].data();
+    return states;
+  }
+};
+
+void run_merge(Hash& hash) {
+  const SomeStates left(8), right(9);
+  SomeStates both(10);
+  Parts parts{both.count.data(), {}};
+  for (int k = 0; k < n_parts; ++k) parts.part_ptr[k] = both.words[k].data();
+  variant().merge_moments(left.states(), right.states(), parts);
+  hash.add(both.count.data(), both.count.size() * sizeof(int64_t));
+  for (const auto& words : both.words) hash.add(words.data(), words.size() * sizeof(uint64_t));
+}
+
+void run_finish(int kernel, Dtype result, Hash& hash) {
+  const SomeStates some(7);
+  const size_t n = static_cast<size_t>(some.n);
   std::vector<uint64_t> values(n);
   std::vector<unsigned char> valid(n);
-  const int status = variant().finish(static_cast<Finish>(kernel), states, some_options(), {1, 0.0}, result,
+  const int status = variant().finish(static_cast<Finish>(kernel), some.states(), some_options(), {1, 0.0}, result,
                             reinterpret_cast<unsigned char*>(values.data()), valid.data());
   hash.add(&status, sizeof status);
   if (status == fill_refused) return;
@@ -495,6 +517,9 @@ int main(int argc, char** argv) {
   }
 #endif
   const std::vector<Shape> shapes = some_shapes(quick);
+  Hash merged;
+  run_merge(merged);
+  say("merge", "moments", "f64", merged);
   for (int d = 0; d < n_dtypes; ++d) {
     const Dtype dtype = static_cast<Dtype>(d);
     const auto run_all = [&](const char* kind, const char* const* names, int n, auto run) {

@@ -25,6 +25,7 @@ namespace maskserve {
   MASKSERVE_PULLS(MASKSERVE_PULL)                                                                             \
   int finish(Finish, const States&, const Options&, const Limits&, Dtype, unsigned char*, unsigned char*);    \
   void raise(const double*, double*, int64_t);                                                                \
+  void merge_moments(const States&, const States&, const Parts&);                                             \
   void ties(const Block&, const Above&, bool of_sizes, int64_t*);                                             \
   void keep(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                             \
   void keep_reached(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                     \
@@ -40,7 +41,8 @@ namespace maskserve {
                       {MASKSERVE_SELECTIONS(MASKSERVE_ADDRESS)},                                              \
                       {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)},                                                  \
                       finish,                                                                                 \
-                      raise};                                                                                 \
+                      raise,                                                                                  \
+                      merge_moments};                                                                         \
   const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)},                                               \
                           ties, keep, keep_reached, to_reach, to_mask, are_bools, spread_rows, hide_rows,     \
                           rows_alike};                                                                        \

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from maskserve.errors import OutputError
 
 
 def square(number: int) -> int:
@@ -24,6 +27,12 @@ def refuse_odd(number: int) -> int:
     if number % 2:
         raise ValueError(f"{number} is odd")
     return number
+
+
+def full_disk(name: str) -> None:
+    error = OutputError(f"{name} is full", parameter=name)
+    error.errno = errno.ENOSPC
+    raise error
 
 
 def crash(number: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,16 +168,51 @@ def test_shards_and_merges_hold_no_more_than_the_memory(wide: Path, tmp_path: Pa
     assert max(beyond.values()) * MEGABYTE <= MEMORY + BUFFERS, f"MB beyond torch: {beyond}"
 
 
-def test_sigterm_ends_a_streamed_answer_with_nothing_left(large: Path, tmp_path: Path) -> None:
-    words = ["softmax", "--dim", "lon", "--memory", "64MB", str(large), "-o", str(tmp_path / "out")]
-    running = subprocess.Popen([*COMMAND, *words], env=environment(), stderr=subprocess.PIPE)
-    deadline_s = time.monotonic() + 30
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline_s:
-        time.sleep(0.005)
-    running.send_signal(signal.SIGTERM)
+def nameless_bytes(pid: int, folder: Path) -> int:
+    """The bytes of the files without a name that a process has open in a folder."""
+    n_bytes = 0
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                target = os.readlink(entry.path)
+                if target.startswith(f"{folder}/") and target.endswith(" (deleted)"):
+                    n_bytes += os.stat(entry.path).st_size
+    return n_bytes
+
+
+def stopped_while_it_writes(words: list[str], folder: Path, number: int, **variables: str) -> tuple[int, bytes]:
+    """The exit code and the words of a command that got a signal once a file without a name in the folder had bytes."""
+    command = [*COMMAND, *words, "--memory", "64MB"]
+    running = subprocess.Popen(command, env=environment(**variables), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while running.poll() is None and not nameless_bytes(running.pid, folder):
+        time.sleep(0.002)
+    running.send_signal(number)
     _, told = running.communicate(timeout=30)
-    assert (running.returncode, told) == (143, b"maskserve: terminated\n")
+    return running.returncode, told
+
+
+def test_sigterm_ends_a_streamed_answer_with_nothing_left(large: Path, tmp_path: Path) -> None:
+    words = ["softmax", "--dim", "lon", str(large), "-o", str(tmp_path / "out")]
+    assert stopped_while_it_writes(words, tmp_path, signal.SIGTERM) == (143, b"maskserve: terminated\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["softmax", "--dim", "0", "-o", "OUT"], ["softmax", "--dim", "0", "--force", "-o", "OUT"],
+        ["reduce", "--op", "var", "--dim", "0,2", "--state", "OUT", "--force"],
+        ["reduce", "--op", "var", "--dim", "0,2", "--workers", "2"], ["softmax", "--dim", "0", "-o", "-"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_kill_leaves_no_file_of_ours(words: list[str], wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    out = tmp_path / ("old" if "--force" in words else "new")
+    said = [str(out) if word == "OUT" else word for word in words]
+    code, _ = stopped_while_it_writes([*said, str(wide)], tmp_path, signal.SIGKILL, TMPDIR=str(tmp_path))
+    assert code == -signal.SIGKILL
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("old", b"old")]
 
 
 @pytest.fixture
@@ -197,6 +233,30 @@ def test_a_disk_that_is_too_small_is_met_before_the_work(large: Path, small_disk
     assert ran.code == 74
     assert one_line(ran).endswith("out cannot be written: No space left on device")
     assert [(path.name, path.read_bytes()) for path in small_disk.iterdir()] == [("out", b"old")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["reduce", "--op", "var", "--dim", "0,2", "--workers", "2", "FILE"], ["softmax", "--dim", "0", "-o", "-", "FILE"],
+        ["eval", "--expr", "mean(x - cumsum(x, dim=1))", "FILE"], ["reduce", "--op", "sum", "-"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_folder_for_temporary_files_that_is_too_small_is_named(
+    words: list[str], wide: Path, small_disk: Path
+) -> None:
+    said = [str(wide) if word == "FILE" else word for word in words]
+    with open(wide, "rb") as piped:
+        ran = subprocess.run(
+            [*COMMAND, *said, "--memory", "64MB"],
+            env=environment(TMPDIR=str(small_disk)),
+            stdin=piped,
+            capture_output=True,
+        )
+    assert ran.returncode == 74
+    told = rf"maskserve: (\S+: )?\d+ MB do not fit into a temporary file in {small_disk}: No space left on device; set TMPDIR to "
+    assert re.fullmatch(told + "a folder that has room\n", ran.stderr.decode())
 
 
 def test_an_answer_that_does_not_fit_is_no_table(large: Path) -> None:

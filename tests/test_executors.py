@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from maskserve.errors import ParameterError, WorkerLostError
+from maskserve.errors import OutputError, ParameterError, WorkerLostError
 from maskserve.executors import Executor, Limits, Outcome, Serial, Stop, Threads
 from maskserve.processes import Processes
 from tests import executor_tasks as tasks
@@ -50,6 +51,13 @@ def test_an_error_is_an_outcome_of_its_task_alone(executor: Executor) -> None:
     assert [n for n, o in sorted(outcomes.items()) if o.error] == [1, 3, 5]
     assert str(outcomes[3].error) == "3 is odd"
     assert outcomes[4].result == 4
+
+
+@every_executor
+def test_an_error_of_the_system_keeps_its_number(executor: Executor) -> None:
+    (outcome,) = executor.run(tasks.full_disk, ["out"])
+    assert isinstance(outcome.error, OutputError)
+    assert (outcome.error.errno, str(outcome.error), outcome.error.parameter) == (errno.ENOSPC, "out is full", "out")
 
 
 @every_executor

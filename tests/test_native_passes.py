@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from maskserve import OPS, dtypes, engine, execution
-from maskserve.backends import choose
+from maskserve.backends import choose, cpu
 from maskserve.backends.cpu import CpuBackend
+from maskserve.backends.reference.reductions import Moments
 from maskserve.dtypes import DType
 from maskserve.errors import IntegerOverflowError
 from maskserve.ops.rows import Reach, Reduction, Row, Scan
@@ -625,6 +626,50 @@ def test_results_are_rounded_once(kind: torch.dtype) -> None:
     assert_same_bits(got, expected, kind)
 
 
+# -- states --------------------------------------------------------------------------------------------------------
+
+SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e308, 5e-324)
+
+
+def moments_of(n: int, seed: int) -> dict[str, Tensor]:
+    """States of variances: some of no cells, some far apart, some not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.randint(0, 4, (n,), generator=generator) * torch.randint(0, 9, (n,), generator=generator) ** 5
+    parts = {name: torch.randn(n, generator=generator, dtype=torch.float64) for name in ("mean", "low", "m2")}
+    parts["mean"] *= 10.0 ** torch.randint(-9, 9, (n,), generator=generator)
+    for part in parts.values():
+        places = torch.randint(0, n, (n // 9,), generator=generator)
+        part[places] = torch.tensor(SPECIAL, dtype=torch.float64)[places % len(SPECIAL)]
+    return {"count": count, **{name: torch.where(count > 0, part, 0.0) for name, part in parts.items()}}
+
+
+def dense(part: Tensor) -> Tensor:
+    """The part with strides of its own: those of one cell may be any, and then torch views no bytes of it."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("shape", [(1,), (255,), (256,), (3, 257), (0, 2)], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "strided"])
+def test_states_of_variances_are_merged_to_the_bits_of_the_reference(shape: tuple[int, ...], layout: str) -> None:
+    step = 2 if layout == "strided" else 1
+    for seed in range(20):
+        sides = [
+            {name: part[::step].view(shape) for name, part in moments_of(step * math.prod(shape), 2 * seed + i).items()}
+            if math.prod(shape)
+            else {name: part[:0].view(shape) for name, part in moments_of(9, i).items()}
+            for i in range(2)
+        ]
+        if layout == "strided":
+            assert not math.prod(shape) > 1 or not sides[0]["mean"].is_contiguous()
+        made = (cpu.merge_moments(*sides), Moments.merge(*sides))
+        got, expected = ({name: dense(part) for name, part in one.items()} for one in made)
+        assert list(got) == list(expected)
+        for name, part in expected.items():
+            assert got[name].shape == part.shape
+            assert_same_bits((got[name].nan_to_num(nan=7.0),), (part.nan_to_num(nan=7.0),), (seed, name))
+            assert torch.equal(got[name].isnan(), part.isnan())
+
+
 # -- instruction sets ----------------------------------------------------------------------------------------------
 
 
@@ -633,6 +678,7 @@ def print_bits() -> None:
     from maskserve.backends import _native
 
     print(_native.isa())
+    print("merged", [part.hex() for part in bits(*cpu.merge_moments(moments_of(999, 1), moments_of(999, 2)).values())])
     for row, dtype in ACCEPTED:
         for shape in ((99, 3, 1), (40, 64, 1), (2, 4100, 1), (3, 131, 3), (2, 131, 70)):
             data, mask = sample(dtype, shape, seed=3)

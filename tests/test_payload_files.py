@@ -27,7 +27,7 @@ from maskserve.errors import (
     PayloadError,
     UnknownTensorError,
 )
-from maskserve.payload import files
+from maskserve.payload import drafts, files
 from maskserve.payload.format import (
     BytesPayload,
     FilePayload,
@@ -218,15 +218,20 @@ def test_exists_says_what_happens_to_a_file_that_stands(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+every_file_system = pytest.mark.parametrize("has_nameless", [True, False], ids=["nameless files", "named files"])
+
+
+@every_file_system
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("exists", ["error", "skip"])
 def test_a_file_that_appears_while_we_write_is_not_overwritten(
-    tmp_path: Path, exists: files.Exists, links: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, exists: files.Exists, links: bool, has_nameless: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x"
+    with_nameless(monkeypatch, has_nameless)
     monkeypatch.setattr(files, "_stands", lambda *_: False)  # the race: it appears after the last look
     if not links:
-        monkeypatch.setattr(files.os, "link", unsupported)
+        monkeypatch.setattr(os, "link", unsupported)
     path.write_bytes(b"theirs")
     if exists == "skip":
         assert save(path, encode(NEW, {}), exists=exists) is False
@@ -237,15 +242,48 @@ def test_a_file_that_appears_while_we_write_is_not_overwritten(
     assert leftovers(tmp_path) == []
 
 
-def unsupported(*_: object) -> None:
+def unsupported(*_: object, **__: object) -> None:
     raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
-def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.os, "link", unsupported)
-    assert save(tmp_path / "x", encode(NEW, {})) is True
+def with_nameless(monkeypatch: pytest.MonkeyPatch, has_nameless: bool) -> None:
+    """Takes files without a name away; where they are to be there, the file system of the test must have them."""
+    if has_nameless:
+        fd = drafts.nameless("/dev/shm")
+        assert fd != drafts.NAMELESS, "a tmpfs has files without a name"
+        os.close(fd)
+    else:
+        monkeypatch.setattr(drafts, "nameless", lambda _: drafts.NAMELESS)
+
+
+@every_file_system
+@pytest.mark.parametrize("exists", files.EXISTS)
+def test_a_file_system_without_links_will_do(
+    tmp_path: Path, exists: files.Exists, has_nameless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_nameless(monkeypatch, has_nameless)
+    monkeypatch.setattr(os, "link", unsupported)
+    large = [Output("x", f32, (MIB,), bytes(4 * MIB))]
+    assert save(tmp_path / "x", encode(large, {}), exists=exists) is True
     assert os.listdir(tmp_path) == ["x"]
-    assert (tmp_path / "x").read_bytes() == to_bytes(NEW, {})
+    assert (tmp_path / "x").read_bytes() == to_bytes(large, {})
+    assert (tmp_path / "x").stat().st_nlink == 1
+
+
+@every_file_system
+def test_no_descriptor_is_left_open(tmp_path: Path, has_nameless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_nameless(monkeypatch, has_nameless)
+    before = os.listdir("/proc/self/fd")
+    for exists in files.EXISTS:
+        save(tmp_path / exists, encode(NEW, {}), exists=exists)
+        with pytest.raises(InputError):
+            files.placed(tmp_path / exists, lambda *_: raised(InputError("no")), exists="replace")
+    assert os.listdir("/proc/self/fd") == before
+    assert sorted(os.listdir(tmp_path)) == sorted(files.EXISTS)
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("exists", files.EXISTS)
@@ -273,14 +311,19 @@ def test_a_symbolic_link_stays_one_and_its_file_is_replaced(tmp_path: Path) -> N
     assert (tmp_path / "there" / "x").read_bytes() == to_bytes(NEW, {})
 
 
+@every_file_system
 @pytest.mark.parametrize("failure", [RuntimeError("boom"), KeyboardInterrupt(), InputError("the input went away")])
-def test_a_failure_half_way_leaves_the_old_file_and_no_other(tmp_path: Path, failure: BaseException) -> None:
+def test_a_failure_half_way_leaves_the_old_file_and_no_other(
+    tmp_path: Path, failure: BaseException, has_nameless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"old")
 
+    with_nameless(monkeypatch, has_nameless)
+
     def chunks() -> Iterator[bytes]:
         yield bytes(4)
-        assert len(leftovers(tmp_path)) == 1
+        assert len(leftovers(tmp_path)) == (0 if has_nameless else 1)
         raise failure
 
     with pytest.raises(type(failure)) as caught:
@@ -319,11 +362,14 @@ def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path, path:
     assert leftovers(tmp_path) == []
 
 
-def test_a_kill_leaves_the_old_file_whole_and_a_temp_of_known_name(tmp_path: Path) -> None:
+@every_file_system
+def test_a_kill_leaves_the_old_file_whole_and_no_other_or_one_of_known_name(tmp_path: Path, has_nameless: bool) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"old")
     code = (
         "import os, sys; from maskserve.payload.format import *; from maskserve.dtypes import u8\n"
+        "from maskserve.payload import drafts\n"
+        f"if not {has_nameless}: drafts.nameless = lambda _: drafts.NAMELESS\n"
         "def chunks():\n  yield bytes(2**20)\n  os.kill(os.getpid(), 9)\n"
         "save(sys.argv[1], encode([Output('x', u8, (2**21,), chunks())], {}), exists='replace')"
     )
@@ -331,3 +377,4 @@ def test_a_kill_leaves_the_old_file_whole_and_a_temp_of_known_name(tmp_path: Pat
     assert ran.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == [*leftovers(tmp_path), "x"]
+    assert len(leftovers(tmp_path)) == (0 if has_nameless else 1)

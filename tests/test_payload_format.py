@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from maskserve.dtypes import BY_CODE, DType, f32, f64, u8
 from maskserve.errors import (
+    DtypeError,
     NotComputableError,
     PayloadError,
     ShapeError,
@@ -31,7 +32,7 @@ from maskserve.payload.format import (
     parse_header,
     to_bytes,
 )
-from maskserve.payload.tensors import load
+from maskserve.payload.tensors import load, output
 from maskserve.payload.variables import resolve
 from tests.payload_cases import CASES, VALID, Case, Source, at_most, container, entry, named, one
 
@@ -384,3 +385,13 @@ def test_reading_and_writing_payloads_imports_neither_torch_nor_numpy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_what_a_payload_cannot_hold_is_not_among_what_it_can() -> None:
+    with pytest.raises(DtypeError) as caught:
+        output("z", torch.ones(2, dtype=torch.complex128))
+    said, allowed = str(caught.value).split("give one of ")
+    assert said == "z is complex128, which a payload cannot hold: "
+    for word in allowed.split(", "):
+        assert output("x", torch.zeros(2, dtype=getattr(torch, word))).n_bytes
+    assert "complex64" in allowed.split(", ")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import process_time
@@ -17,9 +18,10 @@ from torch import Tensor
 
 import maskserve
 from maskserve import answers, crews, engine, execution, partials, region_states, regions, requests, sources, states
-from maskserve.errors import InputChangedError, ParameterError, StateError, TooLargeError
+from maskserve.errors import InputChangedError, MaskserveError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
+from maskserve.partials import LIMITS
 from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, FilePayload, Payload, to_bytes
 from maskserve.payload.shelf import Shelf
 from maskserve.payload.tensors import load_tensor, output
@@ -252,6 +254,59 @@ def test_a_state_that_counts_too_much_or_changes_is_told_where_it_is_read(tmp_pa
     (tmp_path / "a").write_bytes(good.to_bytes())
     with pytest.raises(InputChangedError, match="changed while it was read"):
         opened.answer()
+
+
+def test_side_inputs_are_the_same_by_whatever_path_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("rain").write_bytes(bytes_of(rain=torch.arange(6.0).view(3, 2)))
+    Path("there/area").write_bytes(bytes_of(area=torch.tensor([1.0, 3.0])))
+    os.symlink("there/area", "link")
+    spelled = ["there/area", str(tmp_path / "there" / "area"), "link", "there/../there/area"]
+    found = []
+    for i, word in enumerate(spelled):
+        request = requests.build("reduce", {"op": "mean", "weights": word})
+        with question(request, ["rain"], open_any) as asked:
+            whole = answers.run(request, asked.payload, asked.others).to_bytes()
+            made = states.lift(request, asked.payload, asked.others, Shard(i, len(spelled)), 1000)
+            found.append((word, states.from_bytes(made.to_bytes())))
+    assert states.merge(found).answer().to_bytes() == whole
+    Path("other").write_bytes(bytes_of(area=torch.tensor([1.0, 3.0])))
+    request = requests.build("reduce", {"op": "mean", "weights": "other"})
+    with question(request, ["rain"], open_any) as asked:
+        foreign = states.lift(request, asked.payload, asked.others, Shard(3, len(spelled)), 1000)
+    with pytest.raises(StateError, match="of other inputs"):
+        states.merge([*found[:3], ("other", foreign)])
+
+
+def every_place(said: object) -> Iterator[tuple[Any, Any]]:
+    """Each list and mapping inside, with each of its places."""
+    for key in said if isinstance(said, dict) else range(len(said)) if isinstance(said, list) else ():
+        yield said, key
+        yield from every_place(said[key])  # type: ignore[index]  # one of the two
+
+
+def test_no_error_repeats_much_of_what_a_state_says() -> None:
+    names = {"maskserve.dims": json.dumps({"rain": ["t", "x"], "still": ["x"]})}
+    payload = BytesPayload(bytes_of(names, rain=torch.ones(4, 3), still=torch.ones(3)))
+    state = states.lift(requests.build("reduce", {"op": "var", "dim": "t"}), payload, {}, Shard(0, 1), 10**6)
+    whole = BytesPayload(state.to_bytes(), LIMITS)
+    tensors = [output(name, load_tensor(whole, info)) for name, info in whole.header.tensors.items()]
+    said = json.loads(state.metadata[states.KEY])
+    n_refused = 0
+    for holder, key in list(every_place(said)):
+        for junk in ("\x1b[31m" + "z" * 30_000, 10**4000, {"\n" + "k" * 30_000: 1}):
+            before, holder[key] = holder[key], junk
+            raw = to_bytes(tensors, {states.KEY: json.dumps(said)})
+            holder[key] = before
+            with pytest.raises(MaskserveError) as caught:
+                states.merge([("a", state), ("b", states.from_bytes(raw))])
+            assert len(caught.value.message) < 600, caught.value.message[:1000]
+            assert caught.value.message.isprintable(), caught.value.message[:1000]
+            n_refused += 1
+    assert n_refused > 90
 
 
 def test_shards_of_dims_without_cells_are_merged() -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from typing import BinaryIO, Literal, TypeAlias
 
-from maskserve.errors import InputError, OutOfMemoryError, PayloadError
+from maskserve.errors import InputError, OutOfMemoryError, OutputError, PayloadError
 from maskserve.opening import open_any
 from maskserve.payload.files import SpooledPayload
 from maskserve.payload.format import BytesPayload, FilePayload, Limits, Payload
@@ -17,6 +17,7 @@ from maskserve.payload.header import is_text, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json
 from maskserve.settings import Settings
+from maskserve.temporary import room_for
 from maskserve_cli.exits import say
 
 JsonForm: TypeAlias = Literal["plain", "explicit"]
@@ -97,6 +98,8 @@ def read_stream(stream: BinaryIO, name: str, limits: Limits, memory: int | None 
             if memory is not None and n_bytes > memory:
                 return spooled(stream, buffer, len(buffer) + n_bytes + 1, limits)
             read_up_to(stream, buffer, len(buffer) + n_bytes + 1)
+    except OutputError:  # there is no room to put it
+        raise
     except OSError as cause:
         error = InputError(f"{name} cannot be read: {cause.strerror or cause}")
         error.errno = cause.errno
@@ -108,7 +111,7 @@ def read_stream(stream: BinaryIO, name: str, limits: Limits, memory: int | None 
 
 def spooled(stream: BinaryIO, begun: bytearray, n_bytes: int, limits: Limits) -> Payload:
     """What a stream holds, in a file without a name that is read in parts."""
-    with tempfile.TemporaryFile() as file:
+    with room_for(n_bytes), tempfile.TemporaryFile() as file:
         file.write(begun)
         left = n_bytes - len(begun)
         while left and (chunk := stream.read(min(CHUNK, left))):

@@ -12,6 +12,7 @@ from maskserve.payload.format import Encoded, Output, save
 from maskserve.payload.header import shown as printable
 from maskserve.payload.slices import stored
 from maskserve.room import megabytes
+from maskserve.temporary import room_for
 from maskserve_cli import outputs, table
 from maskserve_cli.exits import say
 from maskserve_cli.inputs import JsonForm
@@ -62,7 +63,8 @@ def write_streamed(answer: Answer, target: Target) -> None:
         raise too_large(named, target, f"{OR_A_FILE} of a larger size")
     if target.path is None:
         with tempfile.TemporaryFile() as file:
-            answer.write(file.fileno(), "a temporary file")
+            with room_for(sum(out.n_bytes for out in answer.outputs())):
+                answer.write(file.fileno(), "a temporary file")
             outputs.write_bytes(outputs.chunks_of(file))
         return
     path = target.path

@@ -99,6 +99,8 @@ VALUES: dict[str, tuple[float, ...]] = {"ord": (2, 1, 3, 0.5, 0, -1, -2, math.in
 """The values that kernels know of a parameter, where they do not know all."""
 HUGE = 1 << 22
 """Bytes from which huge pages pay: a fault for each 4 KB took a third of the time of a large softmax."""
+MOMENTS = ("count", "mean", "low", "m2")
+"""The parts of a variance's state."""
 N_PARTS = 6
 """The parts of a state at most, its count among them."""
 FINISHES = {
@@ -191,6 +193,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if made.nbytes >= HUGE:
         native().will_write(made.data_ptr(), made.nbytes)
     return made
+
+
+def merge_moments(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The states of cells and of those behind them, as one: a fifth of the time of some twenty passes of torch's."""
+    left, right = ([side[name].contiguous() for name in MOMENTS] for side in (a, b))
+    both = [torch.empty_like(part) for part in left]
+    native().merge_moments(left[0].numel(), *(part.data_ptr() for part in (*left, *right, *both)))
+    return dict(zip(MOMENTS, both, strict=True))
 
 
 def raised(cells: Tensor) -> Tensor:
@@ -351,7 +361,9 @@ class CpuBackend:
         return parts
 
     def merge(self, plan: Plan) -> Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]:
-        """The reference's merge; where that raises e to a power, with the kernels' own exp."""
+        """The reference's merge; where that raises e to a power, with the kernels' own exp; of moments a kernel of its bits."""
+        if plan.passes[0] is passes.MOMENTS:
+            return merge_moments
         of = reference(plan.passes[0].reference)
         return of.merge if plan.passes[0].exact_bits else partial(of.merge, exp=raised)
 

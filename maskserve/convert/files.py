@@ -268,7 +268,7 @@ def placed_file(path: str, make: Any, exists: Exists) -> bool:
         with failing(f"{shown(path)} cannot be written"):
             sync(temp)
 
-    return placed(path, write, exists=exists)
+    return placed(path, write, exists=exists, needs_name=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import secrets
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
@@ -28,6 +28,7 @@ from maskserve.errors import (
     UnknownTensorError,
     nearest,
 )
+from maskserve.payload.drafts import Draft
 from maskserve.payload.header import DEFAULT_LIMITS, Buffer, Header, Limits, TensorInfo, parse_header, shown
 from maskserve.payload.writing import Encoded
 
@@ -39,7 +40,6 @@ TEMP_PREFIX = ".maskserve-"  # known, so that what a kill leaves behind can be t
 _owner: ContextVar[str] = ContextVar("owner", default="")
 
 _NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL})
-_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES})
 _Error = TypeVar("_Error", bound=OSError)
 
 
@@ -67,7 +67,7 @@ class _Ranges(ABC):
     header: Header
     n_bytes: int
     title = ""
-    """The name of the file, without its folder."""
+    """The name of the file, without its folder; a link has that of its file."""
 
     def read(self, name: str) -> memoryview:
         """Exactly the bytes of tensor `name`."""
@@ -169,8 +169,8 @@ class FilePayload(_Ranges):
 
     def __init__(self, path: StrPath, limits: Limits = DEFAULT_LIMITS) -> None:
         self._shown = shown(os.fspath(path))
-        self.title = os.path.basename(os.fspath(path))
         self._fd = _open_regular(path)
+        self.title = os.path.basename(os.path.realpath(path) if os.path.islink(path) else os.fspath(path))
         try:
             self.state = file_state(os.fstat(self._fd))
             self.n_bytes = self.state.n_bytes
@@ -308,8 +308,13 @@ def save(path: StrPath, encoded: Encoded, *, exists: Exists = "error") -> bool:
     return placed(path, lambda fd, _: _write(fd, encoded, name), exists=exists)
 
 
-def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = "error") -> bool:
-    """Whether the file that `make(fd, path)` writes into an empty one was put at `path`; the rules are those of save."""
+def placed(
+    path: StrPath, make: Callable[[int, str], None], *, exists: Exists = "error", needs_name: bool = False
+) -> bool:
+    """Whether the file that `make(fd, path)` writes into an empty one was put at `path`; the rules are those of save.
+
+    `needs_name`: make opens it by its path, and may put another file there.
+    """
     if exists not in EXISTS:
         raise ParameterError(
             f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
@@ -319,27 +324,27 @@ def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = 
         target = os.path.realpath(path)
         if _stands(target, name, exists):
             return False
-        folder = os.path.dirname(target)
-        temp = os.path.join(folder, temp_name())
-        fd = _create(temp)
+        draft = Draft(os.path.join(os.path.dirname(target), temp_name()), needs_name=needs_name)
     try:
-        try:
-            make(fd, temp)
-        finally:
-            os.close(fd)
+        make(draft.fd, draft.path)
         with failing(f"{name} cannot be written"):
-            if _stands(target, name, exists) or not _COMMIT[exists](temp, target, name):
+            if _stands(target, name, exists) or not _put(draft, target, name, exists):
                 return False
-            _sync_folder(folder)
+            _sync_folder(os.path.dirname(target))
         return True
     finally:
-        with suppress(OSError):  # mostly gone by now; and what went wrong before is what the caller must hear
-            os.unlink(temp)
+        draft.close()
 
 
-def _create(temp: str) -> int:
-    # 0o666 lets the kernel apply the umask: reading it would mean setting it, for every thread
-    return os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+def _put(draft: Draft, target: str, name: str, exists: Exists) -> bool:
+    """Whether `target` now is what was made; what came meanwhile is replaced, left or an error, as `exists` says."""
+    if exists == "replace":
+        draft.replace(target)
+        return True
+    is_there = draft.link(target)
+    if not is_there and exists == "error":
+        raise _exists(name)
+    return is_there
 
 
 def _stands(target: str, name: str, exists: Exists) -> bool:
@@ -363,47 +368,6 @@ def _write(fd: int, encoded: Encoded, name: str) -> None:
                 view = view[os.write(fd, view) :]
     with failing(f"{name} cannot be written"):
         os.fsync(fd)
-
-
-def _replace(temp: str, target: str, name: str) -> bool:
-    os.replace(temp, target)
-    return True
-
-
-def _link(temp: str, target: str, name: str) -> bool:
-    """Whether `target` now is `temp`; False if it stood already. rename(2) would overwrite what came meanwhile."""
-    try:
-        os.link(temp, target)
-    except FileExistsError:
-        return False
-    except OSError as cause:
-        if cause.errno not in _NO_LINKS:
-            raise
-        return _claim(temp, target)
-    return True
-
-
-def _claim(temp: str, target: str) -> bool:
-    """As _link, where the file system has no hard links: an empty file of ours holds the place for a moment."""
-    try:
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-    except FileExistsError:
-        return False
-    try:
-        os.replace(temp, target)
-    except OSError:
-        os.unlink(target)
-        raise
-    return True
-
-
-def _link_or_raise(temp: str, target: str, name: str) -> bool:
-    if not _link(temp, target, name):
-        raise _exists(name)
-    return True
-
-
-_COMMIT: dict[Exists, Callable[[str, str, str], bool]] = {"error": _link_or_raise, "replace": _replace, "skip": _link}
 
 
 def _sync_folder(folder: str) -> None:

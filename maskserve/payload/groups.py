@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from maskserve.errors import OutputError
+from maskserve.payload.drafts import create
 from maskserve.payload.files import (
     StrPath,
     _because,
-    _create,
     _kind,
     _reason,
     _stands,
@@ -89,7 +89,7 @@ class Group:
         with failing(f"{name} cannot be written"):
             target = _target(os.fspath(path), name)
             temp = os.path.join(os.path.dirname(target), temp_name())
-            staged = Staged(_create(temp), temp, target, name, "")
+            staged = Staged(create(temp), temp, target, name, "")
         try:
             make(staged)
         except BaseException:

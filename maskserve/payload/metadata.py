@@ -62,7 +62,7 @@ def dim_names(header: Header) -> dict[str, Dims]:
     """The names of dims by tensor, as the metadata gives them."""
     dims: dict[str, Dims] = {}
     for name, words in _json_object(header.metadata, KEY_DIMS).items():
-        if not isinstance(words, list) or not all(_is_dim_name(word) for word in words):
+        if not isinstance(words, list) or not all(is_dim_name(word) for word in words):
             raise PayloadError(f"{KEY_DIMS} of {shown(name)} must be a list of names", parameter=KEY_DIMS)
         if len(set(words)) < len(words):
             raise PayloadError(f"{KEY_DIMS} of {shown(name)} has a name twice", parameter=KEY_DIMS)
@@ -78,7 +78,8 @@ def dim_names(header: Header) -> dict[str, Dims]:
     return dims
 
 
-def _is_dim_name(word: object) -> bool:
+def is_dim_name(word: object) -> bool:
+    """Whether it is a text that could stand in a table or a log line."""
     printable = isinstance(word, str) and bool(word) and word.isprintable()
     return printable and len(str(word).encode()) <= DEFAULT_LIMITS.name_bytes
 

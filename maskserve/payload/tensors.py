@@ -74,7 +74,8 @@ def output(name: str, tensor: torch.Tensor) -> Output:
     """`tensor` as it is written: little-endian bytes in row-major order, shared with the tensor where they lie so."""
     word = str(tensor.dtype).removeprefix("torch.")
     if word not in BY_TORCH or not BY_TORCH[word].code:
-        raise DtypeError(f"{shown(name)} is {word}, which a payload cannot hold: give one of {', '.join(BY_TORCH)}")
+        held = [known for known, dtype in BY_TORCH.items() if dtype.code]
+        raise DtypeError(f"{shown(name)} is {word}, which a payload cannot hold: give one of {', '.join(held)}")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     flat = plain.reshape(-1)
     if flat.stride(0) != 1:  # one cell, or none, is contiguous whatever its stride, and then torch views no bytes of it
