@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from maskserve.payload.header import shown
 from maskserve.payload.joined import JoinedPayload, Part
 from maskserve.payload.metadata import mask_means_of
 from maskserve.payload.shelf import Shelf
+from maskserve.places import is_named
 from maskserve.requests import Request
 from maskserve.sides import Payloads
 
@@ -56,9 +56,9 @@ def opened_at(path: str, read: Read, title: str) -> Payload:
 
 
 def files_named(request: Request, payload: Payload) -> list[str]:
-    """The files that stand where a tensor may be named: a tensor of the payload comes first."""
+    """The files and objects that stand where a tensor may be named: a tensor of the payload comes first."""
     words = [str(request.params[p.name]) for p in sides.parameters(request.row) if p.name in request.params]
-    return [word for word in words if word not in payload.header.tensors and os.path.exists(word)]
+    return [word for word in words if word not in payload.header.tensors and is_named(word)]
 
 
 def join(

@@ -29,6 +29,7 @@ from maskserve.errors import (
 )
 from maskserve.payload.header import DEFAULT_LIMITS, Buffer, Header, Limits, TensorInfo, parse_header, shown
 from maskserve.payload.writing import Encoded
+from maskserve.stores.addresses import is_address
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Exists: TypeAlias = Literal["error", "replace", "skip"]
@@ -278,18 +279,25 @@ def save(path: StrPath, encoded: Encoded, *, exists: Exists = "error") -> bool:
     """Whether the payload was written to `path`: it is there whole and on disk, or nothing changed.
 
     `exists` says what to do where a file stands already: "error" raises OutputExistsError, also when the file appears
-    meanwhile; "skip" leaves it and returns False. A symbolic link is followed; only regular files are replaced.
+    meanwhile; "skip" leaves it and returns False. A symbolic link is followed; only regular files are replaced. An address
+    is that of an object in a store.
     """
+    if is_address(path):
+        from maskserve.stores import writing
+
+        refuse_other_words(exists)
+        return writing.save(os.fspath(path), encoded, exists=exists)
     name = shown(os.fspath(path))
     return placed(path, lambda fd, _: _write(fd, encoded, name), exists=exists)
 
 
 def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = "error") -> bool:
     """Whether the file that `make(fd, path)` writes into an empty one was put at `path`; the rules are those of save."""
-    if exists not in EXISTS:
-        raise ParameterError(
-            f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
-        )
+    refuse_other_words(exists)
+    if is_address(path):
+        from maskserve.stores import writing
+
+        return writing.placed(os.fspath(path), make, exists=exists)
     name = shown(os.fspath(path))
     with failing(f"{name} cannot be written"):
         target = os.path.realpath(path)
@@ -311,6 +319,13 @@ def placed(path: StrPath, make: Callable[[int, str], None], *, exists: Exists = 
     finally:
         with suppress(OSError):  # mostly gone by now; and what went wrong before is what the caller must hear
             os.unlink(temp)
+
+
+def refuse_other_words(exists: str) -> None:
+    if exists not in EXISTS:
+        raise ParameterError(
+            f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
+        )
 
 
 def _create(temp: str) -> int:

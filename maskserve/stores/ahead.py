@@ -1,0 +1,131 @@
+"""Parts of objects that were read just now, or will be next: a reader that goes on from part to part finds them there.
+
+A store takes tens of milliseconds to answer, whatever it is asked for; so whoever reads on is a few parts behind what is
+fetched, and computes meanwhile. What is read here and there is fetched as it is asked for, and not kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Lock
+from typing import Protocol
+
+from maskserve.stores.calls import THREADS_OF_ALL, waited
+
+PART = 2 << 20
+DEEPEST = 8
+"""Parts that are fetched ahead of a reader that has read as many."""
+MOST_BYTES = 48 << 20
+"""All that is kept or on its way, of all objects."""
+REMEMBERED = 64
+"""Places of an object that are known to have been read."""
+
+
+class Ranged(Protocol):
+    """What is read through parts."""
+
+    n_bytes: int
+    serial: int
+    """Another one for each."""
+
+    def fetch(self, start: int, view: memoryview) -> None:
+        """Fills `view` with the bytes from `start` on."""
+        ...
+
+
+class Ahead:
+    """Parts of any number of objects, the one used longest ago forgotten first."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._most = most_bytes // PART
+        self._parts: OrderedDict[tuple[int, int], Future[memoryview]] = OrderedDict()
+        self._lock = Lock()
+
+    def part(self, of: Ranged, number: int) -> Future[memoryview]:
+        """A part of an object, on its way or there."""
+        key = (of.serial, number)
+        with self._lock:
+            found = self._parts.get(key)
+            if found is None or (found.done() and found.exception() is not None):
+                found = self._parts[key] = THREADS_OF_ALL.submit(lambda: fetched(of, number))
+            self._parts.move_to_end(key)
+            while len(self._parts) > self._most:
+                self._parts.popitem(last=False)
+            return found
+
+    def has(self, of: Ranged, number: int) -> bool:
+        with self._lock:
+            return (of.serial, number) in self._parts
+
+    def forget(self, of: Ranged) -> None:
+        """Nothing of an object is kept."""
+        with self._lock:
+            for key in [key for key in self._parts if key[0] == of.serial]:
+                del self._parts[key]
+
+
+def fetched(of: Ranged, number: int) -> memoryview:
+    start = number * PART
+    view = memoryview(bytearray(min(PART, of.n_bytes - start)))
+    of.fetch(start, view)
+    return view
+
+
+AHEAD = Ahead()
+
+
+class Reader:
+    """How one object is read: where a read goes on from one before, whole parts come, and more and more of them ahead."""
+
+    def __init__(self, of: Ranged, ahead: Ahead = AHEAD) -> None:
+        self._of, self._ahead = of, ahead
+        self._depths: OrderedDict[int, int] = OrderedDict()
+        self._lock = Lock()
+
+    def fill(self, start: int, view: memoryview) -> None:
+        """Fills `view`, which is no longer than a part."""
+        done = 0
+        while done < view.nbytes:
+            number, inside = divmod(start + done, PART)
+            n = min(PART - inside, view.nbytes - done)
+            self._from_part(number, inside, view[done : done + n])
+            done += n
+
+    def _from_part(self, number: int, inside: int, into: memoryview) -> None:
+        depth = self._depth(number)
+        if depth == 0 and not self._ahead.has(self._of, number):
+            waited(lambda: self._of.fetch(number * PART + inside, into))
+            return
+        future = self._ahead.part(self._of, number)
+        last = -(-self._of.n_bytes // PART) - 1
+        for further in range(number + 1, min(number + depth, last) + 1):
+            self._ahead.part(self._of, further)
+        into[:] = future.result()[inside : inside + into.nbytes]
+
+    def _depth(self, number: int) -> int:
+        """How many parts to fetch beyond this one; 0 where nothing was read here or just before."""
+        with self._lock:
+            depths = self._depths
+            if number in depths:
+                depths[number] = max(depths[number], 1)
+            elif number - 1 in depths:
+                depths[number] = min(max(2 * depths[number - 1], 1), DEEPEST)
+            else:
+                depths[number] = 0
+            depths.move_to_end(number)
+            if len(depths) > REMEMBERED:
+                depths.popitem(last=False)
+            return depths[number]
+
+
+def together(calls: list[Callable[[], None]]) -> None:
+    """Calls at once; it ends when all have, with the first error."""
+    if len(calls) == 1:
+        waited(calls[0])
+        return
+    futures = [THREADS_OF_ALL.submit(call) for call in calls]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise errors[0]
