@@ -67,6 +67,8 @@ class _Ranges(ABC):
     n_bytes: int
     title = ""
     """The name of the file, without its folder."""
+    version: object = None
+    """Which version of an object was read; None of what is no object."""
 
     def read(self, name: str) -> memoryview:
         """Exactly the bytes of tensor `name`."""

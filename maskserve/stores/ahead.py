@@ -7,14 +7,14 @@ fetched, and computes meanwhile. What is read here and there is fetched as it is
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock
 from typing import Protocol
 
 from maskserve.stores.calls import THREADS_OF_ALL, waited
 
-PART = 2 << 20
+PART, LEAST_PART = 2 << 20, 1 << 16
 DEEPEST = 8
 """Parts that are fetched ahead of a reader that has read as many."""
 MOST_BYTES = 48 << 20
@@ -39,36 +39,40 @@ class Ahead:
     """Parts of any number of objects, the one used longest ago forgotten first."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._most = most_bytes // PART
-        self._parts: OrderedDict[tuple[int, int], Future[memoryview]] = OrderedDict()
+        self.most_bytes = most_bytes
+        self._parts: OrderedDict[tuple[int, int, int], Future[memoryview]] = OrderedDict()
+        self._bytes = 0
         self._lock = Lock()
 
-    def part(self, of: Ranged, number: int) -> Future[memoryview]:
-        """A part of an object, on its way or there."""
-        key = (of.serial, number)
+    def part(self, of: Ranged, number: int, size: int = PART) -> Future[memoryview]:
+        """A part of an object, of those of this size, on its way or there."""
+        key = (of.serial, size, number)
         with self._lock:
             found = self._parts.get(key)
+            if found is None:
+                self._bytes += size
             if found is None or (found.done() and found.exception() is not None):
-                found = self._parts[key] = THREADS_OF_ALL.submit(lambda: fetched(of, number))
+                found = self._parts[key] = THREADS_OF_ALL.submit(lambda: fetched(of, number, size))
             self._parts.move_to_end(key)
-            while len(self._parts) > self._most:
-                self._parts.popitem(last=False)
+            while self._bytes > self.most_bytes:
+                self._bytes -= self._parts.popitem(last=False)[0][1]
             return found
 
-    def has(self, of: Ranged, number: int) -> bool:
+    def has(self, of: Ranged, number: int, size: int = PART) -> bool:
         with self._lock:
-            return (of.serial, number) in self._parts
+            return (of.serial, size, number) in self._parts
 
     def forget(self, of: Ranged) -> None:
         """Nothing of an object is kept."""
         with self._lock:
             for key in [key for key in self._parts if key[0] == of.serial]:
                 del self._parts[key]
+                self._bytes -= key[1]
 
 
-def fetched(of: Ranged, number: int) -> memoryview:
-    start = number * PART
-    view = memoryview(bytearray(min(PART, of.n_bytes - start)))
+def fetched(of: Ranged, number: int, size: int) -> memoryview:
+    start = number * size
+    view = memoryview(bytearray(min(size, of.n_bytes - start)))
     of.fetch(start, view)
     return view
 
@@ -92,6 +96,24 @@ class Reader:
             n = min(PART - inside, view.nbytes - done)
             self._from_part(number, inside, view[done : done + n])
             done += n
+
+    def size_of_parts(self, n_runs: int) -> int:
+        """How large parts may be of which so many are read side by side, and some kept for other readers."""
+        return max(min(PART, 1 << (self._ahead.most_bytes // (4 * n_runs)).bit_length() - 1), 1)
+
+    def side_by_side(self, starts: Sequence[int], views: Sequence[memoryview], size: int) -> None:
+        """Fills views with runs that lie apart, as columns do: of each the part that it is in, which the next runs are in too."""
+        wanted = []
+        for start, view in zip(starts, views, strict=True):
+            for number in range(start // size, (start + view.nbytes - 1) // size + 1):
+                was_there = self._ahead.has(self._of, number, size)
+                wanted.append((number, self._ahead.part(self._of, number, size), start, view))
+                goes_on = was_there and start + view.nbytes > number * size + size // 2
+                if goes_on and (number + 1) * size < self._of.n_bytes:
+                    self._ahead.part(self._of, number + 1, size)
+        for number, future, start, view in wanted:
+            first, last = max(start, number * size), min(start + view.nbytes, (number + 1) * size)
+            view[first - start : last - start] = future.result()[first - number * size : last - number * size]
 
     def _from_part(self, number: int, inside: int, into: memoryview) -> None:
         depth = self._depth(number)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+A = TypeVar("A")
 T = TypeVar("T")
 THREADS = 16
 TRIES = 5
@@ -21,6 +23,10 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 3.0
 """Between tries: a random time up to the first, doubled with each, up to the longest, so that clients do not all come at once."""
 TRIES_S = 60.0
 """Seconds after which there is no further try."""
+
+
+_here = threading.local()
+"""Says of a thread whether it is one of those below: what is called there waits itself, since they might all wait for one."""
 
 
 class Threads:
@@ -44,6 +50,7 @@ class Threads:
         return future
 
     def _work(self) -> None:
+        _here.is_one_of_them = True
         while True:
             future, call = self._queue.get()
             try:
@@ -63,7 +70,15 @@ THREADS_OF_ALL = Threads()
 
 def waited(call: Callable[[], T]) -> T:
     """What `call` gives, while this thread hears signals."""
+    if getattr(_here, "is_one_of_them", False):
+        return call()
     return THREADS_OF_ALL.submit(call).result()
+
+
+def at_once(call: Callable[[A], T], of: Iterable[A]) -> list[T]:
+    """What `call` gives of each, several waiting at a time; the first error where there is one."""
+    futures = [THREADS_OF_ALL.submit(partial(call, one)) for one in of]
+    return [future.result() for future in futures]
 
 
 class PassingError(Exception):

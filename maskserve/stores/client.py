@@ -210,9 +210,9 @@ class Client:
         """What `call` gives; its errors as ours, inside PassingError where another try may serve."""
         try:
             return call()
-        except (MaskserveError, *passes):
-            raise
         except Exception as error:
+            if isinstance(error, (MaskserveError, *passes)):
+                raise
             raise_ours(error, address, is_output=is_output)
 
 
@@ -276,14 +276,15 @@ def raise_ours(error: Exception, address: Address, *, is_output: bool) -> NoRetu
     """Raises what an error of obstore means."""
     from obstore import exceptions as theirs
 
-    kind: type[InputError | OutputError] = OutputError if is_output else InputError
+    kind = OutputError if is_output else InputError
     status = status_of(error)
     verb = "written" if is_output else "read"
     if isinstance(error, FileNotFoundError) or status == 404:
         why = "there is no such bucket" if "NoSuchBucket" in str(error) else "there is no such object"
         message = f"{address} cannot be {verb}: {why}"
-        missing: type[InputError | OutputError] = OutputError if is_output else InputNotFoundError
-        raise with_errno(missing(message), errno.ENOENT) from None
+        if is_output:
+            raise with_errno(OutputError(message), errno.ENOENT) from None
+        raise with_errno(InputNotFoundError(message), errno.ENOENT) from None
     if isinstance(error, theirs.PreconditionError):
         raise changed(address) from None
     if isinstance(error, theirs.PermissionDeniedError | theirs.UnauthenticatedError) or status in (401, 403):

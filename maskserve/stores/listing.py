@@ -22,6 +22,13 @@ def listed(address: Address) -> dict[str, Version]:
     return {str(replace(address, key=one.key)): one.version for one in sorted(found, key=lambda one: one.key)}
 
 
+def below(folder: str) -> set[str]:
+    """The addresses of all objects below a folder."""
+    address = parse(folder.rstrip("/") + "/")
+    client = client_of(address)
+    return {str(replace(address, key=one.key)) for one in waited(lambda: list(client.listed(address)))}
+
+
 def expanded(paths: Sequence[str]) -> list[str]:
     """Paths with each folder or pattern of a store replaced by the objects that it means; files are left as they are."""
     return [found for path in paths for found in meant(path)]

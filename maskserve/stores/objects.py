@@ -8,11 +8,11 @@ from functools import partial
 from itertools import count
 
 from maskserve.errors import InputError, OutOfMemoryError
-from maskserve.payload.files import Payload, _Ranges
+from maskserve.payload.files import BytesPayload, Payload, _Ranges
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, parse_header
 from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json
 from maskserve.stores.addresses import Address, object_at
-from maskserve.stores.ahead import AHEAD, PART, Reader, together
+from maskserve.stores.ahead import AHEAD, LEAST_PART, PART, Reader, together
 from maskserve.stores.calls import waited
 from maskserve.stores.client import Client, Version, changed, client_of
 
@@ -50,7 +50,8 @@ class ObjectPayload(_Ranges):
         return payload
 
     def _set_up(self, address: Address, client: Client, head: memoryview, version: Version, limits: Limits) -> None:
-        self.address, self.version, self.n_bytes, self.title = address, version, version.n_bytes, address.name
+        self.address, self.of, self.n_bytes, self.title = address, version, version.n_bytes, address.name
+        self.version = version
         self.serial = next(_SERIALS)
         self._client, self._head = client, head
         self._reader = Reader(self)
@@ -61,7 +62,7 @@ class ObjectPayload(_Ranges):
 
     def fetch(self, start: int, view: memoryview) -> None:
         """Fills `view` from the store, in this thread."""
-        self._client.fill(self.address, self.version, start, view)
+        self._client.fill(self.address, self.of, start, view)
 
     def _range(self, offset: int, n: int) -> memoryview:
         try:
@@ -86,6 +87,12 @@ class ObjectPayload(_Ranges):
         found = list(spans(offsets, n))
         if len(found) == 1 and len(found[0].runs) == 1:
             self._reader.fill(found[0].start, view)
+            return
+        size = self._reader.size_of_parts(len(found))
+        longest = max(span.end - span.start for span in found)
+        if size >= max(LEAST_PART, 2 * longest):
+            runs = [run for span in found for run in span.runs]
+            self._reader.side_by_side([start for start, _, _ in runs], [view[at : at + n] for _, at, n in runs], size)
             return
         together([partial(self._span, span, view) for span in found])
 
@@ -157,7 +164,10 @@ def open_object(path: str, limits: Limits = DEFAULT_LIMITS) -> Payload:
     head, version = waited(lambda: client.begin(address, HEAD_BYTES))
     if not is_json(bytes(head[:LENGTH_BYTES])):
         return ObjectPayload.begun(address, client, head, version, limits)
-    return decoded(text_of(address, client, head, version, limits.json_bytes + 1), limits)
+    payload = decoded(text_of(address, client, head, version, limits.json_bytes + 1), limits)
+    assert isinstance(payload, BytesPayload), "JSON is decoded into memory"
+    payload.version = version
+    return payload
 
 
 def text_of(address: Address, client: Client, head: memoryview, version: Version, most: int) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -99,6 +101,39 @@ def write_all(fd: int, encoded: Encoded) -> None:
         with failing("the temporary file of an upload cannot be written"):
             while view.nbytes:
                 view = view[os.write(fd, view) :]
+
+
+def sent(path: str, encoded: Encoded) -> str:
+    """The sha256 of a payload that became the object at an address, over one that may stand there."""
+    if encoded.n_bytes > SMALL:
+        return sent_by(path, lambda fd: write_all(fd, encoded))
+    data = b"".join(encoded.chunks)
+    put(path, memoryview(data), "replace")
+    return hashlib.sha256(data).hexdigest()
+
+
+def sent_by(path: str, make: Callable[[int], object]) -> str:
+    """The same of what `make` writes to a file in any order."""
+    found = []
+
+    def made(fd: int, _: str) -> None:
+        make(fd)
+        with open(fd, "rb", closefd=False) as file:
+            file.seek(0)
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+
+    placed(path, made, exists="replace")
+    return found[0]
+
+
+def sent_file(path: str, made: str) -> str:
+    """The same of a file."""
+
+    def copy(fd: int) -> None:
+        with open(made, "rb") as file, open(fd, "wb", closefd=False) as into:
+            shutil.copyfileobj(file, into, PIECE)
+
+    return sent_by(path, copy)
 
 
 def put(path: str, data: memoryview, exists: Exists) -> bool:
