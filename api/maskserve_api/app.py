@@ -33,6 +33,7 @@ JOBS = "/v1/jobs"
 def create_app(
     *,
     max_body: int = 256 * MIB,
+    stores: Collection[str] = (),
     request_timeout: float = 60.0,
     queue: int = 512,
     limits: Limits = DEFAULT_LIMITS,
@@ -48,6 +49,7 @@ def create_app(
     """
     service = Service(
         max_body=max_body,
+        stores=tuple(stores),
         request_timeout_s=request_timeout,
         lane=Lane(queue),
         memory=Memory(BODIES_IN_FLIGHT * max_body),

@@ -12,6 +12,7 @@ from maskserve.ops.parameters import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
 from maskserve_api import jobs_openapi, v2_openapi
+from maskserve_api.fetching import NAME
 from maskserve_api.forms import Form
 from maskserve_api.operations import HEADERS, PROBLEM, failures, getter, in_path
 from maskserve_api.problems import STATUS
@@ -30,7 +31,14 @@ TENSOR: Json = {
         },
     ],
 }
-NO_VERB = frozenset({404, 405, 409, 410, 416})
+SOURCE: Json = {
+    "name": NAME,
+    "in": "query",
+    "required": False,
+    "description": "an object that is read instead of a body, s3://BUCKET/KEY, where the service allows its prefix",
+    "schema": {"type": "string", "pattern": "^(s3|gs|az)://"},
+}
+NO_VERB = frozenset({405, 409, 410, 416})
 """Statuses of paths that are not there, and of results of jobs."""
 KEY: Json = {"type": "http", "scheme": "bearer", "description": "where the service was given a file of keys"}
 
@@ -87,6 +95,7 @@ def operation(verb: str, *, jobs: bool) -> Json:
         "parameters": [
             op(verb),
             *(in_query(verb, p.name) for p in requests.parameters(verb)),
+            SOURCE,
             *HEADERS,
             *(jobs_openapi.HEADERS if jobs else ()),
         ],

@@ -68,6 +68,8 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         service.HostError: 403,
         service.CrossSiteError: 403,
         service.UnknownPathError: 404,
+        service.SourceError: 403,
+        service.SourceNotFoundError: 404,
         service.MethodError: 405,
         service.NotAcceptableError: 406,
         service.BodyTimeoutError: 408,
