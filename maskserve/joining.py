@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ from maskserve.payload.shelf import Shelf
 from maskserve.places import is_named
 from maskserve.requests import Request
 from maskserve.sides import Payloads
+from maskserve.stores.addresses import is_address
 
+FAR_AT_ONCE = 16
 Read = Callable[[str], Payload]
 """The payload at a path."""
 
@@ -38,7 +41,7 @@ def question(
     """What the request reads at `paths`, open; of many files few are open at once. Errors name files by their title."""
     with ExitStack() as stack:
         shelf = Shelf(read)
-        opened = [opened_at(path, read if len(paths) == 1 else shelf.payload, titled(path)) for path in paths]
+        opened = opened_all(paths, read if len(paths) == 1 else shelf.payload, titled)
         for payload in opened:
             stack.callback(payload.close)
         others = {}
@@ -48,6 +51,14 @@ def question(
         if len(paths) > 1:
             payload = join(request, [*zip(map(titled, paths), opened, strict=True)], others, along)
         yield Question(payload=payload, others=others, first=opened[0])
+
+
+def opened_all(paths: Sequence[str], read: Read, titled: Callable[[str], str]) -> list[Payload]:
+    """The payloads at the paths; objects of a store several at a time, since each waits for an answer."""
+    if sum(map(is_address, paths)) < 2:
+        return [opened_at(path, read, titled(path)) for path in paths]
+    with ThreadPoolExecutor(FAR_AT_ONCE, thread_name_prefix="maskserve-open") as pool:
+        return list(pool.map(lambda path: opened_at(path, read, titled(path)), paths))
 
 
 def opened_at(path: str, read: Read, title: str) -> Payload:

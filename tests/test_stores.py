@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ from maskserve.errors import (
 from maskserve.opening import open_any
 from maskserve.payload.header import shown
 from maskserve.payload.writing import Encoded
-from maskserve.stores import calls, client, writing
+from maskserve.stores import ahead, calls, client, writing
 from maskserve.stores.addresses import is_address, parse
-from maskserve.stores.objects import spans
+from maskserve.stores.objects import ObjectPayload, spans
 from tests.command_line import Maskserve, environment, folder_fixture, maskserve_fixture  # noqa: F401
 from tests.store_server import Fault, Stored, store
 
@@ -234,6 +235,55 @@ def test_a_store_that_cannot_be_reached_is_69(
     assert (ran.code, "AWS_ALLOW_HTTP" in ran.err) == (78, True)
 
 
+# -- in parts -----------------------------------------------------------------------------------------------------
+
+
+def patterns() -> Iterator[tuple[str, int, list[list[int]]]]:
+    """How runs of a tensor of 5.6 MB are read: their bytes, and the places of each read in turn."""
+    end = 8 * SIZE - 70_000
+    random = np.random.default_rng(5)
+    yield "one after the other", 50_000, [[at] for at in range(0, end, 50_000)]
+    yield "columns", 3000, [[row * 560_000 + at for row in range(9)] for at in range(0, 60_000, 3000)]
+    yield "wide columns", 70_000, [[row * 560_000 + at for row in range(9)] for at in range(0, 280_000, 70_000)]
+    yield "here and there", 4096, [sorted(random.choice(end // 5000, 40, replace=False) * 5000) for _ in range(5)]
+    yield "single cells", 4, [sorted(random.choice(end // 4, 300, replace=False) * 4) for _ in range(2)]
+    yield "touching", 1000, [list(range(start, start + 100_000, 1000)) for start in (0, 2_000_000, 100_000)]
+
+
+@pytest.mark.parametrize(("n", "reads"), [case[1:] for case in patterns()], ids=[case[0] for case in patterns()])
+def test_runs_of_an_object_are_those_of_the_file(
+    stored: Stored, large: bytes, tmp_path: Path, n: int, reads: list[list[int]]
+) -> None:
+    (tmp_path / "x.safetensors").write_bytes(large)
+    address = stored.put("x.safetensors", large)
+    with open_any(address) as far, open_any(str(tmp_path / "x.safetensors")) as near:
+        for starts in reads:
+            ours, theirs = bytearray(n * len(starts)), bytearray(n * len(starts))
+            far.read_runs("rain", [int(start) for start in starts], memoryview(ours))
+            near.read_runs("rain", [int(start) for start in starts], memoryview(theirs))
+            assert ours == theirs
+    n_runs = sum(map(len, reads))
+    assert len(stored.proxy.log) < max(n_runs // 2, 40)
+
+
+def test_what_is_kept_is_bounded_and_what_was_forgotten_is_fetched_again(stored: Stored, large: bytes) -> None:
+    kept = ahead.Ahead(most_bytes=1 << 20)
+    with open_any(stored.put("x.safetensors", large)) as payload:
+        assert isinstance(payload, ObjectPayload)
+        for number in (*range(40), *range(40)):
+            start = number << 16
+            assert kept.part(payload, number, 1 << 16).result() == large[start : start + (1 << 16)]
+        assert sum(kept.has(payload, number, 1 << 16) for number in range(40)) == 16
+
+
+def test_threads_may_read_one_object_at_once(stored: Stored, large: bytes) -> None:
+    with open_any(stored.put("x.safetensors", large)) as payload, ThreadPoolExecutor(8) as pool:
+        cells = payload.read("rain")
+        starts = [(i * 37_000) % (8 * SIZE - 9000) for i in range(200)]
+        for start, part in zip(starts, pool.map(lambda at: payload.read_range("rain", at, 9000), starts), strict=True):
+            assert part == cells[start : start + 9000]
+
+
 # -- every verb ---------------------------------------------------------------------------------------------------
 
 VERBS: dict[str, list[str]] = {
@@ -378,7 +428,7 @@ def test_a_write_that_fails_leaves_nothing(stored: Stored, kind: str, exists: st
     address = "s3://bucket/out"
     stored.proxy.faults = [Fault(kind, "PUT", times=-1, after=0 if exists == "error" else 1)]
     with pytest.raises((StoreError, ms.errors.OutputError)):
-        writing.save(address, encoded(bytes((1 if exists == "error" else 40) << 20)), exists=exists)  # type: ignore[arg-type]  # one of the words
+        writing.save(address, encoded(bytes((1 if exists == "error" else 17) << 20)), exists=exists)  # type: ignore[arg-type]  # one of the words
     assert stored.keys() == []
     assert stored.n_uploads() == 0
 
@@ -391,7 +441,7 @@ def test_what_is_given_up_in_the_middle_of_an_upload_leaves_no_parts(stored: Sto
         "def end(*_): raise SystemExit(143)\n"
         "signal.signal(signal.SIGTERM, end)\n"
         "print('begun', flush=True)\n"
-        "writing.put('s3://bucket/out', memoryview(bytes(200 << 20)), 'replace')\n"
+        "writing.put('s3://bucket/out', memoryview(bytes(64 << 20)), 'replace')\n"
     )
     stored.proxy.delay_s = 0.2
     running = subprocess.Popen(
@@ -415,11 +465,10 @@ def test_an_answer_that_does_not_fit_into_memory_goes_to_a_store(
     stored: Stored, maskserve: Maskserve, folder: Path
 ) -> None:
     random = np.random.default_rng(3)
-    save_file({"x": random.standard_normal((40, 400_000)).astype("f4")}, folder / "wide.safetensors")
-    address = stored.put("wide.safetensors", (folder / "wide.safetensors").read_bytes())
+    save_file({"x": random.standard_normal((17, 1_000_000)).astype("f4")}, folder / "wide.safetensors")
     words = ["softmax", "--dim", "0", "--memory", "64MB"]
     assert maskserve(*words, "wide.safetensors", "-o", "out.safetensors").code == 0
-    ran = maskserve(*words, address, "-o", "s3://bucket/out.safetensors")
+    ran = maskserve(*words, "wide.safetensors", "-o", "s3://bucket/out.safetensors")
     assert ran.code == 0, ran.err
     assert stored.get("out.safetensors") == (folder / "out.safetensors").read_bytes()
 

@@ -58,6 +58,14 @@ class Ahead:
                 self._bytes -= self._parts.popitem(last=False)[0][1]
             return found
 
+    def keep(self, of: Ranged, view: memoryview, size: int) -> None:
+        """Keeps the first part of an object, which is there; once it is forgotten, it is fetched again."""
+        there: Future[memoryview] = Future()
+        there.set_result(view)
+        with self._lock:
+            self._parts[of.serial, size, 0] = there
+            self._bytes += size
+
     def has(self, of: Ranged, number: int, size: int = PART) -> bool:
         with self._lock:
             return (of.serial, size, number) in self._parts

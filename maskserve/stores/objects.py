@@ -57,8 +57,10 @@ class ObjectPayload(_Ranges):
         self._reader = Reader(self)
         refuse_without_tag(address, head, version)
         self.header = parse_header(self._range, self.n_bytes, limits)
-        if head.nbytes < self.n_bytes:
+        if version.etag:  # of a million small objects not all can be kept
             self._head = head[:0]
+            if head.nbytes == self.n_bytes:
+                AHEAD.keep(self, head, HEAD_BYTES)
 
     def fetch(self, start: int, view: memoryview) -> None:
         """Fills `view` from the store, in this thread."""
@@ -83,6 +85,9 @@ class ObjectPayload(_Ranges):
         if offsets[-1] + n <= self._head.nbytes:
             for i, offset in enumerate(offsets):
                 view[i * n : (i + 1) * n] = self._head[offset : offset + n]
+            return
+        if self.n_bytes <= HEAD_BYTES:
+            self._reader.side_by_side(offsets, [view[i * n : (i + 1) * n] for i in range(len(offsets))], HEAD_BYTES)
             return
         found = list(spans(offsets, n))
         if len(found) == 1 and len(found[0].runs) == 1:
