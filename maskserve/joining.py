@@ -58,7 +58,10 @@ def opened_all(paths: Sequence[str], read: Read, titled: Callable[[str], str]) -
     if sum(map(is_address, paths)) < 2:
         return [opened_at(path, read, titled(path)) for path in paths]
     with ThreadPoolExecutor(FAR_AT_ONCE, thread_name_prefix="maskserve-open") as pool:
-        return list(pool.map(lambda path: opened_at(path, read, titled(path)), paths))
+        try:
+            return list(pool.map(lambda path: opened_at(path, read, titled(path)), paths))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def opened_at(path: str, read: Read, title: str) -> Payload:

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from maskserve.batch import stored as stored_ledger
+from maskserve.batch.job import read_job
 from maskserve.batch.ledger import Entry, entries
+from maskserve.batch.run import plan
+from maskserve.errors import OutputExistsError, SettingsError
 from maskserve.shards import WHOLE
 from maskserve.stores import calls, client
 from tests.batch_job import JOB, batch, make_inputs, payload, start
@@ -84,8 +87,10 @@ def test_a_job_in_a_store_writes_what_one_in_a_folder_does_and_does_it_once(
     summary = json.loads(again.out)
     assert (summary["done"], summary["skipped"]) == (2, N - 1)
     assert outputs(stored)["f00001.safetensors"] == outputs(stored)["f00002.safetensors"]
-    assert batch(tmp_path, "--set", "request.op=max").code == 78
-    assert batch(tmp_path, "--set", "output.exists=error").code == 73
+    with pytest.raises(SettingsError, match="results of another request"):
+        plan(read_job(str(tmp_path / "job.toml"), ["request.op=max"]))
+    with pytest.raises(OutputExistsError):
+        plan(read_job(str(tmp_path / "job.toml"), ["output.exists=error"]))
 
 
 def test_killed_in_the_middle_and_started_again_every_output_is_right_and_nothing_noted_is_done_twice(

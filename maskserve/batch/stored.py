@@ -50,7 +50,11 @@ class StoredPart:
         if self._timer is not None:
             self._timer.cancel()
         with self._lock:
-            self._write()
+            try:
+                self._write()
+            except Exception:
+                if exc[0] is None:  # what went wrong first is what must be heard
+                    raise
 
     @property
     def _path(self) -> str:

@@ -243,6 +243,7 @@ def part_bytes(n_bytes: int) -> int:
 
 
 MARKS = {
+    "169.254.169.254": "there are no credentials in the environment, and no role of the machine answers",
     "NotPartial": "the whole came where a part was asked for",
     "UnexpectedRange": "another part came than was asked for",
     "kind: Connect": "no connection",
@@ -292,13 +293,15 @@ def raise_ours(error: Exception, address: Address, *, is_output: bool) -> NoRetu
         raise with_errno(kind(f"{address} cannot be {verb}: {said}"), errno.EACCES) from None
     if isinstance(error, theirs.NotSupportedError):
         raise kind(f"{address} cannot be {verb}: {unsupported(is_output)}") from None
-    if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
+    if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
         raise kind(f"{address} cannot be {verb}: {reason_of(error)}") from None
     if "BadScheme" in str(error):
         name = f"{PREFIXES[address.scheme]}_ALLOW_HTTP"
         raise SettingsError(
             f"{address}: the endpoint in the environment is no https://; {name}=true allows what goes in the clear"
         ) from None
+    if "incorrectly configured region" in str(error):
+        raise SettingsError(f"{address}: the bucket is in another region; AWS_REGION says which") from None
     failed = StoreError(f"{address} cannot be {verb} now: {reason_of(error)}; try again later")
     raise PassingError(with_errno(failed, errno.EAGAIN) if status in THROTTLED else failed) from None
 
