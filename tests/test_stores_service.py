@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 
-from maskserve.errors import SettingsError
+from maskserve.errors import MissingExtraError, SettingsError
 from maskserve.settings import load
 from maskserve.stores import calls, client
+from maskserve_api.app import create_app
 from tests.http_service import JSON, SAFETENSORS, Running, check_problem, payload, running
 from tests.store_server import Fault, Stored, store
 
@@ -105,6 +107,14 @@ def test_without_prefixes_no_store_is_read(stored: Stored) -> None:
         told = check_problem(service.post(asked("reduce", "s3://bucket/rain/x", "op=sum")), 403, "source_not_allowed")
         assert "--stores" in told["detail"]
     assert stored.proxy.log == []
+
+
+def test_what_keeps_a_store_from_being_read_is_told_at_the_start(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(MissingExtraError, match="maskserve\\[store\\]"):
+        create_app(stores=["s3://bucket/rain/"])
 
 
 def test_a_source_comes_alone_and_once(stored: Stored, service: Running) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from maskserve.errors import UnknownOpError, nearest
 from maskserve.ops import find, verbs
 from maskserve.payload.format import DEFAULT_LIMITS, Limits
-from maskserve_api import openapi, pages, swagger, table, v2_models
+from maskserve_api import fetching, openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
@@ -43,10 +43,11 @@ def create_app(
 ) -> FastAPI:
     """The service as an ASGI application; sizes in bytes, times in seconds; `limits` are those of each payload.
 
-    `allowed_hosts` are the Host names served, without ports; None serves all. `keys` None asks for none. `jobs` are those
-    of requests that are answered later; None answers all at once.
+    `stores` are prefixes below which requests may name objects. `allowed_hosts` are the Host names served, without ports;
+    None serves all. `keys` None asks for none. `jobs` are those of requests that are answered later; None answers all at once.
     `app.state.service` is the Service.
     """
+    fetching.refuse_unready(tuple(stores))
     service = Service(
         max_body=max_body,
         stores=tuple(stores),

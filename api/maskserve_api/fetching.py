@@ -32,6 +32,12 @@ NAME = "source"
 NAME_BYTES = NAME.encode()
 
 
+def refuse_unready(prefixes: Sequence[str]) -> None:
+    """Raise at the start, and not at a request, where nothing says how to reach what is allowed."""
+    for prefix in prefixes:
+        client_of(parse(prefix))
+
+
 def split(query: bytes) -> tuple[str | None, bytes]:
     """The source that a query names, and the query without it."""
     if NAME_BYTES not in query:  # nearly all
