@@ -117,6 +117,13 @@ def test_what_keeps_a_store_from_being_read_is_told_at_the_start(
         create_app(stores=["s3://bucket/rain/"])
 
 
+def test_the_openapi_document_names_source_where_stores_are_read(stored: Stored, service: Running) -> None:
+    operation = service.http.get("/openapi.json").json()["paths"]["/v1/reduce"]["post"]
+    assert "source" in [parameter["name"] for parameter in operation["parameters"]]
+    assert not operation["requestBody"]["required"]
+    assert "404" in operation["responses"]
+
+
 def test_a_source_comes_alone_and_once(stored: Stored, service: Running) -> None:
     path = asked("reduce", "s3://bucket/rain/x", "op=sum")
     check_problem(service.post(path, QUESTION), 422, "bad_parameter")

@@ -60,7 +60,7 @@ def create_app(
     app = FastAPI(title="maskserve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.keys = keys
-    app.openapi = partial(openapi.document, jobs=jobs is not None)  # type: ignore[method-assign]  # FastAPI's own way to give another document
+    app.openapi = partial(openapi.document, jobs=jobs is not None, stores=bool(stores))  # type: ignore[method-assign]  # FastAPI's own way to give another document
     app.state.metrics = metrics = Metrics(service.lane, service.memory, jobs)
     app.add_middleware(Edge, allowed_hosts=allowed_hosts, keys=keys, metrics=metrics)
     app.add_exception_handler(HTTPException, unrouted)
