@@ -278,6 +278,20 @@ def test_what_is_kept_is_bounded_and_what_was_forgotten_is_fetched_again(stored:
         assert sum(kept.has(payload, number, 1 << 16) for number in range(40)) == 16
 
 
+def test_an_object_that_the_collector_closes_while_parts_are_looked_up_holds_up_nobody(
+    stored: Stored, large: bytes
+) -> None:
+    kept = ahead.Ahead()
+    with open_any(stored.put("x.safetensors", large)) as payload:
+        assert isinstance(payload, ObjectPayload)
+        kept.part(payload, 0).result()
+        with kept._lock:  # where the collector may come
+            done = ThreadPoolExecutor(1).submit(kept.forget, payload)
+            done.result(timeout=5)
+        kept.part(payload, 1).result()
+        assert not kept.has(payload, 0)
+
+
 def test_threads_may_read_one_object_at_once(stored: Stored, large: bytes) -> None:
     with open_any(stored.put("x.safetensors", large)) as payload, ThreadPoolExecutor(8) as pool:
         cells = payload.read("rain")

@@ -6,7 +6,7 @@ fetched, and computes meanwhile. What is read here and there is fetched as it is
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock
@@ -42,12 +42,14 @@ class Ahead:
         self.most_bytes = most_bytes
         self._parts: OrderedDict[tuple[int, int, int], Future[memoryview]] = OrderedDict()
         self._bytes = 0
+        self._gone: deque[int] = deque()
         self._lock = Lock()
 
     def part(self, of: Ranged, number: int, size: int = PART) -> Future[memoryview]:
         """A part of an object, of those of this size, on its way or there."""
         key = (of.serial, size, number)
         with self._lock:
+            self._drop_forgotten()
             found = self._parts.get(key)
             if found is None:
                 self._bytes += size
@@ -63,19 +65,27 @@ class Ahead:
         there: Future[memoryview] = Future()
         there.set_result(view)
         with self._lock:
+            self._drop_forgotten()
             self._parts[of.serial, size, 0] = there
             self._bytes += size
+            while self._bytes > self.most_bytes:
+                self._bytes -= self._parts.popitem(last=False)[0][1]
 
     def has(self, of: Ranged, number: int, size: int = PART) -> bool:
         with self._lock:
             return (of.serial, size, number) in self._parts
 
     def forget(self, of: Ranged) -> None:
-        """Nothing of an object is kept."""
-        with self._lock:
-            for key in [key for key in self._parts if key[0] == of.serial]:
-                del self._parts[key]
-                self._bytes -= key[1]
+        """Nothing of an object is kept, from the next part on: this may be called by the collector, while the lock is held."""
+        self._gone.append(of.serial)
+
+    def _drop_forgotten(self) -> None:
+        gone = set()
+        while self._gone:
+            gone.add(self._gone.popleft())
+        for key in [key for key in self._parts if key[0] in gone] if gone else ():
+            del self._parts[key]
+            self._bytes -= key[1]
 
 
 def fetched(of: Ranged, number: int, size: int) -> memoryview:

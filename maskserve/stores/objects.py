@@ -14,7 +14,7 @@ from maskserve.payload.opening import LENGTH_BYTES, decoded, is_json
 from maskserve.stores.addresses import Address, object_at
 from maskserve.stores.ahead import AHEAD, LEAST_PART, PART, Reader, together
 from maskserve.stores.calls import waited
-from maskserve.stores.client import Client, Version, changed, client_of
+from maskserve.stores.client import Client, Version, client_of
 
 HEAD_BYTES = 1 << 16
 """What the first request asks for: most headers, and small objects whole."""
@@ -35,21 +35,10 @@ class Span:
 class ObjectPayload(_Ranges):
     """A payload in an object; threads may read at once. What it reads is of one version, or an error."""
 
-    def __init__(self, address: Address, limits: Limits = DEFAULT_LIMITS) -> None:
-        client = client_of(address)
-        head, version = waited(lambda: client.begin(address, HEAD_BYTES))
-        self._set_up(address, client, head, version, limits)
-
-    @classmethod
-    def begun(
-        cls, address: Address, client: Client, head: memoryview, version: Version, limits: Limits
-    ) -> ObjectPayload:
-        """The payload of an object of which the first bytes are there."""
-        payload = cls.__new__(cls)
-        payload._set_up(address, client, head, version, limits)
-        return payload
-
-    def _set_up(self, address: Address, client: Client, head: memoryview, version: Version, limits: Limits) -> None:
+    def __init__(
+        self, address: Address, client: Client, head: memoryview, version: Version, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        """`head` is what the first answer brought of the object, `version` what it said of it."""
         self.address, self.of, self.n_bytes, self.title = address, version, version.n_bytes, address.name
         self.version = version
         self.serial = next(_SERIALS)
@@ -168,7 +157,7 @@ def open_object(path: str, limits: Limits = DEFAULT_LIMITS) -> Payload:
     client = client_of(address)
     head, version = waited(lambda: client.begin(address, HEAD_BYTES))
     if not is_json(bytes(head[:LENGTH_BYTES])):
-        return ObjectPayload.begun(address, client, head, version, limits)
+        return ObjectPayload(address, client, head, version, limits)
     payload = decoded(text_of(address, client, head, version, limits.json_bytes + 1), limits)
     assert isinstance(payload, BytesPayload), "JSON is decoded into memory"
     payload.version = version
@@ -199,6 +188,3 @@ def version_of(path: str) -> Version:
     """The version of the object at an address; InputNotFoundError where there is none."""
     address = object_at(path)
     return waited(lambda: client_of(address).version(address))
-
-
-__all__ = ["ObjectPayload", "changed", "open_object", "read_object", "version_of"]

@@ -171,6 +171,3 @@ def in_parts(address: Address, data: memoryview) -> None:
         is_stopped = True
         wait([upload], timeout=ABORT_S)
         raise
-
-
-__all__ = ["PIECE", "is_there", "placed", "put", "save", "stands", "target"]
