@@ -16,9 +16,10 @@ from maskserve.answers import Answer
 from maskserve.cgroup import cpus
 from maskserve.errors import InputChangedError, ParameterError
 from maskserve.executors import Limits as Bounds
-from maskserve.payload.files import SpooledPayload, failing, file_state
+from maskserve.payload.files import SpooledPayload, failing
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
+from maskserve.places import state_of
 from maskserve.processes import Processes
 from maskserve.shards import Shard
 from maskserve.temporary import room_for
@@ -97,7 +98,7 @@ def checked(workers: int) -> int:
 def states_of(paths: Sequence[str]) -> list[object]:
     """What tells a file from the one that it was before."""
     try:
-        return [file_state(os.stat(path)) for path in paths]
+        return [state_of(path) for path in paths]
     except OSError as error:
         raise InputChangedError(f"{shown(str(error.filename))} is no longer there: {error.strerror}") from None
 

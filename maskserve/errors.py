@@ -31,6 +31,7 @@
     ├── InputError (OSError)               input_not_readable
     │   ├── InputNotFoundError (FileNotFoundError)   input_not_found
     │   └── InputChangedError              changed_during_read
+    ├── StoreError (OSError)               store_unavailable
     ├── OutputError (OSError)              output_not_writable
     │   └── OutputExistsError (FileExistsError)      output_exists
     ├── SettingsError (ValueError)         bad_setting
@@ -248,6 +249,12 @@ class InputChangedError(InputError):
     """The file changed while it was read, so that the result would be of no one version: try again once it is written."""
 
     code = "changed_during_read"
+
+
+class StoreError(MaskserveError, OSError):
+    """A store of objects does not answer, or answers with an error of its own: try again later."""
+
+    code = "store_unavailable"
 
 
 class OutputError(MaskserveError, OSError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -14,9 +14,12 @@ from maskserve.payload.header import shown
 from maskserve.payload.joined import JoinedPayload, Part
 from maskserve.payload.metadata import mask_means_of
 from maskserve.payload.shelf import Shelf
+from maskserve.places import is_named
 from maskserve.requests import Request
 from maskserve.sides import Payloads
+from maskserve.stores.addresses import is_address
 
+FAR_AT_ONCE = 16
 Read = Callable[[str], Payload]
 """The payload at a path."""
 
@@ -38,7 +41,7 @@ def question(
     """What the request reads at `paths`, open; of many files few are open at once. Errors name files by their title."""
     with ExitStack() as stack:
         shelf = Shelf(read)
-        opened = [opened_at(path, read if len(paths) == 1 else shelf.payload, titled(path)) for path in paths]
+        opened = opened_all(paths, read if len(paths) == 1 else shelf.payload, titled)
         for payload in opened:
             stack.callback(payload.close)
         others = {}
@@ -50,15 +53,26 @@ def question(
         yield Question(payload=payload, others=others, first=opened[0])
 
 
+def opened_all(paths: Sequence[str], read: Read, titled: Callable[[str], str]) -> list[Payload]:
+    """The payloads at the paths; objects of a store several at a time, since each waits for an answer."""
+    if sum(map(is_address, paths)) < 2:
+        return [opened_at(path, read, titled(path)) for path in paths]
+    with ThreadPoolExecutor(FAR_AT_ONCE, thread_name_prefix="maskserve-open") as pool:
+        try:
+            return list(pool.map(lambda path: opened_at(path, read, titled(path)), paths))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def opened_at(path: str, read: Read, title: str) -> Payload:
     with about(title):
         return read(path)
 
 
 def files_named(request: Request, payload: Payload) -> list[str]:
-    """The files that stand where a tensor may be named: a tensor of the payload comes first."""
+    """The files and objects that stand where a tensor may be named: a tensor of the payload comes first."""
     words = [str(request.params[p.name]) for p in sides.parameters(request.row) if p.name in request.params]
-    return [word for word in words if word not in payload.header.tensors and os.path.exists(word)]
+    return [word for word in words if word not in payload.header.tensors and is_named(word)]
 
 
 def join(

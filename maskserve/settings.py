@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
-from maskserve.errors import SettingsError, nearest
+from maskserve.errors import ParameterError, SettingsError, nearest
 
 PREFIX = "MASKSERVE_"
 CONFIG = f"{PREFIX}CONFIG"
@@ -201,6 +201,32 @@ def hosts(given: object) -> tuple[str, ...]:
     return found
 
 
+def prefixes(given: object) -> tuple[str, ...]:
+    """Prefixes of stores, from a list or between commas, each a folder that ends in / or one object.
+
+    >>> prefixes("s3://bucket/rain/, s3://bucket/one.safetensors"), prefixes([])
+    (('s3://bucket/rain/', 's3://bucket/one.safetensors'), ())
+    """
+    names = given.split(",") if isinstance(given, str) else given
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(PREFIXES)
+    found = tuple(name.strip() for name in names if name.strip())
+    if not all(map(is_prefix, found)):
+        raise ValueError(PREFIXES)
+    return found
+
+
+def is_prefix(name: str) -> bool:
+    from maskserve.stores.addresses import STORES, parse
+
+    try:
+        address = parse(name)
+    except ParameterError:
+        return False
+    return address.scheme in STORES and str(address) == name
+
+
+PREFIXES = "prefixes of stores that end in /, such as s3://bucket/rain/, or addresses of objects; https:// is not read"
 HOST = re.compile(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]")
 HOSTS = "names of hosts without ports, such as maskserve.example.org,10.1.2.3"
 
@@ -217,6 +243,10 @@ ROWS = (
     Row(name="serve_host", default="127.0.0.1", help="address that serve listens on", parse=word),
     Row(name="serve_port", default=8000, help="port that serve listens on; 0 lets the system choose", parse=port),
     Row(name="serve_max_body", default="256MiB", help="largest request body that serve accepts", parse=size),
+    Row(
+        name="serve_stores", default=(), parse=prefixes,
+        help="prefixes such as s3://bucket/rain/ below which requests may name objects (source=); empty: none",
+    ),
     Row(name="serve_request_timeout", default=60, help="seconds that a request may take", parse=period),
     Row(name="serve_queue", default=512, help="most requests that wait to be computed", parse=whole),
     Row(name="serve_header_timeout", default=10, help="seconds that a request's headers may take", parse=period),

@@ -168,7 +168,7 @@ def test_serve_hands_its_settings_to_the_service(maskserve: Maskserve, monkeypat
         "host": "127.0.0.1", "port": 0, "max_body": 2**20, "request_timeout": 60.0, "grace": 1.5, "queue": 512,
         "header_timeout": 10.0, "keep_alive": 5.0, "drain_delay": 0.0, "keys_file": "", "allow_anonymous": False,
         "allowed_host": ("a.example", "b.example"), "log": "json", "limits": Limits(tensors=3), "memory": 0,
-        "jobs": False, "jobs_folder": "", "result_ttl": 86400.0, "jobs_running": 2, "jobs_max_body": 4 * 2**30,
+        "stores": (), "jobs": False, "jobs_folder": "", "result_ttl": 86400.0, "jobs_running": 2, "jobs_max_body": 4 * 2**30,
         "jobs_per_key": 1000, "jobs_queue": 10_000, "jobs_disk": 16 * 2**30,
     }  # fmt: skip
 

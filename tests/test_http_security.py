@@ -679,7 +679,7 @@ def page_fixture() -> str:
 
 
 def test_the_page_has_a_row_for_each_attack(page: str) -> None:
-    assert re.findall(r"^\| (H\d\d) \|", page, re.MULTILINE) == [f"H{n:02}" for n in range(1, 38)]
+    assert re.findall(r"^\| (H\d\d) \|", page, re.MULTILINE) == [f"H{n:02}" for n in range(1, 42)]
 
 
 def test_each_test_that_the_page_names_is_there(page: str) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from maskserve.errors import UnknownOpError, nearest
 from maskserve.ops import find, verbs
 from maskserve.payload.format import DEFAULT_LIMITS, Limits
-from maskserve_api import openapi, pages, swagger, table, v2_models
+from maskserve_api import fetching, openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
 from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
@@ -33,6 +33,7 @@ JOBS = "/v1/jobs"
 def create_app(
     *,
     max_body: int = 256 * MIB,
+    stores: Collection[str] = (),
     request_timeout: float = 60.0,
     queue: int = 512,
     limits: Limits = DEFAULT_LIMITS,
@@ -42,12 +43,14 @@ def create_app(
 ) -> FastAPI:
     """The service as an ASGI application; sizes in bytes, times in seconds; `limits` are those of each payload.
 
-    `allowed_hosts` are the Host names served, without ports; None serves all. `keys` None asks for none. `jobs` are those
-    of requests that are answered later; None answers all at once.
+    `stores` are prefixes below which requests may name objects. `allowed_hosts` are the Host names served, without ports;
+    None serves all. `keys` None asks for none. `jobs` are those of requests that are answered later; None answers all at once.
     `app.state.service` is the Service.
     """
+    fetching.refuse_unready(tuple(stores))
     service = Service(
         max_body=max_body,
+        stores=tuple(stores),
         request_timeout_s=request_timeout,
         lane=Lane(queue),
         memory=Memory(BODIES_IN_FLIGHT * max_body),
@@ -57,7 +60,7 @@ def create_app(
     app = FastAPI(title="maskserve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.keys = keys
-    app.openapi = partial(openapi.document, jobs=jobs is not None)  # type: ignore[method-assign]  # FastAPI's own way to give another document
+    app.openapi = partial(openapi.document, jobs=jobs is not None, stores=bool(stores))  # type: ignore[method-assign]  # FastAPI's own way to give another document
     app.state.metrics = metrics = Metrics(service.lane, service.memory, jobs)
     app.add_middleware(Edge, allowed_hosts=allowed_hosts, keys=keys, metrics=metrics)
     app.add_exception_handler(HTTPException, unrouted)

@@ -9,6 +9,8 @@
     ├── HostError            host_not_allowed
     ├── CrossSiteError       cross_site
     ├── UnknownPathError     unknown_path
+    ├── SourceError          source_not_allowed
+    ├── SourceNotFoundError  source_not_found
     ├── MethodError          method_not_allowed
     ├── NotAcceptableError   not_acceptable
     ├── BodyTimeoutError     body_timeout
@@ -63,6 +65,18 @@ class FramingError(ServiceError):
     """The length of the body can be read in two ways: send one Content-Length, or chunks."""
 
     code = "bad_framing"
+
+
+class SourceError(ServiceError):
+    """`source` names what this service may not read: send the payload as the body, or ask who runs it."""
+
+    code = "source_not_allowed"
+
+
+class SourceNotFoundError(ServiceError):
+    """`source` names no object that can be read: look at its address."""
+
+    code = "source_not_found"
 
 
 class UnauthorizedError(ServiceError):

@@ -12,6 +12,7 @@ from maskserve.ops.parameters import REQUIRED
 from maskserve.payload.json import EXPLICIT_FIELDS, REQUIRED_FIELDS
 from maskserve.version import version
 from maskserve_api import jobs_openapi, v2_openapi
+from maskserve_api.fetching import NAME
 from maskserve_api.forms import Form
 from maskserve_api.operations import HEADERS, PROBLEM, failures, getter, in_path
 from maskserve_api.problems import STATUS
@@ -30,13 +31,21 @@ TENSOR: Json = {
         },
     ],
 }
+SOURCE: Json = {
+    "name": NAME,
+    "in": "query",
+    "required": False,
+    "description": "an object that is read instead of a body, s3://BUCKET/KEY, where the service allows its prefix",
+    "schema": {"type": "string", "pattern": "^(s3|gs|az)://"},
+}
 NO_VERB = frozenset({404, 405, 409, 410, 416})
 """Statuses of paths that are not there, and of results of jobs."""
+OF_SOURCES = frozenset({404})
 KEY: Json = {"type": "http", "scheme": "bearer", "description": "where the service was given a file of keys"}
 
 
-def document(*, jobs: bool = False) -> Json:
-    """The whole document, of a service with jobs or without, checked against FastAPI's models of OpenAPI."""
+def document(*, jobs: bool = False, stores: bool = False) -> Json:
+    """The whole document, of a service with jobs and stores or without, checked against FastAPI's models of OpenAPI."""
     api = OpenAPI.model_validate(
         {
             "openapi": "3.1.0",
@@ -46,7 +55,7 @@ def document(*, jobs: bool = False) -> Json:
                 "description": "Computes on tensors with missing values: a payload in, a payload out.",
             },
             "paths": {
-                **{f"/v1/{verb}": {"post": operation(verb, jobs=jobs)} for verb in verbs()},
+                **{f"/v1/{verb}": {"post": operation(verb, jobs=jobs, stores=stores)} for verb in verbs()},
                 "/v1/ops": {"get": getter("ops", "every op with its parameters and their exact JSON schema", 401, 403)},
                 "/v1/ops/{name}": {"get": getter("op", "one op", 401, 403, 404) | {"parameters": [in_path("name")]}},
                 "/livez": {"get": getter("livez", "200 while the process lives")},
@@ -70,9 +79,11 @@ def document(*, jobs: bool = False) -> Json:
     return written
 
 
-def operation(verb: str, *, jobs: bool) -> Json:
+def operation(verb: str, *, jobs: bool, stores: bool) -> Json:
     rows = requests.rows(verb)
-    statuses = {*STATUS.values()} - NO_VERB - (set() if jobs else jobs_openapi.STATUSES)
+    statuses = (
+        {*STATUS.values()} - (NO_VERB - OF_SOURCES if stores else NO_VERB) - (set() if jobs else jobs_openapi.STATUSES)
+    )
     payload = {
         Form.JSON: {  # first: the form that a page can show and send
             "schema": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Tensor"}},
@@ -87,10 +98,11 @@ def operation(verb: str, *, jobs: bool) -> Json:
         "parameters": [
             op(verb),
             *(in_query(verb, p.name) for p in requests.parameters(verb)),
+            *((SOURCE,) if stores else ()),
             *HEADERS,
             *(jobs_openapi.HEADERS if jobs else ()),
         ],
-        "requestBody": {"required": True, "content": payload},
+        "requestBody": {"required": not stores, "content": payload},
         "responses": {"200": {"description": "the answer", "content": payload}}
         | ({"202": jobs_openapi.ACCEPTED} if jobs else {})
         | failures(*sorted(statuses)),

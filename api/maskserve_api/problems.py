@@ -52,6 +52,7 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.InputError: 500,  # files are the service's own: no request names one
         errors.InputNotFoundError: 500,
         errors.InputChangedError: 500,
+        errors.StoreError: 503,
         errors.OutputError: 500,
         errors.OutputExistsError: 500,
         errors.SettingsError: 500,
@@ -67,6 +68,8 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         service.HostError: 403,
         service.CrossSiteError: 403,
         service.UnknownPathError: 404,
+        service.SourceError: 403,
+        service.SourceNotFoundError: 404,
         service.MethodError: 405,
         service.NotAcceptableError: 406,
         service.BodyTimeoutError: 408,

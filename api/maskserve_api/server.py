@@ -50,6 +50,7 @@ def serve(
     host: str,
     port: int,
     max_body: int,
+    stores: tuple[str, ...] = (),
     request_timeout: float,
     grace: float,
     queue: int = 512,
@@ -99,6 +100,7 @@ def serve(
         desk = Jobs(options, bounded(limits)) if jobs else None
         app = create_app(
             max_body=max_body,
+            stores=stores,
             request_timeout=request_timeout,
             queue=queue,
             limits=limits,

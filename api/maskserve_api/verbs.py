@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from maskserve.errors import ParameterError
 from maskserve.payload.format import Buffer, Limits
-from maskserve_api import coding, forms, v2_question
+from maskserve_api import coding, fetching, forms, v2_question
 from maskserve_api.body import Claim, Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
 from maskserve_api.forms import Form
@@ -40,6 +40,8 @@ class Service:
     lane: Lane
     memory: Memory
     limits: Limits
+    stores: tuple[str, ...] = ()
+    """Prefixes of stores that requests may name instead of a body."""
     jobs: Jobs | None = None
     """Where requests may be answered later."""
     draining: bool = False
@@ -64,7 +66,10 @@ class Verb:
         body_coding = coding.of_body(headers)
         jobs = self.service.jobs if self.form is None and prefers_async(headers) else None
         n_bytes = declared_bytes(headers, self.service.max_body if jobs is None else jobs.options.max_body)
-        query, head, request = scope["query_string"], None, None
+        source, query = fetching.split(scope["query_string"]) if self.form is None else (None, scope["query_string"])
+        if source is not None:  # an answer at once: Prefer only asks for another
+            address, jobs = fetching.allowed(source, self.service.stores, n_bytes), None
+        head, request = None, None
         if question is Form.V2:
             head = v2_question.head(self.name, words_of(self.name, query), headers)
         else:
@@ -94,6 +99,9 @@ class Verb:
                     async with asyncio.timeout_at(deadline_s):
                         cells_at = head.cells_at if head else 0
                         body = await read_body(receive, n_bytes, self.service.max_body, claim, body_coding, cells_at)
+                        if source is not None:
+                            body, question = await fetching.read_source(address, self.service.max_body, claim)
+                            answer = forms.of_answer(headers, question)
                 except TimeoutError:
                     raise late(timeout_s, self.service.request_timeout_s) from None
             work = Work(

@@ -83,14 +83,15 @@ def one_file(command: str, files: Sequence[str] | None) -> str:
 
 
 def some_files(command: str, files: Sequence[str] | None) -> Sequence[str]:
-    """The files that a command reads as one; stdin once at most."""
+    """The files and objects that a command reads as one, those of folders of a store listed; stdin once at most."""
     from maskserve.errors import ParameterError
+    from maskserve.places import expanded
 
     if not files:
         raise ParameterError(f"{command} needs a FILE; - is stdin", parameter="FILE")
     if files.count("-") > 1:
         raise ParameterError(f"{command} reads stdin (-) once; give it once", parameter="FILE")
-    return files
+    return expanded(files)
 
 
 def imported(where: str) -> Callable[..., object]:

@@ -12,10 +12,11 @@ from maskserve.errors import ParameterError, about
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.payload.metadata import MEANS, Means
+from maskserve.places import check_folder
 from maskserve_cli import inputs
 from maskserve_cli.command import Config, settings_of
 from maskserve_cli.exits import say
-from maskserve_cli.outputs import STDOUT, Wanted, asked_exists, check_folder, stands
+from maskserve_cli.outputs import STDOUT, Wanted, asked_exists, stands
 from maskserve_cli.progress import patience
 from maskserve_cli.table import dims_text
 

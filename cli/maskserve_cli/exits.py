@@ -61,6 +61,7 @@ BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.InputError: IO_ERROR,
         errors.InputNotFoundError: NO_INPUT,
         errors.InputChangedError: TRY_AGAIN,
+        errors.StoreError: UNAVAILABLE,
         errors.OutputError: CANNOT_CREATE,
         errors.SettingsError: BAD_CONFIGURATION,
         errors.MissingExtraError: BAD_CONFIGURATION,  # not 69: trying again installs nothing

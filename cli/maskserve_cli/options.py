@@ -16,7 +16,9 @@ def output_option(*names: str, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=OUTPUT, show_default=False, **more)
 
 
-OUT = output_option("-o", "--out", metavar="OUT", help="file to write: .safetensors, .json or no suffix; - is stdout")
+OUT = output_option(
+    "-o", "--out", metavar="OUT", help="file or s3:// object to write: .safetensors, .json or no suffix; - is stdout"
+)
 FORM = output_option("--format", metavar="table|text|json|safetensors", help="default: table on a terminal, else text")
 EXISTS = output_option("--exists", metavar="error|replace|skip", help="what to do where OUT stands; default: error")
 FORCE = output_option("--force", help="the same as --exists replace")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import BinaryIO
 from maskserve.errors import OutputError, OutputExistsError, ParameterError, nearest
 from maskserve.payload.files import EXISTS, Exists, failing, placed
 from maskserve.payload.header import shown
+from maskserve.places import is_taken
 from maskserve_cli.inputs import JsonForm
 
 STDOUT = "-"
@@ -117,27 +117,13 @@ def file_target(path: str, form: Form | None, exists: Exists) -> Target:
 
 def stands(path: str, exists: Exists) -> bool:
     """Whether a file is at `path` and to be left there; what else would stop the writer is an error now, not later."""
-    check_folder(path)
-    if not os.path.lexists(path):
+    if not is_taken(path):
         return False
-    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise OutputError(f"{shown(path)} is not a regular file; only such a file is written or replaced")
     if exists == "error":
         raise OutputExistsError(
             f"{shown(path)} exists; --force replaces it, --exists skip leaves it", parameter="exists"
         )
     return exists == "skip"
-
-
-def check_folder(path: str) -> None:
-    """Raise where there is no folder for a file at `path`."""
-    folder = os.path.dirname(path.rstrip("/")) or "."
-    try:
-        has_folder = os.path.isdir(folder) and os.path.lexists(path) in (True, False)
-    except ValueError:  # a name that no file can have
-        has_folder = False
-    if not has_folder:
-        raise OutputError(f"{shown(path)} cannot be written: there is no folder {shown(folder)}; make it first")
 
 
 def is_terminal() -> bool:

@@ -81,6 +81,10 @@ def serve(
             help="bytes that running jobs hold of their data; default: half of what is granted",
         ),
     ] = None,
+    stores: Annotated[
+        list[str] | None,
+        typer.Option("--stores", metavar="PREFIX", help="objects below it may be named as source=; may be given again"),
+    ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option("--allowed-host", metavar="NAME", help="a Host name that is served; may be given again"),
@@ -91,6 +95,7 @@ def serve(
         "serve_host": host,
         "serve_port": port,
         "serve_max_body": max_body,
+        "serve_stores": stores or None,
         "serve_request_timeout": request_timeout,
         "serve_queue": queue,
         "serve_header_timeout": header_timeout,

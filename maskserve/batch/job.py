@@ -73,9 +73,9 @@ def local(given: object) -> str:
 KEYS = (
     Key(section="", name="version", help=f"{VERSION}, the version of the job file's form", parse=the_version),
     Key(section="input", name="paths", default=(), help="files, folders that end in /, and patterns with * ? [ ] and ** "
-        "(relative to the current directory)", parse=texts),
+        "(relative to the current directory); s3://BUCKET/KEY, folders and patterns of a store too", parse=texts),
     Key(section="input", name="list", default="", help="a file with one path a line, beside or instead of paths", parse=word),
-    Key(section="output", name="to", help="the folder for outputs; it is made where it is missing", parse=word),
+    Key(section="output", name="to", help="the folder for outputs, made where it is missing; or s3://BUCKET/PREFIX", parse=word),
     Key(section="output", name="name", default="{stem}.safetensors", parse=word,
         help="an output's name, from {stem} and {name} (the input's file name without and with its suffix), {path} (its "
         "path) and {index:06d} (its place among all inputs)"),

@@ -7,9 +7,11 @@ import string
 from collections.abc import Iterable, Sequence
 
 from maskserve.batch.conversion import CONVERT
-from maskserve.errors import MaskserveError, OutputExistsError, SettingsError, nearest
+from maskserve.batch.inputs import identity
+from maskserve.errors import MaskserveError, OutputError, OutputExistsError, ParameterError, SettingsError, nearest
 from maskserve.payload.files import TEMP_PREFIX
 from maskserve.payload.header import shown
+from maskserve.stores.addresses import STORES, is_address, parse
 
 OWN = "_maskserve"
 """The folder beside the outputs that holds the ledger."""
@@ -52,6 +54,8 @@ def check_pattern(pattern: str) -> None:
 
 def named(pattern: str, path: str, index: int) -> str:
     name = os.path.basename(path)
+    if is_address(path):
+        path = path.partition("://")[2]
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     return pattern.format(stem=os.path.splitext(name)[0], name=name, path="/".join(parts), index=index)
 
@@ -67,23 +71,41 @@ def check_name(name: str, pattern: str, path: str) -> None:
 
 
 def refuse_inputs(outputs: Iterable[str], inputs: Iterable[str]) -> None:
-    sources = {os.path.abspath(path): path for path in inputs}
+    sources = {identity(path): path for path in inputs}
     for output in outputs:
-        if (path := sources.get(os.path.abspath(output))) is not None:
+        if (path := sources.get(identity(output))) is not None:
             raise SettingsError(
                 f"{shown(path)} would be an input and an output; write to a folder that input.paths does not match",
                 parameter="to",
             )
 
 
-def check_form(verb: str, pattern: str) -> None:
+def check_to(to: str) -> None:
+    """Raise where outputs cannot be written to an address."""
+    if not is_address(to):
+        return
+    try:
+        address = parse(to)
+    except ParameterError as error:
+        raise SettingsError(f"output.to: {error.message}", parameter="to") from None
+    if address.scheme not in STORES:
+        raise SettingsError(
+            f"output.to {address}: outputs go to a folder, or to {', '.join(STORES)} (s3://BUCKET/PREFIX)",
+            parameter="to",
+        )
+
+
+def check_form(verb: str, pattern: str, to: str) -> None:
     """Raise where no output can have this suffix."""
+    check_to(to)
     suffix = os.path.splitext(pattern)[1]
     if verb == CONVERT:
         from maskserve.convert.files import target_format
 
         try:
-            target_format(f"x{suffix}", None)
+            row = target_format(f"x{suffix}", None)
+            if row.is_folder and is_address(to):
+                raise OutputError(f"{row.name} is a folder of files; write it to a file system")
         except MaskserveError as error:
             raise SettingsError(f"output.name: {error.message}", parameter="name") from None
     elif suffix not in SUFFIXES and "{" not in suffix:
@@ -94,8 +116,12 @@ def check_form(verb: str, pattern: str) -> None:
         )
 
 
-def standing(outputs: Iterable[str]) -> set[str]:
-    """Those of the outputs that stand; each folder is looked through once."""
+def standing(outputs: Iterable[str], to: str) -> set[str]:
+    """Those of the outputs below `to` that stand; each folder is looked through once, a store is listed once."""
+    if is_address(to):
+        from maskserve.stores import listing
+
+        return listing.below(to) & set(outputs)
     by_folder: dict[str, set[str]] = {}
     for output in outputs:
         by_folder.setdefault(os.path.dirname(output), set()).add(output)

@@ -13,9 +13,9 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from maskserve.batch import ledger, outputs
-from maskserve.batch.inputs import Version, find, version_of
+from maskserve.batch.inputs import Version, find, versions_of
 from maskserve.batch.job import Job
-from maskserve.batch.ledger import Failure, Part
+from maskserve.batch.ledger import AnyPart, Failure
 from maskserve.batch.work import Block, Item, Report, Work, failure
 from maskserve.executors import Executor, Limits, Outcome, Stop
 from maskserve.payload.files import _sync_folder, failing, save, temps_of
@@ -25,6 +25,7 @@ from maskserve.payload.writing import Encoded
 from maskserve.processes import Processes
 from maskserve.settings import LEAST_MEMORY
 from maskserve.shards import WHOLE, Shard
+from maskserve.stores.addresses import is_address
 
 MAY_PASS = frozenset({69, 74, 75})
 """Exit codes of what another try may mend."""
@@ -111,13 +112,14 @@ class Plan:
 
 def plan(job: Job, shard: Shard = WHOLE, tell: Callable[[str], None] = lambda line: None) -> Plan:
     """What there is to do, or an error that stops the job before any work."""
-    outputs.check_form(job.verb, job.name)
-    found = find(job.paths, job.list, tell)
+    outputs.check_form(job.verb, job.name, job.to)
+    told: dict[str, Version] = {}
+    found = find(job.paths, job.list, tell, told)
     names = outputs.names(job.name, job.to, found)
     ours = list(zip(shard.of(found), shard.of(names), strict=True))
-    versions = {uri: version_of(uri) for uri, _ in ours}
+    versions = versions_of((uri for uri, _ in ours), told)
     known = ledger.entries(ledger.folder_of(job.to))
-    stands = outputs.standing([output for _, output in ours] + [entry.output for entry in known.values()])
+    stands = outputs.standing([output for _, output in ours] + [entry.output for entry in known.values()], job.to)
     if job.exists == "error":
         outputs.refuse_standing(stands & {output for _, output in ours})
     if job.exists != "replace":
@@ -130,7 +132,7 @@ def plan(job: Job, shard: Shard = WHOLE, tell: Callable[[str], None] = lambda li
             entry is not None
             and output in stands
             and entry.output == output
-            and versions[uri] == Version(entry.size, entry.mtime)
+            and versions[uri] == Version(entry.size, entry.mtime, entry.etag)
         )
 
     todo = ours if job.exists == "replace" else [pair for pair in ours if not is_done(*pair)]
@@ -188,7 +190,7 @@ class Runner:
         make_folders(plan)
         if plan.job.exists == "replace":
             ledger.forget(plan.ledger_folder, plan.shard)
-        with Part(plan.ledger_folder, plan.shard) as part, temps_of(part.run):
+        with ledger.part_of(plan.ledger_folder, plan.shard) as part, temps_of(part.run):
             n_swept = ledger.sweep(plan.ledger_folder, places(plan))
             if n_swept:
                 self.tell(f"removed {n_swept} temporary files that a killed run had left")
@@ -197,7 +199,7 @@ class Runner:
             finally:  # of workers that were killed, by whomever: none runs any more
                 ledger.sweep_run(part.run, places(plan))
 
-    def passes(self, plan: Plan, part: Part, progress: Progress) -> None:
+    def passes(self, plan: Plan, part: AnyPart, progress: Progress) -> None:
         left = plan.to_do
         for n_before in range(plan.job.retries + 1):
             if n_before:
@@ -216,7 +218,7 @@ class Runner:
         return 0 <= plan.job.max_errors < len(progress.failed)
 
     def one_pass(
-        self, plan: Plan, part: Part, items: Sequence[Item], progress: Progress, *, is_last: bool
+        self, plan: Plan, part: AnyPart, items: Sequence[Item], progress: Progress, *, is_last: bool
     ) -> tuple[Item, ...]:
         """The items to try again: what failed and may pass, and what was not begun since nothing could be written."""
         left = {item.uri: item for item in items}
@@ -251,7 +253,7 @@ class Runner:
     def executor(self, plan: Plan) -> Executor:
         return Processes(workers=plan.job.workers, retries=plan.job.retries, split=Block.split, tell=self.tell)
 
-    def function(self, plan: Plan, part: Part) -> Work:
+    def function(self, plan: Plan, part: AnyPart) -> Work:
         job = plan.job
         return Work(
             verb=job.verb, words=job.words, device=self.device, limits=self.limits, memory=share_of(job),
@@ -290,9 +292,10 @@ def blocks(plan: Plan, items: Sequence[Item]) -> Iterator[Block]:
 
 
 def places(plan: Plan) -> set[str]:
-    """The folders that outputs, the ledger and the summary are written to."""
+    """The folders that outputs, the ledger and the summary are written to; a store has none."""
     folders = {os.path.dirname(item.output) or "." for item in plan.to_do}
-    return {*folders, plan.ledger_folder, os.path.dirname(plan.summary_path) or "."}
+    every = {*folders, plan.ledger_folder, os.path.dirname(plan.summary_path) or "."}
+    return {folder for folder in every if not is_address(folder)}
 
 
 def make_folders(plan: Plan) -> None:
@@ -323,6 +326,7 @@ def summary(plan: Plan, progress: Progress, start_s: float, code: int, is_interr
 def write_summary(plan: Plan, made: Summary) -> None:
     text = memoryview((json.dumps(asdict(made)) + "\n").encode())
     folder = os.path.dirname(plan.summary_path) or "."
-    with failing(f"{shown(folder)} cannot be made"):
-        os.makedirs(folder, exist_ok=True)
+    if not is_address(folder):
+        with failing(f"{shown(folder)} cannot be made"):
+            os.makedirs(folder, exist_ok=True)
     save(plan.summary_path, Encoded(text.nbytes, iter([text])), exists="replace")

@@ -6,31 +6,38 @@ import errno
 import gc
 import os
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from maskserve.batch.conversion import CONVERT
-from maskserve.batch.inputs import Version
+from maskserve.batch.inputs import Version, version_of_object
 from maskserve.batch.ledger import Entry, Failure, remove
 from maskserve.errors import InputChangedError, MaskserveError, OutputError, TooLargeError
-from maskserve.payload.files import temp_name, temps_of
+from maskserve.payload.files import TEMP_PREFIX, temp_name, temps_of
 from maskserve.payload.format import Payload
-from maskserve.payload.groups import Group, Staged
+from maskserve.payload.groups import Group
 from maskserve.payload.header import Limits, shown
 from maskserve.payload.writing import Encoded
+from maskserve.stores.addresses import is_address
 
 if TYPE_CHECKING:
     from maskserve.answers import Answer
+    from maskserve.joining import Question
     from maskserve.requests import Request
 
 SETTLED_S = 0.02
 """A file written this short a time ago may be written again without its time telling: clocks of file systems tick every 4 ms."""
 SETTLE_TRIES = 5
+FAR_AT_ONCE = 8
+"""Small inputs of a store that a worker does at a time."""
 OF_THE_PLACE = frozenset(
     {
         errno.ENOSPC,
@@ -130,8 +137,7 @@ class _Blockwise:
 
     def run(self, block: Block) -> Report:
         try:
-            for item in block.items:
-                self.one(item)
+            for _ in self.each(block.items):
                 if self.work.stops_at_error and self.failed:
                     break
             self.commit()
@@ -139,15 +145,26 @@ class _Blockwise:
             self.group.abandon()
         return Report(tuple(self.done), tuple(self.failed), self.n_bytes, tuple(self.unwritable))
 
+    def each(self, items: Sequence[Item]) -> Iterator[None]:
+        """Does the items in turn; those of a store several at a time, since each waits for answers most of the time."""
+        if len(items) == 1 or not any(is_address(path) for item in items for path in (item.uri, item.output)):
+            yield from map(self.one, items)
+            return
+        with ThreadPoolExecutor(FAR_AT_ONCE, thread_name_prefix="maskserve-item") as pool:
+            futures = [pool.submit(copy_context().run, self.one, item) for item in items]
+            try:
+                for future in futures:
+                    yield future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
     def one(self, item: Item) -> None:
         start_s = time.perf_counter()
         try:
             if self.work.verb == CONVERT:
                 temp, (version, sha256) = "", converted(self.work, item)
             else:
-                with unchanged(item.uri) as version:
-                    staged = answered(self.work, item, self.group)
-                temp, sha256 = staged.temp, staged.sha256
+                version, temp, sha256 = answered(self.work, item, self.group)
         except Exception as error:
             self.fail(item, error)
             return
@@ -156,6 +173,7 @@ class _Blockwise:
             uri=item.uri,
             size=version.n_bytes,
             mtime=version.mtime,
+            etag=version.etag,
             request_sha256=self.work.request_sha256,
             version=self.work.version,
             output=item.output,
@@ -196,7 +214,13 @@ def failure(item: Item, error: BaseException, exit_of: Callable[[BaseException],
 
 @contextmanager
 def unchanged(path: str) -> Iterator[Version]:
-    """The version of a file, which must be the same when the block ends: a mixture of two is nobody's data."""
+    """The version of a file or object, which must be the same when the block ends: a mixture of two is nobody's data."""
+    if is_address(path):
+        version = version_of_object(path)
+        yield version
+        if version_of_object(path) != version:
+            raise InputChangedError(f"{shown(path)} changed while it was read; try again once it is written")
+        return
     before = settled(path)
     yield Version.of(before) if before is not None else Version(0, "")  # who opens it says what is wrong
     after = status(path)
@@ -225,24 +249,51 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def answered(work: Work, item: Item, group: Group) -> Staged:
-    """The answer to one input, written under a temporary name; one that does not fit into memory is written as it is computed."""
-    from maskserve import answers
+def answered(work: Work, item: Item, group: Group) -> tuple[Version, str, str]:
+    """Writes the answer to one input: what was read, the temporary name of the output where it has one, and its sha256."""
     from maskserve.joining import question
     from maskserve.opening import open_any
 
     request = work.request
     assert request is not None, "a worker prepares before its first block"
-    with question(request, [item.uri], partial(open_any, limits=work.limits)) as asked:
-        answer = answers.run(request, asked.payload, asked.others, memory=work.memory)
-        is_json = os.path.splitext(item.output)[1] == ".json"
-        if answer.is_streamed and not is_json:
-            return group.write_by(item.output, partial(answer.write, name=item.output))
+    read = partial(open_any, limits=work.limits)
+    if is_address(item.uri):  # all its ranges are of one version, without another look
+        with question(request, [item.uri], read) as asked:
+            found = version_read(asked.payload)
+            return (found, *put(work, request, asked, item, group))
+    with unchanged(item.uri) as version, question(request, [item.uri], read) as asked:
+        written = put(work, request, asked, item, group)
+    return (version, *written)
+
+
+def version_read(payload: Payload) -> Version:
+    """The version of the object that a payload was read from."""
+    version = getattr(payload, "version", None)
+    assert version is not None, "what is opened at an address knows its version"
+    return Version(version.n_bytes, etag=version.etag)
+
+
+def put(work: Work, request: Request, asked: Question, item: Item, group: Group) -> tuple[str, str]:
+    """Writes the answer; one that does not fit into memory is written as it is computed. An object has no temporary name."""
+    from maskserve import answers
+
+    answer = answers.run(request, asked.payload, asked.others, memory=work.memory)
+    is_json = os.path.splitext(item.output)[1] == ".json"
+    if answer.is_streamed and is_json:
+        raise TooLargeError(
+            f"the answer to {shown(item.uri)} does not fit into memory as JSON: name outputs .safetensors"
+        )
+    if is_address(item.output):
+        from maskserve.stores import writing
+
         if answer.is_streamed:
-            raise TooLargeError(
-                f"the answer to {shown(item.uri)} does not fit into memory as JSON: name outputs .safetensors"
-            )
-        return group.write(item.output, as_json(asked.payload, answer) if is_json else answer.encoded())
+            return "", writing.sent_by(item.output, partial(answer.write, name=item.output))
+        return "", writing.sent(item.output, as_json(asked.payload, answer) if is_json else answer.encoded())
+    if answer.is_streamed:
+        staged = group.write_by(item.output, partial(answer.write, name=item.output))
+    else:
+        staged = group.write(item.output, as_json(asked.payload, answer) if is_json else answer.encoded())
+    return staged.temp, staged.sha256
 
 
 def as_json(payload: Payload, answer: Answer) -> Encoded:
@@ -256,6 +307,8 @@ def converted(work: Work, item: Item) -> tuple[Version, str]:
     """Writes the input in the format of its output; gives the version that was read, and the sha256 of what was written."""
     from maskserve.convert.files import convert_file, place
 
+    if is_address(item.output):
+        return converted_to_store(work, item)
     temp = os.path.join(os.path.dirname(item.output), temp_name() + os.path.splitext(item.output)[1])
     try:
         with unchanged(item.uri) as version:
@@ -265,6 +318,18 @@ def converted(work: Work, item: Item) -> tuple[Version, str]:
     finally:
         remove(temp)
     return version, sha256
+
+
+def converted_to_store(work: Work, item: Item) -> tuple[Version, str]:
+    """As converted, by way of a file of the system's folder for temporary ones."""
+    from maskserve.convert.files import convert_file
+    from maskserve.stores import writing
+
+    with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX) as folder:
+        temp = os.path.join(folder, "made" + os.path.splitext(item.output)[1])
+        with unchanged(item.uri) as version:
+            convert_file(item.uri, temp, limits=work.limits, **work.words)
+        return version, writing.sent_file(item.output, temp)
 
 
 def sha256_of(path: str) -> str:

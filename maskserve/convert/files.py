@@ -43,6 +43,7 @@ from maskserve.payload.held import HeldPayload, refuse_other_masks
 from maskserve.payload.metadata import Means, Pairs
 from maskserve.payload.opening import open_own
 from maskserve.payload.variables import resolve
+from maskserve.stores.addresses import is_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +254,12 @@ def check_words(row: Format, exists: str, fill_value: object) -> None:
 
 def stands(path: str, row: Format, exists: Exists) -> bool:
     """Whether a file is at `path` and to be left there; a folder only where the format is one."""
+    if is_address(path):
+        from maskserve.stores import writing
+
+        if row.is_folder:
+            raise OutputError(f"{shown(path)}: {row.name} is a folder of files; write it to a file system")
+        return writing.stands(path, exists)
     if row.is_folder:
         return folder_stands(os.path.realpath(path), exists)
     with failing(f"{shown(path)} cannot be written"):

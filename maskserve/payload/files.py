@@ -31,6 +31,7 @@ from maskserve.errors import (
 from maskserve.payload.drafts import Draft
 from maskserve.payload.header import DEFAULT_LIMITS, Buffer, Header, Limits, TensorInfo, parse_header, shown
 from maskserve.payload.writing import Encoded
+from maskserve.stores.addresses import is_address
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Exists: TypeAlias = Literal["error", "replace", "skip"]
@@ -68,6 +69,8 @@ class _Ranges(ABC):
     n_bytes: int
     title = ""
     """The name of the file, without its folder; a link has that of its file."""
+    version: object = None
+    """Which version of an object was read; None of what is no object."""
 
     def read(self, name: str) -> memoryview:
         """Exactly the bytes of tensor `name`."""
@@ -302,8 +305,14 @@ def save(path: StrPath, encoded: Encoded, *, exists: Exists = "error") -> bool:
     """Whether the payload was written to `path`: it is there whole and on disk, or nothing changed.
 
     `exists` says what to do where a file stands already: "error" raises OutputExistsError, also when the file appears
-    meanwhile; "skip" leaves it and returns False. A symbolic link is followed; only regular files are replaced.
+    meanwhile; "skip" leaves it and returns False. A symbolic link is followed; only regular files are replaced. An address
+    is that of an object in a store.
     """
+    if is_address(path):
+        from maskserve.stores import writing
+
+        refuse_other_words(exists)
+        return writing.save(os.fspath(path), encoded, exists=exists)
     name = shown(os.fspath(path))
     return placed(path, lambda fd, _: _write(fd, encoded, name), exists=exists)
 
@@ -315,10 +324,11 @@ def placed(
 
     `needs_name`: make opens it by its path, and may put another file there.
     """
-    if exists not in EXISTS:
-        raise ParameterError(
-            f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
-        )
+    refuse_other_words(exists)
+    if is_address(path):
+        from maskserve.stores import writing
+
+        return writing.placed(os.fspath(path), make, exists=exists)
     name = shown(os.fspath(path))
     with failing(f"{name} cannot be written"):
         target = os.path.realpath(path)
@@ -345,6 +355,13 @@ def _put(draft: Draft, target: str, name: str, exists: Exists) -> bool:
     if not is_there and exists == "error":
         raise _exists(name)
     return is_there
+
+
+def refuse_other_words(exists: str) -> None:
+    if exists not in EXISTS:
+        raise ParameterError(
+            f"exists is {shown(exists)}; give one of {', '.join(EXISTS)}", parameter="exists", allowed=EXISTS
+        )
 
 
 def _stands(target: str, name: str, exists: Exists) -> bool:

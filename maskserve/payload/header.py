@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -98,12 +99,21 @@ class Header:
     """What others worked out from the header alone, by what for: as a header is remembered, so is this."""
 
 
+_USER, _QUERY = re.compile(r"([A-Za-z]+://)[^/?#\s]*@"), re.compile(r"(https?://[^?#\s]*)[?#]\S*", re.IGNORECASE)
+
+
 def shown(text: object, limit: int = ECHO) -> str:
     r"""`text` as a message may repeat it: on one line, escaped, and never long.
 
     >>> shown("rain\x1b[31m")
     'rain\\x1b[31m'
+    Of an address of the web it leaves out what may be a secret: user, password, and the query of one that is signed.
+
+    >>> shown("https://me:word@host/rain.safetensors?Signature=abc")
+    'https://host/rain.safetensors'
     """
+    if isinstance(text, str) and "://" in text:
+        text = _QUERY.sub(r"\1", _USER.sub(r"\1", text))
     escaped = repr(text)[1:-1] if isinstance(text, str) and len(text) <= limit else repr(str(text)[:limit])[1:-1]
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 

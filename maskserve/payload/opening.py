@@ -1,4 +1,4 @@
-"""Files in our own two forms, by what they hold: safetensors, or JSON. Imports no torch."""
+"""Files and objects in our own two forms, by what they hold: safetensors, or JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import stat
 
 from maskserve.payload.files import Payload, StrPath, open_payload
 from maskserve.payload.header import DEFAULT_LIMITS, Limits
+from maskserve.stores.addresses import is_address
 
 LENGTH_BYTES = 8
 
 
 def open_own(path: StrPath, limits: Limits = DEFAULT_LIMITS) -> Payload:
-    """The payload of a file, whichever of the two forms it has; a large one is read where it lies."""
+    """The payload of a file, or of the object at an address, in either form; a large one is read where it lies."""
+    if is_address(path):
+        from maskserve.stores.objects import open_object
+
+        return open_object(os.fspath(path), limits)
     text = json_text(path, limits)
     return open_payload(path, limits) if text is None else decoded(text, limits)
 

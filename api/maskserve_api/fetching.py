@@ -1,0 +1,124 @@
+"""A question that lies in a store: source=s3://BUCKET/KEY in the query instead of a body, where whoever runs it allows that.
+
+What is read is named by the client, so it must begin, as it is spelled, with a prefix that was allowed. Only stores are read: a
+web server could send the service on to another place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+from urllib.parse import parse_qsl
+
+from maskserve.errors import InputChangedError, InputError, InputNotFoundError, ParameterError, StoreError
+from maskserve.payload.format import Buffer
+from maskserve.payload.header import shown
+from maskserve.payload.opening import LENGTH_BYTES, is_json
+from maskserve.stores.addresses import STORES, Address, parse
+from maskserve.stores.ahead import PART
+from maskserve.stores.calls import THREADS_OF_ALL
+from maskserve.stores.client import Version, client_of
+from maskserve.stores.objects import HEAD_BYTES, refuse_without_tag
+from maskserve_api.body import Claim, aligned, too_large
+from maskserve_api.errors import SourceError, SourceNotFoundError
+from maskserve_api.forms import Form
+from maskserve_api.query import MAX_FIELDS
+
+T = TypeVar("T")
+NAME = "source"
+NAME_BYTES = NAME.encode()
+
+
+def refuse_unready(prefixes: Sequence[str]) -> None:
+    """Raise at the start, and not at a request, where nothing says how to reach what is allowed."""
+    for prefix in prefixes:
+        client_of(parse(prefix))
+
+
+def split(query: bytes) -> tuple[str | None, bytes]:
+    """The source that a query names, and the query without it."""
+    if NAME_BYTES not in query:  # nearly all
+        return None, query
+    fields = query.split(b"&", MAX_FIELDS)
+    ours = [field for field in fields if field.partition(b"=")[0] == NAME_BYTES]
+    if not ours:
+        return None, query
+    if len(ours) > 1:
+        raise ParameterError(f"the query gives {NAME} twice; give it once", parameter=NAME)
+    pairs = parse_qsl(ours[0].decode("latin-1"), keep_blank_values=True, errors="replace")
+    return pairs[0][1], b"&".join(field for field in fields if field not in ours)
+
+
+def allowed(source: str, prefixes: Sequence[str], n_bytes: int | None) -> Address:
+    """The address that a request names; raises where it is none, or not to be read, or a body came too."""
+    if not prefixes:
+        raise SourceError(
+            "this service reads no stores: send the payload as the body; who runs it allows prefixes with --stores",
+            parameter=NAME,
+        )
+    if n_bytes != 0:
+        raise ParameterError(f"{NAME} goes without a body, and one was sent: leave one out", parameter=NAME)
+    if not source.isprintable() or "\\" in source:
+        raise ParameterError(f"{NAME} has characters that no address has here", parameter=NAME)
+    address = parse(source)
+    is_plain = address.scheme in STORES and not address.is_folder and str(address) == source
+    if not is_plain or not any(within(source, prefix) for prefix in prefixes):
+        raise SourceError(
+            f"{shown(source)} is not below a prefix that this service may read; it begins with one of those that who runs it "
+            "allows, spelled alike",
+            parameter=NAME,
+        )
+    return address
+
+
+def within(source: str, prefix: str) -> bool:
+    """Whether an address is below a prefix that ends in /, or is the very object that it names."""
+    return source.startswith(prefix) if prefix.endswith("/") else source == prefix
+
+
+async def read_source(address: Address, max_body: int, claim: Claim) -> tuple[Buffer, Form]:
+    """The bytes of the object, counted as a body's are, and the form that they have."""
+    client = client_of(address)
+    with told():
+        head, version = await in_thread(claim, lambda: client.begin(address, HEAD_BYTES))
+        if version.n_bytes > max_body:
+            raise too_large(max_body)
+        refuse_without_tag(address, head, version)
+        claim.add(version.n_bytes)
+        body = aligned(version.n_bytes, 0)
+        body[: head.nbytes] = head
+        starts = range(head.nbytes, version.n_bytes, PART)
+        await asyncio.gather(*(in_thread(claim, filling(address, version, body, start)) for start in starts))
+    return body, Form.JSON if is_json(bytes(head[:LENGTH_BYTES])) else Form.SAFETENSORS
+
+
+def filling(address: Address, version: Version, body: memoryview, start: int) -> Callable[[], None]:
+    return lambda: client_of(address).fill(address, version, start, body[start : start + PART])
+
+
+async def in_thread(claim: Claim, call: Callable[[], T]) -> T:
+    """What `call` gives, in a thread that waits for stores; the claim lasts as long as it runs."""
+
+    def held() -> T:
+        with claim.held():
+            return call()
+
+    return await asyncio.wrap_future(THREADS_OF_ALL.submit(held))
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors of a store as a client of the service may know them: files are the service's own, sources are not."""
+    try:
+        yield
+    except InputNotFoundError as error:
+        raise SourceNotFoundError(error.message, parameter=NAME) from None
+    except InputChangedError as error:
+        raise StoreError(error.message, parameter=NAME) from None
+    except InputError as error:
+        if error.errno == errno.EACCES:
+            raise SourceError("the store does not let this service read it", parameter=NAME) from None
+        raise SourceNotFoundError(error.message, parameter=NAME) from None
