@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maskserve.answers import Answer
 from maskserve.cgroup import cpus
@@ -22,6 +22,9 @@ from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.processes import Processes
 from maskserve.shards import Shard
+
+if TYPE_CHECKING:
+    from maskserve.states import State
 
 HELD_SHARE = 4
 """The part of a worker's memory up to which its state is sent, and held by its parent."""
@@ -53,6 +56,17 @@ def lift(share: Share) -> Lifted:
     """The state of a shard, in a worker; one that is large goes by way of a file."""
     from functools import partial
 
+    with lifting(share) as state:
+        if state.n_bytes <= share.memory // HELD_SHARE:
+            return state.to_bytes()
+        return in_a_file(share, partial(state.write, memory=share.memory))
+
+
+@contextmanager
+def lifting(share: Share) -> Iterator[State]:
+    """The state of a shard, while what it is read from is open."""
+    from functools import partial
+
     from maskserve import requests, states
     from maskserve.joining import question
     from maskserve.opening import open_any
@@ -60,10 +74,7 @@ def lift(share: Share) -> Lifted:
     request = requests.build(share.verb, share.words)
     read = partial(open_any, limits=share.limits)
     with question(request, share.paths, read, requests.parse_along(share.along)) as asked:
-        state = states.lift(request, asked.payload, asked.others, share.shard, share.memory)
-        if state.n_bytes <= share.memory // HELD_SHARE:
-            return state.to_bytes()
-        return in_a_file(share, partial(state.write, memory=share.memory))
+        yield states.lift(request, asked.payload, asked.others, share.shard, share.memory)
 
 
 def in_a_file(share: Share, write: Callable[[int, str], int]) -> str:
@@ -108,6 +119,12 @@ def states_of(paths: Sequence[str]) -> list[object]:
         raise InputChangedError(f"{shown(str(error.filename))} is no longer there: {error.strerror}") from None
 
 
+def refuse_changed(paths: Sequence[str], before: list[object]) -> None:
+    """Raise where a file is not what it was: each process has read one version of it, but perhaps not the same one."""
+    if states_of(paths) != before:
+        raise InputChangedError("a file changed while processes read it; run again once it is written")
+
+
 def reduce(
     verb: str, words: Mapping[str, Any], paths: Sequence[str], along: str | None, *, workers: int, limits: Limits, memory: int,
     tell: Callable[[str], None],
@@ -131,8 +148,7 @@ def reduce(
                     raise outcome.error
                 assert outcome.result is not None
                 found.append((f"shard {outcome.task.shard}", states.read(opened(outcome.result))))
-        if states_of(paths) != before:  # each has read one version of a file, but perhaps not the same one
-            raise InputChangedError("a file changed while processes read it; run again once it is written")
+        refuse_changed(paths, before)
     finally:
         shutil.rmtree(os.path.join(tempfile.gettempdir(), folder), ignore_errors=True)
     return states.merge(found).answer(memory)
