@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 from maskserve import cgroup
 from maskserve.errors import ClusterError, MissingExtraError, ParameterError, SettingsError
@@ -248,10 +248,15 @@ def connected(ray: Any, timeout_s: float, name: str, **words: Any) -> Iterator[A
         is_over.wait()
 
     silence(ray)
-    with signals_kept():
+    with signals_kept(), stderr_held() as said:
         threading.Thread(target=work, daemon=True, name="maskserve-ray").start()
-        has_answered = is_in.wait(timeout_s)
+        end_s = time.monotonic() + timeout_s
+        while not is_in.wait(LOOK_S) and time.monotonic() < end_s and not is_refused(said):
+            pass
+        has_answered, was_refused = is_in.is_set(), is_refused(said)
     try:
+        if was_refused and not has_answered:
+            raise token_refused(name)
         if not has_answered:
             raise ClusterError(
                 f"{name} has not answered for {timeout_s:g} s (ray_timeout); look at its load and at `ray status` on its head"
@@ -279,6 +284,25 @@ def signals_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def stderr_held() -> Iterator[IO[bytes]]:
+    """What is written to stderr meanwhile, kept away from there: the library of Ray writes a line for each thing it tries."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        before = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def is_refused(said: IO[bytes]) -> bool:
+    """Whether Ray tells of a token that is not the cluster's; it would try it again for a minute."""
+    return b"InvalidAuthToken" in os.pread(said.fileno(), 1 << 16, 0)
+
+
 def silence(ray: Any) -> None:
     """Ray prints a paragraph for each worker that dies, whatever log_to_driver says; the executor tells of it in a line."""
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
@@ -294,15 +318,19 @@ def diagnosed(error: Exception, name: str) -> ClusterError | SettingsError:
             "same ray and Python on both"
         )
     if kind == "AuthenticationError" or "authentication" in text.lower() or "UNAUTHENTICATED" in text:
-        return ClusterError(
-            f"{name} does not take this command's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to "
-            "the cluster's"
-        )
+        return token_refused(name)
     if "Could not find any running Ray instance" in text:
         return ClusterError(
             f"there is no Ray cluster on this machine; start one (ray start --head), or leave {ADDRESS} and ray_address out"
         )
     return ClusterError(f"{name} cannot be used: {kind}: {text[:300]}")
+
+
+def token_refused(name: str) -> ClusterError:
+    return ClusterError(
+        f"{name} does not take this command's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to "
+        "the cluster's"
+    )
 
 
 def described(ray: Any, address: str, workers: int, gpus: int, timeout_s: float) -> Cluster:
