@@ -18,7 +18,7 @@ from maskserve.batch.run import Plan, Runner
 from maskserve.batch.work import Block, Report, Work
 from maskserve.on_ray.reduction import Bytes, Lift, Steps, Task
 
-WAIT_S = 25
+WAIT_S = 60
 
 
 def until(look: Callable[[], Any]) -> Any:
