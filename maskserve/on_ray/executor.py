@@ -103,6 +103,7 @@ class Crew(Generic[T]):
         self._ray = executor.cluster.ray
         self._function = function
         self._flights: dict[Any, Flight[T]] = {}
+        self._remotes: dict[int, Any] = {}
         self._most = self._cluster.workers * (AHEAD if self._cluster.is_wide else 1)
         self._heard_s = time.monotonic()
         self._is_heard = False
@@ -126,14 +127,16 @@ class Crew(Generic[T]):
         while len(self._flights) < self._most and (job := self._queue.take()) is not None:
             objects = tuple(self._executor.objects(job.task))
             message = pickle.dumps(job.task, pickle.HIGHEST_PROTOCOL)
-            remote = self._executor.remote.options(
-                num_cpus=1,
-                num_gpus=self._cluster.gpus,
-                memory=self._asked_memory(job),
-                name=f"maskserve {job.task!s:.80}",
-            )
-            head, value = remote.remote(self._executor.wanted, self._function, message, *objects)
+            remote = self._remote(self._asked_memory(job))
+            head, value = remote(self._executor.wanted, self._function, message, *objects)
             self._flights[head] = Flight(job, value, objects)
+
+    def _remote(self, memory: int) -> Any:
+        """What hands Ray a task that takes so much memory; made once, since that takes as long as handing over."""
+        if memory not in self._remotes:
+            resources = {"num_cpus": 1, "num_gpus": self._cluster.gpus, "memory": memory}
+            self._remotes[memory] = self._executor.remote.options(name="maskserve", **resources).remote
+        return self._remotes[memory]
 
     def _asked_memory(self, job: Job[T]) -> int:
         """What the task is said to hold, in steps; what is more than any node has gets a node alone."""
