@@ -377,6 +377,19 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = tmp_path / ("x" * (40 - min(len(str(tmp_path)), 39)))
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    with pytest.raises(
+        SettingsError, match="too long a folder for Ray's sockets; set TMPDIR to one of at most 30 bytes"
+    ), joined(Joining()):
+        pass
+    assert list(place.iterdir()) == []
+
+
 def test_versions_that_differ_are_told_as_such() -> None:
     error = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n This process: Ray: 2.60.0")
     found = clusters.diagnosed(error, "the Ray cluster at a:1")

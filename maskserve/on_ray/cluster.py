@@ -25,8 +25,11 @@ from maskserve.settings import LEAST_MEMORY
 AUTO = "auto"
 GPU_WORD = "cuda"
 ADDRESS = "RAY_ADDRESS"
+FOLDER = "msr-"
+"""What the temporary folder of a cluster of ours is called, shortly: the names of sockets below it are long."""
 SOCKET_BYTES = 64
-"""What Ray puts behind its temporary folder to name a socket; a socket's path has 107 bytes at most."""
+"""What Ray puts behind its temporary folder to name a socket."""
+MOST_SOCKET_BYTES = 107
 PRIVATE: Mapping[str, str] = MappingProxyType({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})
 """What a cluster of our own is started with, beside a token that nobody else has."""
 LOOK_S = 0.25
@@ -163,7 +166,7 @@ def started(workers: int, gpus: int, timeout_s: float, tell: Callable[[str], Non
     with private_environment():
         ray = imported()
         renew_token(ray)
-        folder = tempfile.mkdtemp(prefix="maskserve-ray-")
+        folder = tempfile.mkdtemp(prefix=FOLDER)
         try:
             check_length(folder)
             tell("starting a Ray cluster on this machine (ray_address or RAY_ADDRESS joins one)")
@@ -203,9 +206,11 @@ def renew_token(ray: Any) -> None:
 
 
 def check_length(folder: str) -> None:
-    if len(os.fsencode(folder)) + SOCKET_BYTES > 107:
+    over = len(os.fsencode(folder)) + SOCKET_BYTES - MOST_SOCKET_BYTES
+    if over > 0:
+        least = len(os.fsencode(os.path.dirname(folder))) - over
         raise SettingsError(
-            f"{folder} is too long a folder for Ray's sockets; set TMPDIR to one of at most {107 - SOCKET_BYTES - 23} bytes",
+            f"{os.path.dirname(folder)} is too long a folder for Ray's sockets; set TMPDIR to one of at most {least} bytes",
             parameter="TMPDIR",
         )
 
