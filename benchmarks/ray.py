@@ -53,18 +53,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("overhead", "merge", "efficiency", "simulation"))
     parser.add_argument("--folder", type=Path, help="where files go; default: the system's temporary folder")
+    parser.add_argument("--rounds", type=int, default=3, help="of the job of about a minute")
     parser.add_argument("--gigabytes", type=float, default=300.0, help="what the job of about a minute reads")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
-        for line in lines(Path(name), asked.only, asked.gigabytes):
+        for line in lines(Path(name), asked.only, asked.gigabytes, asked.rounds):
             print(line, flush=True)
 
 
-def lines(folder: Path, only: str | None, gigabytes: float) -> Iterator[str]:
+def lines(folder: Path, only: str | None, gigabytes: float, n_rounds: int) -> Iterator[str]:
     file = folder / "small.safetensors"
     make(file, 1.0)
     if only in (None, "efficiency"):
-        yield from efficiency(file, gigabytes)
+        yield from efficiency(file, gigabytes, n_rounds)
     if only == "efficiency":
         return
     costs = None
@@ -165,7 +166,7 @@ class Took(NamedTuple):
     cpu_s: float
 
 
-def efficiency(file: Path, gigabytes: float) -> Iterator[str]:
+def efficiency(file: Path, gigabytes: float, n_rounds: int) -> Iterator[str]:
     """Two workers of Ray beside two processes, in turn."""
     files = [str(file)] * max(1, round(gigabytes))
     command = [
@@ -179,7 +180,7 @@ def efficiency(file: Path, gigabytes: float) -> Iterator[str]:
         "--memory",
         "1GiB",
         "-o",
-        str(file.with_suffix(".out")),
+        str(file.with_name("answer")),
         "--force",
     ]
     ways = {
@@ -195,11 +196,11 @@ def efficiency(file: Path, gigabytes: float) -> Iterator[str]:
         "0",
         str(small(file)),
         "-o",
-        str(file.with_suffix(".one")),
+        str(file.with_name("one")),
         "--force",
     ]
     starts = {name: took([*one, *words]) for name, words in ways.items()}
-    rounds = [{name: took([*command, *words]) for name, words in ways.items()} for _ in range(ROUNDS)]
+    rounds = [{name: took([*command, *words]) for name, words in ways.items()} for _ in range(n_rounds)]
     rows = []
     for name in ways:
         clock_s, cpu_s = median(r[name].clock_s for r in rounds), median(r[name].cpu_s for r in rounds)
@@ -207,7 +208,7 @@ def efficiency(file: Path, gigabytes: float) -> Iterator[str]:
             [name, f"{clock_s:.1f}", f"{cpu_s:.1f}", f"{starts[name].clock_s:.1f}", f"{starts[name].cpu_s:.1f}"]
         )
     head = ["var over dim 0", "seconds", "CPU seconds", "start, seconds", "start, CPU seconds"]
-    yield f"{len(files)} GB of float32 and masks from the page cache, {ROUNDS} rounds, {len(os.sched_getaffinity(0))} cores\n"
+    yield f"{len(files)} GB of float32 and masks from the page cache, {n_rounds} rounds, {len(os.sched_getaffinity(0))} cores\n"
     yield table(head, rows) + "\n"
     first, second = ways
     whole = median(r[first].clock_s / r[second].clock_s for r in rounds)

@@ -383,9 +383,12 @@ def test_a_temporary_folder_that_is_too_long_for_sockets_is_named(
     place = tmp_path / ("x" * (40 - min(len(str(tmp_path)), 39)))
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))
-    with pytest.raises(
-        SettingsError, match="too long a folder for Ray's sockets; set TMPDIR to one of at most 30 bytes"
-    ), joined(Joining()):
+    with (
+        pytest.raises(
+            SettingsError, match="too long a folder for Ray's sockets; set TMPDIR to one of at most 30 bytes"
+        ),
+        joined(Joining()),
+    ):
         pass
     assert list(place.iterdir()) == []
 
