@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.numpy import save_file
 import maskserve
 from maskserve.batch.job import read_job
 from maskserve.batch.run import plan
-from maskserve.errors import MissingExtraError, SettingsError, WorkerLostError
+from maskserve.errors import ClusterError, MissingExtraError, SettingsError, WorkerLostError
 from maskserve.executors import Limits, Outcome, Stop
 from maskserve.on_ray import cluster as clusters
 from maskserve.on_ray import reduction
@@ -158,6 +159,22 @@ def test_a_node_with_another_version_or_without_the_folder_is_named(ray: Cluster
         executor.__dict__["wanted"] = {**executor.wanted, **wanted}
         with pytest.raises(SettingsError, match=line):
             list(executor.run(executor_tasks.square, range(3)))
+
+
+def test_a_cluster_without_what_a_task_takes_is_given_up_and_a_busy_one_is_told_of(
+    ray: Cluster, tmp_path: Path
+) -> None:
+    with pytest.raises(ClusterError, match="has had no node with a GPU for 0 s, and each task takes 1"):
+        list(Ray(cluster=replace(ray, gpus=1, timeout_s=0.0)).run(executor_tasks.square, [3]))
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        (tmp_path / "go").touch()
+
+    executor = Ray(cluster=replace(ray, timeout_s=0.0), tell=tell)
+    assert results(executor.run(ray_tasks.Held(str(tmp_path)), [3])) == [9]
+    assert [line.partition(" has ")[2] for line in told] == ["run no task for 0 s: is it busy? waiting for room"]
 
 
 def test_a_node_without_maskserve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,10 +327,16 @@ def test_an_input_that_kills_each_worker_fails_alone(
     assert 2 <= len(told) <= 3
 
 
+def homes_of(ray: Cluster, refs: list[Any]) -> list[str]:
+    """The nodes that hold objects, as far as they have said so."""
+    places = ray.ray.experimental.get_object_locations(refs).values()
+    return [next(iter(found["node_ids"])) for found in places if found["node_ids"]]
+
+
 def test_results_that_are_lost_with_their_node_are_named(ray_nodes: Nodes, ray: Cluster) -> None:
     made = list(Ray(cluster=ray, stays=True).run(ray_tasks.large, range(2)))
     refs = [outcome.result.ref for outcome in made if outcome.result is not None]
-    homes = [next(iter(found["node_ids"])) for found in ray.ray.experimental.get_object_locations(refs).values()]
+    homes = until(lambda: len(found := homes_of(ray, refs)) == len(refs) and found)
     node = next(n for n in ray_nodes.cluster.worker_nodes if n.node_id == homes[0])
     ray_nodes.kill(node.all_processes["raylet"][0].process.pid)
     (outcome,) = Ray(cluster=ray, objects=lambda task: refs).run(ray_tasks.total, [0])

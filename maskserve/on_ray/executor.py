@@ -106,7 +106,7 @@ class Crew(Generic[T]):
         self._remotes: dict[int, Any] = {}
         self._most = self._cluster.workers * (AHEAD if self._cluster.is_wide else 1)
         self._heard_s = time.monotonic()
-        self._is_heard = False
+        self._has_run = self._is_told = False
 
     def outcomes(self) -> Generator[Outcome[T, Any], None, None]:
         """An outcome for each task of the queue; at the end none is left on the cluster."""
@@ -159,7 +159,7 @@ class Crew(Generic[T]):
         except self._ray.exceptions.RayError as error:
             yield from self._buried(flight, error)
             return
-        self._is_heard = True
+        self._heard_s, self._has_run = time.monotonic(), True
         for line in lines:
             self._executor.tell(line.removeprefix("maskserve: "))
         if word == "unfit":
@@ -208,23 +208,22 @@ class Crew(Generic[T]):
         return frozenset(i for i, ref in enumerate(flight.objects) if ref.hex() == named)
 
     def _check_heard(self) -> None:
-        """Says, and in the end raises, that no task has ended since the start: the cluster may have no room for any."""
+        """Raises where no task has ended for long and no node could run one; says, once, where nodes are busy with other work."""
         waited_s = time.monotonic() - self._heard_s
-        if self._is_heard or not self._flights or waited_s < self._cluster.timeout_s:
+        if not self._flights or waited_s < self._cluster.timeout_s:
             return
-        self._is_heard = True
-        free, has = self._ray.available_resources(), self._ray.cluster_resources()
-        asked = {"CPU": 1, "GPU": self._cluster.gpus}
+        self._heard_s = time.monotonic()
+        has, asked = self._ray.cluster_resources(), {"CPU": 1, "GPU": self._cluster.gpus}
         for name, n in asked.items():
             if has.get(name, 0) < n:
                 raise ClusterError(
                     f"{self._cluster.where} has had no node with a {name} for {waited_s:.0f} s, and each task takes {n}; "
                     "add one, or leave --device out"
                 )
-        if all(free.get(name, 0) < n for name, n in asked.items() if n):
-            self._executor.tell(
-                f"{self._cluster.where} has been busy with other work for {waited_s:.0f} s; waiting for room"
-            )
+        if self._has_run or self._is_told:
+            return
+        self._is_told = True
+        self._executor.tell(f"{self._cluster.where} has run no task for {waited_s:.0f} s: is it busy? waiting for room")
 
     def _cancel(self) -> None:
         """Ends what still runs, and waits until it is gone: what it has written is swept after that."""
