@@ -35,7 +35,7 @@ from maskserve.processes import Processes
 TASKS, STATES, WORKERS = 2000, 10_000, 2
 ROUNDS = 3
 SIMULATED = (1, 2, 10, 100, 300, 1000)
-SHARDS_A_WORKER = 4
+SHARDS_A_WORKER, SHARD_GB = 4, (1, 4)
 
 
 class Costs(NamedTuple):
@@ -44,7 +44,7 @@ class Costs(NamedTuple):
     task_s: float
     """Of the driver, for a task."""
     lift_s: float
-    """Of a worker, for a shard of GIBIBYTES."""
+    """Of a worker, for a shard of 1 GB."""
     join_s: float
     """Of a worker, for MOST_FAN_IN states."""
 
@@ -282,17 +282,20 @@ def simulated_s(costs: Costs, workers: int, shards: int) -> float:
 
 
 def simulation(costs: Costs) -> Iterator[str]:
-    """A gigabyte a shard, four shards a worker: as much data as there are workers for."""
+    """Shards of some sizes, four for each worker: as much data as there are workers for."""
     yield (
         f"simulated from {1e3 * costs.task_s:.2f} ms a task at the driver, {costs.lift_s:.2f} s a shard of 1 GB, "
         f"{costs.join_s:.3f} s a join of {MOST_FAN_IN} states (at least {LEAST_FAN_IN} where they are large)\n"
     )
     rows = []
     for workers in SIMULATED:
-        shards = SHARDS_A_WORKER * workers
-        whole_s, alone_s = simulated_s(costs, workers, shards), SHARDS_A_WORKER * costs.lift_s
-        rows.append([f"{workers:,}", f"{shards:,} GB", f"{whole_s:.2f}", f"{alone_s / whole_s:.0%}"])
-    yield table(["workers", "data", "seconds", "efficiency"], rows)
+        row, shards = [f"{workers:,}"], SHARDS_A_WORKER * workers
+        for size in SHARD_GB:
+            scaled = costs._replace(lift_s=size * costs.lift_s)
+            whole_s, alone_s = simulated_s(scaled, workers, shards), SHARDS_A_WORKER * scaled.lift_s
+            row += [f"{size * shards:,} GB", f"{whole_s:.1f}", f"{alone_s / whole_s:.0%}"]
+        rows.append(row)
+    yield table(["workers", *("data", "seconds", "efficiency") * len(SHARD_GB)], rows)
 
 
 if __name__ == "__main__":
