@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from maskserve.answers import Answer
 from maskserve.cgroup import cpus
@@ -23,6 +23,9 @@ from maskserve.places import state_of
 from maskserve.processes import Processes
 from maskserve.shards import Shard
 from maskserve.temporary import room_for
+
+if TYPE_CHECKING:
+    from maskserve.states import State
 
 HELD_SHARE = 4
 """The part of a worker's memory up to which its state is sent, and held by its parent."""
@@ -54,6 +57,19 @@ def lift(share: Share) -> Lifted:
     """The state of a shard, in a worker; one that is large goes by way of a file."""
     from functools import partial
 
+    with lifting(share) as state:
+        if state.n_bytes <= share.memory // HELD_SHARE:
+            return state.to_bytes()
+        with room_for(state.n_bytes):
+            in_its_file(share, partial(state.write, memory=share.memory))
+        return None
+
+
+@contextmanager
+def lifting(share: Share) -> Iterator[State]:
+    """The state of a shard, while what it is read from is open."""
+    from functools import partial
+
     from maskserve import requests, states
     from maskserve.joining import question
     from maskserve.opening import open_any
@@ -61,12 +77,7 @@ def lift(share: Share) -> Lifted:
     request = requests.build(share.verb, share.words)
     read = partial(open_any, limits=share.limits)
     with question(request, share.paths, read, requests.parse_along(share.along)) as asked:
-        state = states.lift(request, asked.payload, asked.others, share.shard, share.memory)
-        if state.n_bytes <= share.memory // HELD_SHARE:
-            return state.to_bytes()
-        with room_for(state.n_bytes):
-            in_its_file(share, partial(state.write, memory=share.memory))
-        return None
+        yield states.lift(request, asked.payload, asked.others, share.shard, share.memory)
 
 
 def in_its_file(share: Share, write: Callable[[int, str], int]) -> None:
@@ -103,6 +114,12 @@ def states_of(paths: Sequence[str]) -> list[object]:
         raise InputChangedError(f"{shown(str(error.filename))} is no longer there: {error.strerror}") from None
 
 
+def refuse_changed(paths: Sequence[str], before: list[object]) -> None:
+    """Raise where a file is not what it was: each process has read one version of it, but perhaps not the same one."""
+    if states_of(paths) != before:
+        raise InputChangedError("a file changed while processes read it; run again once it is written")
+
+
 def reduce(
     verb: str, words: Mapping[str, Any], paths: Sequence[str], along: str | None, *, workers: int, limits: Limits, memory: int,
     tell: Callable[[str], None],
@@ -129,6 +146,5 @@ def reduce(
                 raise outcome.error
             read = states.read(opened(outcome.result, files[outcome.index]))
             found.append((f"shard {outcome.task.shard}", read))
-    if states_of(paths) != before:  # each has read one version of a file, but perhaps not the same one
-        raise InputChangedError("a file changed while processes read it; run again once it is written")
+    refuse_changed(paths, before)
     return states.merge(found).answer(memory)

@@ -37,6 +37,7 @@
     ├── SettingsError (ValueError)         bad_setting
     ├── MissingExtraError (ImportError)    extra_not_installed
     ├── WorkerLostError (RuntimeError)     worker_lost
+    ├── ClusterError (RuntimeError)        cluster_unavailable
     └── OutOfMemoryError (MemoryError)     out_of_memory
 
 The command line maps classes to exit codes and the service to HTTP status, each in one table of its own.
@@ -285,6 +286,12 @@ class WorkerLostError(MaskserveError, RuntimeError):
     """The processes that computed it died, again and again: give it more memory, or look at what the message names."""
 
     code = "worker_lost"
+
+
+class ClusterError(MaskserveError, RuntimeError):
+    """The Ray cluster does not answer, or has not what the tasks need: the message says what to look at; try again later."""
+
+    code = "cluster_unavailable"
 
 
 class OutOfMemoryError(MaskserveError, MemoryError):

@@ -20,6 +20,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from maskserve.cgroup import UNLIMITED, cpus, default_memory
 
+LOCAL, RAY = ENGINES = ("local", "ray")
+"""Who runs the tasks of a command: this machine, or a Ray cluster."""
 T = TypeVar("T")
 R = TypeVar("R")
 POLL_S = 0.1

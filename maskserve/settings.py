@@ -237,6 +237,11 @@ ROWS = (
         name="memory", default=0, parse=memory,
         help="bytes that a command, or all running jobs of serve, hold of their data; 0: half of what is granted",
     ),
+    Row(
+        name="ray_address", default="", parse=file,
+        help="the Ray cluster that --engine ray joins: HOST:PORT or auto; empty: $RAY_ADDRESS, else one is started",
+    ),
+    Row(name="ray_timeout", default=60, help="seconds that a Ray cluster has to start, or to run a first task", parse=period),
     Row(name="header_bytes", default="1MiB", help="largest payload header that is read", parse=size),
     Row(name="max_tensors", default=1024, help="most tensors in a payload that is read", parse=whole),
     Row(name="json_bytes", default="16MiB", help="largest JSON payload that is read", parse=size),

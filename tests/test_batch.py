@@ -49,7 +49,7 @@ def job_fixture(folder: Path) -> Path:
         (("workers = 2", "worker = 2"), 78, "'worker' is not a key of [run], which has workers, engine, memory, retries, "
          "max_errors, summary; did you mean workers?"),
         (("workers = 2", "workers = -2"), 78, "run.workers is -2; it must be a whole number, 0 or more"),
-        (("workers = 2", 'engine = "ray"'), 78, "this version has no engine for Ray clusters"),
+        (("workers = 2", 'engine = "spark"'), 78, "run.engine is 'spark'; it must be one of local, ray"),
         (("workers = 2", 'memory = "2 XB"'), 78, "run.memory is '2 XB'; it must be a size of 64MB or more"),
         (('to = "out"', ""), 78, "output.to is missing: the folder for outputs"),
         (('to = "out"', 'to = "out"\nexists = "skip"'), 78, "output.exists is 'skip'; it must be one of resume, replace, error"),

@@ -58,6 +58,7 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.SettingsError: 500,
         errors.MissingExtraError: 500,
         errors.WorkerLostError: 500,
+        errors.ClusterError: 500,  # the service computes by itself
         errors.OutOfMemoryError: 503,
         service.ServiceError: 500,
         service.InternalError: 500,

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from maskserve import requests
+from maskserve.executors import RAY
 from maskserve.joining import Question, question
 from maskserve.payload.joined import JoinedPayload
 from maskserve.requests import Request
@@ -36,6 +37,12 @@ class Asked:
     shard: str | None = None
     state: str | None = None
     workers: int | None = None
+    engine: str | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether processes or tasks each do a part."""
+        return self.workers is not None or self.engine == RAY
 
 
 def title_of(paths: Sequence[str]) -> str:

@@ -15,6 +15,8 @@ import typer
 
 from maskserve.batch.job import read_job
 from maskserve.batch.run import BYTES_A_SECOND, FILE_S, START_S, Outlook, Plan, Runner, Summary, plan
+from maskserve.executors import RAY
+from maskserve.on_ray.cluster import Joining
 from maskserve.payload.header import shown
 from maskserve.shards import WHOLE, parse_shard
 from maskserve_cli import exits, outputs
@@ -34,6 +36,7 @@ SET = typer.Option(
 SHARD = typer.Option(
     "--shard", metavar="i/N", help="every N-th input, from i = 0; auto/N: i from the scheduler's variable"
 )
+ENGINE = typer.Option("--engine", metavar="local|ray", help="the same as --set run.engine=...")
 WORKERS = typer.Option("--workers", metavar="N", help="the same as --set run.workers=N")
 FAIL_FAST = typer.Option("--fail-fast", help="stop at the first input that fails", show_default=False)
 DRY_RUN = typer.Option(
@@ -46,6 +49,7 @@ def batch(
     changes: Annotated[list[str] | None, SET] = None,
     shard: Annotated[str | None, SHARD] = None,
     workers: Annotated[str | None, WORKERS] = None,
+    engine: Annotated[str | None, ENGINE] = None,
     fail_fast: Annotated[bool, FAIL_FAST] = False,
     dry_run: Annotated[bool, DRY_RUN] = False,
     as_json: AsJson = False,
@@ -54,14 +58,17 @@ def batch(
     settings = settings_of(config)
     said = [*(changes or [])]
     said += [] if workers is None else [f"run.workers={workers}"]
+    said += [] if engine is None else [f"run.engine={engine}"]
     said += ["run.max_errors=0"] if fail_fast else []
     part = WHOLE if shard is None else parse_shard(shard)
     planned = plan(read_job(job_file, said), part, say)
+    joining = Joining(address=settings["ray_address"], timeout_s=settings["ray_timeout"])
     if dry_run:
         outlook = planned.outlook()
-        outputs.write_text([json.dumps(asdict(outlook))] if as_json else lines(outlook))
+        who = f"tasks of {joining}" if outlook.engine == RAY else "processes of this machine"
+        outputs.write_text([json.dumps(asdict(outlook))] if as_json else lines(outlook, who))
         return
-    runner = Runner(exit_of=code_of, tell=say, device=settings["device"], limits=limits_of(settings))
+    runner = Runner(exit_of=code_of, tell=say, device=settings["device"], limits=limits_of(settings), joining=joining)
     with graceful(runner), progress("batch", len(planned.to_do), "files") as runner.tick:
         summary = runner.run(planned)
     if as_json:
@@ -91,13 +98,14 @@ def graceful(runner: Runner) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def lines(outlook: Outlook) -> Iterator[str]:
+def lines(outlook: Outlook, who: str) -> Iterator[str]:
     """What a run would do, for people."""
     yield f"inputs   {outlook.inputs}, {bytes_text(outlook.bytes)}"
     yield f"done     {outlook.done}"
     yield f"to do    {outlook.to_do}, {bytes_text(outlook.bytes_to_do)}"
     first = "" if outlook.first_output is None else f", the first as {shown(outlook.first_output)}"
     yield f"outputs  to {shown(outlook.to)}{first}"
+    yield f"engine   {outlook.engine}: {who}"
     if outlook.to_do:
         each = (
             f"{START_S:g} s to start, {1 / FILE_S:,.0f} files and {bytes_text(int(BYTES_A_SECOND))} a second and worker"

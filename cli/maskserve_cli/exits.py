@@ -66,6 +66,7 @@ BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.SettingsError: BAD_CONFIGURATION,
         errors.MissingExtraError: BAD_CONFIGURATION,  # not 69: trying again installs nothing
         errors.WorkerLostError: INTERNAL,  # not 75: it has been tried again by then
+        errors.ClusterError: UNAVAILABLE,
         errors.OutOfMemoryError: TRY_AGAIN,
     }
 )

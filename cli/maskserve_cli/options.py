@@ -45,5 +45,10 @@ SHARD = shard_option(
 )
 STATE = shard_option("--state", "OUT", "write what maskserve merge makes the answer of, in place of the answer")
 WORKERS = shard_option(
-    "--workers", "N", "processes that reduce a part each; 0: one a CPU; default: threads of this process"
+    "--workers",
+    "N",
+    "processes that reduce a part each; 0: one a CPU; default: threads of this process, or all CPUs with ray",
+)
+ENGINE = shard_option(
+    "--engine", "local|ray", "who reduces the parts: this machine (default), or a Ray cluster, joined or started"
 )

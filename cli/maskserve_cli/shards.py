@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
+from maskserve.cgroup import cpus
 from maskserve.errors import ParameterError, about
+from maskserve.executors import ENGINES, RAY
 from maskserve.payload.shelf import Shelf
 from maskserve.shards import WHOLE, parse_shard
 from maskserve_cli import inputs, outputs
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from maskserve.answers import Answer
+    from maskserve.on_ray.cluster import Joining
     from maskserve.requests import Request
     from maskserve.settings import Settings
     from maskserve.steps import Step
@@ -52,8 +57,9 @@ def state_path(asked: Asked) -> str:
         raise ParameterError(
             "--state writes a state, and no answer: leave -o, --format, --json and --dry-run out", parameter="state"
         )
-    if asked.workers is not None:
-        raise ParameterError("--workers goes with an answer, not with --state; leave one out", parameter="workers")
+    if asked.is_shared:
+        word = "--engine ray" if asked.engine == RAY else "--workers"
+        raise ParameterError(f"{word} goes with an answer, not with --state; leave one out", parameter="workers")
     return asked.state
 
 
@@ -61,7 +67,8 @@ def refuse_streams(paths: Sequence[str]) -> None:
     """Raise where processes cannot each open what is read."""
     if any(path == inputs.STDIN or inputs.is_stream(path) for path in paths):
         raise ParameterError(
-            "--workers reads files, which each process opens; stdin cannot be shared", parameter="workers"
+            "--workers and --engine ray read files, which each process opens; stdin cannot be shared",
+            parameter="workers",
         )
 
 
@@ -81,16 +88,66 @@ def memory_to_hold(steps: Sequence[Step], memory: int, beside: Sequence[int]) ->
     return None if least == memory else least
 
 
-def by_workers(asked: Asked, request: Request, settings: Settings) -> Answer:
-    """The answer, its parts reduced in processes."""
-    from maskserve.crews import reduce
+def check_engine(asked: Asked) -> None:
+    """Raise where the engine is none."""
+    if asked.engine not in (None, *ENGINES):
+        raise ParameterError(
+            f"--engine is {asked.engine[:40]!r}; give one of {', '.join(ENGINES)}", parameter="engine", allowed=ENGINES
+        )
 
+
+def joining_of(settings: Settings) -> Joining:
+    """The Ray cluster that the settings name."""
+    from maskserve.on_ray.cluster import Joining
+
+    return Joining(address=settings["ray_address"], timeout_s=settings["ray_timeout"])
+
+
+def check_cluster(asked: Asked, settings: Settings) -> None:
+    """Raise, before a cluster is asked, where its address or the device cannot be."""
+    from maskserve.on_ray.cluster import gpus_of
+
+    joining_of(settings).resolved()
+    gpus_of(settings["device"])
+
+
+def who(asked: Asked, settings: Settings) -> str | None:
+    """Who does the parts, for a dry run; None where this process does all."""
+    if not asked.is_shared:
+        return None
+    if asked.engine != RAY:
+        return f"{asked.workers or cpus()} processes"
+    at_once = f", {asked.workers} at once," if asked.workers else ""
+    return f"tasks of {joining_of(settings)}{at_once}"
+
+
+@contextmanager
+def by_workers(asked: Asked, request: Request, settings: Settings, n_bytes: int) -> Iterator[Answer]:
+    """The answer, its parts reduced in processes or by a cluster; of so many bytes."""
     paths = some_files(asked.verb, asked.files)
     words = {**asked.words, "device": settings["device"]}
-    return reduce(
-        request.verb, words, paths, asked.along, workers=asked.workers or 0, limits=inputs.limits_of(settings),
-        memory=inputs.memory_of(settings), tell=say,
-    )  # fmt: skip
+    limits, workers = inputs.limits_of(settings), asked.workers or 0
+    if asked.engine == RAY:
+        from maskserve.on_ray.reduction import reduced
+
+        with reduced(
+            request.verb, words, paths, asked.along, joining=joining_of(settings), workers=workers, limits=limits,
+            memory=settings["memory"], n_bytes=n_bytes, tell=say,
+        ) as answer:  # fmt: skip
+            yield answer
+        return
+    from maskserve.crews import reduce
+
+    yield reduce(
+        request.verb,
+        words,
+        paths,
+        asked.along,
+        workers=workers,
+        limits=limits,
+        memory=inputs.memory_of(settings),
+        tell=say,
+    )
 
 
 # -- merge --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from maskserve_cli.command import AsJson, Config, Files
 from maskserve_cli.options import (
     ALONG,
     DRY_RUN,
+    ENGINE,
     EXISTS,
     EXPLAIN,
     FORCE,
@@ -115,6 +116,7 @@ SHARD_OPTIONS = (
     option("shard", Annotated[str | None, SHARD]),
     option("state", Annotated[str | None, STATE]),
     option("workers", Annotated[int | None, WORKERS]),
+    option("engine", Annotated[str | None, ENGINE]),
 )
 OUTPUT_OPTIONS = (
     option("out", Annotated[str | None, OUT]),

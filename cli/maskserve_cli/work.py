@@ -10,8 +10,8 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from maskserve import requests
-from maskserve.cgroup import cpus
 from maskserve.errors import about
+from maskserve.executors import LOCAL, RAY
 from maskserve.ops import default
 from maskserve.payload.format import Payload
 from maskserve.requests import Request
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 def perform(asked: Asked) -> None:
     """Runs what was asked, or says what would be run."""
     settings = settings_of(asked.config, {"device": asked.words.get("device"), "memory": asked.memory})
+    shards.check_engine(asked)
     request = requests.build(asked.verb, {**asked.words, "device": settings["device"]})
     paths = some_files(asked.verb, asked.files)
     if asked.shard is not None or asked.state is not None:
         shards.write_state(asked, request, paths, settings)
         return
-    if asked.workers is not None:
+    if asked.is_shared:
         shards.refuse_streams(paths)
     if asked.wanted.out not in (None, outputs.STDOUT):
         outputs.target(asked.wanted, None)  # what cannot be written is an error before stdin is waited for
@@ -58,13 +59,15 @@ def act(asked: Asked, request: Request, payload: Payload, others: Payloads, targ
         from maskserve.crews import checked
 
         checked(asked.workers)
+    if asked.engine == RAY:
+        shards.check_cluster(asked, settings)
     if target.skip and not asked.dry_run:
         render.say_skipped(str(target.path))
         return
     explain = explainer(request, payload, others, target) if asked.explain else unexplained
     if asked.dry_run:
         explain(None)
-        dry_run(asked, request, payload, others, target, inputs.memory_of(settings))
+        dry_run(asked, request, payload, others, target, settings)
         return
     refuse(asked, request, payload, others, target, inputs.memory_of(settings))
     with answered(asked, request, payload, others, settings) as answer:
@@ -106,11 +109,12 @@ def answered(
     """The answer, on the threads that the settings give; what does not fit into memory is computed while it is written."""
     from maskserve import answers, execution
 
-    if asked.workers is not None:
-        answer = shards.by_workers(asked, request, settings)
-        for source in (payload, *others.values()):
-            source.refuse_changed()  # a worker compares what it read with what it opened, which may have been later
-        yield answer
+    if asked.is_shared:
+        n_bytes = answers.bytes_to_read(request, payload, others, memory=inputs.memory_of(settings))
+        with shards.by_workers(asked, request, settings, n_bytes) as answer:
+            for source in (payload, *others.values()):
+                source.refuse_changed()  # a worker compares what it read with what it opened, which may have been later
+            yield answer
         return
     collect_again()
     memory = inputs.memory_of(settings)
@@ -174,14 +178,21 @@ def outlook(step: Step, memory: int) -> Outlook:
     )
 
 
-def dry_run(asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, memory: int) -> None:
+def dry_run(
+    asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, settings: Settings
+) -> None:  # fmt: skip
     """Says what would be read, computed and written; what the run would refuse is refused here in the same words."""
     from maskserve import answers
 
+    memory, who = inputs.memory_of(settings), shards.who(asked, settings)
     steps = answers.explain(request, payload, others)
     looks = [outlook(step, room) for step, room in answers.rooms(steps, memory)]
     is_json = target.form is Form.JSON and target.path is None
-    outputs.write_text([as_json(request, looks, target)] if is_json else lines(asked, request, looks, target, memory))
+    outputs.write_text(
+        [as_json(request, looks, target, asked.engine or LOCAL)]
+        if is_json
+        else lines(request, looks, target, memory, who)
+    )
     refuse(asked, request, payload, others, target, memory)
 
 
@@ -192,7 +203,7 @@ def refuse(asked: Asked, request: Request, payload: Payload, others: Payloads, t
 
     steps = answers.explain(request, payload, others)
     beside = [] if asked.listing is not None else answers.bytes_beside(request, payload, others)
-    if asked.workers is not None:
+    if asked.is_shared:
         shards.refuse_unmergeable(steps)
         render.refuse_text(steps, target, shards.memory_to_hold(steps, memory, beside), is_report=False)
         return
@@ -201,8 +212,8 @@ def refuse(asked: Asked, request: Request, payload: Payload, others: Payloads, t
     render.refuse_text(steps, target, enough, is_report=asked.listing is not None)
 
 
-def lines(asked: Asked, request: Request, looks: list[Outlook], target: Target, memory: int) -> Iterator[str]:
-    """A dry run for people."""
+def lines(request: Request, looks: list[Outlook], target: Target, memory: int, who: str | None) -> Iterator[str]:
+    """A dry run for people; `who` does the parts, where others than this process do."""
     from maskserve_cli.table import columns
 
     yield words_of(request)
@@ -212,9 +223,9 @@ def lines(asked: Asked, request: Request, looks: list[Outlook], target: Target, 
     kept = " (it exists and would be skipped)" if target.skip else ""
     sizes = f"would read {bytes_text(n_read)} and write {bytes_text(n_written)} of cells and masks"
     yield f"{sizes} to {where} as {target.form}{kept}"
-    if asked.workers is not None:
-        yield f"{asked.workers or cpus()} processes would each read a part, once"
-    for look in looks if asked.workers is None else ():
+    if who is not None:
+        yield f"{who} would each read a part, once"
+    for look in looks if who is None else ():
         if look.streamed:
             yield f"{look.name} is larger than --memory {bytes_text(memory)}: would be read in parts, {often(look.passes)}"
     n_held = sum(look.bytes_held for look in looks if not look.streamed)
@@ -249,8 +260,13 @@ def spelled(value: Any) -> str:
     return " " + quote(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
-def as_json(request: Request, looks: list[Outlook], target: Target) -> str:
+def as_json(request: Request, looks: list[Outlook], target: Target, engine: str) -> str:
     from dataclasses import asdict
 
-    record = {"request": request.canonical(), "variables": [asdict(look) for look in looks], "out": target.path}
+    record = {
+        "request": request.canonical(),
+        "variables": [asdict(look) for look in looks],
+        "out": target.path,
+        "engine": engine,
+    }
     return json.dumps(record, ensure_ascii=False)

@@ -15,6 +15,7 @@ from typing import Any
 from maskserve.batch.conversion import CONVERT, conversion_words
 from maskserve.cgroup import cpus, default_memory
 from maskserve.errors import RequestError, SettingsError, nearest
+from maskserve.executors import ENGINES, LOCAL
 from maskserve.ops import verbs
 from maskserve.settings import memory, one_of, whole, word
 from maskserve.version import ORDER_VERSION, version
@@ -64,12 +65,6 @@ def the_version(given: object) -> int:
     return VERSION
 
 
-def local(given: object) -> str:
-    if given == "ray":
-        raise ValueError("local: this version has no engine for Ray clusters; --shard i/N spreads a job over machines")
-    return one_of("local")(given)
-
-
 KEYS = (
     Key(section="", name="version", help=f"{VERSION}, the version of the job file's form", parse=the_version),
     Key(section="input", name="paths", default=(), help="files, folders that end in /, and patterns with * ? [ ] and ** "
@@ -81,9 +76,11 @@ KEYS = (
         "path) and {index:06d} (its place among all inputs)"),
     Key(section="output", name="exists", default="resume", parse=one_of("resume", "replace", "error"),
         help="resume: do what is missing; replace: do all again; error: stop where an output stands"),
-    Key(section="run", name="workers", default=0, help="processes that compute; 0: the CPUs that the cgroup grants", parse=whole),
-    Key(section="run", name="engine", default="local", help="local", parse=local),
-    Key(section="run", name="memory", default=None, shown="half of what the cgroup grants",
+    Key(section="run", name="workers", default=0, parse=whole,
+        help="processes that compute; 0: the CPUs that the cgroup grants, with ray those of the cluster"),
+    Key(section="run", name="engine", default=LOCAL, parse=one_of(*ENGINES),
+        help="local: processes of this machine; ray: tasks of a Ray cluster (ray.md)"),
+    Key(section="run", name="memory", default=None, shown="half of what the cgroup, or the cluster, grants",
         help="bytes that all workers together may hold, as 2GiB; at least 64MB for each of them", parse=memory),
     Key(section="run", name="retries", default=2, help="how often what may pass (exits 69, 74, 75) is tried again", parse=whole),
     Key(section="run", name="max_errors", default=-1, parse=limit,
@@ -109,7 +106,10 @@ class Job:
     name: str
     exists: str
     workers: int
-    memory: int
+    """0: as many as the cluster has CPUs, which is known once it is joined."""
+    engine: str
+    memory: int | None
+    """None: what the cluster grants."""
     retries: int
     max_errors: int
     summary: str
@@ -178,9 +178,10 @@ def checked(given: Mapping[str, Any], path: str) -> Job:
     words, request = request_of(verb, asked, path)
     if verb == CONVERT:
         request = {**request, "to": os.path.splitext(values["name"])[1]}
-    del values["version"], values["engine"]
-    values["workers"] = values["workers"] or cpus()
-    values["memory"] = values["memory"] or default_memory()
+    del values["version"]
+    if values["engine"] == LOCAL:
+        values["workers"] = values["workers"] or cpus()
+        values["memory"] = values["memory"] or default_memory()
     return Job(verb=verb, words=words, request=request, **values)
 
 

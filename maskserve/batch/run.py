@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 
-from maskserve.batch import ledger, outputs
+from maskserve.batch import engines, ledger, outputs
 from maskserve.batch.inputs import Version, find, versions_of
 from maskserve.batch.job import Job
 from maskserve.batch.ledger import AnyPart, Failure
 from maskserve.batch.work import Block, Item, Report, Work, failure
+from maskserve.cgroup import cpus
 from maskserve.executors import Executor, Limits, Outcome, Stop
+from maskserve.on_ray.cluster import Joining
 from maskserve.payload.files import _sync_folder, failing, save, temps_of
 from maskserve.payload.header import Limits as HeaderLimits
 from maskserve.payload.header import shown
 from maskserve.payload.writing import Encoded
-from maskserve.processes import Processes
 from maskserve.settings import LEAST_MEMORY
 from maskserve.shards import WHOLE, Shard
 from maskserve.stores.addresses import is_address
@@ -67,6 +68,7 @@ class Outlook:
     to: str
     first_output: str | None
     workers: int
+    engine: str
     seconds: float
     """An estimate: START_S, and for each input FILE_S and its bytes at BYTES_A_SECOND, shared by the workers."""
 
@@ -101,12 +103,12 @@ class Plan:
     def outlook(self) -> Outlook:
         n_bytes = sum(version.n_bytes for version in self.versions.values() if version)
         to_do = sum(map(self.n_bytes, self.to_do))
-        workers = max(1, min(self.job.workers, len(self.to_do)))
+        workers = max(1, min(self.job.workers or cpus(), len(self.to_do)))
         work_s = (len(self.to_do) * FILE_S + to_do / BYTES_A_SECOND) / workers
         return Outlook(
             inputs=self.inputs, bytes=n_bytes, to_do=len(self.to_do), bytes_to_do=to_do,
             done=self.inputs - len(self.to_do), to=self.job.to, first_output=self.to_do[0].output if self.to_do else None,
-            workers=workers, seconds=round(START_S + work_s, 1) if self.to_do else 0.0,
+            workers=workers, engine=self.job.engine, seconds=round(START_S + work_s, 1) if self.to_do else 0.0,
         )  # fmt: skip
 
 
@@ -166,6 +168,8 @@ class Runner:
     stop_exit: int = 143
     """The exit code of a run that `stop` ended."""
     device: str = "auto"
+    joining: Joining = field(default_factory=Joining)
+    """The cluster of jobs whose engine is ray."""
     limits: HeaderLimits = field(default_factory=HeaderLimits)
 
     def run(self, plan: Plan) -> Summary:
@@ -195,16 +199,17 @@ class Runner:
             if n_swept:
                 self.tell(f"removed {n_swept} temporary files that a killed run had left")
             try:
-                self.passes(plan, part, progress)
+                with engines.opened(plan.job, self.device, self.joining, self.tell) as (executor, job):
+                    self.passes(replace(plan, job=job), part, progress, executor)
             finally:  # of workers that were killed, by whomever: none runs any more
                 ledger.sweep_run(part.run, places(plan))
 
-    def passes(self, plan: Plan, part: AnyPart, progress: Progress) -> None:
+    def passes(self, plan: Plan, part: AnyPart, progress: Progress, executor: Executor) -> None:
         left = plan.to_do
         for n_before in range(plan.job.retries + 1):
             if n_before:
                 self.wait(FIRST_WAIT_S * 2 ** (n_before - 1))
-            again = self.one_pass(plan, part, left, progress, is_last=n_before == plan.job.retries)
+            again = self.one_pass(plan, part, left, progress, executor, is_last=n_before == plan.job.retries)
             if not again or self.stop.is_asked or self.is_enough(plan, progress):
                 break
             left = again
@@ -218,16 +223,16 @@ class Runner:
         return 0 <= plan.job.max_errors < len(progress.failed)
 
     def one_pass(
-        self, plan: Plan, part: AnyPart, items: Sequence[Item], progress: Progress, *, is_last: bool
+        self, plan: Plan, part: AnyPart, items: Sequence[Item], progress: Progress, executor: Executor, *, is_last: bool
     ) -> tuple[Item, ...]:
         """The items to try again: what failed and may pass, and what was not begun since nothing could be written."""
         left = {item.uri: item for item in items}
         again: list[Item] = []
         stop = Stop(self.stop)
         unwritable: Failure | None = None
-        flight = Limits(memory=plan.job.memory, weigh=lambda block: block.n_bytes, stop=stop)
+        flight = Limits(memory=memory_of(plan.job), weigh=lambda block: block.n_bytes, stop=stop)
         # closed, whatever happens: workers end before what they have left is swept
-        with closing(self.executor(plan).run(self.function(plan, part), blocks(plan, items), flight)) as outcomes:
+        with closing(executor.run(self.function(plan, part), blocks(plan, items), flight)) as outcomes:
             for report in map(self.reported, outcomes):
                 part.add(report.done)
                 final = []
@@ -250,13 +255,10 @@ class Runner:
             progress.unwritable = unwritable
         return (*again, *left.values()) if again else ()
 
-    def executor(self, plan: Plan) -> Executor:
-        return Processes(workers=plan.job.workers, retries=plan.job.retries, split=Block.split, tell=self.tell)
-
     def function(self, plan: Plan, part: AnyPart) -> Work:
         job = plan.job
         return Work(
-            verb=job.verb, words=job.words, device=self.device, limits=self.limits, memory=share_of(job),
+            verb=job.verb, words=job.words, device=engines.device_of(job, self.device), limits=self.limits, memory=share_of(job),
             request_sha256=job.request_sha256, version=job.numeric_version, run=part.run,
             stops_at_error=job.max_errors == 0, exit_of=self.exit_of,
         )  # fmt: skip
@@ -272,7 +274,12 @@ class Runner:
 
 def share_of(job: Job) -> int:
     """The bytes that each worker may hold: what is larger is read, and written, in parts."""
-    return max(job.memory // max(job.workers, 1), LEAST_MEMORY)
+    return max(memory_of(job) // max(job.workers, 1), LEAST_MEMORY)
+
+
+def memory_of(job: Job) -> int:
+    assert job.memory is not None, "known once the engine is there"
+    return job.memory
 
 
 def blocks(plan: Plan, items: Sequence[Item]) -> Iterator[Block]:

@@ -115,7 +115,7 @@ class Work:
         if self.verb != CONVERT:
             import maskserve.answers  # noqa: F401  # here, so that a worker is ready once it can compute
 
-            self.request = requests.build(self.verb, {"device": self.device, **self.words})
+            self.request = requests.build(self.verb, {**self.words, "device": self.device})
         gc.freeze()  # what the imports made stays: the collector would walk all of torch every few hundred files
 
     def __call__(self, block: Block) -> Report:
