@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from maskserve.cgroup import UNLIMITED, cpus, default_memory
+from maskserve.errors import WorkerLostError
 
 LOCAL, RAY = ENGINES = ("local", "ray")
 """Who runs the tasks of a command: this machine, or a Ray cluster."""
@@ -154,6 +155,22 @@ class Queue(Generic[T]):
         """The parts of a task that was taken wait in its place."""
         self.end(job)
         self._back += (Job(index=job.index, task=part, n_bytes=self._limits.weigh(part)) for part in parts)
+
+    def died(self, job: Job[T], how: str, parts: Sequence[T], retries: int) -> Outcome[T, Any] | None:
+        """A task whose worker died: it waits again, in its parts if it has some; what has died too often has failed."""
+        job.deaths += 1
+        if len(parts) > 1:
+            self.split(job, parts)
+        elif job.deaths <= retries:
+            self.give_back(job)
+        else:
+            self.end(job)
+            error = WorkerLostError(
+                f"{job.deaths} worker{'s' if job.deaths > 1 else ''} died on it, the last one {how}; "
+                "it may need more memory than there is, or crash a library"
+            )
+            return Outcome(index=job.index, task=job.task, error=error, attempts=job.deaths)
+        return None
 
     @property
     def is_empty(self) -> bool:

@@ -213,19 +213,9 @@ class Crew(Generic[T]):
         if running is None:
             return
         self._tell(f"worker {worker.process.pid} {how} while it ran {running.task!s:.200}; another one takes its place")
-        running.deaths += 1
-        parts = self._split(running.task)
-        if len(parts) > 1:
-            self._queue.split(running, parts)
-        elif running.deaths <= self._retries:
-            self._queue.give_back(running)
-        else:
-            self._queue.end(running)
-            error = WorkerLostError(
-                f"{running.deaths} worker{'s' if running.deaths > 1 else ''} died on it, the last one {how}; "
-                f"it may need more memory than there is, or crash a library"
-            )
-            yield Outcome(index=running.index, task=running.task, error=error, attempts=running.deaths)
+        failed = self._queue.died(running, how, self._split(running.task), self._retries)
+        if failed is not None:
+            yield failed
 
     def _check_health(self) -> None:
         """Ends workers that stay stopped; a worker that merely takes long is left alone."""

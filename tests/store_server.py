@@ -16,7 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 import obstore
+import pytest
 from obstore.store import S3Store
+
+from maskserve.stores import calls, client
 
 BUCKET = "bucket"
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
@@ -246,3 +249,23 @@ def store() -> Iterator[Stored]:
 
 def environment_with(extra: dict[str, str]) -> dict[str, str]:
     return {**os.environ, **extra}
+
+
+# -- fixtures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", name="running_store")
+def running_fixture() -> Iterator[Stored]:
+    with store() as stored:
+        yield stored
+
+
+@pytest.fixture(name="stored")
+def stored_fixture(running_store: Stored, monkeypatch: pytest.MonkeyPatch) -> Stored:
+    """An empty bucket, which this process's environment leads to; waits between tries are short."""
+    for name, value in running_store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(calls, "FIRST_WAIT_S", 0.001)
+    client._client.cache_clear()
+    running_store.clear()
+    return running_store

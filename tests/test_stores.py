@@ -34,27 +34,10 @@ from maskserve.stores import ahead, calls, client, writing
 from maskserve.stores.addresses import is_address, parse
 from maskserve.stores.objects import ObjectPayload, spans
 from tests.command_line import Maskserve, environment, folder_fixture, maskserve_fixture  # noqa: F401
-from tests.store_server import Fault, Stored, store
+from tests.store_server import Fault, Stored, running_fixture, stored_fixture  # noqa: F401
 
 SIZE = 700_001
 """Cells of the large sample: some parts of ahead, and a rest."""
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Stored]:
-    with store() as stored:
-        yield stored
-
-
-@pytest.fixture
-def stored(running: Stored, monkeypatch: pytest.MonkeyPatch) -> Stored:
-    """An empty bucket, which this process's environment leads to; waits between tries are short."""
-    for name, value in running.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(calls, "FIRST_WAIT_S", 0.001)
-    client._client.cache_clear()
-    running.clear()
-    return running
 
 
 @pytest.fixture(scope="module")

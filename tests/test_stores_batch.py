@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,27 +16,10 @@ from maskserve.batch.ledger import Entry, entries
 from maskserve.batch.run import plan
 from maskserve.errors import OutputExistsError, SettingsError
 from maskserve.shards import WHOLE
-from maskserve.stores import calls, client
 from tests.batch_job import JOB, batch, make_inputs, payload, start
-from tests.store_server import Fault, Stored, store
+from tests.store_server import Fault, Stored, running_fixture, stored_fixture  # noqa: F401
 
 N = 60
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Stored]:
-    with store() as stored:
-        yield stored
-
-
-@pytest.fixture
-def stored(running: Stored, monkeypatch: pytest.MonkeyPatch) -> Stored:
-    for name, value in running.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(calls, "FIRST_WAIT_S", 0.001)
-    client._client.cache_clear()
-    running.clear()
-    return running
 
 
 @pytest.fixture(scope="module")

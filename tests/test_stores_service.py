@@ -11,26 +11,9 @@ import pytest
 
 from maskserve.errors import MissingExtraError, SettingsError
 from maskserve.settings import load
-from maskserve.stores import calls, client
 from maskserve_api.app import create_app
 from tests.http_service import JSON, SAFETENSORS, Running, check_problem, payload, running
-from tests.store_server import Fault, Stored, store
-
-
-@pytest.fixture(scope="module")
-def kept() -> Iterator[Stored]:
-    with store() as stored:
-        yield stored
-
-
-@pytest.fixture
-def stored(kept: Stored, monkeypatch: pytest.MonkeyPatch) -> Stored:
-    for name, value in kept.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(calls, "FIRST_WAIT_S", 0.001)
-    client._client.cache_clear()
-    kept.clear()
-    return kept
+from tests.store_server import Fault, Stored, running_fixture, stored_fixture  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from maskserve.errors import ClusterError, SettingsError, WorkerLostError
+from maskserve.errors import ClusterError, SettingsError
 from maskserve.executors import AHEAD, POLL_S, Job, Limits, Outcome, Queue
 from maskserve.on_ray.cluster import Cluster, strangers
 from maskserve.on_ray.entry import entry
@@ -186,19 +186,9 @@ class Crew(Generic[T]):
             yield Outcome(index=job.index, task=job.task, error=translated(error), attempts=job.deaths + 1)
             return
         self._executor.tell(f"a worker {how} while it ran {job.task!s:.200}; another one takes its place")
-        job.deaths += 1
-        parts = self._executor.split(job.task)
-        if len(parts) > 1:
-            self._queue.split(job, parts)
-        elif job.deaths <= self._executor.retries:
-            self._queue.give_back(job)
-        else:
-            self._queue.end(job)
-            lost_for_good = WorkerLostError(
-                f"{job.deaths} worker{'s' if job.deaths > 1 else ''} died on it, the last one {how}; "
-                f"it may need more memory than there is, or crash a library"
-            )
-            yield Outcome(index=job.index, task=job.task, error=lost_for_good, attempts=job.deaths)
+        failed = self._queue.died(job, how, self._executor.split(job.task), self._executor.retries)
+        if failed is not None:
+            yield failed
 
     def _lost_objects(self, flight: Flight[T], error: Exception) -> frozenset[int]:
         """The places of the objects that the task was given and that are gone."""
