@@ -491,9 +491,13 @@ def taken_coo(tensor: Tensor) -> tuple[Pattern, Tensor]:
     return from_coo(indices, values, shape)
 
 
-def from_coo(indices: Tensor, values: Tensor, shape: torch.Size) -> tuple[Pattern, Tensor]:
-    """(pattern, values) of indices in range, (dims, n), in any order."""
+def from_coo(
+    indices: Tensor, values: Tensor, shape: torch.Size, *, is_sorted: bool = False
+) -> tuple[Pattern, Tensor]:
+    """(pattern, values) of indices in range, (dims, n), in any order; or an error where they must be sorted and are not."""
     positions = ravelled(tuple(indices), shape, indices.new_zeros(indices.shape[1]))
+    if is_sorted and bool((positions[1:] < positions[:-1]).any()):
+        raise ShapeError("indices of a COO tensor are sorted, the last dim fastest; here they are not")
     positions, order = sorted_once(positions, "the COO tensor")
     pattern = Pattern(layout=COO, shape=shape, positions=positions)
     return pattern, values if order is None else values[order]

@@ -147,6 +147,13 @@ def sliced(
     return made, indices
 
 
+def computed(planned: Plan, tensor: SparseTensor, weights: MaskedTensor | None) -> MaskedTensor:
+    """The values of a plan, by weights that are strided, where nobody follows."""
+    side = None if weights is None else aligned(weights, tensor._pattern)
+    made = compute(planned, tensor, None if side is None else (side._data, side._mask))
+    return wrapped(planned, tensor, made)[0]
+
+
 def wrapped(planned: Plan, tensor: SparseTensor, made: Made) -> tuple[MaskedTensor, MaskedTensor | None]:
     values = MaskedTensor._of(made.values, made.valid)
     indices = None if made.indices is None else MaskedTensor._of(made.indices, made.valid.clone())

@@ -29,6 +29,7 @@ from maskserve.ops.rows import Fill, Normalization, Ordering, Reduction, Scan
 from maskserve.patterns import Pattern, ravelled, unravelled
 from maskserve.plan import INNER_LEAF, OUTER_LEAF, Plan, fold
 from maskserve.sparse import SparseTensor, in_bits, refused, taken_at
+from maskserve.tensor import MaskedTensor
 
 BLOCK_CELLS = 1 << 20
 """Cells that are spread out at a time."""
@@ -36,6 +37,8 @@ WIDEST = 1 << 24
 """Cells of a slice that are spread out at most."""
 NARROWER = (16, 128, 1024)
 """Widths of a leaf that are tried before its own."""
+CROWDED = 8
+"""Of so many times the square root of a width, cells in random places meet but in one leaf of fifty."""
 
 Entries = tuple[Tensor, Tensor | None, Tensor | None]
 """Cells as kernels see them, where they count, and their weights, in the order of slices: (n,) each."""
@@ -110,7 +113,7 @@ def compute(plan: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | No
     refuse(plan)
     slices = of_plan(plan, tensor._pattern)
     cells = tensor._cells
-    data, mask = slices.ordered(cells._data.detach()), slices.ordered(cells._mask)
+    data, mask = slices.ordered(cells._data.detach()), slices.ordered(whole_mask(cells))
     side = None
     if weights is not None:
         side = slices.ordered(weights[0].detach())
@@ -122,6 +125,10 @@ def compute(plan: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | No
     else:
         made = by_windows(plan, slices, data, mask)
     return Made(*[None if part is None else slices.as_stored(part) for part in made])  # type: ignore[arg-type]  # two are none
+
+
+def whole_mask(cells: MaskedTensor) -> Tensor | None:
+    return None if cells._mask is None else cells._full_mask()
 
 
 def reduction(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None, weights: Tensor | None) -> Made:
@@ -174,15 +181,14 @@ def leaf_states(plan: Plan, slices: Slices, entries: Entries) -> Parts:
     group, index = slices.places // last, slices.places % last
     keys = (slices.of * prod(earlier) + group) * n_leaves + index // leaf
     segments, of, counts = keys.unique_consecutive(return_inverse=True, return_counts=True)
-    widths = apart(of, counts, index % leaf, min(leaf, last))
+    index = index % leaf
+    widths = apart(of, counts, index, min(leaf, last))
     made: dict[str, Tensor] = {}
     for width in widths.unique().tolist():
         for rows, at, where in windows((widths == width).nonzero().squeeze(1), of, counts, width):
-            block = [spread(part, at, where, index % leaf, (len(rows), width)) for part in entries]
-            valid = spread(torch.ones_like(of, dtype=torch.bool), at, where, index % leaf, (len(rows), width))
-            assert block[0] is not None
-            mask = valid if block[1] is None else block[1]
-            parts = lifted(plan, block[0], mask, block[2])
+            places = (where, index[at] % width)
+            given = entries if entries[2] is not None else entries[:2]
+            parts = lifted(plan, *(spread(part, at, places, (len(rows), width)) for part in given))
             for name, part in parts.items():
                 made.setdefault(name, part.new_empty(len(segments)))[rows] = part
     if not made:
@@ -207,8 +213,8 @@ def apart(of: Tensor, counts: Tensor, index: Tensor, leaf: int) -> Tensor:
 
     Halving (docs/order.md) then joins the same cells in the same order: whoever is further away joins nobody before.
     """
-    widths = torch.full_like(counts, leaf)
-    for width in reversed([width for width in NARROWER if width < leaf]):
+    widths, mean = torch.full_like(counts, leaf), len(of) / max(len(counts), 1)
+    for width in reversed([width for width in NARROWER if width < leaf and mean**2 < CROWDED * width]):
         keys = (of * width + index % width).sort().values
         twice = keys[1:][keys[1:] == keys[:-1]] // width
         free = torch.ones_like(counts, dtype=torch.bool)
@@ -227,12 +233,14 @@ def windows(rows: Tensor, of: Tensor, counts: Tensor, width: int) -> Iterator[tu
         yield some, begins[some][where] + torch.arange(len(where), device=of.device) - first[where], where
 
 
-def spread(part: Tensor | None, at: Tensor, where: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """Stored cells at their places, modulo the width, in rows of zeros."""
+def spread(part: Tensor | None, at: Tensor, places: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
+    """Stored cells at their places in rows of zeros; of no mask, all that are stored are valid."""
     if part is None:
-        return None
+        made = torch.zeros(shape, dtype=torch.bool, device=at.device)
+        made[places] = True
+        return made
     made = torch.zeros(shape, dtype=part.dtype, device=part.device)
-    in_bits(made)[where, places[at] % shape[1]] = in_bits(part)[at]
+    in_bits(made)[places] = in_bits(part)[at]
     return made
 
 
@@ -301,14 +309,29 @@ def buckets(slices: Slices) -> Iterator[Bucket]:
         yield Bucket(rows, torch.where(stored, begins[rows].unsqueeze(1) + steps, 0), stored)
 
 
+def as_they_are(slices: Slices, n: int) -> Iterator[Bucket]:
+    """The slices spread out over their n cells, a few at a time."""
+    for rows, at, where in windows(torch.arange(slices.m, device=slices.of.device), slices.of, slices.counts, n):
+        index = torch.zeros((len(rows), n), dtype=torch.int64, device=rows.device)
+        stored = torch.zeros((len(rows), n), dtype=torch.bool, device=rows.device)
+        index[where, slices.places[at]] = at
+        stored[where, slices.places[at]] = True
+        yield Bucket(rows, index, stored)
+
+
 def whole_slices(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None, weights: Tensor | None) -> Made:
-    """A reduction whose result no order changes, from the stored cells of each slice side by side."""
+    """A reduction whose result no order changes, from the stored cells of each slice side by side.
+
+    That of complex cells is a sum or product of parts, in their order: its slices are spread out where they are not too long.
+    """
     lead = 1 if plan.labels is None else len(plan.labels)
     picks = isinstance(plan.row, Reduction) and plan.row.picks
     values, valid, indices = empty_results(plan, lead, slices.m, data)
-    for bucket in in_turn(buckets(slices)):
+    in_order = plan.stored.kind is Kind.COMPLEX and len(plan.fold) == 3 and plan.n_reduced <= engine.LONG
+    leaf = plan.leaf if in_order else INNER_LEAF
+    for bucket in in_turn(as_they_are(slices, plan.n_reduced) if in_order else buckets(slices)):
         own = bucket.stored if mask is None else bucket.stored & mask[bucket.at]
-        below = rows_plan(plan, *bucket.at.shape, INNER_LEAF)
+        below = rows_plan(plan, *bucket.at.shape, leaf)
         cells = taken_at(data, bucket.at)
         if picks:
             made = engine.run_with_indices(below, cells, own)
@@ -382,13 +405,12 @@ def by_windows(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None) ->
     values = torch.empty(n, dtype=getattr(torch, plan.result.torch), device=device)
     valid = torch.empty(n, dtype=torch.bool, device=device)
     indices = torch.empty(n, dtype=torch.int64, device=device) if plan.row.picks else None
-    every = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask
     left = torch.ones(slices.m, dtype=torch.bool, device=device)
     for layout in layouts(plan, slices):
         free = left if layout.width == plan.n_reduced else left & apart_in(layout, slices)
         left = left & ~free
         for rows, at, where in windows(free.nonzero().squeeze(1), slices.of, slices.counts, layout.width):
-            window(plan, layout, (len(rows), at, where), (data, every), (values, valid, indices))
+            window(plan, layout, (len(rows), at, where), (data, mask), (values, valid, indices))
     return Made(values, valid, indices)
 
 
@@ -396,21 +418,20 @@ def window(
     plan: Plan,
     layout: Layout,
     what: tuple[int, Tensor, Tensor],
-    cells: tuple[Tensor, Tensor],
+    cells: tuple[Tensor, Tensor | None],
     results: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
     """A few slices spread out and computed, and the results of their stored cells written."""
     n_rows, at, where = what
     if layout.width > WIDEST:
         raise refused(f"{plan.row.name} along {plan.n_reduced} cells", torch.Size(plan.shape))
-    shape = (n_rows, layout.width)
-    block, own = (spread(part, at, where, layout.places, shape) for part in cells)
-    assert block is not None
+    shape, places = (n_rows, layout.width), (where, layout.places[at])
+    block, own = (spread(part, at, places, shape) for part in cells)
     below = rows_plan(plan, *shape, layout.leaf)
     made = engine.run_with_indices(below, block, own) if plan.row.picks else engine.run(below, block, own)
     for whole, part in zip(results, made, strict=False):
         assert whole is not None
-        in_bits(whole)[at] = in_bits(part)[where, layout.places[at]]
+        in_bits(whole)[at] = in_bits(part)[places]
 
 
 def apart_in(layout: Layout, slices: Slices) -> Tensor:
