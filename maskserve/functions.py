@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple, cast
 
@@ -90,8 +90,9 @@ def sliced_sparse(
     device = "cpu" if tensor.device.type == "cpu" else str(tensor.device)
     planned = plan(row, given, tuple(tensor.shape), dtype_of(tensor._cells._data), device)
     values, indices = sparse_ops.sliced(planned, tensor, side, traced)
-    wants_places = row.indices and planned.params["dim"] is not None and indices is not None
-    return Pair(values, indices) if wants_places else values
+    if indices is None or not row.indices or planned.params["dim"] is None:
+        return values
+    return Pair(values, indices)
 
 
 def computed(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
@@ -220,9 +221,8 @@ def contraction(row: Contraction, operands: Sequence[Any], given: dict[str, Any]
     operands = tuple(map(from_foreign, operands))
     if any(map(sparse_ops.is_sparse, operands)):
         sums = sparse_ops.contraction(row, operands[:n], params, batch_product(params))
-        joined = [unwrap(row, operand, None) for operand in operands[n:] if operand is not None]
-        for other in joined:
-            added = with_added(row, Masked(sums._data, sums._mask, sums._reach), Masked(*other[:3]))
+        for side in (unwrap(row, operand, None) for operand in operands[n:] if operand is not None):
+            added = with_added(row, Masked(sums._data, sums._mask, sums._reach), Masked(*side[:3]))
             sums = MaskedTensor._of(*added)
         return sums
     unwrapped = [unwrap(row, operand, None) for i, operand in enumerate(operands) if i < n or operand is not None]
@@ -236,7 +236,7 @@ def contraction(row: Contraction, operands: Sequence[Any], given: dict[str, Any]
 
 def batch_product(params: dict[str, Any]) -> Callable[[Any, Any], MaskedTensor]:
     """The masked product of batches of matrices, with the NaN policy of a contraction."""
-    return lambda a, b: public("bmm")(a, b, **params)  # type: ignore[no-any-return]  # a function of the table
+    return partial(public("bmm"), **params)
 
 
 def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:

@@ -103,7 +103,9 @@ def save(
         if named.get(name) != (name,) or tensor._mask is not None:  # a coordinate has a mask only if it needs one
             outputs.append(output(f"{name}.{MASK}", tensor.get_mask()))
     kept = dict(metadata if metadata is not None else getattr(tensors, "metadata", {}))
-    return save_bytes(path, encode(outputs, with_shapes(answer_metadata(kept, named, None, version()), shapes)), exists=exists)
+    return save_bytes(
+        path, encode(outputs, with_shapes(answer_metadata(kept, named, None, version()), shapes)), exists=exists
+    )
 
 
 def check_save(tensors: Mapping[str, Any], path: StrPath, exists: Exists) -> None:

@@ -17,7 +17,7 @@ from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterErro
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
-from maskserve.sparse_moves import any_sparse
+from maskserve.sparse_moves import first_sparse
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed, same_memory
 
@@ -32,7 +32,7 @@ def moved(row: Move, args: Arguments, kwargs: Keywords) -> Any:
     if kwargs.pop("out", None) is not None:
         raise UncoveredFunctionError(f"{row.name}: out= would lose the mask; use the returned MaskedTensor")
     try:
-        if any_sparse(args):
+        if first_sparse(args) is not None:
             from maskserve import sparse_ops
 
             return sparse_ops.moved(row, args, kwargs)

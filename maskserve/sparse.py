@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import BITS, select
-from maskserve.errors import DtypeError, MaskDtypeError, MaskError, MaskMismatchError, ShapeError, UncoveredFunctionError
+from maskserve.errors import (
+    DtypeError,
+    MaskDtypeError,
+    MaskError,
+    MaskMismatchError,
+    ShapeError,
+    UncoveredFunctionError,
+)
 from maskserve.formatting import SUMMARIZED, text_of_stored
+from maskserve.making import as_masked_tensor
 from maskserve.patterns import COO, CSR, LAYOUTS, Pattern, checked_shape, found, ravelled, sorted_once
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed
@@ -60,9 +68,9 @@ class SparseTensor(MaskedTensor):
     def _refuse(self) -> NoReturn:
         raise refused("this", self.shape)
 
-    _data = property(_refuse)  # type: ignore[assignment]  # there is no strided data, and who asks for it must hear so
-    _mask = property(_refuse)  # type: ignore[assignment]
-    _reach = property(_refuse)  # type: ignore[assignment]
+    _data = property(_refuse)  # there is no strided data, and who asks for it must hear so
+    _mask = property(_refuse)
+    _reach = property(_refuse)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +180,7 @@ class SparseTensor(MaskedTensor):
         pattern = self._pattern.to(cells.device)
         return SparseTensor._on(pattern, cells)  # type: ignore[return-value]  # nobody derives from it
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]  # as the strided one's
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """On another device or in another dtype, as torch.Tensor.to; the tensor itself where nothing changes."""
         return self._changed(lambda cells: cells.to(*args, **kwargs))
 
@@ -256,7 +264,9 @@ class SparseTensor(MaskedTensor):
 
     def _replace(self, result: MaskedTensor, *, same_mask: bool) -> None:
         if not isinstance(result, SparseTensor) or not self._pattern.is_like(result._pattern):
-            raise MaskError("an operation in place that changes which cells are stored: write m = m + ..., not m += ...")
+            raise MaskError(
+                "an operation in place that changes which cells are stored: write m = m + ..., not m += ..."
+            )
         self._cells._replace(result._cells, same_mask=same_mask)
 
     # -- autograd --------------------------------------------------------------------------------------------------
@@ -345,8 +355,7 @@ def gathered(tensor: MaskedTensor, pattern: Pattern) -> MaskedTensor:
     own = (1,) * (len(pattern.shape) - tensor.ndim) + tuple(tensor.shape)
     given = tensor if tensor.ndim == len(own) else reshaped(tensor, own)
     coordinates = [
-        torch.zeros_like(index) if size == 1 else index
-        for index, size in zip(pattern.coordinates(), own, strict=True)
+        torch.zeros_like(index) if size == 1 else index for index, size in zip(pattern.coordinates(), own, strict=True)
     ]
     if not own:
         return reshaped(given, (1,))[torch.zeros_like(pattern.positions)]
@@ -384,7 +393,7 @@ def aligned(tensor: MaskedTensor, pattern: Pattern) -> MaskedTensor:
     at, stored = found(pattern.positions, own.positions)
     if not own.n:
         return MaskedTensor(torch.zeros(pattern.n, dtype=cells.dtype, device=cells.device), stored)
-    return MaskedTensor(cells[at], stored)
+    return as_masked_tensor(cells[at], stored)
 
 
 def as_masked(value: Any) -> MaskedTensor:
@@ -414,7 +423,13 @@ def tell_torch() -> None:
     """torch says once in a process, at its first CSR tensor, that they are in beta: nobody asked it for one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (0, 0), check_invariants=False)
+        torch.sparse_csr_tensor(
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(0),
+            (0, 0),
+            check_invariants=False,
+        )
 
 
 def parts_of(data: Any, mask: Any) -> tuple[Pattern, MaskedTensor]:
@@ -429,7 +444,7 @@ def parts_of(data: Any, mask: Any) -> tuple[Pattern, MaskedTensor]:
         if pattern.shape != data.shape:
             raise ShapeError(f"the mask has shape {tuple(pattern.shape)}, the data {tuple(data.shape)}; give both one")
         return pattern, gathered(as_masked(data), pattern)
-    return pattern, cells if mask is None else MaskedTensor(cells, mask_on(pattern, mask))
+    return pattern, cells if mask is None else as_masked_tensor(cells, mask_on(pattern, mask))
 
 
 def mask_on(pattern: Pattern, mask: Any) -> Any:
@@ -460,7 +475,9 @@ def valid_pattern(mask: Any) -> Pattern:
     else:
         pattern, values = taken(mask)
     if values.dtype is not torch.bool:
-        raise MaskDtypeError(f"mask is {values.dtype}; a mask is bool, True = valid: pass mask.bool()", parameter="mask")
+        raise MaskDtypeError(
+            f"mask is {values.dtype}; a mask is bool, True = valid: pass mask.bool()", parameter="mask"
+        )
     return pattern if bool(values.all()) else pattern.of_shape(pattern.shape, pattern.positions[values])
 
 
@@ -491,9 +508,7 @@ def taken_coo(tensor: Tensor) -> tuple[Pattern, Tensor]:
     return from_coo(indices, values, shape)
 
 
-def from_coo(
-    indices: Tensor, values: Tensor, shape: torch.Size, *, is_sorted: bool = False
-) -> tuple[Pattern, Tensor]:
+def from_coo(indices: Tensor, values: Tensor, shape: torch.Size, *, is_sorted: bool = False) -> tuple[Pattern, Tensor]:
     """(pattern, values) of indices in range, (dims, n), in any order; or an error where they must be sorted and are not."""
     positions = ravelled(tuple(indices), shape, indices.new_zeros(indices.shape[1]))
     if is_sorted and bool((positions[1:] < positions[:-1]).any()):

@@ -17,10 +17,10 @@ from maskserve.tensor import SPARSE, MaskedTensor, plain_index
 Move = Callable[..., Any]
 
 
-def any_sparse(args: Sequence[Any]) -> bool:
-    """Whether a tensor among the arguments, or in a list of them, is sparse."""
-    flat = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else (arg,))]
-    return any(getattr(part, "layout", None) in SPARSE for part in flat)
+def first_sparse(args: Sequence[Any]) -> Any:
+    """The first sparse tensor among the arguments, or in a list of them; None where there is none."""
+    flat = (part for arg in args for part in (arg if isinstance(arg, list | tuple) else (arg,)))
+    return next((part for part in flat if getattr(part, "layout", None) in SPARSE), None)
 
 
 def source_of(row: str, value: Any) -> SparseTensor:
@@ -52,7 +52,7 @@ def permuted(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> Spa
 
 def by_cell(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """What is done to each stored cell, or to their memory."""
-    made: MaskedTensor = move(tensor._cells, *args, **kwargs)
+    made: MaskedTensor = getattr(tensor._cells, move.__name__)(*args, **kwargs)  # our method of torch's name
     return tensor._like(made)
 
 
@@ -95,7 +95,9 @@ def meta(shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def rebuilt(source: SparseTensor, coordinates: Sequence[Tensor], shape: torch.Size, cells: MaskedTensor) -> SparseTensor:
+def rebuilt(
+    source: SparseTensor, coordinates: Sequence[Tensor], shape: torch.Size, cells: MaskedTensor
+) -> SparseTensor:
     """The cells at new coordinates, put in order."""
     positions = ravelled(coordinates, shape, torch.empty(len(cells), dtype=torch.int64, device=cells.device))
     positions, order = positions.sort()

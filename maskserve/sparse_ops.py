@@ -13,7 +13,7 @@ from maskserve.backends.reference import kernel
 from maskserve.cellwise import broadcast_shape
 from maskserve.equations import checked, of_row
 from maskserve.errors import MaskMismatchError, ShapeError
-from maskserve.making import tensor_of
+from maskserve.making import as_masked_tensor, tensor_of
 from maskserve.masks import Policy
 from maskserve.moving import function
 from maskserve.ops.rows import Contraction, Elementwise, MaskRule, Move, Reduction
@@ -21,6 +21,7 @@ from maskserve.patterns import Pattern, intersection, spread, union
 from maskserve.plan import INNER_LEAF, Plan, SlicedRow
 from maskserve.reach import Operand, applied
 from maskserve.sparse import SparseTensor, aligned, as_masked, refused
+from maskserve.sparse_moves import first_sparse, source_of
 from maskserve.sparse_slices import (
     BLOCK_CELLS,
     Bucket,
@@ -28,7 +29,6 @@ from maskserve.sparse_slices import (
     Slices,
     buckets,
     compute,
-    of_nothing,
     of_plan,
     rows_plan,
     slices_of,
@@ -90,7 +90,7 @@ def pattern_of(row: Elementwise, operands: Sequence[Any], shape: torch.Size, pol
 
 def on_pattern(operand: Any, pattern: Pattern) -> Any:
     """An operand's cells at the positions of a pattern; numbers, and tensors of no dims, as they are."""
-    if not isinstance(operand, Tensor | MaskedTensor) or not operand.ndim and pattern.shape:
+    if not isinstance(operand, Tensor | MaskedTensor) or (not operand.ndim and pattern.shape):
         return operand
     cells = aligned(as_masked(operand), pattern)
     return cells if isinstance(operand, MaskedTensor) else cells._data
@@ -136,7 +136,10 @@ def sliced(
     ordered, side = in_order(slices, cells), None if weights is None else in_order(slices, weights)
     parts = [(bucket, bucket_result(planned, bucket, ordered, side, trace)) for bucket in buckets(slices)]
     if isinstance(planned.row, Reduction):
-        traced = reductions_placed(planned, slices, parts, cells.device)
+        given = [
+            MaskedTensor(one.new_zeros((1, 1)), False) for one in (cells._data, *([] if side is None else [side._data]))
+        ]
+        traced = reductions_placed(planned, slices, parts, side_by_side(planned, given, trace))
     else:
         traced = cells_placed(slices, parts)
     if exact is not None:
@@ -147,8 +150,9 @@ def sliced(
     return made, indices
 
 
-def computed(planned: Plan, tensor: SparseTensor, weights: MaskedTensor | None) -> MaskedTensor:
-    """The values of a plan, by weights that are strided, where nobody follows."""
+def computed(planned: Plan, tensor: MaskedTensor, weights: MaskedTensor | None) -> MaskedTensor:
+    """The values of a plan of a sparse tensor, by weights that are strided, where nobody follows."""
+    assert isinstance(tensor, SparseTensor)
     side = None if weights is None else aligned(weights, tensor._pattern)
     made = compute(planned, tensor, None if side is None else (side._data, side._mask))
     return wrapped(planned, tensor, made)[0]
@@ -166,34 +170,32 @@ def in_order(slices: Slices, cells: MaskedTensor) -> MaskedTensor:
     return cells if slices.order is None else cells[slices.order]
 
 
+Trace = Callable[[Plan, Sequence[Operand]], Any]
+
+
 def bucket_result(
-    planned: Plan,
-    bucket: Bucket,
-    cells: MaskedTensor,
-    weights: MaskedTensor | None,
-    trace: Callable[[Plan, Sequence[Operand]], Any],
+    planned: Plan, bucket: Bucket, cells: MaskedTensor, weights: MaskedTensor | None, trace: Trace
 ) -> MaskedTensor:
     """Slices of about as many cells, side by side."""
-    operands = []
-    for part in (cells, weights):
-        if part is not None:
-            some = MaskedTensor(part[bucket.at], bucket.stored)
-            operands.append(Operand(some._data, some._mask, some._reach, True))
-    made = trace(rows_plan(planned, *bucket.at.shape, INNER_LEAF), operands)
+    given = [as_masked_tensor(part[bucket.at], bucket.stored) for part in (cells, weights) if part is not None]
+    return side_by_side(planned, given, trace)
+
+
+def side_by_side(planned: Plan, given: Sequence[MaskedTensor], trace: Trace) -> MaskedTensor:
+    operands = [Operand(part._data, part._mask, part._reach, True) for part in given]
+    made = trace(rows_plan(planned, *given[0].shape, INNER_LEAF), operands)
     result: MaskedTensor = made if isinstance(made, MaskedTensor) else made.values
     return result
 
 
 def reductions_placed(
-    planned: Plan, slices: Slices, parts: Sequence[tuple[Bucket, MaskedTensor]], device: torch.device
+    planned: Plan, slices: Slices, parts: Sequence[tuple[Bucket, MaskedTensor]], empty: MaskedTensor
 ) -> MaskedTensor:
-    """The results of slices among those of all."""
+    """The results of slices among those of all; `empty` is that of a slice without cells."""
     rows = torch.cat([bucket.rows for bucket, _ in parts])
     together: Any = torch.cat([part for _, part in parts], -1)  # type: ignore[misc]  # MaskedTensors in, one out
-    values, valid = of_nothing(planned, device)
-    n = prod(planned.fold[::2])
-    shape = (*together.shape[:-1], n)
-    every: Any = MaskedTensor._of(values.expand(-1, n).reshape(shape).clone(), valid.expand(-1, n).reshape(shape).clone())
+    shape = (*together.shape[:-1], prod(planned.fold[::2]))
+    every: Any = MaskedTensor._of(empty._data.expand(shape).clone(), empty._full_mask().expand(shape).clone())
     made: MaskedTensor = torch.index_copy(every, together.ndim - 1, slices.numbers[rows], together)  # type: ignore[assignment]  # as above
     return made.reshape(planned.out_shape)  # type: ignore[no-any-return]  # a method of the table
 
@@ -243,7 +245,9 @@ def fits(shape: torch.Size, whole: torch.Size) -> bool:
 # -- products -----------------------------------------------------------------------------------------------------
 
 
-def contraction(row: Contraction, operands: Sequence[Any], params: dict[str, Any], product: Callable[..., Any]) -> Any:
+def contraction(
+    row: Contraction, operands: Sequence[Any], params: dict[str, Any], product: Callable[..., Any]
+) -> MaskedTensor:
     """The sums of products of a sparse and a strided tensor: strided. `product` is the batched one of matrices."""
     if len(operands) != 2 or sum(map(is_sparse, operands)) != 1:
         what = "more than one of them" if sum(map(is_sparse, operands)) > 1 else f"{len(operands)} tensors"
@@ -256,17 +260,22 @@ def contraction(row: Contraction, operands: Sequence[Any], params: dict[str, Any
     kept = [label for label in own if label in equation.result]
     met = [label for label in own if label not in equation.result]
     columns = [label for label in other if label not in own]
-    sizes = dict(zip((*own, *other), (*sparse.shape, *dense.shape), strict=True)) | dict(zip(own, sparse.shape, strict=True))
-    fits = all(dense.shape[other.index(label)] == sizes[label] for label in met if label in other)
-    if set(kept) & set(other) or set(met) - set(other) or len({*own}) < len(own) or len({*other}) < len(other) or not fits:
+    sizes = dict(zip((*own, *other), (*sparse.shape, *dense.shape), strict=True)) | dict(
+        zip(own, sparse.shape, strict=True)
+    )
+    meets = all(dense.shape[other.index(label)] == sizes[label] for label in met if label in other)
+    is_batched = bool(set(kept) & set(other) or set(met) - set(other))
+    if is_batched or not meets or len({*own, *other}) < len(own) + len(other) - len(met):
         raise refused(f"{row.name} in batches, or with a dim that broadcasts,", sparse.shape)
     n_met, n_rows = prod(sizes[label] for label in met), prod(sizes[label] for label in kept)
     turned = sparse.permute([own.index(label) for label in (*kept, *met)])
-    flat = dense.permute([other.index(label) for label in (*met, *columns)]).reshape((n_met, -1) if n_met else (0, prod(sizes[label] for label in columns)))
+    n_columns = prod(sizes[label] for label in columns)
+    flat = dense.permute([other.index(label) for label in (*met, *columns)]).reshape((n_met, n_columns))
     made = rows_by_matrix(turned, n_rows, n_met, flat, product)
     named = [*kept, *columns]
     shaped = made.reshape([sizes[label] for label in named])
-    return shaped.permute([named.index(label) for label in equation.result]).contiguous()
+    result: MaskedTensor = shaped.permute([named.index(label) for label in equation.result]).contiguous()
+    return result
 
 
 def rows_by_matrix(sparse: SparseTensor, n_rows: int, n_met: int, dense: Any, product: Callable[..., Any]) -> Any:
@@ -276,7 +285,7 @@ def rows_by_matrix(sparse: SparseTensor, n_rows: int, n_met: int, dense: Any, pr
     rows, parts = [], []
     for bucket in buckets(slices):
         for some in windowed(bucket, max(1, BLOCK_CELLS // max(bucket.at.shape[1] * n_columns, 1))):
-            cells: Any = MaskedTensor(sparse._cells[some.at], some.stored)
+            cells: Any = as_masked_tensor(sparse._cells[some.at], some.stored)
             parts.append(product(cells.unsqueeze(1), dense[slices.places[some.at]]).squeeze(1))
             rows.append(some.rows)
     if not parts:
@@ -306,11 +315,8 @@ def windowed(bucket: Bucket, n: int) -> Iterator[Bucket]:
 
 def moved(row: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The row's way of moving positions."""
-    from maskserve.sparse_moves import source_of
-
     if not row.on_patterns:
-        shape = next(p.shape for arg in args for p in (arg if isinstance(arg, list | tuple) else (arg,)) if hasattr(p, "shape"))
-        raise refused(row.name, shape)
+        raise refused(row.name, first_sparse(args).shape)
     first, *rest = args
     given = first if isinstance(first, list | tuple) else source_of(row.name, first)
     return kernel(row.on_patterns)(function(row), given, *rest, **kwargs)

@@ -25,7 +25,7 @@ from maskserve.blocks import Cells, counting, seen, spans
 from maskserve.dtypes import Kind
 from maskserve.execution import backend_of, in_turn, nan_policy
 from maskserve.masks import intersection
-from maskserve.ops.rows import Fill, Normalization, Ordering, Reduction, Scan
+from maskserve.ops.rows import Fill, Normalization, Ordering, Reduction
 from maskserve.patterns import Pattern, ravelled, unravelled
 from maskserve.plan import INNER_LEAF, OUTER_LEAF, Plan, fold
 from maskserve.sparse import SparseTensor, in_bits, refused, taken_at
@@ -164,7 +164,9 @@ def states(plan: Plan, slices: Slices, entries: Entries) -> Parts:
 def exact_states(plan: Plan, slices: Slices, entries: Entries) -> Parts:
     """Cell by cell, joined in their order: such states are the same however they are cut."""
     of = kernel(plan.passes[0].reference)
-    parts = lifted(plan, *(None if part is None else part.unsqueeze(1) for part in entries))
+    data, own, weights = (None if part is None else part.unsqueeze(1) for part in entries)
+    assert data is not None
+    parts = lifted(plan, data, own, weights)
     if hasattr(of, "shift"):
         parts = of.shift(parts, slices.places)
     n = len(slices.of)
@@ -187,8 +189,9 @@ def leaf_states(plan: Plan, slices: Slices, entries: Entries) -> Parts:
     for width in widths.unique().tolist():
         for rows, at, where in windows((widths == width).nonzero().squeeze(1), of, counts, width):
             places = (where, index[at] % width)
-            given = entries if entries[2] is not None else entries[:2]
-            parts = lifted(plan, *(spread(part, at, places, (len(rows), width)) for part in given))
+            shape, (data, own, weights) = (len(rows), width), entries
+            side = None if weights is None else spread(weights, at, places, shape)
+            parts = lifted(plan, spread(data, at, places, shape), spread(own, at, places, shape), side)
             for name, part in parts.items():
                 made.setdefault(name, part.new_empty(len(segments)))[rows] = part
     if not made:
@@ -334,15 +337,14 @@ def whole_slices(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None, 
         below = rows_plan(plan, *bucket.at.shape, leaf)
         cells = taken_at(data, bucket.at)
         if picks:
-            made = engine.run_with_indices(below, cells, own)
-            at = made[2].view(lead, -1)
-            places = slices.places[bucket.at].gather(1, at.T).T
-            indices[:, bucket.rows] = select(places, made[1].view(lead, -1))
+            made, own_valid, at = engine.run_with_indices(below, cells, own)
+            places = slices.places[bucket.at].gather(1, at.view(lead, -1).T).T
+            indices[:, bucket.rows] = select(places, own_valid.view(lead, -1))
         else:
             side = () if weights is None else ((taken_at(weights, bucket.at), None),)
-            made = (*engine.run(below, cells, own, *side), None)
-        in_bits(values)[:, bucket.rows] = in_bits(made[0].view(lead, -1))
-        valid[:, bucket.rows] = made[1].view(lead, -1)
+            made, own_valid = engine.run(below, cells, own, *side)
+        in_bits(values)[:, bucket.rows] = in_bits(made.view(lead, -1))
+        valid[:, bucket.rows] = own_valid.view(lead, -1)
     return placed(plan, slices, Made(values, valid, indices))
 
 
@@ -360,10 +362,13 @@ def placed(plan: Plan, slices: Slices, made: Made) -> Made:
     else:
         values, valid = of_nothing(plan, made.values.device)
         every = Made(
-            values.repeat(1, n_slices), valid.repeat(1, n_slices), made.values.new_zeros((len(values), n_slices), dtype=torch.int64)
+            values.repeat(1, n_slices),
+            valid.repeat(1, n_slices),
+            made.values.new_zeros((len(values), n_slices), dtype=torch.int64),
         )
         for whole, part in zip(every, made, strict=True):
-            assert whole is not None and part is not None
+            assert whole is not None
+            assert part is not None
             in_bits(whole)[:, slices.numbers] = in_bits(part)
     return Made(*[part.reshape(plan.out_shape) for part in every])  # type: ignore[union-attr]  # all are there
 
@@ -372,7 +377,9 @@ def of_nothing(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
     """(values, mask) of a slice that stores nothing: (leading, 1)."""
     cells = torch.zeros((1, 1), dtype=getattr(torch, plan.stored.torch), device=device)
     mask = torch.zeros((1, 1), dtype=torch.bool, device=device)
-    side = ((cells.new_zeros((1, 1), dtype=getattr(torch, plan.params["weights"].torch)), None),) if plan.weighted else ()
+    side = (
+        ((cells.new_zeros((1, 1), dtype=getattr(torch, plan.params["weights"].torch)), None),) if plan.weighted else ()
+    )
     values, valid = engine.run(rows_plan(plan, 1, 1, INNER_LEAF), cells, mask, *side)
     return values.view(-1, 1), valid.view(-1, 1)
 

@@ -80,6 +80,13 @@ class Result:
         """The valid NaN: what is hidden is 0."""
         return n_nan(self.data)
 
+    def stored_at(self, pattern: Pattern) -> SparseResult:
+        """The sparse variable whose stored cells these are."""
+        return SparseResult(
+            name=self.name, data=self.data, mask=self.mask, mask_name=self.mask_name, dims=self.dims, pattern=pattern,
+            passed_through=self.passed_through,
+        )  # fmt: skip
+
     def outputs(self) -> Iterator[Output]:
         yield output(self.name, self.data)
         if self.mask is not None:
@@ -102,7 +109,8 @@ class SparseResult(Result):
 
     @property
     def n_masked(self) -> int:
-        return self.n_cells - self.data.numel() + Result.n_masked.fget(self)  # type: ignore[attr-defined]  # a property
+        assert self.mask is not None
+        return self.n_cells - int(self.mask.count_nonzero())
 
     def outputs(self) -> Iterator[Output]:
         assert self.mask is not None

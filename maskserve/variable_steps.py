@@ -29,7 +29,7 @@ from maskserve.room import Need, budget_of
 from maskserve.sides import Payloads, Side
 from maskserve.sources import Source, Window
 from maskserve.sparse import SparseTensor
-from maskserve.steps import TORCH, Result, SparseResult, Step, Streamed, Work, gradient_results
+from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results
 from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 
@@ -78,8 +78,8 @@ class OfVariable(Step):
         """The result; then, where it is asked for, the gradient."""
         own = self.variable.info
         if self.keeps_pattern:
-            result = own.dtype if self.plan is None else self.plan.result
-            return (Told(dtype=result, shape=own.shape, dims=self.dims, stored_bytes=self.stored_bytes(result)),)
+            dtype = own.dtype if self.plan is None else self.plan.result
+            return (Told(dtype=dtype, shape=own.shape, dims=self.dims, stored_bytes=self.stored_bytes(dtype)),)
         if self.plan is None:
             return (Told(dtype=own.dtype, shape=own.shape, dims=self.dims),)
         result = Told(dtype=self.plan.result, shape=self.plan.out_shape, dims=self.dims)
@@ -161,20 +161,17 @@ class OfVariable(Step):
         pattern, data, mask = load_sparse(payload, self.variable)
         pattern, (data, mask) = pattern.to(torch.device(self.device)), on_device((data, mask), self.device)
         mask = without_fill(data, mask, request.common.get("fill_value"))
-        made = SparseTensor._on(pattern, MaskedTensor._of(data, mask))
+        made: MaskedTensor = SparseTensor._on(pattern, MaskedTensor._of(data, mask))
         if self.plan is not None:
             weights = [MaskedTensor._of(*loaded(side, self.device)) for side in self.sides]  # at most one
             with execution.using(backend=request.running.get("backend")):
                 made = sparse_ops.computed(self.plan, made, weights[0] if weights else None)
-        cells = made._cells
-        values, valid = engine.hidden_as_zero(cells._data, cells._full_mask()), cells._full_mask()
-        about = {
-            "name": self.name, "data": values, "mask": valid, "dims": self.dims, "passed_through": self.passes_through,
-            "mask_name": answer_mask_name(self.variable, variables),
-        }  # fmt: skip
-        if self.keeps_pattern:
-            return SparseResult(pattern=pattern, **about)
-        return Result(**about)
+        valid = made._cells._full_mask()
+        result = Result(
+            name=self.name, data=engine.hidden_as_zero(made._cells._data, valid), mask=valid, dims=self.dims,
+            mask_name=answer_mask_name(self.variable, variables), passed_through=self.passes_through,
+        )  # fmt: skip
+        return result.stored_at(pattern) if self.keeps_pattern else result
 
     def streamed(
         self, request: Request, payload: Payload, variables: Variables, memory: int

@@ -11,7 +11,17 @@ from types import MappingProxyType
 
 from maskserve.dtypes import i32, i64
 from maskserve.errors import PayloadError
-from maskserve.payload.header import LARGEST_BYTES, Header, Limits, DEFAULT_LIMITS, Shape, TensorInfo, check_shape, shown, shown_shape
+from maskserve.payload.header import (
+    DEFAULT_LIMITS,
+    LARGEST_BYTES,
+    Header,
+    Limits,
+    Shape,
+    TensorInfo,
+    check_shape,
+    shown,
+    shown_shape,
+)
 from maskserve.payload.metadata import KEY_SHAPES, shapes_of
 
 COO_PARTS = ("coo_indices", "coo_values")
@@ -77,7 +87,7 @@ def _shape(header: Header, name: str) -> Shape:
     shape = shapes_of(header).get(name)
     if shape is None:
         raise PayloadError(
-            f"the sparse tensor {shown(name)} has no shape: the metadata {KEY_SHAPES} says it, as {{\"{shown(name)}\": [3, 4]}}",
+            f'the sparse tensor {shown(name)} has no shape: the metadata {KEY_SHAPES} says it, as {{"{shown(name)}": [3, 4]}}',
             parameter=KEY_SHAPES,
         )
     return shape
@@ -99,7 +109,10 @@ def _check(name: str, stored: Stored, shape: Shape, limits: Limits) -> None:
         _fail(name, f"has {len(shape)} dims; a CSR tensor is a matrix")
     for part, due in zip(indices, wanted, strict=True):
         if part.shape != due:
-            _fail(part.name, f"has shape {shown_shape(part.shape)}; of {n} values and shape {shown_shape(shape)} it is {shown_shape(due)}")
+            _fail(
+                part.name,
+                f"has shape {shown_shape(part.shape)}; of {n} values and shape {shown_shape(shape)} it is {shown_shape(due)}",
+            )
 
 
 def _fail(name: str, what: str) -> None:

@@ -40,14 +40,14 @@ def load_sparse(payload: Payload, variable: Variable) -> tuple[Pattern, torch.Te
     """The pattern of a sparse variable, its stored values and which of them are valid (None: all), each index checked."""
     stored = variable.stored
     assert stored is not None
-    *indices, values = (load_tensor(payload, part) for part in stored.parts)
+    first, *columns, values = (load_tensor(payload, part) for part in stored.parts)
     shape = torch.Size(variable.info.shape)
     try:
-        if stored.is_csr:
-            pattern, values = from_csr(*indices, values, shape)
+        if columns:
+            pattern, values = from_csr(first, columns[0], values, shape)
         else:
-            check_range(indices[0].long(), shape)
-            pattern, values = from_coo(indices[0].long(), values, shape, is_sorted=True)
+            check_range(first.long(), shape)
+            pattern, values = from_coo(first.long(), values, shape, is_sorted=True)
     except DataError as error:
         raise PayloadError(f"{shown(variable.name)}: {error.message}", parameter=shown(variable.name)) from None
     return pattern, values, None if variable.mask is None else load_mask(payload, stored.values, variable.mask)
@@ -68,7 +68,9 @@ def spread_out(payload: Payload, variable: Variable) -> tuple[torch.Tensor, torc
     return dense._data, dense._full_mask()
 
 
-def sparse_outputs(name: str, mask_name: str, pattern: Pattern, values: torch.Tensor, mask: torch.Tensor) -> Iterator[Output]:
+def sparse_outputs(
+    name: str, mask_name: str, pattern: Pattern, values: torch.Tensor, mask: torch.Tensor
+) -> Iterator[Output]:
     """The parts of a sparse tensor as they are written, and the mask of its stored values."""
     if pattern.layout is CSR:
         yield output(f"{name}.{CSR_PARTS[0]}", pattern.rows_begin())

@@ -25,7 +25,6 @@ from maskserve.errors import (
     nearest,
 )
 from maskserve.payload.header import DEFAULT_LIMITS, Header, TensorInfo, shown, shown_shape
-from maskserve.payload.sparse_parts import Stored, seen, stored_in
 from maskserve.payload.metadata import (
     Dims,
     Means,
@@ -36,6 +35,7 @@ from maskserve.payload.metadata import (
     mask_pairs,
     orphan,
 )
+from maskserve.payload.sparse_parts import Stored, seen, stored_in
 
 __all__ = [
     "MaskKind", "MaskSource", "Variable", "Variables", "resolve", "unknown",
@@ -124,7 +124,10 @@ def resolve(
     _check_asked(mask, names)
     roles = _roles(header, mask, frozenset(side_inputs) | {GRAD_OUTPUT}, tensors)
     means = mask_means_of(header.metadata, mask_means)
-    found = [_variable(name, roles, names, means, stored.get(name)) for name in (*roles.computed, *roles.coordinates, *roles.sides)]
+    found = [
+        _variable(name, roles, names, means, stored.get(name))
+        for name in (*roles.computed, *roles.coordinates, *roles.sides)
+    ]
     by_name = {variable.name: variable for variable in found}
     if not roles.computed:
         raise NotComputableError("the payload has no tensor to compute on: masks, coordinates and side inputs are none")
