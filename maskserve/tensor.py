@@ -421,10 +421,14 @@ def plain_index(index: Any) -> Any:
     return index
 
 
+def _converted(tensor: MaskedTensor, dtype: torch.dtype) -> MaskedTensor:
+    return tensor.to(dtype)
+
+
 def _conversions() -> None:
     """half(), int() and the like. Named in the class, they would hide Python's own types there."""
     for name in ("double", "float", "half", "bfloat16", "long", "int", "short", "bool"):
-        setattr(MaskedTensor, name, partialmethod(MaskedTensor.to, getattr(torch, name)))
+        setattr(MaskedTensor, name, partialmethod(_converted, getattr(torch, name)))
 
 
 attach(MaskedTensor)
