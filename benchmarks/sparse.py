@@ -1,4 +1,4 @@
-"""python -m benchmarks.sparse: reductions and softmax of CSR tensors beside strided ones and torch.sparse, in turn, in one run."""
+"""python -m benchmarks.sparse: reductions and softmax of CSR tensors beside strided ones and torch.sparse, in turn."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def contenders(share: float) -> dict[str, dict[str, Callable[[], object]]]:
         lambda x: ms.sum(x, 1), lambda x: ms.sum(x, 0), lambda x: ms.amax(x, 1), lambda x: ms.softmax(x, 1),
     )  # fmt: skip
     for (name, others), op in zip(made.items(), ops, strict=True):
-        made[name] = {"stored": lambda op=op: op(ours), "every cell": lambda op=op: op(dense)} | others  # type: ignore[misc]  # bound now
+        made[name] = {"stored": lambda op=op: op(ours), "every cell": lambda op=op: op(dense)} | others
     return made
 
 
