@@ -7,7 +7,7 @@ the cells of a leaf at their index modulo a smaller power of two, where that kee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -30,6 +30,7 @@ from maskserve.patterns import Pattern, ravelled, unravelled
 from maskserve.plan import INNER_LEAF, OUTER_LEAF, Plan, fold
 from maskserve.sparse import SparseTensor, in_bits, refused, taken_at
 from maskserve.tensor import MaskedTensor
+from maskserve.trees import Counter, Merge
 
 BLOCK_CELLS = 1 << 20
 """Cells that are spread out at a time."""
@@ -37,6 +38,8 @@ WIDEST = 1 << 24
 """Cells of a slice that are spread out at most."""
 NARROWER = (16, 128, 1024)
 """Widths of a leaf that are tried before its own."""
+CROWD = 200
+"""Of a tensor of fewer cells than so many times the stored ones, blocks are spread out."""
 CROWDED = 8
 """Of so many times the square root of a width, cells in random places meet but in one leaf of fifty."""
 
@@ -111,8 +114,10 @@ def refuse(plan: Plan) -> None:
 def compute(plan: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | None] | None = None) -> Made:
     """The plan of a sparse tensor: a strided result of a reduction, else cells for the same pattern."""
     refuse(plan)
-    slices = of_plan(plan, tensor._pattern)
     cells = tensor._cells
+    if weights is None and (blocks := blocks_of(plan, cells.numel())) is not None:
+        return by_blocks(plan, blocks, tensor._pattern.positions, cells._data.detach(), whole_mask(cells))
+    slices = of_plan(plan, tensor._pattern)
     data, mask = slices.ordered(cells._data.detach()), slices.ordered(whole_mask(cells))
     side = None
     if weights is not None:
@@ -150,6 +155,70 @@ def as_seen(plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | Non
     if isinstance(plan.row, Normalization) and plan.row.negates:
         cells = cells.neg()
     return cells, counting(plan.row, cells, mask, nan_policy(plan)), weights
+
+
+# -- crowded tensors ----------------------------------------------------------------------------------------------
+
+
+def blocks_of(plan: Plan, n_stored: int) -> list[tuple[slice, slice]] | None:
+    """The blocks (outer, run) of a reduction of many stored cells, which are spread out in their places: sorting costs more.
+
+    None where they are few, or no block holds a leaf of every column.
+    """
+    row = plan.row
+    if not isinstance(row, Reduction) or not row.passes or row.picks or plan.stored.kind is Kind.COMPLEX:
+        return None
+    if len(plan.fold) != 3 or not n_stored or n_stored * CROWD < prod(plan.fold):
+        return None
+    outer, n, inner = plan.fold
+    if n * inner <= BLOCK_CELLS:
+        return [(rows, slice(0, n)) for rows in spans(outer, BLOCK_CELLS // (n * inner))]
+    if plan.leaf * inner > BLOCK_CELLS:
+        return None
+    run = plan.leaf << (BLOCK_CELLS // (plan.leaf * inner)).bit_length() - 1
+    return [(rows, part) for rows in spans(outer, 1) for part in spans(n, run)]
+
+
+def by_blocks(
+    plan: Plan, blocks: list[tuple[slice, slice]], positions: Tensor, data: Tensor, mask: Tensor | None
+) -> Made:
+    """The states of blocks of the tensor as it lies, a block at a time, joined in the tree of their runs."""
+    _, n, inner = plan.fold
+    of, merge = kernel(plan.passes[0].reference), backend_of(plan).merge(plan)
+    begins = [(rows.start * n + run.start) * inner for rows, run in blocks] + [prod(plan.fold)]
+    cuts = torch.searchsorted(positions, torch.tensor(begins, device=positions.device)).tolist()
+    finished: list[Parts] = []
+    for i, (rows, run) in enumerate(in_turn(blocks)):
+        shape = (rows.stop - rows.start, run.stop - run.start, inner)
+        at = positions[cuts[i] : cuts[i + 1]] - begins[i]
+        flat = torch.zeros(prod(shape), dtype=data.dtype, device=data.device)
+        valid = torch.zeros(prod(shape), dtype=torch.bool, device=data.device)
+        in_bits(flat)[at] = in_bits(data)[cuts[i] : cuts[i + 1]]
+        valid[at] = True if mask is None else mask[cuts[i] : cuts[i + 1]]
+        parts = engine.state(block_plan(plan, shape), flat.view(shape), valid.view(shape))
+        parts = {name: part.reshape(shape[0], inner) for name, part in parts.items()}
+        if run.start and hasattr(of, "shift"):
+            parts = of.shift(parts, run.start)
+        finished.append(parts)
+    n_runs = sum(rows.start == 0 for rows, _ in blocks)
+    together = [joined_runs(merge, finished[i : i + n_runs]) for i in range(0, len(finished), n_runs)]
+    return Made(*engine.finish(plan, {name: torch.cat([part[name] for part in together]) for name in together[0]}))
+
+
+def joined_runs(merge: Merge, runs: Sequence[Parts]) -> Parts:
+    """Neighbours pair level by level, an odd last one passes up."""
+    counter = Counter(merge)
+    for i, parts in enumerate(runs):
+        counter.add(i, 1, parts)
+    return counter.joined()
+
+
+@lru_cache(maxsize=256)
+def block_plan(plan: Plan, shape: tuple[int, int, int]) -> Plan:
+    """The plan of a part of the folded cells."""
+    params = MappingProxyType(dict(plan.params) | {"dim": (1,), "keepdim": False})
+    folded = fold(shape, (1,))
+    return replace(plan, params=params, shape=shape, dims=(1,), out_shape=(shape[0], shape[2]), fold=folded)
 
 
 # -- states -------------------------------------------------------------------------------------------------------
@@ -245,9 +314,6 @@ def spread(part: Tensor | None, at: Tensor, places: tuple[Tensor, Tensor], shape
     made = torch.zeros(shape, dtype=part.dtype, device=part.device)
     in_bits(made)[places] = in_bits(part)[at]
     return made
-
-
-Merge = Callable[[Parts, Parts], Parts]
 
 
 def joined(merge: Merge, parts: Parts, outer: Tensor, index: Tensor, size: int) -> Parts:

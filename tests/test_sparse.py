@@ -235,6 +235,20 @@ def test_gradcheck_holds_through_a_reduction_and_a_normalization() -> None:
     assert torch.autograd.gradcheck(function, torch.tensor([3.0, 4, 5], dtype=torch.float64, requires_grad=True))
 
 
+def test_tensors_without_cells_give_what_strided_ones_give() -> None:
+    empty, narrow, masked = torch.zeros(0, 3), torch.zeros(2, 0), ms.MaskedTensor(torch.ones(2, 3), False)
+    for dense in (ms.MaskedTensor(empty), ms.MaskedTensor(narrow), masked):
+        for made in (dense.to_sparse(), dense.to_sparse_csr()):
+            assert made.nnz == 0
+            for dim in (0, 1, None):
+                assert ms.sum(made, dim).tolist() == ms.sum(dense, dim).tolist()
+                assert ms.count(made, dim).tolist() == ms.count(dense, dim).tolist()
+                assert ms.median(made, dim).tolist() == ms.median(dense, dim).tolist()
+            assert ms.softmax(made, 1).tolist() == ms.softmax(dense, 1).tolist()
+            assert (made + made).tolist() == dense.tolist()
+            assert (made @ torch.ones(made.shape[1], 2)).tolist() == (dense @ torch.ones(made.shape[1], 2)).tolist()
+
+
 # -- memory -------------------------------------------------------------------------------------------------------
 
 PEAK = """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import maskserve as ms
-from maskserve import dtypes
+from maskserve import dtypes, sparse_slices
 from maskserve.dtypes import DType
 from maskserve.errors import MaskMismatchError, MaskserveError
 from maskserve.ops import OPS
@@ -74,7 +74,9 @@ def of_some_dtypes(rows: Any) -> Any:
 
 
 @of_some_dtypes(KEPT)
-def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(row: Row, dtype: DType) -> None:
+def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
+    row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i, (shape, share) in enumerate(SHAPES):
         sample = cells(dtype, shape, 31, share=share, row=row)
         dense = ms.MaskedTensor(sample.data, sample.mask)
@@ -82,11 +84,18 @@ def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(row: Row, dtype: 
         function = getattr(ms, row.name)
         for dim in dims_of(row, len(shape)):
             given = given_of(row, dim)
-            same(function(sparse, **given), function(dense, **given), (row.name, dtype, shape, dim, sample))
+            for crowd in (0, 200):  # on stored cells alone, and in blocks
+                monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+                same(function(sparse, **given), function(dense, **given), (row.name, dtype, shape, dim, crowd, sample))
 
 
-@named([row for row in KEPT if row.name in ("sum", "var", "softmax", "normalize", "logsumexp", "norm")])
-def test_leaves_that_are_crowded_or_empty_give_the_same_bits(row: Row) -> None:
+@named([row for row in KEPT if row.name in ("sum", "var", "argmax", "softmax", "normalize", "logsumexp", "norm")])
+@pytest.mark.parametrize(("crowd", "block"), [(0, 1 << 20), (1000, 1 << 20), (1000, 1 << 14)])
+def test_leaves_that_are_crowded_or_empty_give_the_same_bits(
+    row: Row, crowd: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+    monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
     for shape, share in (((3, 9000), 0.003), ((3, 9000), 0.4), ((9000, 3), 0.003), ((5000, 2), 0.6), ((5, 3000), 0.01)):
         sample = cells(dtypes.f64, shape, 33, share=share, row=row)
         dense = ms.MaskedTensor(sample.data, sample.mask)
