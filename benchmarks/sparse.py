@@ -46,18 +46,24 @@ def contenders(share: float) -> dict[str, dict[str, Callable[[], object]]]:
 
 
 def seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The median time of each, in turn."""
+    """The median time of the processor that each takes on one thread, in turn: others may use the machine too."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(time.process_time() - start)
     return {name: median(times) for name, times in taken.items()}
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    with ms.using(threads=1):
+        table()
+
+
+def table() -> None:
     print(f"float32 ({N}, {N}) in CSR; times of the strided op as 1\n")
     print("| stored | op | stored cells | torch.sparse |\n|---|---|---|---|")
     for share in SHARES:

@@ -464,9 +464,11 @@ class Layout(NamedTuple):
 def layouts(plan: Plan, slices: Slices) -> Iterator[Layout]:
     """From the narrowest to the slices as they are. The order in which cells meet is the same in each that keeps them apart."""
     n, leaf = plan.n_reduced, plan.leaf
+    in_leaf = len(slices.of) / max(slices.m * -(-n // leaf), 1)
     if isinstance(plan.row, Normalization):
-        yield from (Layout(leaf, width, slices.places % width) for width in NARROWER if width < n <= leaf)
-        if n > leaf > OUTER_LEAF:
+        widths = [width for width in NARROWER if width < n <= leaf and in_leaf**2 < CROWDED * width]
+        yield from (Layout(leaf, width, slices.places % width) for width in widths)
+        if n > leaf > OUTER_LEAF and in_leaf**2 < CROWDED * OUTER_LEAF:
             narrow = slices.places // leaf * OUTER_LEAF + slices.places % OUTER_LEAF
             yield Layout(OUTER_LEAF, -(-n // leaf) * OUTER_LEAF, narrow)
     yield Layout(leaf, n, slices.places)
