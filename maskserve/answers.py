@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -15,12 +15,13 @@ from maskserve.execution import execution
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.held import refuse_other_masks
+from maskserve.payload.metadata import KEY_SHAPES, with_shapes
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name, answer_metadata, resolve
 from maskserve.requests import Request
 from maskserve.room import RESULT_SHARE, Need, beyond, enough, held
 from maskserve.sides import Payloads
-from maskserve.steps import Result, Step, Streamed
+from maskserve.steps import Result, SparseResult, Step, Streamed
 from maskserve.told import Told
 from maskserve.version import version
 
@@ -61,6 +62,12 @@ class Answer:
         for source in self.sources:
             source.refuse_changed()
         return n_bytes
+
+    def spread_out(self) -> Answer:
+        """The same with each sparse variable strided: other forms than safetensors have no sparse ones."""
+        results = tuple(r.spread_out() if isinstance(r, SparseResult) else r for r in self.results)
+        metadata = {key: text for key, text in self.metadata.items() if key != KEY_SHAPES}
+        return replace(self, results=results, metadata=metadata)
 
     def outputs(self) -> list[Output]:
         return [out for result in self.results for out in result.outputs()]
@@ -115,7 +122,8 @@ def run(
         source.refuse_changed()
     if prepared.metadata is None:
         prepared.metadata = metadata_of(request, payload, others, results)
-    return Answer(results=tuple(results), metadata=dict(prepared.metadata), sources=sources)
+    shapes = {r.name: r.shape for r in results if isinstance(r, SparseResult)}
+    return Answer(results=tuple(results), metadata=with_shapes(prepared.metadata, shapes), sources=sources)
 
 
 def bytes_to_read(request: Request, payload: Payload, others: Payloads = NOTHING, *, memory: int) -> int:
@@ -285,7 +293,9 @@ def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:
 
 def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
     """Refuses an answer out of all proportion to its question: a dim of size 0 lets 70 bytes ask for terabytes."""
-    if all(info.n_bytes for info in payload.header.tensors.values()) and not any(step.labels for step in planned):
+    is_sparse = any(v.stored is not None for step in planned for v in step.inputs)
+    is_empty = not all(info.n_bytes for info in payload.header.tensors.values())
+    if not (is_sparse or is_empty or any(step.labels for step in planned)):
         return  # no dim has size 0 and none is new, so no answer has more cells than its question has bytes
     n_bytes = sum(step.bytes_written for step in planned)
     most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)

@@ -10,6 +10,7 @@ from torch import Tensor
 from maskserve.errors import ShapeError
 
 if TYPE_CHECKING:
+    from maskserve.sparse import SparseTensor
     from maskserve.tensor import MaskedTensor
 
 
@@ -118,6 +119,32 @@ class Attributes:
     def imag(self) -> MaskedTensor:
         """The imaginary part, sharing memory."""
         return self._moved("imag")
+
+    def to_dense(self) -> MaskedTensor:
+        """The strided tensor of the same cells: this one, where it is strided."""
+        return self  # type: ignore[return-value]  # attributes of a MaskedTensor alone
+
+    def to_sparse(self, layout: torch.layout = torch.sparse_coo) -> SparseTensor:
+        """The sparse tensor that stores the valid cells."""
+        from maskserve.sparse import sparsified
+
+        return sparsified(self, layout)  # type: ignore[arg-type]  # attributes of a MaskedTensor alone
+
+    def to_sparse_coo(self) -> SparseTensor:
+        """The same cells stored with the index of each along each dim."""
+        return self.to_sparse(torch.sparse_coo)
+
+    def to_sparse_csr(self) -> SparseTensor:
+        """The cells of a matrix stored row by row."""
+        return self.to_sparse(torch.sparse_csr)
+
+    @property
+    def is_sparse(self) -> bool:
+        return False
+
+    @property
+    def is_sparse_csr(self) -> bool:
+        return self.layout is torch.sparse_csr
 
     def _moved(self, name: str, *args: Any) -> MaskedTensor:
         from maskserve.functions import public

@@ -15,6 +15,7 @@ from maskserve.errors import GradientError
 from maskserve.gates import DTYPE, as_cotangent, kept
 from maskserve.making import tensor_of
 from maskserve.reach import Cross, applied, channel, narrowed
+from maskserve.sparse import SparseTensor, aligned
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed
 
@@ -87,25 +88,27 @@ def seeded(outputs: Sequence[Any], cotangents: Sequence[Any]) -> tuple[list[Tens
 
 
 def pairs(output: Any, cotangent: Any) -> list[tuple[Tensor, Tensor]]:
-    data = output._data if isinstance(output, MaskedTensor) else output
+    data = plain_of(output)
     if not data.requires_grad:
         raise GradientError(
             "the tensor has no history: make a leaf with masked_tensor(..., requires_grad=True), or take a plain tensor that has "
             "one into as_masked_tensor(data, mask), and compute from it, outside torch.no_grad()"
         )
     if cotangent is None:
-        if data.numel() != 1:
+        if output.numel() != 1:
             raise GradientError(
-                f"a gradient comes from one cell, and the tensor has shape {tuple(data.shape)}: reduce it first, or give "
+                f"a gradient comes from one cell, and the tensor has shape {tuple(output.shape)}: reduce it first, or give "
                 "the gradient from above, of its shape"
             )
-        cotangent = torch.ones_like(data)
+        cotangent = torch.ones(output.shape, dtype=data.dtype, device=data.device)
     ((_, above),) = paired("the tensor", [output], "the gradient from above", [cotangent])
     return list(zip(followed_parts(output), seeds_of(output, above), strict=False))  # an output may have no reach
 
 
 def seeds_of(output: Any, above: Any) -> list[Tensor]:
     """The cotangents of an output's data and reach, where `above` is what comes from above."""
+    if isinstance(output, SparseTensor):
+        output, above = output._cells, aligned(above, output._pattern)
     mask = mask_of(above)
     data = plain_of(above).to(output.dtype)
     if not isinstance(output, MaskedTensor):
@@ -118,7 +121,8 @@ def followed_parts(source: Any) -> list[Tensor]:
     """What autograd knows of a tensor: its data and, of a MaskedTensor, its reach."""
     if not isinstance(source, MaskedTensor):
         return [source]
-    return [source._data] if source._reach is None else [source._data, source._reach]
+    cells = source._cells
+    return [cells._data] if cells._reach is None else [cells._data, cells._reach]
 
 
 def gradient_of(source: Any, found: Sequence[Tensor | None]) -> Any:
@@ -128,13 +132,14 @@ def gradient_of(source: Any, found: Sequence[Tensor | None]) -> Any:
         return data
     if data is None:
         return None
-    reached = source._full_mask() if not reach else torch.zeros_like(source._data, dtype=torch.bool)
+    cells = source._cells
+    reached = cells._full_mask() if not reach else torch.zeros_like(cells._data, dtype=torch.bool)
     if reach and reach[0] is not None:
         reached = reach[0] > 0
     again = None
-    if is_followed(data) and source._reach is not None:
-        again = applied(Cross, reached, source._reach)
-    return MaskedTensor._of(select(data, reached), reached, again)
+    if is_followed(data) and cells._reach is not None:
+        again = applied(Cross, reached, cells._reach)
+    return source._like(MaskedTensor._of(select(data, reached), reached, again))
 
 
 def checked_use(source: Any, gradient: Any, *, allow_unused: bool, materialize: bool) -> Any:
@@ -146,7 +151,10 @@ def checked_use(source: Any, gradient: Any, *, allow_unused: bool, materialize: 
         return None
     if not isinstance(source, MaskedTensor):
         return torch.zeros_like(source)
-    return MaskedTensor._of(torch.zeros_like(source._data), torch.zeros_like(source._data, dtype=torch.bool))
+    cells = source._cells
+    return source._like(
+        MaskedTensor._of(torch.zeros_like(cells._data), torch.zeros_like(cells._data, dtype=torch.bool))
+    )
 
 
 # -- torch.func's words -------------------------------------------------------------------------------------------
@@ -272,7 +280,9 @@ class Opened:
         """(the parts of what the function gives, the masks and what else it gave: these carry no derivative)."""
         parts = iter(flat)
         arguments = [
-            MaskedTensor._of(next(parts), leaf._mask, next(parts)) if isinstance(leaf, MaskedTensor) else next(parts)
+            leaf._like(MaskedTensor._of(next(parts), leaf._cells._mask, next(parts)))
+            if isinstance(leaf, MaskedTensor)
+            else next(parts)
             for leaf in self.leaves
         ]
         made = self.function(*tree_unflatten(arguments, self.shape))
@@ -282,6 +292,7 @@ class Opened:
         for output in outputs:
             if not isinstance(output, MaskedTensor | Tensor):
                 raise GradientError(f"the function gives a {type(output).__name__} where a tensor has a gradient")
+        self.outputs, self.others = [like_of(output) for output in outputs], [like_of(other) for other in others]
         beside = [
             [mask_of(output) for output in outputs],
             *zip(*[(plain_of(o), mask_of(o)) for o in others], strict=True),
@@ -301,8 +312,14 @@ class Opened:
         """(what the function gave, what else)."""
         masks, *others = self.unpacked(extra)
         parts = iter(flat)
-        made = [next(parts) if mask is None else followed_tensor(next(parts), mask, next(parts)) for mask in masks]
-        aux = [other if mask is None else MaskedTensor._of(other, mask) for other, mask in zip(*others, strict=True)]
+        made = [
+            next(parts) if mask is None else like(followed_tensor(next(parts), mask, next(parts)))
+            for mask, like in zip(masks, self.outputs, strict=True)
+        ]
+        aux = [
+            other if mask is None else like(MaskedTensor._of(other, mask))
+            for other, mask, like in zip(*others, self.others, strict=True)
+        ]
         return tree_unflatten(made, self.value_shape), tree_unflatten(aux, self.aux_shape)
 
     def gradients(self, found: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -318,21 +335,27 @@ class Opened:
         """How what the function gave changes: by paths from the cells that the values themselves come from."""
         parts = iter(zip(flat, values, strict=True))
         made: list[Any] = []
-        for mask in self.unpacked(extra)[0]:
+        for mask, like in zip(self.unpacked(extra)[0], self.outputs, strict=True):
             data, _ = next(parts)
             if mask is None:
                 made.append(data)
                 continue
             reach, own = next(parts)
             specified = (reach > 0) & mask
-            made.append(followed_tensor(select(data, specified), specified, narrowed(own, specified)))
+            made.append(like(followed_tensor(select(data, specified), specified, narrowed(own, specified))))
         return tree_unflatten(made, self.value_shape)
 
 
 def opened_parts(value: MaskedTensor | Tensor, reach_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
     if not isinstance(value, MaskedTensor):
         return [value]
-    return [value._data, reach_of(value._data) if value._reach is None else value._reach]
+    cells = value._cells
+    return [cells._data, reach_of(cells._data) if cells._reach is None else cells._reach]
+
+
+def like_of(value: Any) -> Callable[[MaskedTensor], MaskedTensor]:
+    """How cells become a tensor that stores them where this one does."""
+    return value._like if isinstance(value, MaskedTensor) else lambda cells: cells
 
 
 def followed_tensor(data: Tensor, mask: Tensor, reach: Tensor | None) -> MaskedTensor:
@@ -341,8 +364,8 @@ def followed_tensor(data: Tensor, mask: Tensor, reach: Tensor | None) -> MaskedT
 
 
 def mask_of(value: Any) -> Tensor | None:
-    return value._full_mask() if isinstance(value, MaskedTensor) else None
+    return value._cells._full_mask() if isinstance(value, MaskedTensor) else None
 
 
 def plain_of(value: Any) -> Any:
-    return value._data if isinstance(value, MaskedTensor) else value
+    return value._cells._data if isinstance(value, MaskedTensor) else value

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from maskserve.errors import DtypeError
-from maskserve.tensor import MaskedTensor
+from maskserve.tensor import SPARSE, MaskedTensor
 
 
 def from_foreign(value: Any) -> Any:
-    """numpy arrays (numpy.ma with its mask), xarray, pandas and torch.masked objects as ours; anything else as it is.
+    """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked and torch's sparse tensors as ours.
 
+    Anything else stays as it is.
     NaN is how xarray and pandas say missing, and there it is masked.
     """
     kind, home = type(value), type(value).__module__
+    if kind is Tensor:
+        return value if value.layout not in SPARSE else MaskedTensor(value)
     if home.startswith("numpy"):
         import numpy as np
 
@@ -24,6 +27,8 @@ def from_foreign(value: Any) -> Any:
             return MaskedTensor._of(plain_tensor(value.data), torch.as_tensor(~np.ma.getmaskarray(value)))
         return value.item() if isinstance(value, np.generic) else plain_tensor(value)
     if home.startswith("torch.masked"):
+        if value.layout in SPARSE:
+            return MaskedTensor(value.get_data(), value.get_mask())
         return MaskedTensor._of(value.get_data(), value.get_mask().clone())
     if home.startswith("xarray") and hasattr(kind, "to_masked_array"):
         return from_foreign(value.to_masked_array(copy=False))

@@ -77,3 +77,15 @@ def _joined(words: Any, width: int, indent: int) -> str:
         return "[" + ", ".join(word.rjust(width) for word in words) + "]"
     rows = [row if isinstance(row, str) else _joined(row, width, indent + 1) for row in words]
     return "[" + (",\n" + " " * (indent + 1)).join(rows) + "]"
+
+
+def text_of_stored(indices: Tensor, cells: Any, extras: str) -> str:
+    """The stored cells of a sparse tensor of many cells by their indices, the first and the last of them."""
+    n = indices.shape[1]
+    shown = list(range(n)) if n <= 2 * EDGE else [*range(EDGE), *range(n - EDGE, n)]
+    data, valid = cells._data.detach(), cells._full_mask()
+    words = [f"{tuple(indices[:, i].tolist())}: {_word(data[i], valid[i])}" for i in shown]
+    if n > len(shown):
+        words.insert(EDGE, "...")
+    grad = ", requires_grad=True" if cells.requires_grad else ""
+    return f"masked_tensor({{{', '.join(words)}}}, {extras}, nnz={n}, dtype={data.dtype}{grad})"

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from maskserve import cellwise, contracting, gradients, masking, masks, operations, wholes
+from maskserve import cellwise, contracting, gradients, masking, masks, operations, sparse_ops, wholes
 from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
 from maskserve.blocks import counting
@@ -42,6 +42,7 @@ from maskserve.ops.rows import (
 from maskserve.params import accept, names_of, resolve
 from maskserve.plan import Plan, SlicedRow, plan, with_masked_slices
 from maskserve.reach import Operand, narrowed
+from maskserve.sparse import SparseTensor, refused
 from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import dtype_of
 from maskserve.tracing import in_transform, is_followed
@@ -63,6 +64,8 @@ def sliced(
     row: SlicedRow, tensor: Any, mask: Any, given: tuple[tuple[str, Any], ...], weights: Any = None
 ) -> MaskedTensor | Pair:
     """An op along dims of one tensor."""
+    if (sparse := sparse_ops.as_sparse(tensor, mask)) is not None:
+        return sliced_sparse(row, sparse, given, weights)
     cells = unwrap(row, tensor, mask)
     data = cells.value
     device = "cpu" if data.device.type == "cpu" else str(data.device)
@@ -74,6 +77,22 @@ def sliced(
     if any(is_followed(operand.value) for operand in operands):
         return traced(planned, operands)
     return computed(planned, operands)
+
+
+def sliced_sparse(
+    row: SlicedRow, tensor: SparseTensor, given: tuple[tuple[str, Any], ...], weights: Any
+) -> MaskedTensor | Pair:
+    """The same of a sparse tensor, whose weights are taken where it stores cells."""
+    side = None
+    if weights is not None:
+        side = sparse_ops.side_input(row, weights, tensor)
+        given = (*given, ("weights", dtype_of(side._data)))
+    device = "cpu" if tensor.device.type == "cpu" else str(tensor.device)
+    planned = plan(row, given, tuple(tensor.shape), dtype_of(tensor._cells._data), device)
+    values, indices = sparse_ops.sliced(planned, tensor, side, traced)
+    if indices is None or not row.indices or planned.params["dim"] is None:
+        return values
+    return Pair(values, indices)
 
 
 def computed(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
@@ -173,13 +192,19 @@ def elementwise(
     row: Elementwise, operands: tuple[Any, ...], policy: str | None, nan: str | None, given: dict[str, Any]
 ) -> MaskedTensor:
     """An elementwise op of tensors and numbers."""
+    operands = tuple(map(from_foreign, operands))
+    if any(map(sparse_ops.is_sparse, operands)):
+
+        def of_cells(cells: Sequence[Any]) -> MaskedTensor:
+            return elementwise(row, tuple(cells), policy, nan, given)
+
+        return sparse_ops.elementwise(row, operands, masks.parse_policy(policy), of_cells)
     last = len(operands) - row.n_optional
     unwrapped = [unwrapped_operand(row, operand, optional=i >= last) for i, operand in enumerate(operands)]
     return MaskedTensor._of(*cellwise.compute(row, unwrapped, given, masks.parse_policy(policy), nan)[:3])
 
 
 def unwrapped_operand(row: Elementwise, operand: Any, *, optional: bool) -> Operand:
-    operand = from_foreign(operand)
     if isinstance(operand, MaskedTensor | Tensor):
         return unwrap(row, operand, None)
     if not isinstance(operand, int | float | complex) and not (operand is None and optional):
@@ -193,6 +218,13 @@ def contraction(row: Contraction, operands: Sequence[Any], given: dict[str, Any]
     if row.takes_any_number and len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = operands[0]
     n = len(operands) - row.n_optional
+    operands = tuple(map(from_foreign, operands))
+    if any(map(sparse_ops.is_sparse, operands)):
+        sums = sparse_ops.contraction(row, operands[:n], params, batch_product(params))
+        for side in (unwrap(row, operand, None) for operand in operands[n:] if operand is not None):
+            added = with_added(row, Masked(sums._data, sums._mask, sums._reach), Masked(*side[:3]))
+            sums = MaskedTensor._of(*added)
+        return sums
     unwrapped = [unwrap(row, operand, None) for i, operand in enumerate(operands) if i < n or operand is not None]
     cells = [Masked(o.value, counting(row, o.value, o.mask, params["nan"]), o.reach) for o in unwrapped]
     cells, dtype = contracting.computable(row, cells)
@@ -200,6 +232,11 @@ def contraction(row: Contraction, operands: Sequence[Any], given: dict[str, Any]
     for other in cells[n:]:
         made = with_added(row, made, other)
     return MaskedTensor._of(made.data.to(dtype), made.mask, made.reach)
+
+
+def batch_product(params: dict[str, Any]) -> Callable[[Any, Any], MaskedTensor]:
+    """The masked product of batches of matrices, with the NaN policy of a contraction."""
+    return partial(public("bmm"), **params)
 
 
 def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
@@ -235,6 +272,8 @@ def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
     """The parts of a MaskedTensor, or of a plain tensor with `mask=`."""
     if not isinstance(tensor, MaskedTensor):
         tensor = tensor_of(tensor)
+    if (sparse := sparse_ops.as_sparse(tensor, mask)) is not None:
+        raise refused(row.name, sparse.shape)
     if is_masked := isinstance(tensor, MaskedTensor):
         if mask is not None:
             tensor = as_masked_tensor(tensor, mask)

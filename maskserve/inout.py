@@ -18,11 +18,12 @@ from maskserve.payload.files import EXISTS, Exists, StrPath
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, encode
 from maskserve.payload.format import save as save_bytes
 from maskserve.payload.held import refuse_other_masks
-from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, Means, answer_metadata
+from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, KEY_SHAPES, Means, answer_metadata, with_shapes
 from maskserve.payload.tensors import load as load_parts
-from maskserve.payload.tensors import output
-from maskserve.payload.variables import MASK, MaskKind, resolve
+from maskserve.payload.tensors import load_sparse, output, sparse_outputs
+from maskserve.payload.variables import MASK, MaskKind, Variable, resolve
 from maskserve.requests import build
+from maskserve.sparse import SparseTensor
 from maskserve.tensor import MaskedTensor
 from maskserve.version import version
 
@@ -56,11 +57,18 @@ def load(source: Source, *, mask: str | None = None, mask_means: Means | None = 
         refuse_other_masks(payload, mask, mask_means)
         variables = resolve(payload.header, mask=mask, mask_means=mask_means)
         every = (*variables, *variables.coordinates.values())
-        loaded = Variables({v.name: MaskedTensor._of(*load_parts(payload, v)) for v in every})
+        loaded = Variables({v.name: loaded_tensor(payload, v) for v in every})
         loaded.dims = {v.name: v.dims for v in every if v.dims is not None}
-        ours = (KEY_DIMS, KEY_MASKS, KEY_MEANS)
+        ours = (KEY_DIMS, KEY_MASKS, KEY_MEANS, KEY_SHAPES)
         loaded.metadata = {key: text for key, text in payload.header.metadata.items() if key not in ours}
         return loaded
+
+
+def loaded_tensor(payload: Payload, variable: Variable) -> MaskedTensor:
+    if variable.stored is None:
+        return MaskedTensor._of(*load_parts(payload, variable))
+    pattern, values, mask = load_sparse(payload, variable)
+    return SparseTensor._on(pattern, MaskedTensor._of(values, mask))
 
 
 def save(
@@ -79,16 +87,25 @@ def save(
     check_save(tensors, path, exists)
     named = {name: tuple(words) for name, words in (dims or getattr(tensors, "dims", {})).items() if name in tensors}
     outputs: list[Output] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, given in tensors.items():
         tensor = as_masked_tensor(given)
         check_dims(name, tensor, named.get(name))
+        if isinstance(tensor, SparseTensor):
+            shapes[name], cells = tuple(tensor.shape), tensor._cells
+            own = cells._full_mask()
+            values = hidden_as_zero(cells.get_data().detach(), own)
+            outputs += sparse_outputs(name, f"{name}.{MASK}", tensor._pattern, values, own)
+            continue
         outputs.append(
             output(name, hidden_as_zero(tensor.get_data(), None if tensor._mask is None else tensor._full_mask()))
         )
         if named.get(name) != (name,) or tensor._mask is not None:  # a coordinate has a mask only if it needs one
             outputs.append(output(f"{name}.{MASK}", tensor.get_mask()))
     kept = dict(metadata if metadata is not None else getattr(tensors, "metadata", {}))
-    return save_bytes(path, encode(outputs, answer_metadata(kept, named, None, version())), exists=exists)
+    return save_bytes(
+        path, encode(outputs, with_shapes(answer_metadata(kept, named, None, version()), shapes)), exists=exists
+    )
 
 
 def check_save(tensors: Mapping[str, Any], path: StrPath, exists: Exists) -> None:

@@ -55,7 +55,7 @@ def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -
             "as_masked_tensor(data, mask) keeps the history; masked_tensor(data.detach(), mask) says that none is wanted",
             stacklevel=2,
         )
-    made = MaskedTensor._of(source._data.detach().clone(), source._mask)
+    made = source._copied()
     return made.requires_grad_() if requires_grad else made
 
 

@@ -17,6 +17,7 @@ from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterErro
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
+from maskserve.sparse_moves import first_sparse
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed, same_memory
 
@@ -31,6 +32,10 @@ def moved(row: Move, args: Arguments, kwargs: Keywords) -> Any:
     if kwargs.pop("out", None) is not None:
         raise UncoveredFunctionError(f"{row.name}: out= would lose the mask; use the returned MaskedTensor")
     try:
+        if first_sparse(args) is not None:
+            from maskserve import sparse_ops
+
+            return sparse_ops.moved(row, args, kwargs)
         return by_kernel(row, args, kwargs) if row.function else by_torch(row, args, kwargs)
     except MaskserveError:
         raise

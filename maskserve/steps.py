@@ -14,14 +14,18 @@ from torch import Tensor
 
 from maskserve import execution
 from maskserve.dtypes import DType, boolean
+from maskserve.errors import TooLargeError
 from maskserve.loading import loaded_above
 from maskserve.ops.rows import GRAD
+from maskserve.patterns import Pattern
 from maskserve.payload.format import Output, Payload
 from maskserve.payload.header import Shape
-from maskserve.payload.tensors import output
+from maskserve.payload.tensors import output, sparse_outputs
 from maskserve.payload.variables import MASK, Dims, MaskKind, Variable, Variables
 from maskserve.requests import Request
 from maskserve.room import RESULT_SHARE, Need
+from maskserve.sparse import densified
+from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 from maskserve.torch_dtypes import dtype_of
 
@@ -29,10 +33,11 @@ if TYPE_CHECKING:
     from maskserve.above import Above
     from maskserve.pullbacks import Gradient, Leaves, Masked
     from maskserve.regions import InPlace, Piece
-    from maskserve.tensor import MaskedTensor
 
 VALUE = "value"
 """What an answer calls the result that gradients are of."""
+MOST_SPREAD = 1 << 24
+"""Bytes of a sparse result with every cell, where the form of an answer has no sparse ones."""
 TORCH = "torch"
 """Who computes what no back end has a kernel for."""
 
@@ -79,10 +84,55 @@ class Result:
         """The valid NaN: what is hidden is 0."""
         return n_nan(self.data)
 
+    def stored_at(self, pattern: Pattern) -> SparseResult:
+        """The sparse variable whose stored cells these are."""
+        return SparseResult(
+            name=self.name, data=self.data, mask=self.mask, mask_name=self.mask_name, dims=self.dims, pattern=pattern,
+            passed_through=self.passed_through,
+        )  # fmt: skip
+
     def outputs(self) -> Iterator[Output]:
         yield output(self.name, self.data)
         if self.mask is not None:
             yield output(self.mask_name, self.mask)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseResult(Result):
+    """A sparse variable of an answer: `data` and `mask` are those of the stored cells."""
+
+    pattern: Pattern
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.pattern.shape)
+
+    @property
+    def n_cells(self) -> int:
+        return self.pattern.numel
+
+    @property
+    def n_masked(self) -> int:
+        assert self.mask is not None
+        return self.n_cells - int(self.mask.count_nonzero())
+
+    def outputs(self) -> Iterator[Output]:
+        assert self.mask is not None
+        yield from sparse_outputs(self.name, self.mask_name, self.pattern, self.data, self.mask)
+
+    def spread_out(self) -> Result:
+        """The strided variable, for a form that has no sparse ones."""
+        n_bytes = self.n_cells * (self.data.element_size() + 1)
+        if n_bytes > MOST_SPREAD:
+            raise TooLargeError(
+                f"{self.name} is sparse, and with every cell it has {n_bytes} bytes, where at most {MOST_SPREAD} are spread "
+                "out; safetensors holds it as it is"
+            )
+        dense = densified(self.pattern, MaskedTensor._of(self.data, self.mask))
+        return Result(
+            name=self.name, data=dense._data, mask=dense._mask, mask_name=self.mask_name, dims=self.dims,
+            passed_through=self.passed_through,
+        )  # fmt: skip
 
 
 def n_nan(cells: Tensor) -> int:

@@ -26,6 +26,8 @@ from maskserve.tracing import is_followed, same_memory
 if TYPE_CHECKING:
     import numpy as np
 
+SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+
 
 class MaskedTensor(History):
     """`data` and `mask` (bool, of as many dims, size 1 broadcasts; None = all valid, and costs nothing).
@@ -43,6 +45,14 @@ class MaskedTensor(History):
     """Whether another MaskedTensor sees the same data."""
     _owns_mask: bool
     """Whether a cell of the mask can be written in place: it is full, and every tensor that sees it should see that."""
+
+    def __new__(cls, data: Any = None, mask: Any = None) -> MaskedTensor:
+        """Of sparse data, or of data with a sparse mask, a sparse one."""
+        if cls is MaskedTensor and any(getattr(part, "layout", None) in SPARSE for part in (data, mask)):
+            from maskserve.sparse import SparseTensor
+
+            cls = SparseTensor
+        return object.__new__(cls)
 
     def __init__(self, data: Tensor, mask: Tensor | bool | None = None) -> None:
         from maskserve.foreign import from_foreign
@@ -167,6 +177,19 @@ class MaskedTensor(History):
         mask = None if self._mask is None else self._mask.to(data.device, copy=True)
         reach = None if self._reach is None or not is_followed(data) else self._reach.to(data.device)
         return MaskedTensor._of(data, mask, reach)
+
+    @property
+    def _cells(self) -> MaskedTensor:
+        """What is stored: here all of it, of a sparse tensor the stored cells in one dim."""
+        return self
+
+    def _like(self, cells: MaskedTensor) -> MaskedTensor:
+        """Other cells in the place of those that are stored."""
+        return cells
+
+    def _copied(self) -> MaskedTensor:
+        """A copy without history."""
+        return MaskedTensor._of(self._data.detach().clone(), self._mask)
 
     def to(self, *args: Any, **kwargs: Any) -> MaskedTensor:
         """On another device or in another dtype, as torch.Tensor.to; the tensor itself where nothing changes."""
@@ -398,10 +421,14 @@ def plain_index(index: Any) -> Any:
     return index
 
 
+def _converted(tensor: MaskedTensor, dtype: torch.dtype) -> MaskedTensor:
+    return tensor.to(dtype)
+
+
 def _conversions() -> None:
     """half(), int() and the like. Named in the class, they would hide Python's own types there."""
     for name in ("double", "float", "half", "bfloat16", "long", "int", "short", "bool"):
-        setattr(MaskedTensor, name, partialmethod(MaskedTensor.to, getattr(torch, name)))
+        setattr(MaskedTensor, name, partialmethod(_converted, getattr(torch, name)))
 
 
 attach(MaskedTensor)

@@ -16,8 +16,12 @@ class Told:
     dtype: DType
     shape: tuple[int, ...]
     dims: Dims | None
+    stored_bytes: int | None = None
+    """Of a sparse tensor, what it stores and where."""
 
     @property
     def n_bytes(self) -> int:
         """Its bytes and its mask's."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
         return prod(self.shape) * (self.dtype.n_bytes + 1)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution, masking, regions, sides, sources, streaming
+from maskserve import engine, execution, masking, regions, sides, sources, sparse_ops, sparse_slices, streaming
 from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, choose
 from maskserve.backends.reference import ReferenceBackend
 from maskserve.dim_names import numbers_of, result_dims
+from maskserve.dtypes import DType
 from maskserve.errors import BackendError, DimError, DtypeError, nearest
 from maskserve.loading import device_of, loaded, on_device, without_fill
-from maskserve.ops.rows import Masking, Normalization, Reduction, Scan
+from maskserve.ops.rows import Fill, Masking, Normalization, Reduction, Scan
 from maskserve.payload.format import Payload
 from maskserve.payload.header import Shape
-from maskserve.payload.tensors import load
+from maskserve.payload.tensors import load, load_sparse
 from maskserve.payload.variables import Dims, Variable, Variables, answer_mask_name
 from maskserve.plan import Plan, plan
 from maskserve.regions import Piece
@@ -26,10 +28,16 @@ from maskserve.requests import Request
 from maskserve.room import Need, budget_of
 from maskserve.sides import Payloads, Side
 from maskserve.sources import Source, Window
+from maskserve.sparse import SparseTensor
 from maskserve.steps import TORCH, Result, Step, Streamed, Work, gradient_results
+from maskserve.tensor import MaskedTensor
 from maskserve.told import Told
 
 NEW_MASK = "a new mask"
+STATE_BYTES = 56
+"""The bytes of the widest state of a result cell."""
+ENTRY_BYTES = 96
+"""The bytes that a stored cell takes while slices are found and joined."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +77,41 @@ class OfVariable(Step):
     def written(self) -> tuple[Told, ...]:
         """The result; then, where it is asked for, the gradient."""
         own = self.variable.info
+        if self.keeps_pattern:
+            dtype = own.dtype if self.plan is None else self.plan.result
+            return (Told(dtype=dtype, shape=own.shape, dims=self.dims, stored_bytes=self.stored_bytes(dtype)),)
         if self.plan is None:
             return (Told(dtype=own.dtype, shape=own.shape, dims=self.dims),)
         result = Told(dtype=self.plan.result, shape=self.plan.out_shape, dims=self.dims)
         gradient = Told(dtype=self.plan.stored, shape=own.shape, dims=self.variable.dims)
         return (result, gradient) if self.is_gradient else (result,)
+
+    @property
+    def takes_stored(self) -> bool:
+        """Whether it computes on what a sparse variable stores."""
+        is_taken = self.plan is not None and not self.is_gradient and not isinstance(self.plan.row, Fill)
+        return self.variable.stored is not None and (is_taken or self.passes_through)
+
+    @property
+    def keeps_pattern(self) -> bool:
+        """Whether its result is stored where the variable is."""
+        return self.takes_stored and not (self.plan is not None and isinstance(self.plan.row, Reduction))
+
+    def stored_bytes(self, result: DType) -> int:
+        """The bytes of a sparse result: values, their mask and their places."""
+        assert self.variable.stored is not None
+        *places, values = self.variable.stored.parts
+        return values.n_cells * (result.n_bytes + 1) + sum(8 * part.n_cells for part in places)
+
+    @property
+    def bytes_held(self) -> int:
+        if not self.takes_stored:
+            return self.bytes_written
+        stored = self.variable.stored
+        assert stored is not None
+        states = 0 if self.keeps_pattern or self.plan is None else STATE_BYTES * prod(self.plan.out_shape)
+        block = ENTRY_BYTES * min(sparse_slices.BLOCK_CELLS, self.variable.info.n_cells)
+        return self.bytes_written + states + block + ENTRY_BYTES * stored.values.n_cells
 
     @property
     def works(self) -> tuple[Work, ...]:
@@ -89,6 +127,9 @@ class OfVariable(Step):
         return self.plan.labels if self.plan else None
 
     def results(self, request: Request, payload: Payload, variables: Variables) -> Iterator[Result]:
+        if self.takes_stored:
+            yield self.of_stored(request, payload, variables)
+            return
         data, mask = on_device(load(payload, self.variable), self.device)
         mask = without_fill(data, mask, request.common.get("fill_value"))
         if self.is_gradient:
@@ -114,6 +155,23 @@ class OfVariable(Step):
             name=self.name, data=data, mask=mask, mask_name=answer_mask_name(self.variable, variables), dims=self.dims,
             passed_through=self.passes_through, n_masked_before=n_masked_before,
         )  # fmt: skip
+
+    def of_stored(self, request: Request, payload: Payload, variables: Variables) -> Result:
+        """The result for a sparse variable: strided of a reduction, else stored where the variable is."""
+        pattern, data, mask = load_sparse(payload, self.variable)
+        pattern, (data, mask) = pattern.to(torch.device(self.device)), on_device((data, mask), self.device)
+        mask = without_fill(data, mask, request.common.get("fill_value"))
+        made: MaskedTensor = SparseTensor._on(pattern, MaskedTensor._of(data, mask))
+        if self.plan is not None:
+            weights = [MaskedTensor._of(*loaded(side, self.device)) for side in self.sides]  # at most one
+            with execution.using(backend=request.running.get("backend")):
+                made = sparse_ops.computed(self.plan, made, weights[0] if weights else None)
+        valid = made._cells._full_mask()
+        result = Result(
+            name=self.name, data=engine.hidden_as_zero(made._cells._data, valid), mask=valid, dims=self.dims,
+            mask_name=answer_mask_name(self.variable, variables), passed_through=self.passes_through,
+        )  # fmt: skip
+        return result.stored_at(pattern) if self.keeps_pattern else result
 
     def streamed(
         self, request: Request, payload: Payload, variables: Variables, memory: int
@@ -162,12 +220,12 @@ class OfVariable(Step):
     @property
     def is_held(self) -> bool:
         """Whether it is computed in memory alone."""
-        return self.is_gradient or self.device != "cpu"
+        return self.is_gradient or self.device != "cpu" or self.variable.stored is not None
 
     @property
     def need(self) -> Need | None:
         if self.is_held:
-            what = "the gradient" if self.is_gradient else self.device
+            what = "the gradient" if self.is_gradient else self.device if self.device != "cpu" else "a sparse tensor"
             return Need(memory=self.bytes_in_memory, why=f"{self.name}: {what} holds all in memory")
         if self.plan is None or self.choice is None:
             return None

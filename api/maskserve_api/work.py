@@ -141,6 +141,8 @@ class Work:
         with self.stages.stage("compute"):
             computed = answers.run(self.asked(), payload, admit=self.admit)
         with self.stages.stage("encode"):
+            if self.answer is not Form.SAFETENSORS:
+                computed = computed.spread_out()
             return replace(ENCODERS[self.answer](computed, payload, self.limits), cells=cells_of(computed))
 
 

@@ -116,6 +116,7 @@ def before(computed: Sequence[Result | Streamed]) -> str:
 def json_chunks(answer: Answer, question: JsonForm | None) -> Iterator[bytes]:
     from maskserve.payload.json import encode
 
+    answer = answer.spread_out()
     return encode(answer.outputs(), answer.metadata, question or "explicit")
 
 
@@ -127,7 +128,7 @@ def text_lines(answer: Answer) -> Iterator[str]:
     from maskserve.payload.json import refuse_complex
     from maskserve.payload.texts import texts_of
 
-    computed = [result for result in answer.results if not result.is_coordinate]
+    computed = [result for result in answer.spread_out().results if not result.is_coordinate]
     for result in computed:
         refuse_complex(result.name, result.dtype)
         if len(computed) > 1:
@@ -147,6 +148,7 @@ def text_cell(word: str) -> str:
 
 def table_lines(answer: Answer) -> Iterator[str]:
     """Every variable as a table, with labels from the coordinates of its dims."""
+    answer = answer.spread_out()
     coordinates = {r.name: shown(r) for r in answer.held if r.is_coordinate}
     yield from table.tables((shown(r) for r in answer.held if not r.is_coordinate), coordinates)
 

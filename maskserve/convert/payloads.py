@@ -18,8 +18,9 @@ from maskserve.payload.format import Limits, Output, Payload
 from maskserve.payload.header import is_encodable, shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.metadata import KEY_DIMS, KEY_HISTORY
-from maskserve.payload.slices import cells_at, validity
-from maskserve.payload.variables import MASK, SPARSE_SUFFIXES, MaskKind, Variable, Variables
+from maskserve.payload.slices import cells_at, stored, validity
+from maskserve.payload.sparse_parts import COO_PARTS, CSR_PARTS
+from maskserve.payload.variables import MASK, MaskKind, Variable, Variables
 
 KEY_ATTRIBUTES = "maskserve.attributes"
 """Attributes of the file and of each variable, and the order of the variables, as JSON; jobs keep it."""
@@ -160,7 +161,7 @@ def safe_name(name: str) -> str:
     name = "".join(char if char.isprintable() else "_" for char in name) or "unnamed"
     if name == MASK or name == "__metadata__":
         return f"{name}_"
-    for suffix in (*(f".{kind}" for kind in MaskKind), *SPARSE_SUFFIXES):
+    for suffix in (*(f".{kind}" for kind in MaskKind), *(f".{part}" for part in (*COO_PARTS, *CSR_PARTS[:2]))):
         if name.endswith(suffix):
             return f"{name.removesuffix(suffix)}_{suffix[1:]}"
     return name
@@ -199,13 +200,25 @@ def attributes_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def spread_out(payload: Payload, variable: Variable) -> tuple[Any, Any]:
+    """A sparse variable with every cell, as other formats hold it: (cells, valid), refused where that is out of proportion."""
+    from maskserve.payload import tensors  # torch, which no strided variable needs
+
+    data, mask = tensors.spread_out(payload, variable)
+    cells = stored(tensors.output("", data).chunks, variable.info.dtype)  # type: ignore[arg-type]  # one buffer
+    return cells.reshape(variable.info.shape), mask.numpy()
+
+
 def data_variable(payload: Payload, variable: Variable, attributes: Any) -> DataVariable:
     """A variable of a payload in memory, 0 under its mask."""
     info = variable.info
     n = info.n_cells
-    cells = cells_at(payload, info, 0, n).reshape(info.shape)
     valid = None
-    if variable.mask is not None:
+    if variable.stored is not None:
+        cells, valid = spread_out(payload, variable)
+    else:
+        cells = cells_at(payload, info, 0, n).reshape(info.shape)
+    if variable.mask is not None and variable.stored is None:
         whole = validity(payload, info, variable.mask)(0, n) if n else np.ones(0, np.bool_)
         valid = np.asarray(whole, np.bool_).reshape(info.shape)
     return DataVariable(

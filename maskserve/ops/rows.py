@@ -483,6 +483,8 @@ class Move(Row):
     copies: bool = False
     """Whether its result may have memory of its own."""
 
+    on_patterns: str = ""
+    """What moves the positions of a sparse tensor; none where the row is of strided tensors alone."""
     attribute: bool = False
     """m.real stands without parentheses."""
 

@@ -21,6 +21,7 @@ from maskserve.errors import (
     InputChangedError,
     InputError,
     InputNotFoundError,
+    NotComputableError,
     OutOfMemoryError,
     OutputError,
     OutputExistsError,
@@ -121,6 +122,12 @@ class _Ranges(ABC):
 
     def info(self, name: str) -> TensorInfo:
         if name not in self.header.tensors:
+            if any(f"{name}.{part}" in self.header.tensors for part in ("coo_values", "crow_indices")):
+                raise NotComputableError(
+                    f"{shown(name)} is sparse, and here strided tensors are read alone; reductions, softmax and scans of "
+                    "one file take it as it is",
+                    parameter=shown(name),
+                )
             raise UnknownTensorError(
                 f"there is no tensor {shown(name)}{nearest(name, self.header.tensors)}", parameter=shown(name)
             )

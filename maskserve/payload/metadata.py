@@ -23,6 +23,7 @@ Pairs: TypeAlias = Mapping[str, str]
 
 MEANS: tuple[Means, ...] = ("valid", "missing")
 KEY_MASKS, KEY_MEANS, KEY_DIMS = "maskserve.masks", "maskserve.mask_means", "maskserve.dims"
+KEY_SHAPES = "maskserve.shapes"
 KEY_HISTORY, KEY_VERSION = "maskserve.history", "maskserve.version"
 
 
@@ -78,6 +79,21 @@ def dim_names(header: Header) -> dict[str, Dims]:
     return dims
 
 
+def shapes_of(header: Header) -> dict[str, tuple[int, ...]]:
+    """The shapes of sparse tensors by name, as the metadata gives them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, sizes in _json_object(header.metadata, KEY_SHAPES).items():
+        if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
+            raise PayloadError(f"{KEY_SHAPES} of {shown(name)} must be a list of whole numbers", parameter=KEY_SHAPES)
+        shapes[name] = tuple(sizes)
+    return shapes
+
+
+def with_shapes(metadata: Pairs, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The metadata, and the shapes of the sparse tensors beside it."""
+    return dict(metadata) | ({KEY_SHAPES: _compact({k: list(v) for k, v in shapes.items()})} if shapes else {})
+
+
 def is_dim_name(word: object) -> bool:
     """Whether it is a text that could stand in a table or a log line."""
     printable = isinstance(word, str) and bool(word) and word.isprintable()
@@ -111,7 +127,7 @@ def answer_metadata(
 
     The oldest lines go where it would outgrow what a reader accepts.
     """
-    ours = (KEY_MASKS, KEY_MEANS, KEY_DIMS, KEY_HISTORY, KEY_VERSION)
+    ours = (KEY_MASKS, KEY_MEANS, KEY_DIMS, KEY_SHAPES, KEY_HISTORY, KEY_VERSION)
     answer = {key: text for key, text in metadata.items() if key not in ours}
     answer[KEY_VERSION] = version
     if dims:

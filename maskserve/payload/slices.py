@@ -52,11 +52,15 @@ def numbers(cells: Array, dtype: DType) -> Array:
 
 
 def blocks(payload: Payload, variable: Variable) -> Iterator[tuple[Array, Array | None]]:
-    """(cells, valid) of a variable in row-major order, flat and a slice at a time; valid is None where all are."""
-    valid = None if variable.mask is None else validity(payload, variable.info, variable.mask)
-    for start in range(0, variable.info.n_cells, BLOCK_CELLS):
-        n = min(BLOCK_CELLS, variable.info.n_cells - start)
-        yield cells_at(payload, variable.info, start, n), None if valid is None else valid(start, n)
+    """(cells, valid) of a variable in row-major order, flat and a slice at a time; valid is None where all are.
+
+    Of a sparse variable they are the stored ones.
+    """
+    info = variable.info if variable.stored is None else variable.stored.values
+    valid = None if variable.mask is None else validity(payload, info, variable.mask)
+    for start in range(0, info.n_cells, BLOCK_CELLS):
+        n = min(BLOCK_CELLS, info.n_cells - start)
+        yield cells_at(payload, info, start, n), None if valid is None else valid(start, n)
 
 
 def cells_at(payload: Payload, info: TensorInfo, start: int, n: int) -> Array:
@@ -219,12 +223,18 @@ def counted(payload: Payload, variable: Variable, tick: Callable[[int], None]) -
             counts.nan += int(np.count_nonzero(np.isnan(values)))
             counts.inf += int(np.count_nonzero(np.isinf(values)))
         tick(cells.nbytes)
+    if variable.stored is not None:
+        counts.masked += variable.info.n_cells - variable.stored.values.n_cells
     return counts
 
 
 def check(payload: Payload, variable: Variable) -> None:
     """Raise where a byte of the variable or of its mask is not what its dtype says; floats and bits may be anything."""
-    if variable.info.dtype is boolean:
+    if variable.stored is not None:
+        from maskserve.payload.tensors import load_sparse  # torch, which no other check needs
+
+        load_sparse(payload, variable)
+    elif variable.info.dtype is boolean:
         _check_bools(payload, variable.info)
     if variable.mask is not None and variable.mask.kind is MaskKind.BOOL:
         _check_bools(payload, variable.mask.info)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from maskserve.dtypes import BY_TORCH, DType, boolean
-from maskserve.errors import DtypeError, MaskDtypeError, MaskError, PayloadError
+from maskserve.errors import DataError, DtypeError, MaskDtypeError, MaskError, PayloadError, TooLargeError
+from maskserve.patterns import CSR, Pattern
 from maskserve.payload.format import Buffer, Output, Payload
 from maskserve.payload.header import Shape, TensorInfo, shown
+from maskserve.payload.sparse_parts import COO_PARTS, CSR_PARTS
 from maskserve.payload.variables import MaskKind, MaskSource, Variable
+from maskserve.sparse import check_range, densified, from_coo, from_csr, stacked
+from maskserve.tensor import MaskedTensor
 
+SPREAD, SMALL_SPREAD = 9, 1 << 20
+"""How many times the bytes of its payload a sparse tensor may have with every cell, or so many bytes."""
 FEW = 1 << 22
 """Cells up to which numpy looks at them: as fast as torch, which begins later and then waits for all of its own threads."""
 
@@ -23,8 +30,56 @@ def load(payload: Payload, variable: Variable) -> tuple[torch.Tensor, torch.Tens
 
     Both may share the memory of the payload: they are read, never written to.
     """
+    if variable.stored is not None:
+        return spread_out(payload, variable)
     data = load_tensor(payload, variable.info)
     return data, None if variable.mask is None else load_mask(payload, variable.info, variable.mask)
+
+
+def load_sparse(payload: Payload, variable: Variable) -> tuple[Pattern, torch.Tensor, torch.Tensor | None]:
+    """The pattern of a sparse variable, its stored values and which of them are valid (None: all), each index checked."""
+    stored = variable.stored
+    assert stored is not None
+    first, *columns, values = (load_tensor(payload, part) for part in stored.parts)
+    shape = torch.Size(variable.info.shape)
+    try:
+        if columns:
+            pattern, values = from_csr(first, columns[0], values, shape)
+        else:
+            check_range(first.long(), shape)
+            pattern, values = from_coo(first.long(), values, shape, is_sorted=True)
+    except DataError as error:
+        raise PayloadError(f"{shown(variable.name)}: {error.message}", parameter=shown(variable.name)) from None
+    return pattern, values, None if variable.mask is None else load_mask(payload, stored.values, variable.mask)
+
+
+def spread_out(payload: Payload, variable: Variable) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sparse variable as a strided one, where that is in proportion to the payload."""
+    n_bytes = variable.info.n_cells * (variable.info.dtype.n_bytes + 1)
+    most = max(SMALL_SPREAD, SPREAD * payload.n_bytes)
+    if n_bytes > most:
+        raise TooLargeError(
+            f"{shown(variable.name)} is sparse, and with every cell it has {n_bytes} bytes, where at most {most} are spread "
+            "out here; reductions, softmax and scans take it as it is stored",
+            parameter=shown(variable.name),
+        )
+    pattern, values, mask = load_sparse(payload, variable)
+    dense = densified(pattern, MaskedTensor._of(values, None if mask is None else mask.expand(values.shape)))
+    return dense._data, dense._full_mask()
+
+
+def sparse_outputs(
+    name: str, mask_name: str, pattern: Pattern, values: torch.Tensor, mask: torch.Tensor
+) -> Iterator[Output]:
+    """The parts of a sparse tensor as they are written, and the mask of its stored values."""
+    if pattern.layout is CSR:
+        yield output(f"{name}.{CSR_PARTS[0]}", pattern.rows_begin())
+        yield output(f"{name}.{CSR_PARTS[1]}", pattern.coordinates()[1])
+        yield output(f"{name}.{CSR_PARTS[2]}", values)
+    else:
+        yield output(f"{name}.{COO_PARTS[0]}", stacked(pattern))
+        yield output(f"{name}.{COO_PARTS[1]}", values)
+    yield output(mask_name, mask)
 
 
 def load_tensor(payload: Payload, info: TensorInfo) -> torch.Tensor:

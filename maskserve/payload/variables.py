@@ -35,6 +35,7 @@ from maskserve.payload.metadata import (
     mask_pairs,
     orphan,
 )
+from maskserve.payload.sparse_parts import Stored, seen, stored_in
 
 __all__ = [
     "MaskKind", "MaskSource", "Variable", "Variables", "resolve", "unknown",
@@ -45,7 +46,6 @@ __all__ = [
 MASK = "mask"
 DATA = "data"
 GRAD_OUTPUT = "grad_output"
-SPARSE_SUFFIXES = (".coo_indices", ".coo_values", ".crow_indices", ".col_indices")
 
 
 class MaskKind(StrEnum):
@@ -73,6 +73,8 @@ class Variable:
     mask: MaskSource | None
     dims: Dims | None
     is_coordinate: bool = False
+    stored: Stored | None = None
+    """The parts of a sparse tensor: its mask is of the stored values, and `info` has its shape and the parts' bytes."""
 
     @property
     def name(self) -> str:
@@ -114,14 +116,18 @@ def resolve(
     grad_output: a mask that is one stays its tensor's, and a coordinate that is one a coordinate; `tensors` picks the
     variables to compute on.
     """
+    stored = stored_in(header)
+    header = seen(header, stored)
     names = header.tensors
-    _refuse_sparse(names)
     _check_known(side_inputs, names, parameter="side_inputs")
     _check_known(tensors or (), names, parameter="tensor")
     _check_asked(mask, names)
     roles = _roles(header, mask, frozenset(side_inputs) | {GRAD_OUTPUT}, tensors)
     means = mask_means_of(header.metadata, mask_means)
-    found = [_variable(name, roles, names, means) for name in (*roles.computed, *roles.coordinates, *roles.sides)]
+    found = [
+        _variable(name, roles, names, means, stored.get(name))
+        for name in (*roles.computed, *roles.coordinates, *roles.sides)
+    ]
     by_name = {variable.name: variable for variable in found}
     if not roles.computed:
         raise NotComputableError("the payload has no tensor to compute on: masks, coordinates and side inputs are none")
@@ -212,14 +218,20 @@ def _owner(name: str) -> str | None:
     return owner if dot and owner and suffix in tuple(MaskKind) else None
 
 
-def _variable(name: str, roles: _Roles, names: Mapping[str, TensorInfo], means: Means) -> Variable:
+def _variable(
+    name: str, roles: _Roles, names: Mapping[str, TensorInfo], means: Means, stored: Stored | None
+) -> Variable:
     mask = _mask_of(name, roles)
     info = names[name]
     source = None
     if mask is not None:
         source = _source(names[mask], means)
-        _check_mask(info, source)
-    return Variable(info=info, mask=source, dims=roles.dims.get(name), is_coordinate=name in roles.coordinates)
+        if stored is not None and source.kind is not MaskKind.BOOL:
+            _bad_dtype(source.info, "the mask of a sparse tensor is BOOL, one for each stored value")
+        _check_mask(info if stored is None else stored.values, source)
+    return Variable(
+        info=info, mask=source, dims=roles.dims.get(name), is_coordinate=name in roles.coordinates, stored=stored
+    )
 
 
 def _mask_of(name: str, roles: _Roles) -> str | None:
@@ -294,15 +306,6 @@ def unknown(name: str, names: Collection[str], *, parameter: str) -> UnknownTens
         parameter=parameter,
         allowed=allowed,
     )
-
-
-def _refuse_sparse(names: Collection[str]) -> None:
-    for name in names:
-        if name.endswith(SPARSE_SUFFIXES):
-            raise NotComputableError(
-                f"{shown(name)} is part of a sparse tensor, which this version does not compute on; send it dense",
-                parameter=shown(name),
-            )
 
 
 def _check_known(asked: Iterable[str], names: Collection[str], *, parameter: str) -> None:

@@ -1,0 +1,169 @@
+"""Where a sparse tensor stores its cells: one sorted list of positions, whatever the layout is called.
+
+A position is a cell's index in row-major order, so COO and CSR are two ways to write the same list down, and reshaping
+changes nothing of it. What is not in the list is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from maskserve.errors import MaskMismatchError, ShapeError
+
+COO, CSR = torch.sparse_coo, torch.sparse_csr
+LAYOUTS = (COO, CSR)
+MOST_CELLS = 2**63 - 1
+MOST_ROWS = 1 << 28
+"""Rows of a CSR tensor: it writes 8 bytes for each, stored cells or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pattern:
+    """The stored cells of a tensor of `shape`: ascending positions, (n,) int64, each once."""
+
+    layout: torch.layout
+    shape: torch.Size
+    positions: Tensor
+
+    @property
+    def n(self) -> int:
+        return len(self.positions)
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    def coordinates(self) -> tuple[Tensor, ...]:
+        """The index of each stored cell along each dim."""
+        return unravelled(self.positions, self.shape)
+
+    def rows_begin(self) -> Tensor:
+        """Where each row of a matrix begins among the stored cells, and where the last one ends: (rows + 1,)."""
+        n_rows, n_columns = self.shape
+        rows = torch.arange(n_rows + 1, device=self.device) * n_columns
+        return torch.searchsorted(self.positions, rows)
+
+    def in_layout(self, layout: torch.layout) -> Pattern:
+        """The same cells in COO or CSR; ShapeError where the layout cannot hold the shape."""
+        if layout is CSR and len(self.shape) != 2:
+            raise ShapeError(
+                f"a CSR tensor is a matrix, and the tensor has {len(self.shape)} dims; to_sparse_coo() takes any"
+            )
+        if layout is CSR and self.shape[0] > MOST_ROWS:
+            raise ShapeError(
+                f"a CSR tensor of {self.shape[0]} rows writes 8 bytes for each, and at most {MOST_ROWS} are written; "
+                "to_sparse_coo() writes stored cells alone"
+            )
+        return replace(self, layout=layout)
+
+    def of_shape(self, shape: Sequence[int], positions: Tensor | None = None) -> Pattern:
+        """A pattern that came of this one: CSR where it is one and the new shape is a matrix, else COO."""
+        layout = self.layout if len(shape) == 2 and shape[0] <= MOST_ROWS else COO
+        kept = self.positions if positions is None else positions
+        return Pattern(layout=layout, shape=checked_shape(shape), positions=kept)
+
+    def to(self, device: torch.device) -> Pattern:
+        return self if device == self.device else replace(self, positions=self.positions.to(device))
+
+    def is_like(self, other: Pattern) -> bool:
+        """Whether both store the same cells."""
+        same = self.positions is other.positions
+        return self.shape == other.shape and (same or torch.equal(self.positions, other.positions))
+
+
+def checked_shape(shape: Sequence[int]) -> torch.Size:
+    """The shape, where its cells can be counted."""
+    spanned = prod(max(size, 1) for size in shape)
+    if any(size < 0 for size in shape) or spanned > MOST_CELLS:
+        raise ShapeError(f"shape {tuple(shape)} has a negative size, or more than 2^63 - 1 cells; make it smaller")
+    return torch.Size(shape)
+
+
+# -- positions and coordinates ------------------------------------------------------------------------------------
+
+
+def unravelled(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """The index along each dim of cells at row-major positions.
+
+    >>> [part.tolist() for part in unravelled(torch.tensor([2, 5]), (2, 3))]
+    [[0, 1], [2, 2]]
+    """
+    parts: list[Tensor] = []
+    for size in reversed(shape):
+        parts.append(positions % max(size, 1))
+        positions = positions // max(size, 1)
+    return tuple(reversed(parts))
+
+
+def ravelled(coordinates: Sequence[Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
+    """Row-major positions of cells at coordinates; without dims they are all 0, as many as `like` has."""
+    position = torch.zeros_like(like)
+    for size, index in zip(shape, coordinates, strict=True):
+        position = position * size + index
+    return position
+
+
+# -- several patterns ---------------------------------------------------------------------------------------------
+
+
+def found(wanted: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """(where each wanted position stands among ascending ones, whether it does): 0 and False where it does not."""
+    if not len(among):
+        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
+    at = torch.searchsorted(among, wanted).clamp_(max=len(among) - 1)
+    return at, among[at] == wanted
+
+
+def intersection(patterns: Sequence[Pattern]) -> Pattern:
+    """The cells that all store, in the layout of the first."""
+    first, *others = patterns
+    for other in others:
+        if not first.is_like(other):
+            first = replace(first, positions=first.positions[found(first.positions, other.positions)[1]])
+    return first
+
+
+def union(patterns: Sequence[Pattern]) -> Pattern:
+    """The cells that any stores, in the layout of the first."""
+    first, *others = patterns
+    if all(first.is_like(other) for other in others):
+        return first
+    return replace(first, positions=torch.cat([pattern.positions for pattern in patterns]).unique())
+
+
+def spread(pattern: Pattern, shape: torch.Size) -> tuple[Pattern, Tensor | None]:
+    """(the pattern broadcast to `shape`, which stored cell each of its cells is); None: they are as they were."""
+    if pattern.shape == shape:
+        return pattern, None
+    own = (1,) * (len(shape) - len(pattern.shape)) + tuple(pattern.shape)
+    coordinates = list(unravelled(pattern.positions, own))
+    at = torch.arange(pattern.n, device=pattern.device)
+    for dim, (size, wanted) in enumerate(zip(own, shape, strict=True)):
+        if size != wanted:
+            copies = torch.arange(wanted, device=pattern.device)
+            coordinates = [part.repeat_interleave(wanted) for part in coordinates]
+            coordinates[dim] = copies.repeat(len(at))
+            at = at.repeat_interleave(wanted)
+    positions, order = ravelled(coordinates, shape, at).sort()
+    return pattern.of_shape(shape, positions), at[order]
+
+
+def sorted_once(positions: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
+    """(ascending positions, the order that they had before); MaskMismatchError where a cell is stored twice."""
+    order = None
+    if bool((positions[1:] < positions[:-1]).any()):
+        positions, order = positions.sort(stable=True)
+    if bool((positions[1:] == positions[:-1]).any()):
+        raise MaskMismatchError(
+            f"{what} stores a cell twice, and which of the two counts is not said: coalesce() adds them up"
+        )
+    return positions, order

@@ -1,0 +1,189 @@
+"""Moves of sparse tensors: positions change, cells do not. What the table names for a row is here; the rest is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskserve.errors import DimError, ParameterError
+from maskserve.patterns import Pattern, ravelled
+from maskserve.sparse import SparseTensor, refused
+from maskserve.tensor import SPARSE, MaskedTensor, plain_index
+
+Move = Callable[..., Any]
+
+
+def first_sparse(args: Sequence[Any]) -> Any:
+    """The first sparse tensor among the arguments, or in a list of them; None where there is none."""
+    flat = (part for arg in args for part in (arg if isinstance(arg, list | tuple) else (arg,)))
+    return next((part for part in flat if getattr(part, "layout", None) in SPARSE), None)
+
+
+def source_of(row: str, value: Any) -> SparseTensor:
+    if getattr(value, "layout", None) not in SPARSE:
+        raise ParameterError(
+            f"{row} takes sparse tensors beside a sparse one, and here is a strided one: to_dense() the others, or "
+            "to_sparse() it"
+        )
+    return value if isinstance(value, SparseTensor) else SparseTensor(value)
+
+
+# -- kernels ------------------------------------------------------------------------------------------------------
+
+
+def reshaped(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """The cells in another shape: row-major positions stay."""
+    shape = move(meta(tensor.shape), *args, **kwargs).shape
+    return SparseTensor._on(tensor._pattern.of_shape(shape), tensor._cells)
+
+
+def permuted(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """Dims in another order; a matrix in CSR stays one, its cells sorted by their new rows."""
+    ndim = tensor.ndim
+    order = move(torch.empty_strided((1,) * ndim, tuple(range(ndim)), device="meta"), *args, **kwargs).stride()
+    coordinates = tensor._pattern.coordinates()
+    shape = torch.Size([tensor.shape[dim] for dim in order])
+    return rebuilt(tensor, [coordinates[dim] for dim in order], shape, tensor._cells)
+
+
+def by_cell(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """What is done to each stored cell, or to their memory."""
+    made: MaskedTensor = getattr(tensor._cells, move.__name__)(*args, **kwargs)  # our method of torch's name
+    return tensor._like(made)
+
+
+def joined(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
+    """Sparse tensors one after the other along a dim, in the layout of the first."""
+    sources = [source_of("cat", tensor) for tensor in tensors]
+    shape = torch.cat([meta(source.shape) for source in sources], dim).shape
+    along, offset, parts = dim % len(shape), 0, []
+    for source in sources:
+        coordinates = list(source._pattern.coordinates())
+        coordinates[along] = coordinates[along] + offset
+        parts.append(coordinates)
+        offset += source.shape[along]
+    together = [torch.cat(part) for part in zip(*parts, strict=True)]
+    cells: MaskedTensor = torch.cat([source._cells for source in sources])  # type: ignore[misc, assignment]  # ours
+    return rebuilt(sources[0], together, shape, cells)
+
+
+def stacked(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
+    """Sparse tensors one after the other along a new dim."""
+    return joined(move, [source_of("stack", tensor).unsqueeze(dim) for tensor in tensors], dim)
+
+
+def picked(move: Move, tensor: SparseTensor, dim: int, index: Any) -> MaskedTensor:
+    """One index of a dim, or several."""
+    at = dim % max(tensor.ndim, 1)
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise DimError(f"dim {dim} is out of range for a tensor with {tensor.ndim} dims")
+    return indexed(tensor, (*[slice(None)] * at, index))
+
+
+def narrowed(move: Move, tensor: SparseTensor, dim: int, start: int, length: int) -> MaskedTensor:
+    """A range of a dim."""
+    move(meta(tensor.shape), dim, start, length)  # which checks it
+    begin = start % max(tensor.shape[dim], 1) if start < 0 else start
+    return picked(move, tensor, dim, slice(begin, begin + length))
+
+
+def meta(shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def rebuilt(
+    source: SparseTensor, coordinates: Sequence[Tensor], shape: torch.Size, cells: MaskedTensor
+) -> SparseTensor:
+    """The cells at new coordinates, put in order."""
+    positions = ravelled(coordinates, shape, torch.empty(len(cells), dtype=torch.int64, device=cells.device))
+    positions, order = positions.sort()
+    return SparseTensor._on(source._pattern.of_shape(shape, positions), cells[order])
+
+
+# -- indexing -----------------------------------------------------------------------------------------------------
+
+
+def indexed(tensor: SparseTensor, index: Any) -> SparseTensor:
+    """m[i], m[a:b], m[rows], and a tuple of such, one a dim; one of them at most is a list of indices."""
+    given = plain_index(index)
+    items = list(given) if isinstance(given, tuple) else [given]
+    if Ellipsis in [item if item is Ellipsis else None for item in items]:
+        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+        items[at : at + 1] = [slice(None)] * (tensor.ndim - len(items) + 1)
+    if len(items) > tensor.ndim:
+        raise DimError(f"{len(items)} indices are given, and the tensor has {tensor.ndim} dims")
+    if sum(not isinstance(item, int | slice) for item in items) > 1:
+        raise refused("indexing by several lists", tensor.shape)
+    for dim in reversed(range(len(items))):
+        tensor = cut(tensor, dim, items[dim])
+    return tensor
+
+
+def cut(tensor: SparseTensor, dim: int, item: Any) -> SparseTensor:
+    """One dim narrowed, taken at some indices, or left at one."""
+    size = tensor.shape[dim]
+    if isinstance(item, slice):
+        start, stop, step = item.indices(size)
+        if step < 1:
+            raise ParameterError(f"the step of a slice is {step}; torch takes steps of at least 1", parameter="index")
+        return ranged(tensor, dim, start, len(range(start, stop, step)), step)
+    if isinstance(item, int) and not isinstance(item, bool):
+        if not -size <= item < size:
+            raise DimError(f"index {item} is out of range for dim {dim} of {size} cells")
+        one = ranged(tensor, dim, item % size, 1, 1)
+        shape = (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
+        return SparseTensor._on(one._pattern.of_shape(shape), one._cells)
+    return listed(tensor, dim, item)
+
+
+def ranged(tensor: SparseTensor, dim: int, start: int, n: int, step: int) -> SparseTensor:
+    """`n` indices of a dim from `start` on; those of the first dim stand beside each other."""
+    pattern = tensor._pattern
+    size = tensor.shape[dim]
+    if (start, n, step) == (0, size, 1):
+        return tensor
+    shape = torch.Size((*tensor.shape[:dim], n, *tensor.shape[dim + 1 :]))
+    below = prod(tensor.shape[dim + 1 :])
+    if dim == 0 and step == 1:
+        ends = torch.tensor([start * below, (start + n) * below], device=pattern.device)
+        first, last = torch.searchsorted(pattern.positions, ends).tolist()
+        positions = pattern.positions[first:last] - start * below
+        return SparseTensor._on(pattern.of_shape(shape, positions), tensor._cells[first:last])
+    index = pattern.positions // below % size - start
+    kept = ((index >= 0) & (index < n * step) & (index % step == 0)).nonzero().squeeze(1)
+    return moved_along(tensor, kept, dim, index[kept] // step, shape)
+
+
+def listed(tensor: SparseTensor, dim: int, item: Any) -> SparseTensor:
+    """The indices of a dim in a list, in its order; one may stand there twice."""
+    size = tensor.shape[dim]
+    at = torch.as_tensor(item, device=tensor.device)
+    if at.dtype is torch.bool and at.shape == (size,):
+        at = at.nonzero().squeeze(1)
+    if at.ndim != 1 or at.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise refused("indexing by anything but indices, slices and one list of indices", tensor.shape)
+    at = at.long()
+    if bool(((at < -size) | (at >= size)).any()):
+        raise DimError(f"an index is out of range for dim {dim} of {size} cells")
+    at = torch.where(at < 0, at + size, at)
+    index = tensor._pattern.positions // prod(tensor.shape[dim + 1 :]) % max(size, 1)
+    ascending, order = index.sort(stable=True)
+    first, last = torch.searchsorted(ascending, at), torch.searchsorted(ascending, at, right=True)
+    n = last - first
+    new = torch.arange(len(at), device=at.device).repeat_interleave(n)
+    begins = n.cumsum(0) - n
+    kept = order[first[new] + torch.arange(len(new), device=at.device) - begins[new]]
+    shape = torch.Size((*tensor.shape[:dim], len(at), *tensor.shape[dim + 1 :]))
+    return moved_along(tensor, kept, dim, new, shape)
+
+
+def moved_along(tensor: SparseTensor, kept: Tensor, dim: int, index: Tensor, shape: torch.Size) -> SparseTensor:
+    """The kept cells, with a new index along a dim."""
+    pattern: Pattern = tensor._pattern
+    coordinates = [part[kept] for part in pattern.coordinates()]
+    coordinates[dim] = index
+    return rebuilt(tensor, coordinates, shape, tensor._cells[kept])

@@ -1,0 +1,526 @@
+"""Ops along dims of sparse tensors: the bits of the strided tensor from the stored cells alone, and no dense temporary.
+
+A masked cell is the identity in its place and changes nothing (docs/order.md), so a slice is computed from what it
+stores wherever each stored cell meets the others in the same order as before: exact states in the order of the cells;
+the cells of a leaf at their index modulo a smaller power of two, where that keeps them apart; leaves in the same tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskserve import engine
+from maskserve.backends import Parts
+from maskserve.backends.reference import kernel
+from maskserve.backends.reference.cells import select
+from maskserve.blocks import Cells, counting, seen, spans
+from maskserve.dtypes import Kind
+from maskserve.execution import backend_of, in_turn, nan_policy
+from maskserve.masks import intersection
+from maskserve.ops.rows import Fill, Normalization, Ordering, Reduction
+from maskserve.patterns import Pattern, ravelled, unravelled
+from maskserve.plan import INNER_LEAF, OUTER_LEAF, Plan, fold
+from maskserve.sparse import SparseTensor, in_bits, refused, taken_at
+from maskserve.tensor import MaskedTensor
+from maskserve.trees import Counter, Merge
+
+BLOCK_CELLS = 1 << 20
+"""Cells that are spread out at a time."""
+WIDEST = 1 << 24
+"""Cells of a slice that are spread out at most."""
+NARROWER = (16, 128, 1024)
+"""Widths of a leaf that are tried before its own."""
+CROWD = 200
+"""Of a tensor of fewer cells than so many times the stored ones, blocks are spread out."""
+CROWDED = 8
+"""Of so many times the square root of a width, cells in random places meet but in one leaf of fifty."""
+
+Entries = tuple[Tensor, Tensor | None, Tensor | None]
+"""Cells as kernels see them, where they count, and their weights, in the order of slices: (n,) each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Slices:
+    """The stored cells by slice, and by place within it: `numbers` are those of the m slices that store a cell."""
+
+    order: Tensor | None
+    """Which stored cell each is; None: they stand in this order."""
+    of: Tensor
+    """Which of the m slices it is in: (n,)."""
+    places: Tensor
+    """Where in the slice, as if it were one dim: (n,)."""
+    numbers: Tensor
+    counts: Tensor
+
+    @property
+    def m(self) -> int:
+        return len(self.numbers)
+
+    def ordered(self, stored: Any) -> Any:
+        return stored if stored is None or self.order is None else taken_at(stored, self.order)
+
+    def as_stored(self, ordered: Tensor) -> Tensor:
+        """Back into the order of the pattern."""
+        if self.order is None:
+            return ordered
+        made = torch.empty_like(ordered)
+        in_bits(made)[self.order] = in_bits(ordered)
+        return made
+
+
+def slices_of(pattern: Pattern, sizes: Sequence[int], dims: Sequence[int]) -> Slices:
+    """The stored cells of a tensor seen as `sizes`, in slices along `dims`."""
+    kept = [dim for dim in range(len(sizes)) if dim not in dims]
+    n_slice = prod(sizes[dim] for dim in dims)
+    keys, order = pattern.positions, None
+    if kept + list(dims) != list(range(len(sizes))):
+        index = unravelled(pattern.positions, sizes)
+        turned = [*kept, *dims]
+        keys, order = ravelled([index[d] for d in turned], [sizes[d] for d in turned], keys).sort()
+    number, places = keys // max(n_slice, 1), keys % max(n_slice, 1)
+    numbers, of, counts = number.unique_consecutive(return_inverse=True, return_counts=True)
+    return Slices(order=order, of=of, places=places, numbers=numbers, counts=counts)
+
+
+def of_plan(plan: Plan, pattern: Pattern) -> Slices:
+    return slices_of(pattern, plan.fold, range(1, len(plan.fold), 2))
+
+
+# -- the way of an op ---------------------------------------------------------------------------------------------
+
+
+class Made(NamedTuple):
+    """Values, where they are valid, and the places of picked ones."""
+
+    values: Tensor
+    valid: Tensor
+    indices: Tensor | None = None
+
+
+def refuse(plan: Plan) -> None:
+    """Raise where what is masked changes its place, or becomes valid."""
+    if isinstance(plan.row, Fill | Ordering):
+        raise refused(f"{plan.row.name}, whose result is valid where nothing is stored,", torch.Size(plan.shape))
+
+
+def compute(plan: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | None] | None = None) -> Made:
+    """The plan of a sparse tensor: a strided result of a reduction, else cells for the same pattern."""
+    refuse(plan)
+    cells = tensor._cells
+    if weights is None and (blocks := blocks_of(plan, cells.numel())) is not None:
+        return by_blocks(plan, blocks, tensor._pattern.positions, cells._data.detach(), whole_mask(cells))
+    slices = of_plan(plan, tensor._pattern)
+    data, mask = slices.ordered(cells._data.detach()), slices.ordered(whole_mask(cells))
+    side = None
+    if weights is not None:
+        side = slices.ordered(weights[0].detach())
+        mask = intersection([mask, counting(plan.row, side, slices.ordered(weights[1]), plan.params["nan"])])
+    if isinstance(plan.row, Reduction):
+        return reduction(plan, slices, data, mask, side)
+    if isinstance(plan.row, Normalization) and plan.n_reduced > engine.LONG:
+        made = normalized(plan, slices, data, mask)
+    else:
+        made = by_windows(plan, slices, data, mask)
+    return Made(*[None if part is None else slices.as_stored(part) for part in made])  # type: ignore[arg-type]  # two are none
+
+
+def whole_mask(cells: MaskedTensor) -> Tensor | None:
+    return None if cells._mask is None else cells._full_mask()
+
+
+def reduction(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None, weights: Tensor | None) -> Made:
+    row = plan.row
+    assert isinstance(row, Reduction)
+    if not row.passes or row.picks or plan.stored.kind is Kind.COMPLEX:
+        return whole_slices(plan, slices, data, mask, weights)
+    entries = as_seen(plan, data, mask, weights)
+    parts = states(plan, slices, entries)
+    kept = (plan.fold[0], prod(plan.fold[2::2]))
+    every = engine.identity(plan, prod(kept))
+    for name, part in parts.items():
+        every[name].view(-1)[slices.numbers] = part
+    return Made(*engine.finish(plan, {name: part.view(kept) for name, part in every.items()}))
+
+
+def as_seen(plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Entries:
+    cells = seen(plan, data)
+    if isinstance(plan.row, Normalization) and plan.row.negates:
+        cells = cells.neg()
+    return cells, counting(plan.row, cells, mask, nan_policy(plan)), weights
+
+
+# -- crowded tensors ----------------------------------------------------------------------------------------------
+
+
+def blocks_of(plan: Plan, n_stored: int) -> list[tuple[slice, slice]] | None:
+    """The blocks (outer, run) of a reduction of many stored cells, which are spread out in their places: sorting costs more.
+
+    None where they are few, or no block holds a leaf of every column.
+    """
+    row = plan.row
+    if not isinstance(row, Reduction) or not row.passes or row.picks or plan.stored.kind is Kind.COMPLEX:
+        return None
+    if len(plan.fold) != 3 or not n_stored or n_stored * CROWD < prod(plan.fold):
+        return None
+    outer, n, inner = plan.fold
+    if n * inner <= BLOCK_CELLS:
+        return [(rows, slice(0, n)) for rows in spans(outer, BLOCK_CELLS // (n * inner))]
+    if plan.leaf * inner > BLOCK_CELLS:
+        return None
+    run = plan.leaf << (BLOCK_CELLS // (plan.leaf * inner)).bit_length() - 1
+    return [(rows, part) for rows in spans(outer, 1) for part in spans(n, run)]
+
+
+def by_blocks(
+    plan: Plan, blocks: list[tuple[slice, slice]], positions: Tensor, data: Tensor, mask: Tensor | None
+) -> Made:
+    """The states of blocks of the tensor as it lies, a block at a time, joined in the tree of their runs."""
+    _, n, inner = plan.fold
+    of, merge = kernel(plan.passes[0].reference), backend_of(plan).merge(plan)
+    begins = [(rows.start * n + run.start) * inner for rows, run in blocks] + [prod(plan.fold)]
+    cuts = torch.searchsorted(positions, torch.tensor(begins, device=positions.device)).tolist()
+    finished: list[Parts] = []
+    for i, (rows, run) in enumerate(in_turn(blocks)):
+        shape = (rows.stop - rows.start, run.stop - run.start, inner)
+        at = positions[cuts[i] : cuts[i + 1]] - begins[i]
+        flat = torch.zeros(prod(shape), dtype=data.dtype, device=data.device)
+        valid = torch.zeros(prod(shape), dtype=torch.bool, device=data.device)
+        in_bits(flat)[at] = in_bits(data)[cuts[i] : cuts[i + 1]]
+        valid[at] = True if mask is None else mask[cuts[i] : cuts[i + 1]]
+        parts = engine.state(block_plan(plan, shape), flat.view(shape), valid.view(shape))
+        parts = {name: part.reshape(shape[0], inner) for name, part in parts.items()}
+        if run.start and hasattr(of, "shift"):
+            parts = of.shift(parts, run.start)
+        finished.append(parts)
+    n_runs = sum(rows.start == 0 for rows, _ in blocks)
+    together = [joined_runs(merge, finished[i : i + n_runs]) for i in range(0, len(finished), n_runs)]
+    return Made(*engine.finish(plan, {name: torch.cat([part[name] for part in together]) for name in together[0]}))
+
+
+def joined_runs(merge: Merge, runs: Sequence[Parts]) -> Parts:
+    """Neighbours pair level by level, an odd last one passes up."""
+    counter = Counter(merge)
+    for i, parts in enumerate(runs):
+        counter.add(i, 1, parts)
+    return counter.joined()
+
+
+@lru_cache(maxsize=256)
+def block_plan(plan: Plan, shape: tuple[int, int, int]) -> Plan:
+    """The plan of a part of the folded cells."""
+    params = MappingProxyType(dict(plan.params) | {"dim": (1,), "keepdim": False})
+    folded = fold(shape, (1,))
+    return replace(plan, params=params, shape=shape, dims=(1,), out_shape=(shape[0], shape[2]), fold=folded)
+
+
+# -- states -------------------------------------------------------------------------------------------------------
+
+
+def states(plan: Plan, slices: Slices, entries: Entries) -> Parts:
+    """The state of each slice that stores a cell: parts of shape (m,)."""
+    of = kernel(plan.passes[0].reference)
+    return exact_states(plan, slices, entries) if of.exact else leaf_states(plan, slices, entries)
+
+
+def exact_states(plan: Plan, slices: Slices, entries: Entries) -> Parts:
+    """Cell by cell, joined in their order: such states are the same however they are cut."""
+    of = kernel(plan.passes[0].reference)
+    data, own, weights = (None if part is None else part.unsqueeze(1) for part in entries)
+    assert data is not None
+    parts = lifted(plan, data, own, weights)
+    if hasattr(of, "shift"):
+        parts = of.shift(parts, slices.places)
+    n = len(slices.of)
+    begins = slices.counts.cumsum(0) - slices.counts
+    ranks = torch.arange(n, device=slices.of.device) - begins[slices.of]
+    widest = max(int(slices.counts.max()) if n else 1, 1)
+    return joined(backend_of(plan).merge(plan), parts, slices.of, ranks, widest)
+
+
+def leaf_states(plan: Plan, slices: Slices, entries: Entries) -> Parts:
+    """Leaf by leaf, each as narrow as its cells allow; then the tree of the leaves, and of the earlier groups of dims."""
+    last, leaf = plan.fold[-2], plan.leaf
+    n_leaves, earlier = -(-last // leaf), plan.fold[1:-2:2]
+    group, index = slices.places // last, slices.places % last
+    keys = (slices.of * prod(earlier) + group) * n_leaves + index // leaf
+    segments, of, counts = keys.unique_consecutive(return_inverse=True, return_counts=True)
+    index = index % leaf
+    widths = apart(of, counts, index, min(leaf, last))
+    made: dict[str, Tensor] = {}
+    for width in widths.unique().tolist():
+        for rows, at, where in windows((widths == width).nonzero().squeeze(1), of, counts, width):
+            places = (where, index[at] % width)
+            shape, (data, own, weights) = (len(rows), width), entries
+            side = None if weights is None else spread(weights, at, places, shape)
+            parts = lifted(plan, spread(data, at, places, shape), spread(own, at, places, shape), side)
+            for name, part in parts.items():
+                made.setdefault(name, part.new_empty(len(segments)))[rows] = part
+    if not made:
+        return {name: part.view(-1) for name, part in engine.identity(plan, 0).items()}
+    merge, at_slice = backend_of(plan).merge(plan), segments
+    for size in (n_leaves, *reversed(earlier)):
+        at_slice, made = level_by_level(merge, made, at_slice // size, at_slice % size, size)
+    return made
+
+
+def lifted(plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Parts:
+    """The state of each row of (m, n) cells: parts of shape (m,)."""
+    sides = () if weights is None else (weights.unsqueeze(-1),)
+    if not data.numel():
+        return {name: part.view(-1) for name, part in engine.identity(plan, len(data)).items()}
+    parts = backend_of(plan).lift(plan, data.unsqueeze(-1), None if mask is None else mask.unsqueeze(-1), *sides)
+    return {name: part.reshape(-1) for name, part in parts.items()}
+
+
+def apart(of: Tensor, counts: Tensor, index: Tensor, leaf: int) -> Tensor:
+    """The width of each leaf: a power of two modulo which its cells have different indices, or the leaf's own.
+
+    Halving (docs/order.md) then joins the same cells in the same order: whoever is further away joins nobody before.
+    """
+    widths, mean = torch.full_like(counts, leaf), len(of) / max(len(counts), 1)
+    for width in reversed([width for width in NARROWER if width < leaf and mean**2 < CROWDED * width]):
+        keys = (of * width + index % width).sort().values
+        twice = keys[1:][keys[1:] == keys[:-1]] // width
+        free = torch.ones_like(counts, dtype=torch.bool)
+        free[twice] = False
+        widths[free] = width
+    return widths
+
+
+def windows(rows: Tensor, of: Tensor, counts: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows, the stored cells in them, the window's row of each): so many rows at a time that a block holds them."""
+    begins = counts.cumsum(0) - counts
+    for span in in_turn(spans(len(rows), max(1, BLOCK_CELLS // max(width, 1)))):
+        some = rows[span]
+        where = torch.arange(len(some), device=of.device).repeat_interleave(counts[some])
+        first = counts[some].cumsum(0) - counts[some]
+        yield some, begins[some][where] + torch.arange(len(where), device=of.device) - first[where], where
+
+
+def spread(part: Tensor | None, at: Tensor, places: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
+    """Stored cells at their places in rows of zeros; of no mask, all that are stored are valid."""
+    if part is None:
+        made = torch.zeros(shape, dtype=torch.bool, device=at.device)
+        made[places] = True
+        return made
+    made = torch.zeros(shape, dtype=part.dtype, device=part.device)
+    in_bits(made)[places] = in_bits(part)[at]
+    return made
+
+
+def joined(merge: Merge, parts: Parts, outer: Tensor, index: Tensor, size: int) -> Parts:
+    return level_by_level(merge, parts, outer, index, size)[1]
+
+
+def level_by_level(merge: Merge, parts: Parts, outer: Tensor, index: Tensor, size: int) -> tuple[Tensor, Parts]:
+    """States at ascending (outer, index), joined along the index by the power-of-two tree; what has no partner passes up."""
+    while size > 1 and bool((outer[1:] == outer[:-1]).any()):
+        index, size = index >> 1, (size + 1) // 2
+        pair = (outer[1:] == outer[:-1]) & (index[1:] == index[:-1])
+        left = pair.nonzero().squeeze(1)
+        if not len(left):
+            continue
+        both = merge(
+            {name: part[left] for name, part in parts.items()}, {name: part[left + 1] for name, part in parts.items()}
+        )
+        for name, part in both.items():
+            parts[name][left] = part
+        kept = torch.ones(len(outer), dtype=torch.bool, device=outer.device)
+        kept[left + 1] = False
+        parts = {name: part[kept] for name, part in parts.items()}
+        outer, index = outer[kept], index[kept]
+    return outer, parts
+
+
+# -- whole slices -------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def rows_plan(plan: Plan, m: int, n: int, leaf: int) -> Plan:
+    """The plan of m slices of n cells beside each other."""
+    params = dict(plan.params)
+    if isinstance(plan.row, Reduction):
+        params |= {"dim": (1,), "keepdim": False}
+    else:
+        params["dim"] = 1
+    labels = plan.labels
+    out_shape = (m, n) if not isinstance(plan.row, Reduction) else (() if labels is None else (len(labels),)) + (m,)
+    return replace(
+        plan, params=MappingProxyType(params), shape=(m, n), dims=(1,), out_shape=out_shape, fold=fold((m, n), (1,)),
+        leaf=leaf,
+    )  # fmt: skip
+
+
+class Bucket(NamedTuple):
+    """Slices of about as many stored cells: which they are, and their cells, (rows, width), where `stored`."""
+
+    rows: Tensor
+    at: Tensor
+    stored: Tensor
+
+
+def buckets(slices: Slices) -> Iterator[Bucket]:
+    """The slices by the power of two that holds their cells: together at most twice the cells."""
+    begins = slices.counts.cumsum(0) - slices.counts
+    widths = torch.where(slices.counts > 1, 1 << (slices.counts - 1).double().log2().floor().long() + 1, 1)
+    for width in widths.unique().tolist():
+        rows = (widths == width).nonzero().squeeze(1)
+        steps = torch.arange(width, device=rows.device)
+        stored = steps < slices.counts[rows].unsqueeze(1)
+        yield Bucket(rows, torch.where(stored, begins[rows].unsqueeze(1) + steps, 0), stored)
+
+
+def as_they_are(slices: Slices, n: int) -> Iterator[Bucket]:
+    """The slices spread out over their n cells, a few at a time."""
+    for rows, at, where in windows(torch.arange(slices.m, device=slices.of.device), slices.of, slices.counts, n):
+        index = torch.zeros((len(rows), n), dtype=torch.int64, device=rows.device)
+        stored = torch.zeros((len(rows), n), dtype=torch.bool, device=rows.device)
+        index[where, slices.places[at]] = at
+        stored[where, slices.places[at]] = True
+        yield Bucket(rows, index, stored)
+
+
+def whole_slices(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None, weights: Tensor | None) -> Made:
+    """A reduction whose result no order changes, from the stored cells of each slice side by side.
+
+    That of complex cells is a sum or product of parts, in their order: its slices are spread out where they are not too long.
+    """
+    lead = 1 if plan.labels is None else len(plan.labels)
+    picks = isinstance(plan.row, Reduction) and plan.row.picks
+    values, valid, indices = empty_results(plan, lead, slices.m, data)
+    in_order = plan.stored.kind is Kind.COMPLEX and len(plan.fold) == 3 and plan.n_reduced <= engine.LONG
+    leaf = plan.leaf if in_order else INNER_LEAF
+    for bucket in in_turn(as_they_are(slices, plan.n_reduced) if in_order else buckets(slices)):
+        own = bucket.stored if mask is None else bucket.stored & mask[bucket.at]
+        below = rows_plan(plan, *bucket.at.shape, leaf)
+        cells = taken_at(data, bucket.at)
+        if picks:
+            made, own_valid, at = engine.run_with_indices(below, cells, own)
+            places = slices.places[bucket.at].gather(1, at.view(lead, -1).T).T
+            indices[:, bucket.rows] = select(places, own_valid.view(lead, -1))
+        else:
+            side = () if weights is None else ((taken_at(weights, bucket.at), None),)
+            made, own_valid = engine.run(below, cells, own, *side)
+        in_bits(values)[:, bucket.rows] = in_bits(made.view(lead, -1))
+        valid[:, bucket.rows] = own_valid.view(lead, -1)
+    return placed(plan, slices, Made(values, valid, indices))
+
+
+def empty_results(plan: Plan, lead: int, m: int, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = getattr(torch, plan.result.torch)
+    made = torch.zeros((lead, m), dtype=dtype, device=data.device)
+    return made, torch.zeros_like(made, dtype=torch.bool), torch.zeros_like(made, dtype=torch.int64)
+
+
+def placed(plan: Plan, slices: Slices, made: Made) -> Made:
+    """The results of the slices that store a cell among those of all."""
+    n_slices = prod(plan.fold[::2])
+    if slices.m == n_slices:
+        every = made
+    else:
+        values, valid = of_nothing(plan, made.values.device)
+        every = Made(
+            values.repeat(1, n_slices),
+            valid.repeat(1, n_slices),
+            made.values.new_zeros((len(values), n_slices), dtype=torch.int64),
+        )
+        for whole, part in zip(every, made, strict=True):
+            assert whole is not None
+            assert part is not None
+            in_bits(whole)[:, slices.numbers] = in_bits(part)
+    return Made(*[part.reshape(plan.out_shape) for part in every])  # type: ignore[union-attr]  # all are there
+
+
+def of_nothing(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(values, mask) of a slice that stores nothing: (leading, 1)."""
+    cells = torch.zeros((1, 1), dtype=getattr(torch, plan.stored.torch), device=device)
+    mask = torch.zeros((1, 1), dtype=torch.bool, device=device)
+    side = (
+        ((cells.new_zeros((1, 1), dtype=getattr(torch, plan.params["weights"].torch)), None),) if plan.weighted else ()
+    )
+    values, valid = engine.run(rows_plan(plan, 1, 1, INNER_LEAF), cells, mask, *side)
+    return values.view(-1, 1), valid.view(-1, 1)
+
+
+# -- cells for the same pattern -----------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How slices are spread out: in leaves of so many cells, in rows of a width, each stored cell at its place."""
+
+    leaf: int
+    width: int
+    places: Tensor
+
+
+def layouts(plan: Plan, slices: Slices) -> Iterator[Layout]:
+    """From the narrowest to the slices as they are. The order in which cells meet is the same in each that keeps them apart."""
+    n, leaf = plan.n_reduced, plan.leaf
+    in_leaf = len(slices.of) / max(slices.m * -(-n // leaf), 1)
+    if isinstance(plan.row, Normalization):
+        widths = [width for width in NARROWER if width < n <= leaf and in_leaf**2 < CROWDED * width]
+        yield from (Layout(leaf, width, slices.places % width) for width in widths)
+        if n > leaf > OUTER_LEAF and in_leaf**2 < CROWDED * OUTER_LEAF:
+            narrow = slices.places // leaf * OUTER_LEAF + slices.places % OUTER_LEAF
+            yield Layout(OUTER_LEAF, -(-n // leaf) * OUTER_LEAF, narrow)
+    yield Layout(leaf, n, slices.places)
+
+
+def by_windows(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None) -> Made:
+    """Normalizations and scans: whole slices, spread out a few at a time."""
+    n, device = len(data), data.device
+    values = torch.empty(n, dtype=getattr(torch, plan.result.torch), device=device)
+    valid = torch.empty(n, dtype=torch.bool, device=device)
+    indices = torch.empty(n, dtype=torch.int64, device=device) if plan.row.picks else None
+    left = torch.ones(slices.m, dtype=torch.bool, device=device)
+    for layout in layouts(plan, slices):
+        free = left if layout.width == plan.n_reduced else left & apart_in(layout, slices)
+        left = left & ~free
+        for rows, at, where in windows(free.nonzero().squeeze(1), slices.of, slices.counts, layout.width):
+            window(plan, layout, (len(rows), at, where), (data, mask), (values, valid, indices))
+    return Made(values, valid, indices)
+
+
+def window(
+    plan: Plan,
+    layout: Layout,
+    what: tuple[int, Tensor, Tensor],
+    cells: tuple[Tensor, Tensor | None],
+    results: tuple[Tensor, Tensor, Tensor | None],
+) -> None:
+    """A few slices spread out and computed, and the results of their stored cells written."""
+    n_rows, at, where = what
+    if layout.width > WIDEST:
+        raise refused(f"{plan.row.name} along {plan.n_reduced} cells", torch.Size(plan.shape))
+    shape, places = (n_rows, layout.width), (where, layout.places[at])
+    block, own = (spread(part, at, places, shape) for part in cells)
+    below = rows_plan(plan, *shape, layout.leaf)
+    made = engine.run_with_indices(below, block, own) if plan.row.picks else engine.run(below, block, own)
+    for whole, part in zip(results, made, strict=False):
+        assert whole is not None
+        in_bits(whole)[at] = in_bits(part)[places]
+
+
+def apart_in(layout: Layout, slices: Slices) -> Tensor:
+    """The slices of which no two cells get one place: (m,)."""
+    keys = (slices.of * layout.width + layout.places).sort().values
+    free = torch.ones(slices.m, dtype=torch.bool, device=keys.device)
+    free[keys[1:][keys[1:] == keys[:-1]] // layout.width] = False
+    return free
+
+
+def normalized(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None) -> Made:
+    """Cells of long slices, each by the state of its own."""
+    parts = states(plan, slices, as_seen(plan, data, mask))
+    below = rows_plan(plan, len(data), 1, plan.leaf)
+    cells = Cells(below, data.view(-1, 1), None if mask is None else mask.view(-1, 1), policy=nan_policy(plan))
+    values, valid = engine.applied(below, cells, {name: part[slices.of].view(-1, 1) for name, part in parts.items()})
+    return Made(values.view(-1), valid.view(-1))

@@ -1,0 +1,228 @@
+"""The laws of sparse tensors, for every row that takes them: the values of the strided tensor, gradients included."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import maskserve as ms
+from maskserve import dtypes, sparse_slices
+from maskserve.dtypes import DType
+from maskserve.errors import MaskMismatchError, MaskserveError
+from maskserve.ops import OPS
+from maskserve.ops.rows import Contraction, Elementwise, Fill, MaskRule, Move, Ordering, Reduction, Row
+from tests.samples import ELEMENTWISE, MOVES, SLICED, as_bits, cells, needed
+
+LAYOUTS = ["coo", "csr"]
+SHAPES = (((70, 3), 0.3), ((4097,), 0.02), ((2, 4500), 0.02), ((4, 5, 6), 0.3))
+KEPT = [row for row in SLICED if not isinstance(row, Fill | Ordering)]
+
+
+def named(rows: Any) -> Any:
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.name)
+
+
+def stored(dense: ms.MaskedTensor, layout: str) -> Any:
+    """The tensor in a layout, with some of its masked cells stored as such."""
+    if layout == "csr" and dense.ndim == 2:
+        return dense.to_sparse_csr()
+    return dense.to_sparse()
+
+
+def with_masked_entries(dense: ms.MaskedTensor, seed: int, layout: str) -> Any:
+    """The tensor in a layout, which stores more cells than are valid: junk under the mask of the others."""
+    extra = torch.rand(dense.shape, generator=torch.Generator().manual_seed(seed)) < 0.1
+    wide = dense.get_mask() | extra
+    sparse = stored(ms.MaskedTensor(dense.get_data(), wide), layout)
+    own = stored(ms.MaskedTensor(dense.get_mask(), wide), layout)
+    return ms.as_masked_tensor(sparse, own)
+
+
+def dims_of(row: Row, ndim: int) -> list[Any]:
+    if not isinstance(row, Reduction):
+        return list(range(ndim))
+    return [None, *range(ndim), *([(0, 2)] if ndim == 3 else [])]
+
+
+def same(found: Any, expected: Any, where: object) -> None:
+    """Values, places and masks, bit by bit; a sparse result has masked cells where the strided one has."""
+    pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+    for one, other in pairs:
+        dense = one.to_dense()
+        assert dense.dtype is other.dtype, where
+        assert torch.equal(dense.get_mask(), other.get_mask()), where
+        assert torch.equal(bits(dense), bits(other)), (where, dense, other)
+
+
+def bits(tensor: ms.MaskedTensor) -> torch.Tensor:
+    """The cells as integers, 0 under the mask."""
+    return as_bits(tensor.get_data()) * tensor.get_mask()
+
+
+def given_of(row: Row, dim: Any) -> dict[str, Any]:
+    return needed(row) | ({} if dim is None else {"dim": dim})
+
+
+def of_some_dtypes(rows: Any) -> Any:
+    """Each row with the dtypes whose kernels differ, where it takes them."""
+    some = [d for d in dtypes.ALL if d.name in ("f32", "f64", "f16", "i64", "u64", "bool", "f8_e4m3", "c64")]
+    pairs = [(row, d) for row in rows for d in some if d in row.accepts]
+    return pytest.mark.parametrize(("row", "dtype"), pairs, ids=[f"{row.name}-{d.name}" for row, d in pairs])
+
+
+@of_some_dtypes(KEPT)
+def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
+    row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, (shape, share) in enumerate(SHAPES):
+        sample = cells(dtype, shape, 31, share=share, row=row)
+        dense = ms.MaskedTensor(sample.data, sample.mask)
+        sparse = with_masked_entries(dense, 32, LAYOUTS[i % 2])
+        function = getattr(ms, row.name)
+        for dim in dims_of(row, len(shape)):
+            given = given_of(row, dim)
+            for crowd in (0, 200):  # on stored cells alone, and in blocks
+                monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+                same(function(sparse, **given), function(dense, **given), (row.name, dtype, shape, dim, crowd, sample))
+
+
+@named([row for row in KEPT if row.name in ("sum", "var", "argmax", "softmax", "normalize", "logsumexp", "norm")])
+@pytest.mark.parametrize(("crowd", "block"), [(0, 1 << 20), (1000, 1 << 20), (1000, 1 << 14)])
+def test_leaves_that_are_crowded_or_empty_give_the_same_bits(
+    row: Row, crowd: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+    monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
+    for shape, share in (((3, 9000), 0.003), ((3, 9000), 0.4), ((9000, 3), 0.003), ((5000, 2), 0.6), ((5, 3000), 0.01)):
+        sample = cells(dtypes.f64, shape, 33, share=share, row=row)
+        dense = ms.MaskedTensor(sample.data, sample.mask)
+        function = getattr(ms, row.name)
+        for dim in dims_of(row, 2):
+            given = given_of(row, dim)
+            same(function(stored(dense, "csr"), **given), function(dense, **given), (shape, share, dim, sample))
+
+
+def close(found: ms.MaskedTensor, expected: ms.MaskedTensor, where: object) -> None:
+    assert torch.equal(found.get_mask(), expected.get_mask()), where
+    torch.testing.assert_close(found.to_tensor(0), expected.to_tensor(0), rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+@named([row for row in KEPT if row.vjp])
+def test_a_gradient_is_that_of_the_strided_tensor_in_the_same_pattern(row: Row) -> None:
+    sample = cells(dtypes.f64, (6, 8), 34, share=0.4, row=row)
+    dense = ms.MaskedTensor(sample.data, sample.mask)
+    function = getattr(ms, row.name)
+    for layout, dim in itertools.product(LAYOUTS, dims_of(row, 2)):
+        sparse = with_masked_entries(dense, 35, layout)
+        leaf, strided = ms.masked_tensor(sparse, requires_grad=True), ms.masked_tensor(dense, requires_grad=True)
+        made, expected = function(leaf, **given_of(row, dim)), function(strided, **given_of(row, dim))
+        made, expected = (made[0], expected[0]) if isinstance(expected, tuple) else (made, expected)
+        same(made.detach(), expected.detach(), (row.name, dim, "values of a tensor that is followed"))
+        (made.to_dense() * 1.5).sum().backward()
+        (expected * 1.5).sum().backward()
+        assert leaf.grad.layout is leaf.layout
+        assert torch.equal(leaf.grad.indices(), leaf.indices())
+        close(leaf.grad.to_dense(), strided.grad, (row.name, dim, layout))
+        by_transform = ms.grad(lambda x, dim=dim: (first_of(function(x, **given_of(row, dim))).to_dense() * 1.5).sum())(
+            sparse
+        )
+        close(by_transform.to_dense(), strided.grad, (row.name, dim, layout, "torch.func"))
+
+
+def first_of(made: Any) -> Any:
+    return made[0] if isinstance(made, tuple) else made
+
+
+@named([row for row in ELEMENTWISE if dtypes.f64 in row.accepts and not row.parameters])
+def test_an_elementwise_op_is_that_of_the_strided_tensors_by_every_policy(row: Elementwise) -> None:
+    operands = []
+    for i, _ in enumerate(row.operands):
+        sample = cells(dtypes.f64, (6, 8), 40 + i, share=0.4)
+        data = sample.data > 0 if row.rule is MaskRule.CHOSEN and not i else sample.data.abs().clamp(0.1, 0.9)
+        operands.append(ms.MaskedTensor(data, sample.mask))
+    function = getattr(ms, row.name)
+    for layout, policy in itertools.product(LAYOUTS, ("intersect", "union", "strict")):
+        sparse = [with_masked_entries(operand, 50 + i, layout) for i, operand in enumerate(operands)]
+        expected = outcome(function, operands, policy)
+        given = [(sparse, True)]
+        if len(operands) > 1:
+            given += [([sparse[0], *operands[1:]], policy != "union"), ([*operands[:-1], sparse[-1]], False)]
+        for mixed, keeps in given:
+            made = outcome(function, mixed, policy)
+            if isinstance(expected, type):
+                assert made is expected, (row.name, policy)
+                continue
+            assert not keeps or row.rule is MaskRule.CHOSEN or made.layout is sparse[0].layout, (row.name, policy)
+            dense = made.to_dense()
+            assert torch.equal(dense.get_mask(), expected.get_mask()), (row.name, policy)
+            # torch's functions differ by an ulp between the middle and the end of a vector
+            torch.testing.assert_close(dense.get_data(), expected.get_data(), equal_nan=True)
+
+
+def outcome(function: Any, operands: Any, policy: str) -> Any:
+    try:
+        return function(*operands, policy=policy)
+    except MaskserveError as error:
+        return type(error)
+
+
+@named([row for row in OPS.values() if isinstance(row, Contraction) and row.operator])
+def test_a_product_with_a_strided_matrix_is_that_of_the_strided_tensors(row: Contraction) -> None:
+    for dtype in (dtypes.f64, dtypes.i64, dtypes.f16):
+        a, b = (cells(dtype, shape, seed, share=0.4) for shape, seed in (((6, 8), 60), ((8, 5), 61)))
+        x, y = ms.MaskedTensor(a.data, a.mask), ms.MaskedTensor(b.data, b.mask)
+        expected = getattr(ms, row.name)(x, y)
+        for layout in LAYOUTS:
+            for made in (getattr(ms, row.name)(stored(x, layout), y), getattr(ms, row.name)(x, stored(y, layout))):
+                assert torch.equal(made.get_mask(), expected.get_mask())
+                torch.testing.assert_close(made.to_tensor(0), expected.to_tensor(0))
+    leaf, strided = (
+        ms.masked_tensor(stored(x.double(), "csr"), requires_grad=True),
+        ms.masked_tensor(x.double(), requires_grad=True),
+    )
+    (leaf @ y.double()).sum().backward()
+    (strided @ y.double()).sum().backward()
+    close(leaf.grad.to_dense(), strided.grad, "product")
+
+
+CALLS = {
+    "reshape": ((4, 12),), "view": ((48,),), "flatten": (), "ravel": (), "unflatten": (1, (2, 4)), "squeeze": (),
+    "unsqueeze": (1,),
+    "transpose": (0, 1), "swapaxes": (0, 1), "t": (), "permute": ((1, 0),), "movedim": (0, 1), "conj": (), "resolve_conj": (),
+    "resolve_neg": (), "clone": (), "contiguous": (), "detach": (), "select": (1, -2), "narrow": (1, 2, 3),
+    "index_select": (1, torch.tensor([5, 0, 5])), "cat": (1,), "stack": (1,),
+}  # fmt: skip
+
+
+@named(MOVES)
+def test_a_move_takes_the_cells_along_or_says_to_make_the_tensor_strided(row: Move) -> None:
+    sample = cells(dtypes.f32, (6, 8), 70, share=0.4)
+    dense = ms.MaskedTensor(sample.data, sample.mask)
+    for layout in LAYOUTS:
+        sparse = with_masked_entries(dense, 71, layout)
+        if not row.on_patterns:
+            with pytest.raises(MaskserveError, match=r"to_dense\(\)"):
+                getattr(ms, row.name)([sparse] if row.cells == "list" else sparse)
+            continue
+        one, other = ([sparse, sparse], [dense, dense]) if row.cells == "list" else (sparse, dense)
+        made = getattr(ms, row.name)(one, *CALLS[row.name])
+        assert made.layout in (torch.sparse_coo, sparse.layout)
+        same(made, getattr(ms, row.name)(other, *CALLS[row.name]), (row.name, layout))
+
+
+@named([row for row in SLICED if isinstance(row, Fill | Ordering)])
+def test_what_is_valid_where_nothing_is_stored_is_refused(row: Row) -> None:
+    sparse = ms.masked_tensor([[1.0, None], [2.0, 3.0]]).to_sparse()
+    with pytest.raises(MaskserveError, match=r"to_dense\(\)"):
+        getattr(ms, row.name)(sparse, **given_of(row, None if row.name == "fill" else 1))
+
+
+def test_policy_strict_compares_valid_cells_and_not_patterns() -> None:
+    dense = ms.masked_tensor([[1.0, None], [2.0, 3.0]])
+    wide = with_masked_entries(dense, 3, "coo")
+    assert ms.add(dense.to_sparse(), wide, policy="strict").nnz == 3
+    with pytest.raises(MaskMismatchError, match="strict"):
+        ms.add(dense.to_sparse(), dense.to_sparse()[:, :1], policy="strict")
