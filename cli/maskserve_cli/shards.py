@@ -63,12 +63,12 @@ def state_path(asked: Asked) -> str:
     return asked.state
 
 
-def refuse_streams(paths: Sequence[str]) -> None:
+def refuse_streams(asked: Asked, paths: Sequence[str]) -> None:
     """Raise where processes cannot each open what is read."""
     if any(path == inputs.STDIN or inputs.is_stream(path) for path in paths):
+        word = "--workers" if asked.workers is not None else "--engine ray"
         raise ParameterError(
-            "--workers and --engine ray read files, which each process opens; stdin cannot be shared",
-            parameter="workers",
+            f"{word} reads files, which each process opens; stdin cannot be shared", parameter="workers"
         )
 
 

@@ -39,7 +39,7 @@ def perform(asked: Asked) -> None:
         shards.write_state(asked, request, paths, settings)
         return
     if asked.is_shared:
-        shards.refuse_streams(paths)
+        shards.refuse_streams(asked, paths)
     if asked.wanted.out not in (None, outputs.STDOUT):
         outputs.target(asked.wanted, None)  # what cannot be written is an error before stdin is waited for
     with questioned(request, paths, asked.along, settings) as question:
