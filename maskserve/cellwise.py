@@ -172,6 +172,9 @@ def refused(row: Elementwise, error: Exception, kinds: Sequence[DType]) -> Masks
     if "not implemented for" in said:
         names = " and ".join(dict.fromkeys(kind.name for kind in kinds))
         return DtypeError(f"{row.name} of {names} alone is not defined; convert to a float first", parameter="dtype")
+    if "without overflow" in said:
+        names = " and ".join(dict.fromkeys(kind.name for kind in kinds))
+        return DataError(f"{row.name}: a number does not fit {names}; convert the data to a wider dtype first")
     return DataError(f"{row.name}: {said}")
 
 
@@ -265,6 +268,8 @@ def flow(
     values = [operand.value for operand in operands]
     if row.rule is MaskRule.CHOSEN:
         condition, yes, no = masks
+        if not isinstance(values[0], Tensor):
+            values[0] = torch.as_tensor(values[0])
         if yes is None and no is None:
             return values, condition
         chosen = torch.where(values[0], True if yes is None else yes, True if no is None else no)

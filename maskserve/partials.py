@@ -275,7 +275,7 @@ def check_joins(plan: Plan) -> None:
     if not lifts(plan):
         raise StateError(
             f"{plan.row.name} of {plan.stored.name} has no state that can be merged: its slices are needed whole; reduce all "
-            "at once, without --workers, --shard and --state"
+            "at once, without --workers, --engine ray, --shard and --state"
         )
 
 

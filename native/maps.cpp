@@ -37,9 +37,10 @@ uintptr_t page_bytes = 0;
 static_assert(std::atomic<uintptr_t>::is_always_lock_free && std::atomic<bool>::is_always_lock_free);
 
 void pass_on(int sent, siginfo_t* info, void* context) {
-  const bool is_handled = before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN;
-  if (!is_handled || is_passed_on.exchange(true)) {  // or whom it went to has sent it back
+  if (before.sa_handler == SIG_IGN) return;  // of a signal that somebody sent: of a fault the system does not ask
+  if (before.sa_handler == SIG_DFL) {
     std::signal(sent, SIG_DFL);
+    ::raise(sent);  // comes once this handler returns
   } else if (before.sa_flags & SA_SIGINFO) {
     before.sa_sigaction(sent, info, context);
   } else {
@@ -48,12 +49,19 @@ void pass_on(int sent, siginfo_t* info, void* context) {
 }
 
 void on_bus(int sent, siginfo_t* info, void* context) {
+  const bool is_sent = info->si_code <= 0;  // by a process: then there is no address
+  if (is_sent && !is_passed_on.load()) return pass_on(sent, info, context);
   const uintptr_t at = reinterpret_cast<uintptr_t>(info->si_addr);
   for (Guard& guard : guards) {
-    if (at < guard.start.load() || at >= guard.end.load()) continue;
+    if (is_sent || at < guard.start.load() || at >= guard.end.load()) continue;
     void* const page = reinterpret_cast<void*>(at & ~(page_bytes - 1));
     if (mmap(page, page_bytes, PROT_READ, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED) break;
     guard.is_spoilt.store(true);
+    return;
+  }
+  if (before.sa_handler == SIG_IGN || is_passed_on.exchange(true)) {  // or whom it went to has sent it back
+    std::signal(sent, SIG_DFL);
+    if (is_sent) ::raise(sent);
     return;
   }
   pass_on(sent, info, context);
@@ -67,6 +75,7 @@ bool install() {
   if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_bus) return true;
   page_bytes = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   before = now;
+  is_passed_on.store(false);
   struct sigaction ours = {};
   ours.sa_sigaction = on_bus;
   ours.sa_flags = SA_SIGINFO | SA_ONSTACK;

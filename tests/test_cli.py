@@ -73,7 +73,7 @@ from tests.command_line import (  # noqa: F401  # fixtures are found by name
         ("eval --expr mean(x) --nam omit rain.safetensors", 2, "maskserve: there is no option --nam (maskserve eval"),
         ("reduce --op median rain.safetensors --workers 2", 65,
          "maskserve: rain.safetensors: median of f32 has no state that can be merged: its slices are needed whole; reduce all at "
-         "once, without --workers, --shard and --state"),
+         "once, without --workers, --engine ray, --shard and --state"),
         ("head -n x rain.safetensors", 2, "maskserve: Invalid value for '-n' / '--rows'"),
         ("ops maen", 2, "maskserve: op 'maen' is not known: give one of sum"),
         ("serve --port x", 78, "maskserve: --port is 'x'; it must be a port, 0 to 65535"),

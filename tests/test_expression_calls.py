@@ -451,3 +451,13 @@ def test_what_is_masked_is_written_as_0(text: str) -> None:
     assert torch.equal(answer.get_data(), answer.get_mask().float())
     value = ms.load(ms.compute("grad", body, expr=text).to_bytes())["value"]
     assert torch.equal(value.get_data(), value.get_mask().float())
+
+
+def test_a_condition_may_be_a_number() -> None:
+    x = ms.masked_tensor(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True]))
+    for text, chosen in (("where(1 > 0, x, x + 1)", x), ("where(exp(-1) > 1, x, x + 1)", x + 1)):
+        found = ms.eval(text, x=x)
+        assert torch.equal(found.get_data(), chosen.get_data() * x.get_mask())
+        assert torch.equal(found.get_mask(), x.get_mask())
+    assert torch.equal(ms.where(True, x, x + 1).get_mask(), x.get_mask())
+    assert ms.eval("where(1 > 0, 3, x / x)", x=x).get_mask().all()

@@ -219,3 +219,24 @@ def test_the_signal_goes_on_where_it_is_of_other_memory(when: str, tmp_path: Pat
     assert ended.returncode == -signal.SIGBUS
     assert ("Bus error" in ended.stderr) is (when != "never")
     assert not ended.stdout
+
+
+SENT = """
+import os, signal, sys
+from maskserve.backends.native_maps import mapped_range
+heard = []
+signal.signal(signal.SIGBUS, signal.SIG_IGN if sys.argv[2] == "ignored" else lambda *_: heard.append(1))
+with open(sys.argv[1], "rb") as file, mapped_range(file.fileno(), 0, 10) as view:
+    assert view is not None
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGBUS)
+print(len(heard))
+"""
+
+
+@pytest.mark.parametrize(("how", "heard"), [("ignored", "0"), ("handled", "3")])
+def test_a_signal_that_is_sent_goes_each_time_where_it_went(how: str, heard: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    ended = subprocess.run([sys.executable, "-c", SENT, path, how], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.strip()) == (0, heard), ended.stderr

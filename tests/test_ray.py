@@ -359,6 +359,8 @@ def test_a_dry_run_says_the_engine_and_starts_nothing(maskserve: Maskserve) -> N
         (["--engine", "spark"], {}, 2, "--engine is 'spark'; give one of local, ray"),
         (["--engine", "ray"], {"RAY_ADDRESS": "ray://head:10001"}, 2, "submit it as a Ray job"),
         (["--engine", "ray"], {"MASKSERVE_RAY_ADDRESS": "head"}, 78, "give HOST:PORT"),
+        (["--engine", "ray"], {"MASKSERVE_RAY_ADDRESS": "me:secret@head:6379"}, 78, "'...@head:6379'; give HOST:PORT"),
+        (["--engine", "ray"], {"MASKSERVE_RAY_ADDRESS": "127.0.0.1:99999"}, 78, "give HOST:PORT"),
         (["--engine", "ray"], {"MASKSERVE_RAY_ADDRESS": "127.0.0.1:1"}, 69, "127.0.0.1:1 does not answer: Connection refused"),
         (["--engine", "ray", "--device", "cuda:1"], {}, 2, "Ray says which GPU a task has; give cuda"),
         (["--engine", "ray", "--workers", "-1"], {}, 2, "workers is -1"),

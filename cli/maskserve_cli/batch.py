@@ -107,9 +107,8 @@ def lines(outlook: Outlook, who: str) -> Iterator[str]:
     yield f"outputs  to {shown(outlook.to)}{first}"
     yield f"engine   {outlook.engine}: {who}"
     if outlook.to_do:
-        each = (
-            f"{START_S:g} s to start, {1 / FILE_S:,.0f} files and {bytes_text(int(BYTES_A_SECOND))} a second and worker"
-        )
+        rate = f"{1 / FILE_S:,.0f} files and {bytes_text(int(BYTES_A_SECOND))} a second and worker"
+        each = f"{START_S[outlook.engine]:g} s to start, {rate}"
         n = outlook.workers
         yield f"time     about {duration(outlook.seconds)} with {n} worker{'s' if n > 1 else ''} ({each})"
     yield "a dry run: nothing was computed or written"

@@ -18,7 +18,7 @@ from maskserve.batch.job import Job
 from maskserve.batch.ledger import AnyPart, Failure
 from maskserve.batch.work import Block, Item, Report, Work, failure
 from maskserve.cgroup import cpus
-from maskserve.executors import Executor, Limits, Outcome, Stop
+from maskserve.executors import LOCAL, RAY, Executor, Limits, Outcome, Stop
 from maskserve.on_ray.cluster import Joining
 from maskserve.payload.files import _sync_folder, failing, save, temps_of
 from maskserve.payload.header import Limits as HeaderLimits
@@ -38,7 +38,7 @@ BLOCKS_A_WORKER = 4
 COPIES = 3
 """What an input takes of memory: itself, its answer, and what lies between; at most a worker's share."""
 FIRST_WAIT_S = 0.5
-START_S, FILE_S, BYTES_A_SECOND = 2.0, 0.0005, 250e6
+START_S, FILE_S, BYTES_A_SECOND = {LOCAL: 2.0, RAY: 12.0}, 0.0005, 250e6
 """What a dry run reckons with: starting, a small file, and the bytes of large ones; each worker has its own."""
 
 
@@ -70,7 +70,7 @@ class Outlook:
     workers: int
     engine: str
     seconds: float
-    """An estimate: START_S, and for each input FILE_S and its bytes at BYTES_A_SECOND, shared by the workers."""
+    """An estimate: START_S of the engine, and for each input FILE_S and its bytes at BYTES_A_SECOND, shared by the workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class Plan:
         return Outlook(
             inputs=self.inputs, bytes=n_bytes, to_do=len(self.to_do), bytes_to_do=to_do,
             done=self.inputs - len(self.to_do), to=self.job.to, first_output=self.to_do[0].output if self.to_do else None,
-            workers=workers, engine=self.job.engine, seconds=round(START_S + work_s, 1) if self.to_do else 0.0,
+            workers=workers, engine=self.job.engine, seconds=round(START_S[self.job.engine] + work_s, 1) if self.to_do else 0.0,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import IO, Any
@@ -25,6 +25,8 @@ from maskserve.settings import LEAST_MEMORY
 AUTO = "auto"
 GPU_WORD = "cuda"
 ADDRESS = "RAY_ADDRESS"
+END_S = 3.0
+"""Seconds that processes of a cluster of our own have to end by themselves."""
 FOLDER = "msr-"
 """What the temporary folder of a cluster of ours is called, shortly: the names of sockets below it are long."""
 SOCKET_BYTES = 64
@@ -50,8 +52,8 @@ class Joining:
             address = os.environ.get(ADDRESS, "") or AUTO
         if "://" in address:
             raise ParameterError(
-                f"ray_address is {address[:80]}: the command runs on a node of the cluster and joins it by HOST:PORT or {AUTO}; "
-                "from elsewhere, submit it as a Ray job (docs/ray.md)",
+                f"ray_address is {shown_address(address)}: the command runs on a node of the cluster and joins it by "
+                f"HOST:PORT or {AUTO}; from elsewhere, submit it as a Ray job (docs/ray.md)",
                 parameter="ray_address",
             )
         return "" if address == "local" else address
@@ -59,6 +61,17 @@ class Joining:
     def __str__(self) -> str:
         address = self.resolved()
         return f"the Ray cluster at {address}" if address else "a Ray cluster that is started for it"
+
+
+def shown_address(address: str) -> str:
+    """An address for messages, without a user or password.
+
+    >>> shown_address("me:secret@head:6379"), shown_address("ray://me:secret@head:10001")
+    ('...@head:6379', 'ray://...@head:10001')
+    """
+    begin, mark, rest = address.partition("://") if "://" in address else ("", "", address)
+    user, at, host = rest.rpartition("@")
+    return f"{begin}{mark}{'...' if user else ''}{at}{host}"[:80]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +192,28 @@ def started(workers: int, gpus: int, timeout_s: float, tell: Callable[[str], Non
             with connected(ray, timeout_s, "a Ray cluster on this machine", **words):
                 yield ray
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
+
+
+def remove(folder: str) -> None:
+    """Removes the folder of a cluster that has ended: some of its processes outlive it by moments, and would make it again."""
+    end_s = time.monotonic() + END_S
+    while processes_of(folder) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    for pid in processes_of(folder):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes_of(folder: str) -> list[int]:
+    """The processes that were started with a word in which the folder is."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+            if os.fsencode(folder) in file.read() and int(pid) != os.getpid():
+                found.append(int(pid))
+    return found
 
 
 @contextmanager
@@ -218,9 +252,9 @@ def check_length(folder: str) -> None:
 def check_listens(address: str, timeout_s: float) -> None:
     """Raise at once where nothing listens; Ray itself would try for a minute."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or "@" in host or not (port.isdecimal() and 0 < int(port[:6]) < 1 << 16):
         raise SettingsError(
-            f"the Ray cluster's address is {address[:80]!r}; give HOST:PORT, as ray start printed it, or {AUTO}",
+            f"the Ray cluster's address is {shown_address(address)!r}; give HOST:PORT, as ray start printed it, or {AUTO}",
             parameter="ray_address",
         )
     try:
