@@ -236,7 +236,7 @@ def contraction(row: Contraction, operands: Sequence[Any], given: dict[str, Any]
 
 def batch_product(params: dict[str, Any]) -> Callable[[Any, Any], MaskedTensor]:
     """The masked product of batches of matrices, with the NaN policy of a contraction."""
-    return partial(public("bmm"), **params)
+    return partial(public("bmm"), nan=params["nan"])
 
 
 def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:

@@ -404,3 +404,18 @@ def test_the_service_answers_as_the_library_and_refuses_hostile_bodies() -> None
             body = payload(tensors, shape if shape is None or isinstance(shape, dict) else {"x": shape})
             reply = service.post("/v1/reduce?op=sum&dim=1", body)
             assert 400 <= reply.status_code < 500, (name, reply.text)
+
+
+@pytest.mark.parametrize("equation", ["ui,id->ud", "ij,kj->ik", "ij,j->i", "ji,j->i"])
+def test_einsum_of_a_sparse_and_a_strided_tensor_is_that_of_two_strided_ones(equation: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    strided = ms.masked_tensor(torch.randn(6, 5, generator=generator), torch.rand(6, 5, generator=generator) < 0.5)
+    shape = {"ui,id->ud": (5, 3), "ij,kj->ik": (4, 5), "ij,j->i": (5,), "ji,j->i": (6,)}[equation]
+    other = torch.randn(shape, generator=generator)
+    found, expected = (torch.einsum(equation, x, other) for x in (strided.to_sparse_csr(), strided))
+    assert torch.equal(found.get_mask(), expected.get_mask())
+    torch.testing.assert_close(found.to_tensor(0), expected.to_tensor(0))
+    torch.testing.assert_close(
+        torch.tensordot(strided.to_sparse_csr(), torch.ones(5, 2), 1).to_tensor(0),
+        torch.tensordot(strided, torch.ones(5, 2), 1).to_tensor(0),
+    )
