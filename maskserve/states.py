@@ -25,7 +25,7 @@ from maskserve.nodes import HELD_TWICE
 from maskserve.ops.rows import Reduction
 from maskserve.partials import FIELDS, LIMITS, Partial, check_joins, merged, read_partial
 from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, to_bytes
-from maskserve.payload.header import TensorInfo, check_name, strict_json
+from maskserve.payload.header import TensorInfo, check_name, shown, strict_json
 from maskserve.payload.metadata import is_dim_name
 from maskserve.payload.tensors import output
 from maskserve.payload.variables import answer_mask_name
@@ -193,6 +193,8 @@ def lift(request: Request, payload: Payload, others: Payloads, shard: Shard, mem
     steps = [step for step in prepared.steps if isinstance(step, OfVariable)]
     lifted, room = [], budget_of(memory)
     for step in steps:
+        refuse_sparse(step)
+    for step in steps:
         if not step.passes_through:
             lifted.append(lifted_of(request, step, payload, prepared, shard, memory, room))
             n_held = HELD_TWICE * lifted[-1].partial.n_bytes
@@ -231,6 +233,15 @@ def check_steps(steps: Iterable[Step]) -> None:
     for step in steps:
         if isinstance(step, OfVariable) and step.plan is not None:
             check_joins(step.plan)
+            refuse_sparse(step)
+
+
+def refuse_sparse(step: OfVariable) -> None:
+    if step.variable.stored is not None and not step.passes_through:
+        raise StateError(
+            f"{shown(step.variable.name)} is sparse, and states are made of strided tensors: reduce it at once, without "
+            "--workers, --engine ray, --shard and --state"
+        )
 
 
 def identity(request: Request, payload: Payload, others: Payloads) -> str:

@@ -28,6 +28,7 @@ from maskserve.errors import (
 )
 from maskserve.payload.format import BytesPayload, Output, encode
 from maskserve.payload.tensors import output
+from tests.command_line import Maskserve, folder_fixture, maskserve_fixture  # noqa: F401
 from tests.http_service import running
 
 INDICES = torch.tensor([[0, 1, 1], [2, 0, 2]])
@@ -419,3 +420,30 @@ def test_einsum_of_a_sparse_and_a_strided_tensor_is_that_of_two_strided_ones(equ
         torch.tensordot(strided.to_sparse_csr(), torch.ones(5, 2), 1).to_tensor(0),
         torch.tensordot(strided, torch.ones(5, 2), 1).to_tensor(0),
     )
+
+
+def test_diff_compares_cells_where_they_are_and_not_as_they_are_stored(tmp_path: Path, maskserve: Maskserve) -> None:
+    dense = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    mask = torch.eye(3, dtype=torch.bool)
+    moved, fewer = mask.roll(1, 1), mask & (dense < 3)
+    cases = {
+        "a": ms.masked_tensor(dense, mask).to_sparse(), "csr": ms.masked_tensor(dense, mask).to_sparse_csr(),
+        "moved": ms.masked_tensor(dense.roll(1, 1), moved).to_sparse(), "fewer": ms.masked_tensor(dense, fewer).to_sparse(),
+        "strided": ms.masked_tensor(dense, mask), "other": ms.masked_tensor(dense * 2, mask).to_sparse(),
+        "none": ms.masked_tensor(dense, torch.zeros_like(mask)).to_sparse(),
+    }  # fmt: skip
+    for name, tensor in cases.items():
+        ms.save({"x": tensor}, tmp_path / f"{name}.safetensors")
+    for name, says in (("a", ""), ("csr", ""), ("strided", ""), ("moved", "6 of 9 cells valid in one alone"), ("other", "3 of 3"),
+                       ("fewer", "1 of 9 cells valid in one alone, the first at [2, 2]"), ("none", "3 of 9 cells")):  # fmt: skip
+        for pair in (("a", name), (name, "a")):
+            ran = maskserve("diff", *(str(tmp_path / f"{one}.safetensors") for one in pair))
+            assert (ran.code, says in ran.text) == (1 if says else 0, True), (pair, ran.out, ran.err)
+
+
+def test_states_of_a_sparse_tensor_are_refused_before_anything_is_written(tmp_path: Path, maskserve: Maskserve) -> None:
+    path = tmp_path / "x.safetensors"
+    ms.save({"x": ms.masked_tensor(torch.eye(4), torch.eye(4) > 0).to_sparse()}, path)
+    ran = maskserve("reduce", "--op", "sum", "--shard", "0/2", "--state", str(tmp_path / "s.state"), str(path))
+    assert (ran.code, "is sparse" in ran.err) == (65, True), ran.err
+    assert not (tmp_path / "s.state").exists()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from maskserve.dtypes import i32, i64
+from maskserve.dtypes import boolean, i32, i64
 from maskserve.errors import PayloadError
 from maskserve.payload.header import (
     DEFAULT_LIMITS,
@@ -97,7 +97,7 @@ def _check(name: str, stored: Stored, shape: Shape, limits: Limits) -> None:
     *indices, values = stored.parts
     if len(shape) > limits.dims:
         _fail(name, f"has {len(shape)} dims; at most {limits.dims} are computed on")
-    check_shape(name, values.dtype, shape, replace(limits, dim_size=LARGEST_BYTES))  # no cell of it need be there
+    check_shape(name, boolean, shape, replace(limits, dim_size=LARGEST_BYTES))  # no cell of it need be there
     for part in indices:
         if part.dtype not in (i64, i32):
             _fail(part.name, f"is {part.dtype.code}; indices are I64 or I32")
