@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -220,6 +220,30 @@ def test_a_store_that_cannot_be_reached_is_69(
     assert (ran.code, "AWS_ALLOW_HTTP" in ran.err) == (78, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_ACCESS_KEY_ID", "key\n"), ("AWS_SESSION_TOKEN", "to\x1bken"), ("AWS_REGION", "a\nb"), ("AWS_ENDPOINT_URL", ""),
+     ("AWS_ENDPOINT_URL", "not a url"), ("AWS_ENDPOINT_URL", "http://"), ("AWS_ENDPOINT_URL", "minio:9000")],
+)  # fmt: skip
+def test_a_variable_that_can_be_no_key_or_no_address_is_named(
+    stored: Stored, maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    client._client.cache_clear()
+    ran = maskserve("info", "s3://bucket/x")
+    assert (ran.code, ran.err.count("\n"), f"{name} in the environment" in ran.err) == (78, 1, True)
+
+
+def test_a_client_that_breaks_down_is_told_in_a_line(
+    stored: Stored, maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://")
+    monkeypatch.setattr(client, "check_environment", lambda _: None)
+    client._client.cache_clear()
+    ran = maskserve("info", "s3://bucket/x")
+    assert (ran.code, "AWS_ variables" in ran.err) == (78, True)
+
+
 # -- in parts -----------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +445,23 @@ def test_a_write_whose_answer_is_lost_is_known_as_ones_own(stored: Stored) -> No
     assert stored.get("out") == b"ours"
 
 
+def test_a_write_that_meets_another_one_is_tried_again_and_not_taken_for_one_that_stands(stored: Stored) -> None:
+    stored.proxy.faults = [Fault("409", "PUT", times=2)]
+    assert writing.save("s3://bucket/out", encoded(b"ours"), exists="skip")
+    assert stored.get("out") == b"ours"
+    stored.proxy.faults = [Fault("409", "PUT", times=-1)]
+    with pytest.raises(StoreError, match=r"409 \(ConditionalRequestConflict\); try again later"):
+        writing.save("s3://bucket/other", encoded(b"ours"), exists="skip")
+
+
+@pytest.mark.parametrize("size", [10, 17 << 20], ids=["small", "large"])
+def test_a_store_without_writes_of_new_objects_says_at_once_what_to_do(stored: Stored, size: int) -> None:
+    stored.proxy.faults = [Fault("501", "PUT", times=-1)]
+    with pytest.raises(ms.errors.OutputError, match="say replace"):
+        writing.save("s3://bucket/out", encoded(bytes(size)))
+    assert len(stored.proxy.requests("PUT")) == 1
+
+
 @pytest.mark.parametrize("exists", ["error", "replace"])
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "403"])
 def test_a_write_that_fails_leaves_nothing(stored: Stored, kind: str, exists: str) -> None:
@@ -458,6 +499,25 @@ def test_what_is_given_up_in_the_middle_of_an_upload_leaves_no_parts(stored: Sto
         time.sleep(0.05)
     assert stored.n_uploads() == 0
     assert stored.keys() == []
+
+
+def test_what_is_given_up_while_parts_are_on_their_way_says_why(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(BaseException):
+        """What a signal raises."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(writing, "wait", lambda *_, **__: None)  # as where the store takes longer than is waited
+    monkeypatch.setattr(Future, "result", stopped)
+    stored.proxy.delay_s = 0.2
+    with pytest.raises(Stop):
+        writing.placed("s3://bucket/out", lambda fd, _: os.ftruncate(fd, 40 << 20), exists="replace")
+    deadline = time.monotonic() + 5
+    while not stored.keys() and time.monotonic() < deadline:  # it had been sent whole by then
+        time.sleep(0.02)
 
 
 def test_an_answer_that_does_not_fit_into_memory_goes_to_a_store(
