@@ -39,6 +39,8 @@ def target(path: str) -> Address:
         )
     if found.is_folder:
         raise OutputError(f"{found} is a folder; give the object a name: {found}NAME.safetensors")
+    if found.is_many:
+        raise OutputError(f"{found} cannot be written: *, ? and [ make a pattern of a name; leave them out")
     return found
 
 
