@@ -34,6 +34,7 @@ from maskserve.payload.header import shown
 from maskserve.payload.writing import Encoded
 from maskserve.stores import ahead, calls, client, writing
 from maskserve.stores.addresses import is_address, parse
+from maskserve.stores.listing import listed
 from maskserve.stores.objects import ObjectPayload, spans
 from tests.command_line import Maskserve, environment, folder_fixture, maskserve_fixture  # noqa: F401
 from tests.store_server import Fault, Stored, running_fixture, stored_fixture  # noqa: F401
@@ -448,6 +449,14 @@ def test_a_key_that_no_address_spells_is_told_once_and_not_tried_again(
     stored.put("rain/x\u200by", b"x")
     ran = maskserve("reduce", "--op", "var", "s3://bucket/rain/")
     assert (ran.code, "characters that do not print" in ran.err, ran.err.count("s3://")) == (65, True, 2), ran.err
+
+
+def test_a_list_that_does_not_end_is_given_up(
+    stored: Stored, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LISTING_S", -1)
+    with pytest.raises(StoreError, match="list does not end"):
+        listed(parse("s3://bucket/rain/"))
 
 
 def test_states_in_a_store_merge_to_the_bits_of_one_process(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +38,8 @@ SILENT_S = 10
 """Seconds without a byte after which a request is given up, and tried again."""
 REQUEST_S, UPLOAD_S = 120, 3600
 """Seconds for a range of a few megabytes, and for an upload of a few gigabytes."""
+LISTING_S = 600
+"""Seconds for a list of some million objects, after which the store is taken to send one without an end."""
 PIECE = 1 << 20
 CLIENTS = 64
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -96,7 +99,15 @@ class Client:
         import obstore
 
         def every() -> list[Any]:
-            return list(obstore.list(self._requests, prefix=address.prefix or None).collect())
+            found: list[Any] = []
+            seen, end_s = set[str](), time.monotonic() + LISTING_S
+            for page in obstore.list(self._requests, prefix=address.prefix or None, chunk_size=1000):
+                found += page
+                is_again = page[0]["path"] in seen
+                seen.add(page[0]["path"])
+                if is_again or time.monotonic() > end_s:
+                    raise StoreError(f"{address} cannot be listed: the store's list does not end; name fewer objects")
+            return found
 
         for one in tried(lambda _: self._asked(address, every)):
             yield Found(one["path"], Version(one["size"], strong(one["e_tag"])))
