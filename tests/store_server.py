@@ -22,6 +22,11 @@ from obstore.store import S3Store
 from maskserve.stores import calls, client
 
 BUCKET = "bucket"
+CODES = {
+    "500": "InternalError", "501": "NotImplemented", "503": "SlowDown", "403": "AccessDenied", "404": "NoSuchKey",
+    "409": "ConditionalRequestConflict", "416": "InvalidRange",
+}  # fmt: skip
+"""What a store says beside a status."""
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
 
@@ -89,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.struck(self.command, unquote(self.path.partition("?")[0]))
         kind = fault.kind if fault else ""
         time.sleep(self.server.delay_s + (fault.seconds if fault and kind == "late" else 0))
-        if kind in ("500", "503", "403", "404", "416"):
+        if kind in CODES:
             self.refuse(int(kind))
             return
         if kind == "reset":
@@ -165,10 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def refuse(self, status: int) -> None:
-        code = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied", 404: "NoSuchKey", 416: "InvalidRange"}[
-            status
-        ]
-        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        body = f"<Error><Code>{CODES[str(status)]}</Code><Message>no</Message></Error>".encode()
         self.send_response_only(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,9 +34,20 @@ from maskserve.payload.header import shown
 from maskserve.payload.writing import Encoded
 from maskserve.stores import ahead, calls, client, writing
 from maskserve.stores.addresses import is_address, parse
+from maskserve.stores.listing import listed
 from maskserve.stores.objects import ObjectPayload, spans
 from tests.command_line import Maskserve, environment, folder_fixture, maskserve_fixture  # noqa: F401
 from tests.store_server import Fault, Stored, running_fixture, stored_fixture  # noqa: F401
+
+
+def raw(stored: Stored, method: str, key: str) -> None:
+    """Does to a key what obstore would change on the way."""
+    connection = http.client.HTTPConnection(*stored.proxy.upstream)
+    signed = "AWS4-HMAC-SHA256 Credential=test/20261130/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+    connection.request(method, f"/bucket/{key}", headers={"Content-Length": "0", "Authorization": signed})
+    assert connection.getresponse().status in (200, 204)
+    connection.close()
+
 
 SIZE = 700_001
 """Cells of the large sample: some parts of ahead, and a rest."""
@@ -98,6 +111,32 @@ def test_without_obstore_a_line_says_what_to_install(stored: Stored, monkeypatch
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ms.errors.MissingExtraError, match=r"pip install 'maskserve\[store\]'"):
         ms.load("s3://bucket/x")
+
+
+@pytest.mark.parametrize("pattern",
+    ["[z-a]", "[a-]", "[[a]", "[]a]", "[!]a]x", "[a&&b]", "[a||b]*", "[~~]", "[^a]", "[z-ab-c]", "[--a]", "[!z-a]"],
+)  # fmt: skip
+def test_classes_of_patterns_mean_what_fnmatch_says(pattern: str) -> None:
+    for key in "abcz&|~[]^-!\\":
+        for name in (key, key + "x"):
+            assert parse(f"s3://b/{pattern}").matches(name) == fnmatchcase(name, pattern)
+    assert not parse(f"s3://b/x{pattern}y").matches("x/y")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://KEY:hunter2@bucket/a", "s3://KEY:hun/hunter2@bucket/a", "ftp://h/b?X-Amz-Signature=hunter2",
+     "https://me:hunter2@host/a", "gs+x://h/b#hunter2"],
+)  # fmt: skip
+def test_no_message_shows_the_secret_of_an_address(text: str, maskserve: Maskserve) -> None:
+    assert "hunter2" not in shown(f"look: {text} now")
+    assert "hunter2" not in maskserve("info", text).err
+
+
+def test_keys_and_patterns_are_shown_as_they_are() -> None:
+    for text in ("s3://b/a?.st", "s3://b/a#b", "s3://b/a@b", "https://host:80/a@b"):
+        assert shown(text) == text
+    assert shown("s3://b/a?X-Amz-Signature=secret") == "s3://b/a"
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -218,6 +257,30 @@ def test_a_store_that_cannot_be_reached_is_69(
     client._client.cache_clear()
     ran = maskserve("info", "s3://bucket/x")
     assert (ran.code, "AWS_ALLOW_HTTP" in ran.err) == (78, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_ACCESS_KEY_ID", "key\n"), ("AWS_SESSION_TOKEN", "to\x1bken"), ("AWS_REGION", "a\nb"), ("AWS_ENDPOINT_URL", ""),
+     ("AWS_ENDPOINT_URL", "not a url"), ("AWS_ENDPOINT_URL", "http://"), ("AWS_ENDPOINT_URL", "minio:9000")],
+)  # fmt: skip
+def test_a_variable_that_can_be_no_key_or_no_address_is_named(
+    stored: Stored, maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    client._client.cache_clear()
+    ran = maskserve("info", "s3://bucket/x")
+    assert (ran.code, ran.err.count("\n"), f"{name} in the environment" in ran.err) == (78, 1, True)
+
+
+def test_a_client_that_breaks_down_is_told_in_a_line(
+    stored: Stored, maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://")
+    monkeypatch.setattr(client, "check_environment", lambda _: None)
+    client._client.cache_clear()
+    ran = maskserve("info", "s3://bucket/x")
+    assert (ran.code, "AWS_ variables" in ran.err) == (78, True)
 
 
 # -- in parts -----------------------------------------------------------------------------------------------------
@@ -361,6 +424,41 @@ def test_a_folder_and_a_pattern_of_a_store_are_one_tensor_in_the_order_of_their_
     assert maskserve("reduce", "--op", "var", "s3://bucket/nothing/").code == 66
 
 
+def test_objects_that_only_show_folders_are_passed_over(stored: Stored, maskserve: Maskserve, parts: list[str]) -> None:
+    expected = maskserve("reduce", "--op", "var", "--dim", "0", *parts, "-o", "-").out
+    folders = ("rain/", "rain/sub/", "rain/empty/")
+    for key in folders:
+        raw(stored, "PUT", key)
+    stored.put("rain/sub/part-9.safetensors", stored.get("rain/part-0.safetensors"))
+    ran = maskserve("reduce", "--op", "var", "--dim", "0", "s3://bucket/rain/*", "-o", "-")
+    assert ran.out == expected, ran.err
+    ran = maskserve("reduce", "--op", "var", "--dim", "0", "s3://bucket/rain/", "-o", "-")
+    for key in folders:
+        raw(stored, "DELETE", key)
+    assert "4 files" in ran.err, ran.err
+
+
+def test_a_key_that_no_address_spells_is_told_once_and_not_tried_again(
+    stored: Stored, maskserve: Maskserve, parts: list[str]
+) -> None:
+    raw(stored, "PUT", "rain/a//b")
+    ran = maskserve("reduce", "--op", "var", "s3://bucket/rain/")
+    assert (ran.code, "s3://bucket/rain/ lies a key with an empty part" in ran.err) == (65, True), ran.err
+    assert len(stored.proxy.requests("GET")) == 1
+    raw(stored, "DELETE", "rain/a//b")
+    stored.put("rain/x\u200by", b"x")
+    ran = maskserve("reduce", "--op", "var", "s3://bucket/rain/")
+    assert (ran.code, "characters that do not print" in ran.err, ran.err.count("s3://")) == (65, True, 2), ran.err
+
+
+def test_a_list_that_does_not_end_is_given_up(
+    stored: Stored, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LISTING_S", -1)
+    with pytest.raises(StoreError, match="list does not end"):
+        listed(parse("s3://bucket/rain/"))
+
+
 def test_states_in_a_store_merge_to_the_bits_of_one_process(
     stored: Stored, maskserve: Maskserve, folder: Path, parts: list[str]
 ) -> None:
@@ -421,6 +519,34 @@ def test_a_write_whose_answer_is_lost_is_known_as_ones_own(stored: Stored) -> No
     assert stored.get("out") == b"ours"
 
 
+def test_a_write_that_meets_another_one_is_tried_again_and_not_taken_for_one_that_stands(stored: Stored) -> None:
+    stored.proxy.faults = [Fault("409", "PUT", times=2)]
+    assert writing.save("s3://bucket/out", encoded(b"ours"), exists="skip")
+    assert stored.get("out") == b"ours"
+    stored.proxy.faults = [Fault("409", "PUT", times=-1)]
+    with pytest.raises(StoreError, match=r"409 \(ConditionalRequestConflict\); try again later"):
+        writing.save("s3://bucket/other", encoded(b"ours"), exists="skip")
+
+
+def test_what_would_be_read_as_a_pattern_or_not_at_all_is_not_written(
+    stored: Stored, maskserve: Maskserve, folder: Path
+) -> None:
+    for name in ("p*.safetensors", "p?.safetensors", "p[1].safetensors"):
+        ran = maskserve("reduce", "--op", "sum", "rain.safetensors", "-o", f"s3://bucket/{name}")
+        assert (ran.code, "leave them out" in ran.err) == (73, True), ran.err
+    ran = maskserve("convert", "rain.safetensors", "s3://bucket/x.npz")
+    assert (ran.code, "npz cannot be read from a store" in ran.err) == (73, True), ran.err
+    assert stored.keys() == []
+
+
+@pytest.mark.parametrize("size", [10, 17 << 20], ids=["small", "large"])
+def test_a_store_without_writes_of_new_objects_says_at_once_what_to_do(stored: Stored, size: int) -> None:
+    stored.proxy.faults = [Fault("501", "PUT", times=-1)]
+    with pytest.raises(ms.errors.OutputError, match="say replace"):
+        writing.save("s3://bucket/out", encoded(bytes(size)))
+    assert len(stored.proxy.requests("PUT")) == 1
+
+
 @pytest.mark.parametrize("exists", ["error", "replace"])
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "403"])
 def test_a_write_that_fails_leaves_nothing(stored: Stored, kind: str, exists: str) -> None:
@@ -458,6 +584,25 @@ def test_what_is_given_up_in_the_middle_of_an_upload_leaves_no_parts(stored: Sto
         time.sleep(0.05)
     assert stored.n_uploads() == 0
     assert stored.keys() == []
+
+
+def test_what_is_given_up_while_parts_are_on_their_way_says_why(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(BaseException):
+        """What a signal raises."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(writing, "wait", lambda *_, **__: None)  # as where the store takes longer than is waited
+    monkeypatch.setattr(Future, "result", stopped)
+    stored.proxy.delay_s = 0.2
+    with pytest.raises(Stop):
+        writing.placed("s3://bucket/out", lambda fd, _: os.ftruncate(fd, 40 << 20), exists="replace")
+    deadline = time.monotonic() + 5
+    while not stored.keys() and time.monotonic() < deadline:  # it had been sent whole by then
+        time.sleep(0.02)
 
 
 def test_an_answer_that_does_not_fit_into_memory_goes_to_a_store(

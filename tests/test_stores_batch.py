@@ -38,6 +38,13 @@ def make_job(folder: Path, stored: Stored, n: int = N) -> None:
     (folder / "job.toml").write_text(text.replace("workers = 2", "workers = 1"))
 
 
+def test_the_ledger_is_begun_in_a_store_without_writes_of_new_objects(stored: Stored) -> None:
+    stored.proxy.faults = [Fault("501", "PUT", times=1)]
+    with stored_ledger.StoredPart("s3://bucket/ledger", WHOLE):
+        pass
+    assert [key for key in stored.keys("ledger") if "/part-" in key]
+
+
 def lines(stored: Stored) -> list[dict[str, str]]:
     keys = [key for key in stored.keys("out/_maskserve") if "/part-" in key]
     return [json.loads(line) for key in keys for line in stored.get(key).splitlines()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from maskserve.errors import MissingExtraError, SettingsError
 from maskserve.settings import load
+from maskserve_api import fetching
 from maskserve_api.app import create_app
 from tests.http_service import JSON, SAFETENSORS, Running, check_problem, payload, running
 from tests.store_server import Fault, Stored, running_fixture, stored_fixture  # noqa: F401
@@ -113,6 +116,45 @@ def test_a_source_comes_alone_and_once(stored: Stored, service: Running) -> None
     check_problem(service.post(path, iter([QUESTION])), 422, "bad_parameter")
     check_problem(service.post(f"{path}&source=s3://bucket/rain/y"), 422, "bad_parameter")
     assert stored.proxy.log == []
+
+
+def test_a_source_that_is_no_address_is_told_what_one_is(stored: Stored, service: Running) -> None:
+    for source in ("", "rain/x", "ftp://bucket/x"):
+        told = check_problem(service.post(asked("reduce", source, "op=sum")), 422, "bad_parameter")
+        assert told["parameter"] == "source"
+        assert "source" in told["detail"]
+    told = check_problem(service.post(asked("reduce", "", "op=sum")), 422, "bad_parameter")
+    assert "s3://BUCKET/KEY" in told["detail"]
+    assert "https" not in told["detail"]
+
+
+def test_a_source_is_not_packed_and_not_empty(stored: Stored, service: Running) -> None:
+    path = asked("reduce", stored.put("rain/x.safetensors", QUESTION), "op=sum")
+    told = check_problem(service.post(path, content_encoding="gzip"), 422, "bad_parameter")
+    assert "Content-Encoding" in told["detail"]
+    empty = asked("reduce", stored.put("rain/empty", b""), "op=sum")
+    told = check_problem(service.post(empty), 400, "malformed_payload")
+    assert "s3://bucket/rain/empty is empty" in told["detail"]
+
+
+def test_large_objects_that_are_slow_to_come_hold_up_no_small_one(stored: Stored) -> None:
+    large = payload(x=np.zeros((60, 100_000), dtype="f4"))
+    path = asked("reduce", stored.put("rain/large.safetensors", large), "op=sum")
+    small = asked("reduce", stored.put("rain/small.safetensors", payload(x=np.ones(4))), "op=sum")
+    stored.proxy.faults = [Fault("late", ends="large.safetensors", after=2, times=-1, seconds=0.7)]
+    with running(stores=["s3://bucket/rain/"], max_body=32 << 20) as service, ThreadPoolExecutor(2) as pool:
+        assert service.post(small).status_code == 200
+        first = [pool.submit(service.post, path) for _ in range(2)]
+        deadline_s = time.monotonic() + 3
+        while len(stored.proxy.requests("GET", "large.safetensors")) < 2 + 2 * fetching.AT_ONCE:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        start_s = time.monotonic()
+        assert service.post(small).status_code == 200
+        assert time.monotonic() - start_s < 0.5
+        assert len(stored.proxy.requests("GET", "large.safetensors")) == 2 + 2 * fetching.AT_ONCE
+        stored.proxy.faults = []
+        assert [answer.result().status_code for answer in first] == [200, 200]
 
 
 def test_an_object_larger_than_a_body_may_be_is_refused_by_its_first_answer(stored: Stored) -> None:

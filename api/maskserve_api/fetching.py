@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
-from maskserve.errors import InputChangedError, InputError, InputNotFoundError, ParameterError, StoreError
+from maskserve.errors import InputChangedError, InputError, InputNotFoundError, ParameterError, PayloadError, StoreError
 from maskserve.payload.format import Buffer
 from maskserve.payload.header import shown
 from maskserve.payload.opening import LENGTH_BYTES, is_json
-from maskserve.stores.addresses import STORES, Address, parse
+from maskserve.stores.addresses import STORES, Address, is_address, parse
 from maskserve.stores.ahead import PART
-from maskserve.stores.calls import THREADS_OF_ALL
+from maskserve.stores.calls import Threads
 from maskserve.stores.client import Version, client_of
 from maskserve.stores.objects import HEAD_BYTES, refuse_without_tag
 from maskserve_api.body import Claim, aligned, too_large
@@ -30,6 +30,10 @@ from maskserve_api.query import MAX_FIELDS
 T = TypeVar("T")
 NAME = "source"
 NAME_BYTES = NAME.encode()
+AT_ONCE = 4
+"""Parts of one object that are on their way: a large one leaves threads for others."""
+FIRSTS, PARTS = Threads(32), Threads(64)
+"""Threads that wait for the first answer of an object, and for its parts: objects that are slow to come hold up no small one."""
 
 
 def refuse_unready(prefixes: Sequence[str]) -> None:
@@ -52,8 +56,11 @@ def split(query: bytes) -> tuple[str | None, bytes]:
     return pairs[0][1], b"&".join(field for field in fields if field not in ours)
 
 
-def allowed(source: str, prefixes: Sequence[str], n_bytes: int | None) -> Address:
-    """The address that a request names; raises where it is none, or not to be read, or a body came too."""
+def allowed(source: str, prefixes: Sequence[str], n_bytes: int | None, *, is_coded: bool = False) -> Address:
+    """The address that a request names; raises where it is none, or not to be read, or a body came too.
+
+    `is_coded`: the request says how its body is packed.
+    """
     if not prefixes:
         raise SourceError(
             "this service reads no stores: send the payload as the body; who runs it allows prefixes with --stores",
@@ -61,9 +68,11 @@ def allowed(source: str, prefixes: Sequence[str], n_bytes: int | None) -> Addres
         )
     if n_bytes != 0:
         raise ParameterError(f"{NAME} goes without a body, and one was sent: leave one out", parameter=NAME)
-    if not source.isprintable() or "\\" in source:
-        raise ParameterError(f"{NAME} has characters that no address has here", parameter=NAME)
-    address = parse(source)
+    if is_coded:
+        raise ParameterError(
+            f"{NAME} goes without Content-Encoding, which says how a body is packed: leave it out", parameter=NAME
+        )
+    address = spelled(source)
     is_plain = address.scheme in STORES and not address.is_folder and str(address) == source
     if not is_plain or not any(within(source, prefix) for prefix in prefixes):
         raise SourceError(
@@ -72,6 +81,21 @@ def allowed(source: str, prefixes: Sequence[str], n_bytes: int | None) -> Addres
             parameter=NAME,
         )
     return address
+
+
+def spelled(source: str) -> Address:
+    """The address that a request spells; ParameterError of `source` where it is none."""
+    what = f"give the address of an object in a store, such as {' or '.join(f'{scheme}://BUCKET/KEY' for scheme in STORES)}"
+    if not source:
+        raise ParameterError(f"{NAME} is empty: {what}", parameter=NAME, allowed=STORES)
+    if not source.isprintable() or "\\" in source:
+        raise ParameterError(f"{NAME} has characters that no address has here", parameter=NAME)
+    if not is_address(source):
+        raise ParameterError(f"{NAME} is {shown(source)}, which is no address: {what}", parameter=NAME, allowed=STORES)
+    try:
+        return parse(source)
+    except ParameterError as error:
+        raise ParameterError(f"{NAME}: {error.message}", parameter=NAME) from None
 
 
 def within(source: str, prefix: str) -> bool:
@@ -83,7 +107,9 @@ async def read_source(address: Address, max_body: int, claim: Claim) -> tuple[Bu
     """The bytes of the object, counted as a body's are, and the form that they have."""
     client = client_of(address)
     with told():
-        head, version = await in_thread(claim, lambda: client.begin(address, HEAD_BYTES))
+        head, version = await in_thread(FIRSTS, claim, lambda: client.begin(address, HEAD_BYTES))
+        if not version.n_bytes:
+            raise PayloadError(f"{address} is empty: an object holds a payload, safetensors or JSON")
         if version.n_bytes > max_body:
             raise too_large(max_body)
         refuse_without_tag(address, head, version)
@@ -91,7 +117,7 @@ async def read_source(address: Address, max_body: int, claim: Claim) -> tuple[Bu
         body = aligned(version.n_bytes, 0)
         body[: head.nbytes] = head
         starts = range(head.nbytes, version.n_bytes, PART)
-        await asyncio.gather(*(in_thread(claim, filling(address, version, body, start)) for start in starts))
+        await one_after_another(in_thread(PARTS, claim, filling(address, version, body, start)) for start in starts)
     return body, Form.JSON if is_json(bytes(head[:LENGTH_BYTES])) else Form.SAFETENSORS
 
 
@@ -99,14 +125,29 @@ def filling(address: Address, version: Version, body: memoryview, start: int) ->
     return lambda: client_of(address).fill(address, version, start, body[start : start + PART])
 
 
-async def in_thread(claim: Claim, call: Callable[[], T]) -> T:
+async def one_after_another(parts: Iterator[Awaitable[None]]) -> None:
+    """Waits for all of them, AT_ONCE at a time, or for the first error."""
+
+    async def some() -> None:
+        for part in parts:
+            await part
+
+    lanes = [asyncio.ensure_future(some()) for _ in range(AT_ONCE)]
+    try:
+        await asyncio.gather(*lanes)
+    finally:
+        for lane in lanes:
+            lane.cancel()
+
+
+async def in_thread(threads: Threads, claim: Claim, call: Callable[[], T]) -> T:
     """What `call` gives, in a thread that waits for stores; the claim lasts as long as it runs."""
 
     def held() -> T:
         with claim.held():
             return call()
 
-    return await asyncio.wrap_future(THREADS_OF_ALL.submit(held))
+    return await asyncio.wrap_future(threads.submit(held))
 
 
 @contextmanager

@@ -68,7 +68,10 @@ class Verb:
         n_bytes = declared_bytes(headers, self.service.max_body if jobs is None else jobs.options.max_body)
         source, query = fetching.split(scope["query_string"]) if self.form is None else (None, scope["query_string"])
         if source is not None:  # an answer at once: Prefer only asks for another
-            address, jobs = fetching.allowed(source, self.service.stores, n_bytes), None
+            address, jobs = (
+                fetching.allowed(source, self.service.stores, n_bytes, is_coded=body_coding is not None),
+                None,
+            )
         head, request = None, None
         if question is Form.V2:
             head = v2_question.head(self.name, words_of(self.name, query), headers)

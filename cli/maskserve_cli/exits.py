@@ -80,6 +80,7 @@ BY_ERRNO: Mapping[int, int] = MappingProxyType(
         errno.EDQUOT: IO_ERROR,
         errno.EIO: IO_ERROR,
         errno.EAGAIN: TRY_AGAIN,
+        errno.EILSEQ: BAD_DATA,  # a name in a store that no address has
     }
 )
 """What the system said is more exact than that a file could not be read or written."""

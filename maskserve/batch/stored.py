@@ -6,12 +6,14 @@ whole, and the same whoever writes them. Imports no torch.
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
 
 from maskserve.batch.ledger import SYNC_S, Entry, Failure, for_shard, new_run, parsed, shard_name, text_of
+from maskserve.errors import OutputError
 from maskserve.shards import Shard
 from maskserve.stores import listing, objects, writing
 from maskserve.stores.addresses import parse
@@ -40,7 +42,7 @@ class StoredPart:
     def __enter__(self) -> StoredPart:
         while True:
             self.run = new_run(self._shard)
-            if writing.put(self._path, memoryview(b""), "skip"):
+            if self._is_begun():
                 break
         writing.put(self._errors_path, memoryview(b""), "replace")
         self._written_s = time.monotonic()
@@ -55,6 +57,15 @@ class StoredPart:
             except Exception:
                 if exc[0] is None:  # what went wrong first is what must be heard
                     raise
+
+    def _is_begun(self) -> bool:
+        """Whether this run's first object is made; a store that cannot refuse one that stands has our word for its new name."""
+        try:
+            return writing.put(self._path, memoryview(b""), "skip")
+        except OutputError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            return writing.put(self._path, memoryview(b""), "replace")
 
     @property
     def _path(self) -> str:

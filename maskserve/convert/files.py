@@ -197,6 +197,7 @@ def convert_payload(
     exists: Exists = "error",
 ) -> Converted:
     """Write the variables of a payload in the format of `row`; its own notes are for who opened it to say."""
+    refuse_in_store(os.fspath(target), row)
     module = module_of(row, "writing")
     refuse_other_masks(payload, mask, mask_means)
     variables = resolve(payload.header, mask=mask, mask_means=mask_means, tensors=tensor)
@@ -252,13 +253,22 @@ def check_words(row: Format, exists: str, fill_value: object) -> None:
         )
 
 
+def refuse_in_store(path: str, row: Format) -> None:
+    """Raise where a format would go to a store, from which it could not be read."""
+    if not is_address(path):
+        return
+    if row.is_folder:
+        raise OutputError(f"{shown(path)}: {row.name} is a folder of files; write it to a file system")
+    if not row.is_ours:
+        raise OutputError(f"{shown(path)}: {row.name} cannot be read from a store; write it to a file system")
+
+
 def stands(path: str, row: Format, exists: Exists) -> bool:
     """Whether a file is at `path` and to be left there; a folder only where the format is one."""
     if is_address(path):
         from maskserve.stores import writing
 
-        if row.is_folder:
-            raise OutputError(f"{shown(path)}: {row.name} is a folder of files; write it to a file system")
+        refuse_in_store(path, row)
         return writing.stands(path, exists)
     if row.is_folder:
         return folder_stands(os.path.realpath(path), exists)

@@ -99,7 +99,11 @@ class Header:
     """What others worked out from the header alone, by what for: as a header is remembered, so is this."""
 
 
-_USER, _QUERY = re.compile(r"([A-Za-z]+://)[^/?#\s]*@"), re.compile(r"(https?://[^?#\s]*)[?#]\S*", re.IGNORECASE)
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
+_USER = re.compile(rf"({_SCHEME})(?:[^/?#\s]*@|[^/?#\s:]+:(?!\d{{1,5}}(?:/|$))\S*@)")
+"""A secret key may hold a /, so that what comes before an @ is longer than a host."""
+_QUERY = re.compile(rf"((?!(?:s3|gs|az)://){_SCHEME}[^?#\s]*)[?#]\S*|((?:s3|gs|az)://[^?\s]*)\?\S*=\S*", re.IGNORECASE)
+"""Keys and patterns of stores may have a ? and a #; one that looks like a query of NAME=VALUE is left out too."""
 
 
 def shown(text: object, limit: int = ECHO) -> str:
@@ -113,7 +117,7 @@ def shown(text: object, limit: int = ECHO) -> str:
     'https://host/rain.safetensors'
     """
     if isinstance(text, str) and "://" in text:
-        text = _QUERY.sub(r"\1", _USER.sub(r"\1", text))
+        text = _QUERY.sub(r"\1\2", _USER.sub(r"\1", text))
     escaped = repr(text)[1:-1] if isinstance(text, str) and len(text) <= limit else repr(str(text)[:limit])[1:-1]
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 

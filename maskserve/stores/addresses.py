@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 from urllib.parse import unquote
 
@@ -61,7 +63,7 @@ class Address:
         if self.is_folder:
             rest = key.removeprefix(self.key)
             return key.startswith(self.key) and not any(part.startswith(".") for part in rest.split("/"))
-        return key == self.key or re.fullmatch(expression(self.key), key) is not None
+        return key == self.key or compiled(self.key).fullmatch(key) is not None
 
 
 def is_address(path: object) -> bool:
@@ -90,10 +92,10 @@ def parse(text: str) -> Address:
             parameter="path",
             allowed=SCHEMES,
         )
-    if len(text) > MOST_CHARS or not text.isprintable():
-        raise ParameterError(
-            f"{shown(text)}: an address has at most {MOST_CHARS} characters, all of which print", parameter="path"
-        )
+    if len(text) > MOST_CHARS:
+        raise wrong(text, f"it has {len(text)} characters, and an address at most {MOST_CHARS}")
+    if not text.isprintable():
+        raise wrong(text, "it has characters that do not print")
     host, _, rest = text[begin.end() :].partition("/")
     return _web(scheme, host, rest, text) if scheme in WEB else _stored(scheme, host, rest, text)
 
@@ -172,6 +174,11 @@ def expression(pattern: str) -> str:
     return "".join(made)
 
 
+@lru_cache(64)
+def compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(expression(pattern))
+
+
 def _part(part: str) -> str:
     made = r"(?!\.)" if part[:1] in ("*", "?", "[") else ""
     at = 0
@@ -182,8 +189,8 @@ def _part(part: str) -> str:
         elif char == "?":
             made += "[^/]"
         elif char == "[" and (end := part.find("]", at + 1 + (part[at : at + 1] == "!"))) > 0:
-            inside = part[at:end].replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
-            made += f"[{'^/' + inside[1:] if inside.startswith('!') else inside}]"
+            # fnmatch knows which ranges are empty; what it gives stands within (?s: and )\Z
+            made += "(?!/)" + fnmatch.translate(part[at - 1 : end + 1])[len("(?s:") : -len(")\\Z")]
             at = end + 1
         else:
             made += re.escape(char)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +38,8 @@ SILENT_S = 10
 """Seconds without a byte after which a request is given up, and tried again."""
 REQUEST_S, UPLOAD_S = 120, 3600
 """Seconds for a range of a few megabytes, and for an upload of a few gigabytes."""
+LISTING_S = 600
+"""Seconds for a list of some million objects, after which the store is taken to send one without an end."""
 PIECE = 1 << 20
 CLIENTS = 64
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -73,7 +76,8 @@ class Client:
     def __init__(self, root: Address) -> None:
         self.root = root
         self._requests = built(root, 0, REQUEST_S)
-        self._uploads = built(root, 5, UPLOAD_S)
+        self._uploads = built(root, 0, UPLOAD_S)
+        self._parts = built(root, 5, UPLOAD_S)
 
     def begin(self, address: Address, n: int) -> tuple[memoryview, Version]:
         """The first `n` bytes of an object, or all that it has, and its version."""
@@ -95,7 +99,15 @@ class Client:
         import obstore
 
         def every() -> list[Any]:
-            return list(obstore.list(self._requests, prefix=address.prefix or None).collect())
+            found: list[Any] = []
+            seen, end_s = set[str](), time.monotonic() + LISTING_S
+            for page in obstore.list(self._requests, prefix=address.prefix or None, chunk_size=1000):
+                found += page
+                is_again = page[0]["path"] in seen
+                seen.add(page[0]["path"])
+                if is_again or time.monotonic() > end_s:
+                    raise StoreError(f"{address} cannot be listed: the store's list does not end; name fewer objects")
+            return found
 
         for one in tried(lambda _: self._asked(address, every)):
             yield Found(one["path"], Version(one["size"], strong(one["e_tag"])))
@@ -117,7 +129,9 @@ class Client:
                     is_output=True,
                     passes=(AlreadyExistsError, PreconditionError),
                 )
-            except (AlreadyExistsError, PreconditionError):
+            except (AlreadyExistsError, PreconditionError) as error:
+                if is_conflict(error):
+                    raise_ours(error, address, is_output=True)
                 # a try before this one may have been heard, and only its answer lost
                 return n > 0 and self.holds(address, data)
             return True
@@ -130,7 +144,7 @@ class Client:
 
         def send() -> None:
             obstore.put(
-                self._uploads,
+                self._parts,
                 address.key,
                 chunks,
                 use_multipart=True,
@@ -214,6 +228,9 @@ class Client:
             if isinstance(error, (MaskserveError, *passes)):
                 raise
             raise_ours(error, address, is_output=is_output)
+        except BaseException as error:
+            refuse_panic(error, address)
+            raise
 
 
 def received(stream: Any, view: memoryview) -> None:
@@ -261,6 +278,15 @@ def status_of(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_conflict(error: Exception) -> bool:
+    """Whether a write met another one, of which nobody knows yet how it ends: the store says 409, and try again.
+
+    obstore takes it for an object that stands there. Azure says so of one that does, with a code of its own.
+    """
+    code = _CODE.search(str(error))
+    return status_of(error) == 409 and (code is None or code[1] != "BlobAlreadyExists")
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong in a few words: never the text of obstore, which has whole addresses and answers in it."""
     text = str(error)
@@ -291,8 +317,10 @@ def raise_ours(error: Exception, address: Address, *, is_output: bool) -> NoRetu
     if isinstance(error, theirs.PermissionDeniedError | theirs.UnauthenticatedError) or status in (401, 403):
         said = f"the store does not allow it ({reason_of(error)}); look at the credentials in the environment"
         raise with_errno(kind(f"{address} cannot be {verb}: {said}"), errno.EACCES) from None
-    if isinstance(error, theirs.NotSupportedError):
-        raise kind(f"{address} cannot be {verb}: {unsupported(is_output)}") from None
+    if isinstance(error, theirs.NotSupportedError) or status == 501:
+        raise with_errno(kind(f"{address} cannot be {verb}: {unsupported(is_output)}"), errno.ENOTSUP) from None
+    if isinstance(error, theirs.InvalidPathError):
+        raise with_errno(InputError(f"below {address} {UNREADABLE_KEY}"), errno.EILSEQ) from None
     if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
         raise kind(f"{address} cannot be {verb}: {reason_of(error)}") from None
     if "BadScheme" in str(error):
@@ -306,9 +334,26 @@ def raise_ours(error: Exception, address: Address, *, is_output: bool) -> NoRetu
     raise PassingError(with_errno(failed, errno.EAGAIN) if status in THROTTLED else failed) from None
 
 
+UNREADABLE_KEY = (
+    "lies a key with an empty part (//), or one that is . or .., so that nothing there can be listed; rename it, or name "
+    "objects one by one"
+)
+
+
+def refuse_panic(error: BaseException, address: Address) -> None:
+    """Raise where obstore itself broke down, which is no Exception: what it was given of the environment is to blame."""
+    if type(error).__name__ == "PanicException":
+        raise SettingsError(
+            f"{address}: obstore cannot work with what the environment's {PREFIXES.get(address.scheme, 'AWS')}_ variables say; "
+            "docs/stores.md has them"
+        ) from None
+
+
 def unsupported(is_output: bool) -> str:
     if is_output:
-        return "the store has no writes of new objects only; say replace (--force)"
+        return (
+            "the store cannot do that (501); where it has no writes of new objects only, say replace (--exists replace)"
+        )
     return "the server does not send parts of files; fetch the file first"
 
 
@@ -347,6 +392,8 @@ def built(root: Address, retries: int, request_s: int) -> ObjectStore:
         "timeout": timedelta(seconds=request_s),
     }
     retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=60)}
+    if root.scheme in STORES:
+        check_environment(root.scheme)
     try:
         if root.scheme in STORES:
             # obstore leaves the variable aside where it is given options of a client
@@ -361,6 +408,31 @@ def built(root: Address, retries: int, request_s: int) -> ObjectStore:
         raise SettingsError(
             f"{root}: the environment does not say how to reach it: {shown_reason(error)}; docs/stores.md has the variables"
         ) from None
+    except BaseException as error:
+        refuse_panic(error, root)
+        raise
+
+
+ENDPOINTS = ("_ENDPOINT", "_ENDPOINT_URL", "_ENDPOINT_URL_S3", "_BASE_URL")
+"""How the names of variables end that hold the address of a store."""
+_ENDPOINT = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[!-~]*)?")
+WORDS = ("_ID", "_KEY", "_SECRET", "_TOKEN", "_REGION", "_NAME")
+"""How those end that go into a header as they are; obstore ends the process's call with a panic where they cannot."""
+
+
+def check_environment(scheme: str) -> None:
+    """Raise SettingsError, with the name of the variable, where a value can be no address or no header."""
+    prefix = f"{PREFIXES[scheme]}_"
+    for name, value in os.environ.items():
+        if not name.startswith(prefix):
+            continue
+        if name.endswith(ENDPOINTS) and not _ENDPOINT.fullmatch(value):
+            raise SettingsError(f"{name} in the environment is no address of a store: give https://HOST, or unset it")
+        # a service account's key is JSON, of several lines
+        if name.endswith(WORDS) and not value.isprintable() and name != "GOOGLE_SERVICE_ACCOUNT_KEY":
+            raise SettingsError(
+                f"{name} in the environment has characters that do not print, such as the end of a line; take them out"
+            )
 
 
 def shown_reason(error: Exception) -> str:

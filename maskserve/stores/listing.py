@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
-from maskserve.errors import InputNotFoundError, ParameterError
-from maskserve.stores.addresses import STORES, Address, is_address, parse
-from maskserve.stores.calls import waited
-from maskserve.stores.client import Version, client_of
+from maskserve.errors import InputError, InputNotFoundError, ParameterError
+from maskserve.payload.header import shown
+from maskserve.stores.addresses import MOST_CHARS, STORES, Address, is_address, parse
+from maskserve.stores.calls import at_once, waited
+from maskserve.stores.client import Found, Version, client_of, with_errno
 
 
 def listed(address: Address) -> dict[str, Version]:
@@ -18,8 +21,38 @@ def listed(address: Address) -> dict[str, Version]:
             f"{address}: a web server has no list of what it holds; name each file", parameter="path", allowed=STORES
         )
     client = client_of(address)
-    found = waited(lambda: [one for one in client.listed(address) if address.matches(one.key)])
+    every = waited(lambda: list(client.listed(address)))
+    found = without_folders(address, every, [one for one in every if address.matches(one.key)])
+    for one in found:
+        refuse_unspelled(address, one.key)
     return {str(replace(address, key=one.key)): one.version for one in sorted(found, key=lambda one: one.key)}
+
+
+def without_folders(address: Address, every: list[Found], found: list[Found]) -> list[Found]:
+    """What was found, without the empty objects that consoles make to show folders.
+
+    They end in /, and listings give them without it.
+    """
+    parents = {one.key[:at] for one in every for at in range(len(one.key)) if one.key[at] == "/"}
+    empty = [one for one in found if not one.version.n_bytes and one.key not in parents]
+    there = dict(zip((one.key for one in empty), at_once(partial(is_there, address), empty), strict=True))
+    return [one for one in found if one.version.n_bytes or there.get(one.key, False)]
+
+
+def is_there(address: Address, one: Found) -> bool:
+    try:
+        client_of(address).version(replace(address, key=one.key))
+    except InputNotFoundError:
+        return False
+    return True
+
+
+def refuse_unspelled(address: Address, key: str) -> None:
+    """Raise where no address can spell a key that lies there."""
+    text = str(replace(address, key=key))
+    if not text.isprintable() or len(text) > MOST_CHARS:
+        what = "characters that do not print" if len(text) <= MOST_CHARS else f"more than {MOST_CHARS} characters"
+        raise with_errno(InputError(f"below {address} lies {shown(text)}, which has {what}; rename it"), errno.EILSEQ)
 
 
 def below(folder: str) -> set[str]:

@@ -39,6 +39,8 @@ def target(path: str) -> Address:
         )
     if found.is_folder:
         raise OutputError(f"{found} is a folder; give the object a name: {found}NAME.safetensors")
+    if found.is_many:
+        raise OutputError(f"{found} cannot be written: *, ? and [ make a pattern of a name; leave them out")
     return found
 
 
@@ -74,16 +76,15 @@ def placed(path: str, make: Callable[[int, str], None], *, exists: Exists = "err
         n_bytes = os.fstat(file.fileno()).st_size
         if not n_bytes:
             return put(path, memoryview(b""), exists)
-        with (
-            failing(f"{target(path)} cannot be written"),
-            mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as held,
-        ):
-            view = memoryview(held)
-            try:
-                return put(path, view, exists)
-            finally:
-                with suppress(BufferError):
-                    view.release()
+        with failing(f"{target(path)} cannot be written"):
+            held = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
+        view = memoryview(held)
+        try:
+            return put(path, view, exists)
+        finally:
+            with suppress(BufferError):  # an upload that is given up may still read it, and ends it then
+                view.release()
+                held.close()
 
 
 def save(path: str, encoded: Encoded, *, exists: Exists = "error") -> bool:
@@ -154,7 +155,10 @@ def put(path: str, data: memoryview, exists: Exists) -> bool:
 
 
 def in_parts(address: Address, data: memoryview) -> None:
-    """Uploads an object in parts; whoever stops this thread has its upload ended first, so that no parts stay behind."""
+    """Uploads an object in parts; whoever stops this thread waits ABORT_S for its upload to be given up.
+
+    obstore asks for the next chunk once a part has been answered for, and hears only there that it is to end.
+    """
     client, is_stopped = client_of(address), False
 
     def chunks() -> Iterator[memoryview]:
