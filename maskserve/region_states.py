@@ -22,8 +22,8 @@ from maskserve.dtypes import Kind
 from maskserve.execution import backend_of, in_parallel
 from maskserve.ops.rows import Reduction
 from maskserve.plan import Plan
-from maskserve.regions import Region, cells_of, moved, of_sizes, put, sizes_of
-from maskserve.sources import Source, Stored
+from maskserve.regions import Region, cells_of, is_shown, moved, of_sizes, put, sizes_of
+from maskserve.sources import Source
 from maskserve.trees import Counter, subtrees
 
 MERGED = 1 << 15
@@ -56,21 +56,19 @@ class Most(NamedTuple):
         """How many units of a group: 1 at least."""
         n = -(-(region[axis].stop - region[axis].start) // unit_of(plan, axis))
         fit: int = self.states // max(-(-n_states(plan, region) // n), 1)
-        if is_shown(source):
+        if is_shown(plan, source):
             fit = min(fit, self.cells // max(-(-prod(sizes_of(region)) // n), 1))
         return max(fit, 1)
 
     def holds(self, plan: Plan, source: Source, region: Region) -> bool:
-        return n_states(plan, region) <= self.states and (not is_shown(source) or prod(sizes_of(region)) <= self.cells)
+        return n_states(plan, region) <= self.states and (
+            not is_shown(plan, source) or prod(sizes_of(region)) <= self.cells
+        )
 
 
 def most_of(plan: Plan, source: Source, budget: int) -> Most:
     n_bytes = min(regions.SHOWN, budget // SHARE)
     return Most(most_states(plan, budget), max(n_bytes // source.cell_bytes, 1))
-
-
-def is_shown(source: Source) -> bool:
-    return isinstance(source, Stored) and source.is_mappable
 
 
 def most_states(plan: Plan, budget: int) -> int:

@@ -25,6 +25,8 @@ BLOCK = 1 << 20
 """Cells that a thread reads at a time: few enough for the cache, and many enough that a read is no call too many."""
 WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
+FAR = 1 << 14
+"""Columns beyond which a block is some of them alone, whose rows lie apart in a file."""
 SHOWN = 1 << 26
 """Bytes of a file that are seen as memory at a time, at most: they count as memory of the process for as long."""
 TOGETHER = 32
@@ -141,10 +143,15 @@ class MappedCells(Cells):
         return self.source.checked(*super().stored(outer, run, inner))
 
 
+def is_shown(plan: Plan, source: Source) -> bool:
+    """Whether cells are seen where they lie: blocks that lie in one piece are copied as fast as their pages are found."""
+    return isinstance(source, Stored) and source.is_mappable and plan.fold[-1] > FAR
+
+
 @contextmanager
 def cells_of(plan: Plan, source: Source, weights: Source | None, region: Region) -> Iterator[Cells]:
     """The cells of a region of which states are made: where they lie, if the system shows them, else read."""
-    if isinstance(source, Stored) and source.is_mappable and weights is None:
+    if isinstance(source, Stored) and is_shown(plan, source) and weights is None:
         with source.folded(plan.fold).mapped(region) as found:
             if found is not None:
                 yield MappedCells(of_sizes(plan, sizes_of(region)), source, found, policy=nan_policy(plan))

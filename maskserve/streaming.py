@@ -18,8 +18,8 @@ from maskserve.execution import backend_of, finisher_of, n_threads
 from maskserve.long_slices import least_budget, long_slices, need
 from maskserve.ops.rows import Normalization, Scan
 from maskserve.plan import Plan
-from maskserve.region_states import is_shown, lifts, most_of, most_results, state
-from maskserve.regions import Piece, cells_of, kept_tiles, of_sizes, result_sizes, sizes_of, whole
+from maskserve.region_states import lifts, most_of, most_results, state
+from maskserve.regions import Piece, cells_of, is_shown, kept_tiles, of_sizes, result_sizes, sizes_of, whole
 from maskserve.room import Need
 from maskserve.sources import Source, Window
 from maskserve.whole_slices import slices_at_once, whole_slices
@@ -117,7 +117,7 @@ def is_without_states(plan: Plan) -> bool:
 def reduced(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
     """A reduction, as many results at a time as their states fit."""
     most, n_results, is_short = most_of(plan, source, budget), most_results(plan, budget), is_without_states(plan)
-    if is_short and is_shown(source):
+    if is_short and is_shown(plan, source):
         n_results = max(min(n_results, most.cells // max(plan.n_reduced, 1)), 1)
     for tile in kept_tiles(plan, n_results, whole(plan)):
         below = of_sizes(plan, sizes_of(tile))

@@ -47,6 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(sources.Lies, "seen", noted)
     monkeypatch.setattr(regions, "SHOWN", 2000)
+    monkeypatch.setattr(regions, "FAR", 0)
     return found
 
 
@@ -178,6 +179,7 @@ def test_a_reduction_of_a_file_that_shrinks_ends_in_one_line(tmp_path: Path, mon
         return checked(self, *block)
 
     monkeypatch.setattr(sources.Lies, "checked", shrinking)
+    monkeypatch.setattr(regions, "FAR", 0)
     with open_payload(path) as payload, pytest.raises(InputChangedError, match="changed while it was read"):
         streaming.run(planned(OPS["logsumexp"], data), stored(payload), None, BUDGET)  # type: ignore[arg-type]
 
