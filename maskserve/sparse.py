@@ -24,7 +24,7 @@ from maskserve.errors import (
 )
 from maskserve.formatting import SUMMARIZED, text_of_stored
 from maskserve.making import as_masked_tensor
-from maskserve.patterns import COO, CSR, LAYOUTS, Pattern, checked_shape, found, ravelled, sorted_once
+from maskserve.patterns import COO, CSR, LAYOUTS, Pattern, checked_shape, found, ravelled, sorted_once, within
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed
 
@@ -382,18 +382,15 @@ def reshaped(tensor: MaskedTensor, shape: tuple[int, ...]) -> MaskedTensor:
 
 def aligned(tensor: MaskedTensor, pattern: Pattern) -> MaskedTensor:
     """The cells of a tensor at the positions of a pattern; those that it does not store are masked."""
-    from maskserve.patterns import spread
-
     if not isinstance(tensor, SparseTensor):
         return gathered(as_masked(tensor), pattern)
-    own, order = spread(tensor._pattern, pattern.shape)
-    cells = tensor._cells if order is None else tensor._cells[order]
+    own, cells = tensor._pattern, tensor._cells
     if own.is_like(pattern):
         return cells
-    at, stored = found(pattern.positions, own.positions)
+    at, stored = found(within(pattern.positions, pattern.shape, own.shape), own.positions)
     if not own.n:
         return MaskedTensor(torch.zeros(pattern.n, dtype=cells.dtype, device=cells.device), stored)
-    return as_masked_tensor(cells[at], stored)
+    return cells[at] if bool(stored.all()) else as_masked_tensor(cells[at], stored)
 
 
 def as_masked(value: Any) -> MaskedTensor:

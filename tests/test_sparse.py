@@ -419,3 +419,32 @@ def test_einsum_of_a_sparse_and_a_strided_tensor_is_that_of_two_strided_ones(equ
         torch.tensordot(strided.to_sparse_csr(), torch.ones(5, 2), 1).to_tensor(0),
         torch.tensordot(strided, torch.ones(5, 2), 1).to_tensor(0),
     )
+
+
+# -- broadcasting -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["intersect", "union", "strict"])
+@pytest.mark.parametrize("shapes", [((2, 3), (1, 3)), ((3,), (2, 3)), ((2, 1), (1, 3)), ((0, 3), (1, 3))], ids=str)
+def test_sparse_operands_broadcast_as_strided_ones(policy: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for share in (0.0, 0.5):
+        x, y = (ms.masked_tensor(torch.ones(one), torch.rand(one, generator=generator) >= share) for one in shapes)
+        try:
+            wanted = ms.add(x, y, policy=policy).tolist()
+        except MaskMismatchError:
+            with pytest.raises(MaskMismatchError):
+                ms.add(x.to_sparse(), y.to_sparse(), policy=policy)
+        else:
+            assert ms.add(x.to_sparse(), y.to_sparse(), policy=policy).tolist() == wanted
+
+
+def test_an_operand_that_broadcasts_is_asked_for_cells_and_not_spread_out() -> None:
+    few = ms.as_masked_tensor(coo([3.0, 4, 5], shape=(3, 2**60)))
+    one = ms.as_masked_tensor(coo([2.0], torch.tensor([[0], [0]]), (1, 1)))
+    assert (few * one).values().tolist() == [6, 8, 10]
+    assert (one * few).values().tolist() == [6, 8, 10]
+    with pytest.raises(MaskMismatchError):
+        ms.add(few, one, policy="strict")
+    with pytest.raises(TooLargeError, match=r"to_dense\(\)"):
+        ms.add(few, one, policy="union")
