@@ -65,6 +65,10 @@ class SparseTensor(MaskedTensor):
     def _like(self, cells: MaskedTensor) -> SparseTensor:
         return SparseTensor._on(self._pattern, cells)
 
+    def _seen(self, pattern: Pattern) -> SparseTensor:
+        """A view: the same memory and history, and a tensor of its own, whose requires_grad_() is not the source's."""
+        return SparseTensor._on(pattern, self._cells[:])
+
     def _refuse(self) -> NoReturn:
         raise refused("this", self.shape)
 
@@ -166,7 +170,7 @@ class SparseTensor(MaskedTensor):
         return densified(self._pattern, self._cells)
 
     def to_sparse(self, layout: torch.layout = COO) -> SparseTensor:
-        return self if self.layout is layout else SparseTensor._on(self._pattern.in_layout(known(layout)), self._cells)
+        return self if self.layout is layout else self._seen(self._pattern.in_layout(known(layout)))
 
     # -- copies ----------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def source_of(row: str, value: Any) -> SparseTensor:
 def reshaped(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """The cells in another shape: row-major positions stay."""
     shape = move(meta(tensor.shape), *args, **kwargs).shape
-    return SparseTensor._on(tensor._pattern.of_shape(shape), tensor._cells)
+    return tensor._seen(tensor._pattern.of_shape(shape))
 
 
 def permuted(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
@@ -53,7 +53,7 @@ def permuted(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> Spa
 def by_cell(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """What is done to each stored cell, or to their memory."""
     made: MaskedTensor = getattr(tensor._cells, move.__name__)(*args, **kwargs)  # our method of torch's name
-    return tensor._like(made)
+    return tensor if made is tensor._cells else tensor._like(made)
 
 
 def joined(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
@@ -120,7 +120,7 @@ def indexed(tensor: SparseTensor, index: Any) -> SparseTensor:
         raise refused("indexing by several lists", tensor.shape)
     for dim in reversed(range(len(items))):
         tensor = cut(tensor, dim, items[dim])
-    return tensor
+    return tensor if items else tensor._seen(tensor._pattern)
 
 
 def cut(tensor: SparseTensor, dim: int, item: Any) -> SparseTensor:
@@ -145,7 +145,7 @@ def ranged(tensor: SparseTensor, dim: int, start: int, n: int, step: int) -> Spa
     pattern = tensor._pattern
     size = tensor.shape[dim]
     if (start, n, step) == (0, size, 1):
-        return tensor
+        return tensor._seen(pattern)
     shape = torch.Size((*tensor.shape[:dim], n, *tensor.shape[dim + 1 :]))
     below = prod(tensor.shape[dim + 1 :])
     if dim == 0 and step == 1:

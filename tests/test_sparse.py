@@ -448,3 +448,21 @@ def test_an_operand_that_broadcasts_is_asked_for_cells_and_not_spread_out() -> N
         ms.add(few, one, policy="strict")
     with pytest.raises(TooLargeError, match=r"to_dense\(\)"):
         ms.add(few, one, policy="union")
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [lambda m: m.reshape(-1), lambda m: m.unsqueeze(0), lambda m: m.to_sparse_coo(), lambda m: m[:], lambda m: m[0:2],
+     lambda m: m[...], lambda m: m[()], lambda m: m.narrow(0, 0, 2), lambda m: m.unsqueeze(0)[0]],
+)  # fmt: skip
+def test_a_derived_tensor_is_one_of_its_own_and_keeps_history(derive: Any) -> None:
+    source = s1().to_sparse_csr()
+    derive(source).requires_grad_()
+    assert not source.requires_grad
+    source.requires_grad_()
+    derive(source).sum().backward()
+    assert source.grad.values().tolist() == [1, 1]
+    changed = s1().to_sparse_csr()
+    view = derive(changed)
+    view *= 2
+    assert changed.values().tolist() == [6, 10]
