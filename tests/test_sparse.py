@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -466,3 +467,34 @@ def test_a_derived_tensor_is_one_of_its_own_and_keeps_history(derive: Any) -> No
     view = derive(changed)
     view *= 2
     assert changed.values().tolist() == [6, 10]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [None, torch.tensor(1), torch.tensor(-1), np.int64(1), [], (0, []), (None, 0), (slice(None), None, [0, 2]), (..., None),
+     (0, None, 1), (None, ..., None), (slice(None), torch.tensor(0)), [True, False], torch.tensor([False, True])],
+    ids=str,
+)  # fmt: skip
+def test_what_indexes_a_strided_tensor_indexes_a_sparse_one(index: Any) -> None:
+    made, wanted = s1().to_sparse()[index], s1()[index]
+    assert (made.shape, made.tolist()) == (wanted.shape, wanted.tolist())
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [((..., ...), "2 times"), ("a", "is str"), (["a"], "is list"), ([True], "has 1 cells"), (slice("a", None), "a slice"),
+     (2, "out of range"), (torch.tensor(2), "out of range"), ((0, 0, 0), "3 indices"), (1.5, "to_dense"), (True, "to_dense")],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_index_is_refused_in_one_line(index: Any, says: str) -> None:
+    with pytest.raises(MaskserveError, match=says) as caught:
+        s1().to_sparse()[index]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [[-1], [2], [True, False], [0.5], [[0]]], ids=str)
+def test_index_select_takes_what_it_takes_of_a_strided_tensor(index: list[Any]) -> None:
+    for tensor in (s1(), s1().to_sparse()):
+        with pytest.raises(MaskserveError, match="index_select"):
+            torch.index_select(tensor, 0, torch.tensor(index))  # type: ignore[arg-type]  # ours
+    assert torch.index_select(s1().to_sparse(), 0, torch.tensor([1, 0])).tolist() == s1()[[1, 0]].tolist()  # type: ignore[arg-type]  # ours
