@@ -20,6 +20,7 @@ from maskserve.errors import (
     MaskError,
     MaskMismatchError,
     ShapeError,
+    TooLargeError,
     UncoveredFunctionError,
 )
 from maskserve.formatting import SUMMARIZED, text_of_stored
@@ -70,7 +71,7 @@ class SparseTensor(MaskedTensor):
         return SparseTensor._on(pattern, self._cells[:])
 
     def _refuse(self) -> NoReturn:
-        raise refused("this", self.shape)
+        raise refused("this operation", self.shape)
 
     _data = property(_refuse)  # there is no strided data, and who asks for it must hear so
     _mask = property(_refuse)
@@ -181,6 +182,8 @@ class SparseTensor(MaskedTensor):
         cells = change(self._cells)
         if cells is self._cells:
             return self
+        if cells.is_meta:
+            raise refused("a move to the meta device", self.shape)
         pattern = self._pattern.to(cells.device)
         return SparseTensor._on(pattern, cells)  # type: ignore[return-value]  # nobody derives from it
 
@@ -335,8 +338,14 @@ def densified(pattern: Pattern, cells: MaskedTensor) -> MaskedTensor:
     """The strided tensor; hidden cells are 0."""
     from maskserve.functions import public
 
-    data = torch.zeros(pattern.numel, dtype=cells.dtype, device=cells.device)
-    mask = torch.zeros(pattern.numel, dtype=torch.bool, device=cells.device)
+    try:
+        data = torch.zeros(pattern.numel, dtype=cells.dtype, device=cells.device)
+        mask = torch.zeros(pattern.numel, dtype=torch.bool, device=cells.device)
+    except RuntimeError as error:  # the allocator's, or the count of bytes beyond 2^63
+        raise TooLargeError(
+            f"to_dense() of shape {tuple(pattern.shape)} needs {pattern.numel * (cells.itemsize + 1)} bytes, and they are "
+            "not there: keep it sparse, or take a part of it, m[a:b]"
+        ) from error
     if is_followed(cells._data):
         spread: MaskedTensor = public("index_copy")(MaskedTensor._of(data, mask), 0, pattern.positions, cells)
         reshaped: MaskedTensor = public("reshape")(spread, pattern.shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskserve.errors import DimError, ParameterError, ShapeError
-from maskserve.patterns import Pattern, ravelled
+from maskserve.patterns import Pattern, checked_shape, ravelled
 from maskserve.sparse import SparseTensor, refused
 from maskserve.tensor import SPARSE, MaskedTensor, plain_index
 
@@ -60,7 +60,7 @@ def by_cell(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> Spar
 def joined(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
     """Sparse tensors one after the other along a dim, in the layout of the first."""
     sources = [source_of("cat", tensor) for tensor in tensors]
-    shape = torch.cat([meta(source.shape) for source in sources], dim).shape
+    shape = joined_shape([source.shape for source in sources], dim)
     along, offset, parts = dim % len(shape), 0, []
     for source in sources:
         coordinates = list(source._pattern.coordinates())
@@ -70,6 +70,15 @@ def joined(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
     together = [torch.cat(part) for part in zip(*parts, strict=True)]
     cells: MaskedTensor = torch.cat([source._cells for source in sources])  # type: ignore[misc, assignment]  # ours
     return rebuilt(sources[0], together, shape, cells)
+
+
+def joined_shape(shapes: Sequence[torch.Size], dim: int) -> torch.Size:
+    """The shape of tensors one after the other along a dim: torch checks theirs, checked_shape the sum's."""
+    whole = list(shapes[0]) if shapes else []
+    if -len(whole) <= dim < len(whole) and all(len(shape) == len(whole) for shape in shapes):
+        whole[dim] = sum(shape[dim] for shape in shapes)
+        checked_shape(whole)
+    return torch.cat([meta(shape) for shape in shapes], dim).shape
 
 
 def stacked(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
@@ -110,7 +119,8 @@ def narrowed(move: Move, tensor: SparseTensor, dim: int, start: int, length: int
 
 
 def meta(shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, device="meta")
+    """A tensor of a shape and no memory; in bytes, for torch counts those of the cells up to 2^63 - 1."""
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 
 def rebuilt(

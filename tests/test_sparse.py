@@ -498,3 +498,30 @@ def test_index_select_takes_what_it_takes_of_a_strided_tensor(index: list[Any]) 
         with pytest.raises(MaskserveError, match="index_select"):
             torch.index_select(tensor, 0, torch.tensor(index))  # type: ignore[arg-type]  # ours
     assert torch.index_select(s1().to_sparse(), 0, torch.tensor([1, 0])).tolist() == s1()[[1, 0]].tolist()  # type: ignore[arg-type]  # ours
+
+
+def test_shapes_that_nobody_could_hold_are_joined_and_reshaped() -> None:
+    row = ms.as_masked_tensor(coo([3.0], torch.tensor([[7]]), (2**62 - 1,)))
+    matrix = ms.as_masked_tensor(coo([3.0], torch.tensor([[1], [2]]), (2**31, 2**31)))
+    assert row.unsqueeze(0).shape == (1, 2**62 - 1)
+    assert torch.cat([row, row]).indices().tolist() == [[7, 2**62 + 6]]  # type: ignore[list-item]  # ours
+    assert torch.stack([row, row], 1).shape == (2**62 - 1, 2)  # type: ignore[list-item]  # ours
+    assert matrix.reshape(-1).indices().tolist() == [[2**31 + 2]]
+    for join in (torch.cat, torch.stack):
+        with pytest.raises(ShapeError, match=r"more than 2\^63 - 1 cells"):
+            join([matrix, matrix])  # type: ignore[list-item]  # ours
+
+
+def test_what_needs_every_cell_is_refused_in_one_line() -> None:
+    made = s1().to_sparse()
+    huge = ms.as_masked_tensor(coo([3.0], torch.tensor([[7]]), (2**62,)))
+    for refused, says in (
+        (lambda: torch.nn.functional.dropout(made, 0.5), "dropout takes strided"),  # type: ignore[arg-type]  # ours
+        (lambda: made.to("meta"), "meta device takes strided"),
+        (lambda: made._data, "this operation takes strided"),
+        (huge.to_dense, "keep it sparse"),
+        (huge.tolist, "keep it sparse"),
+    ):
+        with pytest.raises(MaskserveError, match=says) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
