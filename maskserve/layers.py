@@ -17,6 +17,7 @@ from maskserve.attending import attended
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.functions import public
 from maskserve.making import as_masked_tensor, operand
+from maskserve.sparse import refused
 from maskserve.tensor import MaskedTensor
 
 
@@ -128,6 +129,8 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = F
     x = as_masked_tensor(input)
     if not training or not p:
         return x
+    if x.layout is not torch.strided:
+        raise refused("dropout", x.shape)
     return of_rows("mul", x, functional.dropout(torch.ones_like(x.get_data().detach()), p))
 
 

@@ -13,13 +13,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from maskserve.errors import MaskMismatchError, ShapeError
+from maskserve.errors import MaskMismatchError, ShapeError, TooLargeError
 
 COO, CSR = torch.sparse_coo, torch.sparse_csr
 LAYOUTS = (COO, CSR)
 MOST_CELLS = 2**63 - 1
 MOST_ROWS = 1 << 28
 """Rows of a CSR tensor: it writes 8 bytes for each, stored cells or not."""
+MOST_SPREAD = 1 << 24
+"""Stored cells of a tensor that broadcasts, each with its 8 bytes of position, a coordinate a dim, and a sort."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,13 +125,20 @@ def found(wanted: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     return at, among[at] == wanted
 
 
-def intersection(patterns: Sequence[Pattern]) -> Pattern:
-    """The cells that all store, in the layout of the first."""
-    first, *others = patterns
-    for other in others:
-        if not first.is_like(other):
-            first = replace(first, positions=first.positions[found(first.positions, other.positions)[1]])
-    return first
+def intersection(patterns: Sequence[Pattern], shape: torch.Size) -> Pattern:
+    """The cells of `shape` that all store, each broadcast to it; in the layout of the first.
+
+    Begun with the one that has the fewest there: the others are asked for its cells, and not spread out.
+    """
+    fewest = min(patterns, key=lambda pattern: n_spread(pattern, shape))
+    positions = spread(fewest, shape)[0].positions
+    for other in patterns:
+        if other is fewest or (other.positions is positions and other.shape == shape):
+            continue
+        stored = found(within(positions, shape, other.shape), other.positions)[1]
+        if not bool(stored.all()):
+            positions = positions[stored]
+    return patterns[0].of_shape(shape, positions)
 
 
 def union(patterns: Sequence[Pattern]) -> Pattern:
@@ -140,13 +149,48 @@ def union(patterns: Sequence[Pattern]) -> Pattern:
     return replace(first, positions=torch.cat([pattern.positions for pattern in patterns]).unique())
 
 
+def grown(own: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape that broadcasts to another, with as many dims."""
+    return (1,) * (len(shape) - len(own)) + tuple(own)
+
+
+def within(positions: Tensor, shape: torch.Size, own: torch.Size) -> Tensor:
+    """Which position of a tensor of shape `own`, which broadcasts to `shape`, each cell of `shape` is.
+
+    >>> within(torch.tensor([2, 5]), torch.Size((2, 3)), torch.Size((1, 3))).tolist()
+    [2, 2]
+    """
+    if own == shape:
+        return positions
+    sizes = grown(own, shape)
+    coordinates = unravelled(positions, shape)
+    kept = [torch.zeros_like(index) if size == 1 else index for index, size in zip(coordinates, sizes, strict=True)]
+    return ravelled(kept, sizes, positions)
+
+
+def n_spread(pattern: Pattern, shape: torch.Size) -> int:
+    """How many cells a pattern has that is broadcast to `shape`."""
+    return pattern.n * (prod(shape) // max(pattern.numel, 1))
+
+
 def spread(pattern: Pattern, shape: torch.Size) -> tuple[Pattern, Tensor | None]:
-    """(the pattern broadcast to `shape`, which stored cell each of its cells is); None: they are as they were."""
+    """(the pattern broadcast to `shape`, which stored cell each of its cells is); None: they are as they were.
+
+    TooLargeError beyond MOST_SPREAD cells.
+    """
     if pattern.shape == shape:
         return pattern, None
-    own = (1,) * (len(shape) - len(pattern.shape)) + tuple(pattern.shape)
+    n = n_spread(pattern, shape)
+    if n > MOST_SPREAD:
+        raise TooLargeError(
+            f"a sparse tensor of shape {tuple(pattern.shape)} that broadcasts to {tuple(shape)} stores {n} cells there, "
+            f"and at most {MOST_SPREAD} are spread out: to_dense() it where that fits"
+        )
+    own = grown(pattern.shape, shape)
     coordinates = list(unravelled(pattern.positions, own))
     at = torch.arange(pattern.n, device=pattern.device)
+    if not n:
+        return pattern.of_shape(shape, at[:0]), at[:0]
     for dim, (size, wanted) in enumerate(zip(own, shape, strict=True)):
         if size != wanted:
             copies = torch.arange(wanted, device=pattern.device)

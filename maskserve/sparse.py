@@ -20,11 +20,12 @@ from maskserve.errors import (
     MaskError,
     MaskMismatchError,
     ShapeError,
+    TooLargeError,
     UncoveredFunctionError,
 )
 from maskserve.formatting import SUMMARIZED, text_of_stored
 from maskserve.making import as_masked_tensor
-from maskserve.patterns import COO, CSR, LAYOUTS, Pattern, checked_shape, found, ravelled, sorted_once
+from maskserve.patterns import COO, CSR, LAYOUTS, Pattern, checked_shape, found, ravelled, sorted_once, within
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import is_followed
 
@@ -65,8 +66,12 @@ class SparseTensor(MaskedTensor):
     def _like(self, cells: MaskedTensor) -> SparseTensor:
         return SparseTensor._on(self._pattern, cells)
 
+    def _seen(self, pattern: Pattern) -> SparseTensor:
+        """A view: the same memory and history, and a tensor of its own, whose requires_grad_() is not the source's."""
+        return SparseTensor._on(pattern, self._cells[:])
+
     def _refuse(self) -> NoReturn:
-        raise refused("this", self.shape)
+        raise refused("this operation", self.shape)
 
     _data = property(_refuse)  # there is no strided data, and who asks for it must hear so
     _mask = property(_refuse)
@@ -166,7 +171,7 @@ class SparseTensor(MaskedTensor):
         return densified(self._pattern, self._cells)
 
     def to_sparse(self, layout: torch.layout = COO) -> SparseTensor:
-        return self if self.layout is layout else SparseTensor._on(self._pattern.in_layout(known(layout)), self._cells)
+        return self if self.layout is layout else self._seen(self._pattern.in_layout(known(layout)))
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
@@ -177,6 +182,8 @@ class SparseTensor(MaskedTensor):
         cells = change(self._cells)
         if cells is self._cells:
             return self
+        if cells.is_meta:
+            raise refused("a move to the meta device", self.shape)
         pattern = self._pattern.to(cells.device)
         return SparseTensor._on(pattern, cells)  # type: ignore[return-value]  # nobody derives from it
 
@@ -331,8 +338,14 @@ def densified(pattern: Pattern, cells: MaskedTensor) -> MaskedTensor:
     """The strided tensor; hidden cells are 0."""
     from maskserve.functions import public
 
-    data = torch.zeros(pattern.numel, dtype=cells.dtype, device=cells.device)
-    mask = torch.zeros(pattern.numel, dtype=torch.bool, device=cells.device)
+    try:
+        data = torch.zeros(pattern.numel, dtype=cells.dtype, device=cells.device)
+        mask = torch.zeros(pattern.numel, dtype=torch.bool, device=cells.device)
+    except RuntimeError as error:  # the allocator's, or the count of bytes beyond 2^63
+        raise TooLargeError(
+            f"to_dense() of shape {tuple(pattern.shape)} needs {pattern.numel * (cells.itemsize + 1)} bytes, and they are "
+            "not there: keep it sparse, or take a part of it, m[a:b]"
+        ) from error
     if is_followed(cells._data):
         spread: MaskedTensor = public("index_copy")(MaskedTensor._of(data, mask), 0, pattern.positions, cells)
         reshaped: MaskedTensor = public("reshape")(spread, pattern.shape)
@@ -382,18 +395,15 @@ def reshaped(tensor: MaskedTensor, shape: tuple[int, ...]) -> MaskedTensor:
 
 def aligned(tensor: MaskedTensor, pattern: Pattern) -> MaskedTensor:
     """The cells of a tensor at the positions of a pattern; those that it does not store are masked."""
-    from maskserve.patterns import spread
-
     if not isinstance(tensor, SparseTensor):
         return gathered(as_masked(tensor), pattern)
-    own, order = spread(tensor._pattern, pattern.shape)
-    cells = tensor._cells if order is None else tensor._cells[order]
+    own, cells = tensor._pattern, tensor._cells
     if own.is_like(pattern):
         return cells
-    at, stored = found(pattern.positions, own.positions)
+    at, stored = found(within(pattern.positions, pattern.shape, own.shape), own.positions)
     if not own.n:
         return MaskedTensor(torch.zeros(pattern.n, dtype=cells.dtype, device=cells.device), stored)
-    return as_masked_tensor(cells[at], stored)
+    return cells[at] if bool(stored.all()) else as_masked_tensor(cells[at], stored)
 
 
 def as_masked(value: Any) -> MaskedTensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from operator import index as index_of
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskserve.errors import DimError, ParameterError
-from maskserve.patterns import Pattern, ravelled
+from maskserve.errors import DimError, ParameterError, ShapeError
+from maskserve.patterns import Pattern, checked_shape, ravelled
 from maskserve.sparse import SparseTensor, refused
 from maskserve.tensor import SPARSE, MaskedTensor, plain_index
 
@@ -38,7 +39,7 @@ def source_of(row: str, value: Any) -> SparseTensor:
 def reshaped(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """The cells in another shape: row-major positions stay."""
     shape = move(meta(tensor.shape), *args, **kwargs).shape
-    return SparseTensor._on(tensor._pattern.of_shape(shape), tensor._cells)
+    return tensor._seen(tensor._pattern.of_shape(shape))
 
 
 def permuted(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
@@ -53,13 +54,13 @@ def permuted(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> Spa
 def by_cell(move: Move, tensor: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """What is done to each stored cell, or to their memory."""
     made: MaskedTensor = getattr(tensor._cells, move.__name__)(*args, **kwargs)  # our method of torch's name
-    return tensor._like(made)
+    return tensor if made is tensor._cells else tensor._like(made)
 
 
 def joined(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
     """Sparse tensors one after the other along a dim, in the layout of the first."""
     sources = [source_of("cat", tensor) for tensor in tensors]
-    shape = torch.cat([meta(source.shape) for source in sources], dim).shape
+    shape = joined_shape([source.shape for source in sources], dim)
     along, offset, parts = dim % len(shape), 0, []
     for source in sources:
         coordinates = list(source._pattern.coordinates())
@@ -69,6 +70,15 @@ def joined(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
     together = [torch.cat(part) for part in zip(*parts, strict=True)]
     cells: MaskedTensor = torch.cat([source._cells for source in sources])  # type: ignore[misc, assignment]  # ours
     return rebuilt(sources[0], together, shape, cells)
+
+
+def joined_shape(shapes: Sequence[torch.Size], dim: int) -> torch.Size:
+    """The shape of tensors one after the other along a dim: torch checks theirs, checked_shape the sum's."""
+    whole = list(shapes[0]) if shapes else []
+    if -len(whole) <= dim < len(whole) and all(len(shape) == len(whole) for shape in shapes):
+        whole[dim] = sum(shape[dim] for shape in shapes)
+        checked_shape(whole)
+    return torch.cat([meta(shape) for shape in shapes], dim).shape
 
 
 def stacked(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
@@ -81,7 +91,24 @@ def picked(move: Move, tensor: SparseTensor, dim: int, index: Any) -> MaskedTens
     at = dim % max(tensor.ndim, 1)
     if not -tensor.ndim <= dim < tensor.ndim:
         raise DimError(f"dim {dim} is out of range for a tensor with {tensor.ndim} dims")
-    return indexed(tensor, (*[slice(None)] * at, index))
+    chosen = selected(index, at, tensor.shape[at]) if move.__name__ == "index_select" else index
+    return indexed(tensor, (*[slice(None)] * at, chosen))
+
+
+def selected(index: Any, dim: int, size: int) -> Tensor:
+    """The indices of index_select, which takes less than m[...] does: integers from 0 on, in one dim."""
+    at = plain_index(index)
+    if not isinstance(at, Tensor) or at.dtype not in (torch.int32, torch.int64) or at.ndim > 1:
+        given = f"{at.dtype} with {at.ndim} dims" if isinstance(at, Tensor) else type(at).__name__
+        raise ParameterError(
+            f"index_select: index is {given}; it must be an int32 or int64 tensor with one dim: m[index] takes bool ones",
+            parameter="index",
+        )
+    if bool(((at < 0) | (at >= size)).any()):
+        raise DimError(
+            f"index_select: an index of dim {dim} is outside 0 to {size - 1}; m[index] counts negative ones from the end"
+        )
+    return at.reshape(-1)
 
 
 def narrowed(move: Move, tensor: SparseTensor, dim: int, start: int, length: int) -> MaskedTensor:
@@ -92,7 +119,8 @@ def narrowed(move: Move, tensor: SparseTensor, dim: int, start: int, length: int
 
 
 def meta(shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, device="meta")
+    """A tensor of a shape and no memory; in bytes, for torch counts those of the cells up to 2^63 - 1."""
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 
 def rebuilt(
@@ -108,30 +136,56 @@ def rebuilt(
 
 
 def indexed(tensor: SparseTensor, index: Any) -> SparseTensor:
-    """m[i], m[a:b], m[rows], and a tuple of such, one a dim; one of them at most is a list of indices."""
+    """m[i], m[a:b], m[rows], m[None], and a tuple of such, one a dim; one of them at most is a list of indices."""
     given = plain_index(index)
-    items = list(given) if isinstance(given, tuple) else [given]
-    if Ellipsis in [item if item is Ellipsis else None for item in items]:
-        at = next(i for i, item in enumerate(items) if item is Ellipsis)
-        items[at : at + 1] = [slice(None)] * (tensor.ndim - len(items) + 1)
-    if len(items) > tensor.ndim:
-        raise DimError(f"{len(items)} indices are given, and the tensor has {tensor.ndim} dims")
-    if sum(not isinstance(item, int | slice) for item in items) > 1:
+    items = [plain_item(item) for item in (given if isinstance(given, tuple) else (given,))]
+    dots = [i for i, item in enumerate(items) if item is Ellipsis]
+    n_given = sum(item is not None and item is not Ellipsis for item in items)
+    if len(dots) > 1:
+        raise ParameterError(f"an index holds {len(dots)} times ...; give it once", parameter="index")
+    if n_given > tensor.ndim:
+        raise DimError(f"{n_given} indices are given, and the tensor has {tensor.ndim} dims")
+    for i in dots:
+        items[i : i + 1] = [slice(None)] * (tensor.ndim - n_given)
+    cuts = [item for item in items if item is not None]
+    if sum(not isinstance(item, int | slice) for item in cuts) > 1:
         raise refused("indexing by several lists", tensor.shape)
-    for dim in reversed(range(len(items))):
-        tensor = cut(tensor, dim, items[dim])
-    return tensor
+    for dim in reversed(range(len(cuts))):
+        tensor = cut(tensor, dim, cuts[dim])
+    if len(cuts) == len(items):
+        return tensor if cuts else tensor._seen(tensor._pattern)
+    sizes = iter(tensor.shape)
+    shape = [1 if item is None else next(sizes) for item in items if item is None or not is_whole(item)]
+    return tensor._seen(tensor._pattern.of_shape((*shape, *sizes)))
+
+
+def is_whole(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def plain_item(item: Any) -> Any:
+    """An int for a whole number of any library; all else as it is."""
+    n_dims, dtype = getattr(item, "ndim", 0), str(getattr(item, "dtype", ""))
+    if isinstance(item, bool) or n_dims or "bool" in dtype:
+        return item
+    try:
+        return index_of(item)
+    except TypeError:
+        return item
 
 
 def cut(tensor: SparseTensor, dim: int, item: Any) -> SparseTensor:
     """One dim narrowed, taken at some indices, or left at one."""
     size = tensor.shape[dim]
     if isinstance(item, slice):
-        start, stop, step = item.indices(size)
+        try:
+            start, stop, step = item.indices(size)
+        except (TypeError, ValueError) as error:
+            raise ParameterError(f"a slice of dim {dim}: {error}", parameter="index") from error
         if step < 1:
             raise ParameterError(f"the step of a slice is {step}; torch takes steps of at least 1", parameter="index")
         return ranged(tensor, dim, start, len(range(start, stop, step)), step)
-    if isinstance(item, int) and not isinstance(item, bool):
+    if is_whole(item):
         if not -size <= item < size:
             raise DimError(f"index {item} is out of range for dim {dim} of {size} cells")
         one = ranged(tensor, dim, item % size, 1, 1)
@@ -145,7 +199,7 @@ def ranged(tensor: SparseTensor, dim: int, start: int, n: int, step: int) -> Spa
     pattern = tensor._pattern
     size = tensor.shape[dim]
     if (start, n, step) == (0, size, 1):
-        return tensor
+        return tensor._seen(pattern)
     shape = torch.Size((*tensor.shape[:dim], n, *tensor.shape[dim + 1 :]))
     below = prod(tensor.shape[dim + 1 :])
     if dim == 0 and step == 1:
@@ -161,8 +215,18 @@ def ranged(tensor: SparseTensor, dim: int, start: int, n: int, step: int) -> Spa
 def listed(tensor: SparseTensor, dim: int, item: Any) -> SparseTensor:
     """The indices of a dim in a list, in its order; one may stand there twice."""
     size = tensor.shape[dim]
-    at = torch.as_tensor(item, device=tensor.device)
-    if at.dtype is torch.bool and at.shape == (size,):
+    try:
+        at = torch.as_tensor(item, device=tensor.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParameterError(
+            f"an index of dim {dim} is {type(item).__name__}; give an int, a slice, ..., None, or a list of ints or bools",
+            parameter="index",
+        ) from error
+    if isinstance(item, list) and not item:
+        at = at.long()  # torch makes it float32
+    if at.dtype is torch.bool and at.ndim == 1:
+        if len(at) != size:
+            raise ShapeError(f"a bool index has {len(at)} cells, and dim {dim} of the tensor {size}; give one for each")
         at = at.nonzero().squeeze(1)
     if at.ndim != 1 or at.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise refused("indexing by anything but indices, slices and one list of indices", tensor.shape)

@@ -62,9 +62,10 @@ def elementwise(row: Elementwise, operands: Sequence[Any], policy: Policy, compu
         if not any(isinstance(o, Tensor | MaskedTensor) and not is_sparse(o) and o.shape == shape for o in given):
             raise refused(f"{row.name}, whose result is valid where nothing is stored,", shape)
         return compute_cells([o.to_dense() if is_sparse(o) else o for o in given])
+    cells = [on_pattern(o, pattern) for o in given]
     if policy is Policy.STRICT:
-        check_equal(row, given, shape)
-    return SparseTensor._on(pattern, compute_cells([on_pattern(o, pattern) for o in given]))
+        check_equal(row, given, cells, pattern)
+    return SparseTensor._on(pattern, compute_cells(cells))
 
 
 def is_sparse(operand: Any) -> bool:
@@ -73,19 +74,23 @@ def is_sparse(operand: Any) -> bool:
 
 def pattern_of(row: Elementwise, operands: Sequence[Any], shape: torch.Size, policy: Policy) -> Pattern | None:
     """Where the result is stored; None: it is valid where no operand stores a cell."""
-    patterns = [spread(o._pattern, shape)[0] if is_sparse(o) else None for o in operands]
+    patterns = [o._pattern if is_sparse(o) else None for o in operands]
     stored = [pattern for pattern in patterns if pattern is not None]
     if not stored:
         return None
     if row.rule is MaskRule.CHOSEN:
         condition, *branches = patterns
         if condition is not None:
-            return condition
-        return union(stored) if all(branch is not None for branch in branches) else None
+            return spread(condition, shape)[0]
+        return all_of(stored, shape) if all(branch is not None for branch in branches) else None
     if policy is Policy.UNION:
         given = [pattern for pattern, operand in zip(patterns, operands, strict=True) if operand is not None]
-        return None if None in given else union(stored)
-    return intersection(stored)
+        return None if None in given else all_of(stored, shape)
+    return intersection(stored, shape)
+
+
+def all_of(patterns: Sequence[Pattern], shape: torch.Size) -> Pattern:
+    return union([spread(pattern, shape)[0] for pattern in patterns])
 
 
 def on_pattern(operand: Any, pattern: Pattern) -> Any:
@@ -96,22 +101,24 @@ def on_pattern(operand: Any, pattern: Pattern) -> Any:
     return cells if isinstance(operand, MaskedTensor) else cells._data
 
 
-def check_equal(row: Elementwise, operands: Sequence[Any], shape: torch.Size) -> None:
-    """Policy strict: raise unless the same cells are valid in every masked operand."""
-    valid = [valid_positions(o, shape) for o in operands if isinstance(o, MaskedTensor)]
-    if any(not torch.equal(valid[0], other) for other in valid[1:]):
+def check_equal(row: Elementwise, operands: Sequence[Any], cells: Sequence[Any], pattern: Pattern) -> None:
+    """Policy strict: raise unless the same cells are valid in every masked operand: as many in each as in all together."""
+    masked = [(o, own) for o, own in zip(operands, cells, strict=True) if isinstance(o, MaskedTensor)]
+    common = torch.ones(pattern.n, dtype=torch.bool, device=pattern.device)
+    for _, own in masked:
+        common &= own._full_mask()
+    n = int(common.sum())
+    if any(n_valid(operand, pattern) != n for operand, _ in masked):
         raise MaskMismatchError(
             f"{row.name}: the masks differ and the policy is strict; policy intersect takes cells valid in both, union in "
             "either"
         )
 
 
-def valid_positions(tensor: MaskedTensor, shape: torch.Size) -> Tensor:
-    if isinstance(tensor, SparseTensor):
-        pattern, order = spread(tensor._pattern, shape)
-        mask = tensor._cells._full_mask()
-        return pattern.positions[mask if order is None else mask[order]]
-    return tensor._full_mask().expand(shape).reshape(-1).nonzero().squeeze(1)
+def n_valid(tensor: MaskedTensor, pattern: Pattern) -> int:
+    """How many cells are valid of a tensor that is broadcast to the pattern's shape."""
+    mask = tensor._cells._full_mask() if isinstance(tensor, SparseTensor) else tensor._full_mask()
+    return int(mask.sum()) * (pattern.numel // max(tensor.numel(), 1))
 
 
 # -- along dims ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -447,3 +448,108 @@ def test_states_of_a_sparse_tensor_are_refused_before_anything_is_written(tmp_pa
     ran = maskserve("reduce", "--op", "sum", "--shard", "0/2", "--state", str(tmp_path / "s.state"), str(path))
     assert (ran.code, "is sparse" in ran.err) == (65, True), ran.err
     assert not (tmp_path / "s.state").exists()
+
+
+# -- broadcasting -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["intersect", "union", "strict"])
+@pytest.mark.parametrize("shapes", [((2, 3), (1, 3)), ((3,), (2, 3)), ((2, 1), (1, 3)), ((0, 3), (1, 3))], ids=str)
+def test_sparse_operands_broadcast_as_strided_ones(policy: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for share in (0.0, 0.5):
+        x, y = (ms.masked_tensor(torch.ones(one), torch.rand(one, generator=generator) >= share) for one in shapes)
+        try:
+            wanted = ms.add(x, y, policy=policy).tolist()
+        except MaskMismatchError:
+            with pytest.raises(MaskMismatchError):
+                ms.add(x.to_sparse(), y.to_sparse(), policy=policy)
+        else:
+            assert ms.add(x.to_sparse(), y.to_sparse(), policy=policy).tolist() == wanted
+
+
+def test_an_operand_that_broadcasts_is_asked_for_cells_and_not_spread_out() -> None:
+    few = ms.as_masked_tensor(coo([3.0, 4, 5], shape=(3, 2**60)))
+    one = ms.as_masked_tensor(coo([2.0], torch.tensor([[0], [0]]), (1, 1)))
+    assert (few * one).values().tolist() == [6, 8, 10]
+    assert (one * few).values().tolist() == [6, 8, 10]
+    with pytest.raises(MaskMismatchError):
+        ms.add(few, one, policy="strict")
+    with pytest.raises(TooLargeError, match=r"to_dense\(\)"):
+        ms.add(few, one, policy="union")
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [lambda m: m.reshape(-1), lambda m: m.unsqueeze(0), lambda m: m.to_sparse_coo(), lambda m: m[:], lambda m: m[0:2],
+     lambda m: m[...], lambda m: m[()], lambda m: m.narrow(0, 0, 2), lambda m: m.unsqueeze(0)[0]],
+)  # fmt: skip
+def test_a_derived_tensor_is_one_of_its_own_and_keeps_history(derive: Any) -> None:
+    source = s1().to_sparse_csr()
+    derive(source).requires_grad_()
+    assert not source.requires_grad
+    source.requires_grad_()
+    derive(source).sum().backward()
+    assert source.grad.values().tolist() == [1, 1]
+    changed = s1().to_sparse_csr()
+    view = derive(changed)
+    view *= 2
+    assert changed.values().tolist() == [6, 10]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [None, torch.tensor(1), torch.tensor(-1), np.int64(1), [], (0, []), (None, 0), (slice(None), None, [0, 2]), (..., None),
+     (0, None, 1), (None, ..., None), (slice(None), torch.tensor(0)), [True, False], torch.tensor([False, True])],
+    ids=str,
+)  # fmt: skip
+def test_what_indexes_a_strided_tensor_indexes_a_sparse_one(index: Any) -> None:
+    made, wanted = s1().to_sparse()[index], s1()[index]
+    assert (made.shape, made.tolist()) == (wanted.shape, wanted.tolist())
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [((..., ...), "2 times"), ("a", "is str"), (["a"], "is list"), ([True], "has 1 cells"), (slice("a", None), "a slice"),
+     (2, "out of range"), (torch.tensor(2), "out of range"), ((0, 0, 0), "3 indices"), (1.5, "to_dense"), (True, "to_dense")],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_index_is_refused_in_one_line(index: Any, says: str) -> None:
+    with pytest.raises(MaskserveError, match=says) as caught:
+        s1().to_sparse()[index]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [[-1], [2], [True, False], [0.5], [[0]]], ids=str)
+def test_index_select_takes_what_it_takes_of_a_strided_tensor(index: list[Any]) -> None:
+    for tensor in (s1(), s1().to_sparse()):
+        with pytest.raises(MaskserveError, match="index_select"):
+            torch.index_select(tensor, 0, torch.tensor(index))  # type: ignore[arg-type]  # ours
+    assert torch.index_select(s1().to_sparse(), 0, torch.tensor([1, 0])).tolist() == s1()[[1, 0]].tolist()  # type: ignore[arg-type]  # ours
+
+
+def test_shapes_that_nobody_could_hold_are_joined_and_reshaped() -> None:
+    row = ms.as_masked_tensor(coo([3.0], torch.tensor([[7]]), (2**62 - 1,)))
+    matrix = ms.as_masked_tensor(coo([3.0], torch.tensor([[1], [2]]), (2**31, 2**31)))
+    assert row.unsqueeze(0).shape == (1, 2**62 - 1)
+    assert torch.cat([row, row]).indices().tolist() == [[7, 2**62 + 6]]  # type: ignore[list-item]  # ours
+    assert torch.stack([row, row], 1).shape == (2**62 - 1, 2)  # type: ignore[list-item]  # ours
+    assert matrix.reshape(-1).indices().tolist() == [[2**31 + 2]]
+    for join in (torch.cat, torch.stack):
+        with pytest.raises(ShapeError, match=r"more than 2\^63 - 1 cells"):
+            join([matrix, matrix])  # type: ignore[list-item]  # ours
+
+
+def test_what_needs_every_cell_is_refused_in_one_line() -> None:
+    made = s1().to_sparse()
+    huge = ms.as_masked_tensor(coo([3.0], torch.tensor([[7]]), (2**62,)))
+    for refused, says in (
+        (lambda: torch.nn.functional.dropout(made, 0.5), "dropout takes strided"),  # type: ignore[arg-type]  # ours
+        (lambda: made.to("meta"), "meta device takes strided"),
+        (lambda: made._data, "this operation takes strided"),
+        (huge.to_dense, "keep it sparse"),
+        (huge.tolist, "keep it sparse"),
+    ):
+        with pytest.raises(MaskserveError, match=says) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
