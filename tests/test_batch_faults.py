@@ -151,7 +151,7 @@ def failing_fixture(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_whichever_call_fails_what_stood_is_whole_and_nothing_is_half_written(
     tmp_path: Path, failing: str, call: str, number: int
 ) -> None:
-    make_inputs(tmp_path, 6)
+    make_inputs(tmp_path, 3)
     assert batch(tmp_path, "--set", "output.to=right").code == 0
     right = outputs(tmp_path, "right")
     codes = []

@@ -220,7 +220,7 @@ def fan_in(n_bytes: int, store: int) -> int:
     """How many states of this size a task joins.
 
     >>> fan_in(1000, 1 << 30), fan_in(60 << 20, 1 << 30), fan_in(1 << 30, 1 << 30)
-    (16, 2, 2)
+    (16, 3, 2)
     """
     return max(LEAST_FAN_IN, min(MOST_FAN_IN, store // STORE_SHARE // max(n_bytes, 1) - 1))
 

@@ -111,6 +111,7 @@ def shown(text: object, limit: int = ECHO) -> str:
 
     >>> shown("rain\x1b[31m")
     'rain\\x1b[31m'
+
     Of an address of the web it leaves out what may be a secret: user, password, and the query of one that is signed.
 
     >>> shown("https://me:word@host/rain.safetensors?Signature=abc")
