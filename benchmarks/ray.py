@@ -25,12 +25,14 @@ from typing import NamedTuple
 
 from benchmarks.report import table
 from benchmarks.streaming import COMMAND, make
+from maskserve.crews import Share
 from maskserve.executors import Limits, Outcome
 from maskserve.on_ray.cluster import Cluster, Joining, joined
 from maskserve.on_ray.executor import Ray, Stays
 from maskserve.on_ray.reduction import LEAST_FAN_IN, MOST_FAN_IN, Lift, Steps, Task, Tree, joined_states, top
 from maskserve.payload.format import Limits as HeaderLimits
 from maskserve.processes import Processes
+from maskserve.shards import WHOLE
 
 TASKS, STATES, WORKERS = 2000, 10_000, 2
 ROUNDS = 3
@@ -136,15 +138,11 @@ def merge(cluster: Cluster, file: Path) -> str:
 
 def steps_of(files: Sequence[Path], n: int) -> Steps:
     words = {"op": "mean", "dim": "0", "device": "cpu"}
-    return Steps(
-        verb="reduce",
-        words=words,
-        paths=tuple(map(str, files)),
-        along=None,
-        n=n,
-        limits=HeaderLimits(),
-        memory=512 << 20,
-    )
+    whole = Share(
+        verb="reduce", words=words, paths=tuple(map(str, files)), along=None, shard=WHOLE, limits=HeaderLimits(),
+        memory=512 << 20, file="",
+    )  # fmt: skip
+    return Steps(whole=whole, n=n)
 
 
 def measured(file: Path, task_s: float) -> Costs:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-    Block: TypeAlias = tuple[Array, Array | None]
-    Places: TypeAlias = Array | range
+    from maskserve.payload.beside import Places
 
 Index: TypeAlias = tuple[int, ...]
 Pair: TypeAlias = Annotated[list[str] | None, typer.Argument(metavar="A B", show_default=False)]
@@ -192,6 +191,8 @@ def compare(
     """Counts the cells that differ, a block of both at a time; NaN is NaN, and what is masked in both is the same."""
     import numpy as np
 
+    from maskserve.payload.beside import side_by_side
+
     shape = a[1].info.shape
     rules = Rules(shape=shape, dtypes=(a[1].info.dtype, b[1].info.dtype), tolerance=tolerance)
     with np.errstate(all="ignore"):
@@ -208,67 +209,6 @@ def compare(
             found.n_compared += int(np.count_nonzero(both))
             compare_values(found, ours, theirs, both, places, rules)
             tick(ours.nbytes)
-
-
-def side_by_side(a: tuple[Payload, Variable], b: tuple[Payload, Variable]) -> Iterator[tuple[Block, Block, Places]]:
-    """The same cells of both, a block at a time, and their flat indices; without what neither of two sparse tensors stores."""
-    import numpy as np
-
-    from maskserve.payload.slices import BLOCK_CELLS, blocks
-
-    if a[1].stored is None and b[1].stored is None:
-        at = 0
-        for ours, theirs in zip(blocks(*a), blocks(*b), strict=True):
-            yield ours, theirs, range(at, at + ours[0].size)
-            at += ours[0].size
-    elif a[1].stored is not None and b[1].stored is not None:
-        one, other = Cells.of(*a), Cells.of(*b)
-        every = np.union1d(one.places, other.places)
-        for start in range(0, every.size, BLOCK_CELLS):
-            places = every[start : start + BLOCK_CELLS]
-            yield one.at(places), other.at(places), places
-    else:
-        strided, sparse = (a, Cells.of(*b)) if a[1].stored is None else (b, Cells.of(*a))
-        at = 0
-        for block in blocks(*strided):
-            places = np.arange(at, at + block[0].size)
-            found = sparse.at(places)
-            yield (block, found, places) if a[1].stored is None else (found, block, places)
-            at += block[0].size
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """The stored cells of a sparse tensor, where they lie in rising order, and which are valid."""
-
-    places: Array
-    cells: Array
-    valid: Array
-
-    @staticmethod
-    def of(payload: Payload, variable: Variable) -> Cells:
-        import numpy as np
-
-        from maskserve.payload.slices import blocks
-        from maskserve.payload.tensors import load_sparse
-
-        pattern, *_ = load_sparse(payload, variable)
-        parts = [(np.zeros(0, np.uint8), np.zeros(0, np.bool_))] if not pattern.n else [
-            (data, np.ones(data.shape, np.bool_) if valid is None else valid) for data, valid in blocks(payload, variable)
-        ]  # fmt: skip
-        data, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return Cells(pattern.positions.numpy(), data, valid)
-
-    def at(self, places: Array) -> Block:
-        """The cells at these flat indices; what is not stored is missing."""
-        import numpy as np
-
-        if not self.places.size:
-            return np.zeros(places.shape, self.cells.dtype), np.zeros(places.shape, np.bool_)
-        where = np.minimum(np.searchsorted(self.places, places), self.places.size - 1)
-        is_there = self.places[where] == places
-        cells = np.where(is_there, self.cells[where], np.zeros(1, self.cells.dtype))
-        return cells, is_there & self.valid[where]
 
 
 def compare_values(found: Difference, ours: Array, theirs: Array, both: Array, places: Places, rules: Rules) -> None:

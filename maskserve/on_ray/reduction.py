@@ -10,7 +10,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maskserve.answers import Answer
@@ -22,7 +22,7 @@ from maskserve.executors import Outcome
 from maskserve.on_ray.cluster import AUTO, Cluster, Joining, fixed, joined
 from maskserve.on_ray.executor import LostObjectsError, Ray, Stays
 from maskserve.payload.format import BytesPayload, Limits
-from maskserve.shards import Shard
+from maskserve.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from maskserve.states import State
@@ -70,13 +70,13 @@ At: TypeAlias = tuple[int, int]
 class Steps:
     """What runs in a worker."""
 
-    verb: str
-    words: Mapping[str, Any]
-    paths: tuple[str, ...]
-    along: str | None
+    whole: Share
+    """The reduction as one shard, of which each task takes a part."""
     n: int
-    limits: Limits
-    memory: int
+
+    @property
+    def memory(self) -> int:
+        return self.whole.memory
 
     def prepare(self) -> None:
         import maskserve.states  # noqa: F401  # torch, so that a worker is ready once it can compute
@@ -87,11 +87,7 @@ class Steps:
     def lifted(self, task: Lift) -> Bytes:
         from maskserve.crews import lifting
 
-        share = Share(
-            verb=self.verb, words=self.words, paths=self.paths, along=self.along, shard=Shard(task.shard, self.n),
-            limits=self.limits, memory=self.memory, file="",
-        )  # fmt: skip
-        with lifting(share) as state:
+        with lifting(replace(self.whole, shard=Shard(task.shard, self.n))) as state:
             return packed(state, self.memory)
 
 
@@ -246,10 +242,11 @@ def reduced(
     """
     device, before = fixed(str(words.get("device", AUTO))), states_of(paths)
     with joined(joining, workers=workers, device=device, tell=tell) as cluster:
-        steps = Steps(
-            verb=verb, words={**words, "device": device}, paths=tuple(paths), along=along,
-            n=n_shards(cluster.workers, n_bytes), limits=limits, memory=cluster.share(memory or cluster.memory),
+        whole = Share(
+            verb=verb, words={**words, "device": device}, paths=tuple(paths), along=along, shard=WHOLE, limits=limits,
+            memory=cluster.share(memory or cluster.memory), file="",
         )  # fmt: skip
+        steps = Steps(whole=whole, n=n_shards(cluster.workers, n_bytes))
         own = memory or default_memory()
         found = top(cluster, steps, Tree(steps.n, memory=own, store=cluster.smallest_store), tell)
         refuse_changed(paths, before)
