@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SHARDS_A_WORKER = 4
 """At least, so that workers end at about the same time, and a death costs little."""
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 16 << 30
 MOST_SHARDS = 1 << 14
 MOST_FAN_IN, LEAST_FAN_IN = 16, 2
 STORE_SHARE = 4
@@ -225,7 +225,7 @@ def n_shards(workers: int, n_bytes: int) -> int:
     """A power of two, so that shards of a power of two of leaves are whole subtrees, and states small.
 
     >>> n_shards(2, 10**6), n_shards(3, 10**6), n_shards(2, 10**12), n_shards(10_000, 10**12)
-    (8, 16, 256, 16384)
+    (8, 16, 64, 16384)
     """
     least = max(SHARDS_A_WORKER * workers, -(-n_bytes // SHARD_BYTES))
     return min(1 << (least - 1).bit_length(), MOST_SHARDS)
