@@ -24,7 +24,7 @@ from maskserve.errors import StateError, about
 from maskserve.payload.format import Payload
 from maskserve.payload.header import Shape, TensorInfo
 from maskserve.plan import Plan
-from maskserve.region_states import most_of, most_results, state, state_bytes, unit_of
+from maskserve.region_states import most_results, most_states, state, state_bytes, unit_of
 from maskserve.regions import Region, kept_tiles, moved, sizes_of
 from maskserve.shards import Shard
 from maskserve.sources import Source, Stored, Window, read_cells
@@ -183,7 +183,7 @@ class Lifting:
         kept = (moved(where[0], place.row), *where[1:])
         region = tuple((reduced if d % 2 else kept)[d // 2] for d in range(len(plan.fold)))
         with execution.using(backend=self.backend, block_cells=block_cells(plan, self.source, self.budget)):
-            parts = state(plan, self.source, self.weights, region, most_of(plan, self.source, self.budget))
+            parts = state(plan, self.source, self.weights, region, most_states(plan, self.budget))
         return shifted(plan, parts, place.start * unit)
 
 

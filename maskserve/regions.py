@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -16,8 +15,9 @@ from maskserve.execution import finisher_of, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Ordering, Reduction
 from maskserve.plan import Plan
-from maskserve.sources import KeptPages, Masked, Pages, Source, Stored, Window
+from maskserve.sources import KeptPages, Masked, Pages, Source, Stored, Window, n_cells
 
+Made = TypeVar("Made")
 Region: TypeAlias = tuple[slice, ...]
 """A range of each group of a fold."""
 
@@ -25,10 +25,8 @@ BLOCK = 1 << 20
 """Cells that a thread reads at a time: few enough for the cache, and many enough that a read is no call too many."""
 WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
-FAR = 1 << 14
-"""Columns beyond which a block is some of them alone, whose rows lie apart in a file."""
-SHOWN = 1 << 26
-"""Bytes of a file that are seen as memory at a time, at most: they count as memory of the process for as long."""
+LEAST_SEEN = 1 << 17
+"""Cells of a block from which it is seen where it lies: a smaller one is copied in the time that this takes."""
 TOGETHER = 32
 """Blocks below each other that a thread joins while their states are in its cache."""
 
@@ -68,7 +66,9 @@ class SourceCells(Cells):
         *,
         policy: str,
         pages: Pages | None = None,
+        is_seen: bool = False,
     ) -> None:
+        """`pages` is what blocks are read into; with `is_seen` those that a file shows are not read."""
         sizes = sizes_of(region)
         self.plan, self.policy, self.region, self.sizes = plan, policy, region, sizes
         self.shape = (prod(sizes[:-2]), sizes[-2], sizes[-1])
@@ -78,7 +78,7 @@ class SourceCells(Cells):
         )
         shape = plan.fold if self.first < 0 else (prod(outer), n, inner)
         self.source = source.folded(shape)
-        self.pages = pages or Pages()
+        self.pages, self.is_seen = pages or Pages(), is_seen
         self.weights_source = None if weights is None else weights.folded(shape)
 
     def weight(self, *where: slice) -> tuple[Tensor, ...]:
@@ -99,7 +99,10 @@ class SourceCells(Cells):
         last = (moved(run, self.region[-2].start), moved(inner, self.region[-1].start))
         if self.first >= 0:
             where = (moved(outer, self.first), *last)
-            return source.read(where, pages) if isinstance(source, Stored) else source.window(where)
+            if not isinstance(source, Stored):
+                return source.window(where)
+            is_seen = self.is_seen and n_cells(where) >= LEAST_SEEN and lies_apart(source.shape, where)
+            return (source.seen(where) if is_seen else None) or source.read(where, pages)
         box, sizes, exact = covering(self.sizes[:-2], (self.shape[0],), (outer,))
         starts = [s.start for s in self.region[:-2]]
         data, mask = source.window((*map(moved, box, starts), *last))
@@ -125,6 +128,11 @@ def is_run(shape: Sequence[int], region: Region) -> bool:
     return True
 
 
+def lies_apart(shape: Sequence[int], where: Window) -> bool:
+    """Whether a window is several pieces of a file: one piece is copied as fast as its pages are found."""
+    return not is_run(shape, where)
+
+
 def flat_index(shape: Sequence[int], index: Sequence[int]) -> int:
     at = 0
     for n, i in zip(shape, index, strict=True):
@@ -132,38 +140,19 @@ def flat_index(shape: Sequence[int], index: Sequence[int]) -> int:
     return at
 
 
-class MappedCells(Cells):
-    """The cells of a region where they lie in a file, each block checked where it is computed on."""
-
-    def __init__(self, plan: Plan, source: Stored, found: Masked, *, policy: str) -> None:
-        super().__init__(plan, *found, policy=policy)
-        self.source = source
-
-    def stored(self, outer: slice, run: slice, inner: slice) -> Masked:
-        return self.source.checked(*super().stored(outer, run, inner))
-
-
-def is_shown(plan: Plan, source: Source) -> bool:
-    """Whether cells are seen where they lie: blocks that lie in one piece are copied as fast as their pages are found."""
-    return isinstance(source, Stored) and source.is_mappable and plan.fold[-1] > FAR
-
-
-@contextmanager
-def cells_of(plan: Plan, source: Source, weights: Source | None, region: Region) -> Iterator[Cells]:
-    """The cells of a region of which states are made: where they lie, if the system shows them, else read."""
-    if isinstance(source, Stored) and is_shown(plan, source) and weights is None:
-        with source.folded(plan.fold).mapped(region) as found:
-            if found is not None:
-                yield MappedCells(of_sizes(plan, sizes_of(region)), source, found, policy=nan_policy(plan))
-                return
-    yield lifted_cells(plan, source, weights, region)
+def of_cells(plan: Plan, source: Source, weights: Source | None, region: Region, make: Callable[[Cells], Made]) -> Made:
+    """What `make` makes of the cells of a region, of which it keeps none."""
+    made = make(lifted_cells(plan, source, weights, region))
+    if isinstance(source, Stored):
+        source.refuse_spoilt()
+    return made
 
 
 def lifted_cells(plan: Plan, source: Source, weights: Source | None, region: Region) -> SourceCells:
-    """The cells of a region of which states alone are made, in memory that the back end does not keep: its own kernels don't."""
+    """The cells of a region of which states alone are made: where they lie, or in memory that the back end does not keep."""
     is_forgotten = finisher_of(plan) is not None and weights is None
     pages = KeptPages() if is_forgotten else None
-    return SourceCells(plan, source, weights, region, policy=nan_policy(plan), pages=pages)
+    return SourceCells(plan, source, weights, region, policy=nan_policy(plan), pages=pages, is_seen=True)
 
 
 @lru_cache(maxsize=1024)

@@ -6,15 +6,17 @@ are several. Nothing of a source is larger in memory than the window asked for.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
 from math import prod
 from threading import get_ident
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from maskserve.blocks import covering
 from maskserve.dtypes import boolean
+from maskserve.errors import InputError
 from maskserve.execution import execution
 from maskserve.gates import are_bools
 from maskserve.loading import without_fill
@@ -120,35 +123,31 @@ class Stored(Source):
             self.tick(data.nbytes + (0 if mask is None else mask.nbytes))
         return data, without_fill(data, mask, self.fill)
 
-    @property
-    def is_mappable(self) -> bool:
-        """Whether windows may be seen where they lie."""
-        return self.lies is not None
+    def seen(self, where: Window) -> Masked | None:
+        """The cells of a window and their mask where they lie; None where they are to be read.
 
-    @contextmanager
-    def mapped(self, where: Window) -> Iterator[Masked | None]:
-        """The cells of a window and its mask where they lie, not looked at yet, while the block runs; None: to be read."""
+        They must not be written to, and count once refuse_spoilt has passed alone.
+        """
         sizes = tuple(s.stop - s.start for s in where)
         if self.lies is None or 0 in sizes:
-            yield None
-            return
+            return None
         steps = [prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
         first = sum(s.start * step for s, step in zip(where, steps, strict=True))
         n = 1 + sum((s.stop - 1) * step for s, step in zip(where, steps, strict=True)) - first
-        with self.lies.seen(first, n) as found:
-            if found is None:
-                yield None
-                return
-            data, mask = found
-            yield data.as_strided(sizes, steps), None if mask is None else mask.as_strided(sizes, steps)
+        found = self.lies.seen(first, n)
+        if found is None:
+            return None
+        data, mask = (None if part is None else part.as_strided(sizes, steps) for part in found)
+        assert data is not None
+        data, mask = self.lies.checked(data, mask)
         if self.tick is not None:
             self.tick(prod(sizes) * self.cell_bytes)
-
-    def checked(self, data: Tensor, mask: Tensor | None) -> Masked:
-        """A block of what was mapped, and what its mask means."""
-        if self.lies is not None:
-            data, mask = self.lies.checked(data, mask)
         return data, without_fill(data, mask, self.fill)
+
+    def refuse_spoilt(self) -> None:
+        """Raises where cells that were seen were not all the file's."""
+        if self.lies is not None:
+            self.lies.refuse_spoilt()
 
 
 def runs(shape: Shape, where: Window) -> Iterator[tuple[int, Sequence[int]]]:
@@ -185,28 +184,38 @@ def stored(payload: Payload, variable: Variable, fill: float | None = None) -> S
     return Stored(partial(read_cells, payload, info), valid, dtype, info.shape, fill, lies)
 
 
-class Lies(NamedTuple):
+@dataclass(slots=True)
+class Lies:
     """Where the cells of a variable lie, and a mask of its shape beside them."""
 
     payload: Payload
     info: TensorInfo
     mask: MaskSource | None
+    is_spoilt: bool = False
 
-    @contextmanager
-    def seen(self, start: int, n: int) -> Iterator[Masked | None]:
+    def seen(self, start: int, n: int) -> Masked | None:
         """`n` cells from a flat index on, and the bytes of their mask; None where the payload does not show them."""
-        with ExitStack() as shown:
-            data = shown.enter_context(self._seen(self.info, start, n))
-            mask = None if self.mask is None else shown.enter_context(self._seen(self.mask.info, start, n))
-            yield None if data is None or (mask is None and self.mask is not None) else (data, mask)
-            del data, mask
+        self.refuse_spoilt()
+        data = self._seen(self.info, start, n)
+        if data is None or self.mask is None:
+            return None if data is None else (data, None)
+        mask = self._seen(self.mask.info, start, n)
+        return None if mask is None else (data, mask)
 
-    @contextmanager
-    def _seen(self, info: TensorInfo, start: int, n: int) -> Iterator[Tensor | None]:
-        dtype, width = getattr(torch, info.dtype.torch), info.dtype.n_bytes
-        with self.payload.mapped(info.name, start * width, n * width) as view:
-            is_aligned = view is not None and np.frombuffer(view, np.uint8).ctypes.data % width == 0
-            yield tensor_of(view, info.dtype, (n,)).view(dtype) if view is not None and is_aligned else None
+    def _seen(self, info: TensorInfo, start: int, n: int) -> Tensor | None:
+        width = info.dtype.n_bytes
+        view = self.payload.mapped(info.name, start * width, n * width, self.spoil)
+        if view is None or np.frombuffer(view, np.uint8).ctypes.data % width:
+            return None
+        return tensor_of(view, info.dtype, (n,)).view(getattr(torch, info.dtype.torch))
+
+    def spoil(self) -> None:
+        self.is_spoilt = True
+
+    def refuse_spoilt(self) -> None:
+        if self.is_spoilt:
+            self.payload.refuse_changed()
+            raise InputError(f"the file of {self.info.name} cannot be read: {os.strerror(errno.EIO)}")
 
     def checked(self, data: Tensor, mask: Tensor | None) -> Masked:
         if self.info.dtype is boolean and not are_bools(data):

@@ -7,6 +7,7 @@ for reductions whose states join, slices for the rest, whole (whole_slices) or i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 
 import torch
@@ -18,8 +19,8 @@ from maskserve.execution import backend_of, finisher_of, n_threads
 from maskserve.long_slices import least_budget, long_slices, need
 from maskserve.ops.rows import Normalization, Scan
 from maskserve.plan import Plan
-from maskserve.region_states import lifts, most_of, most_results, state
-from maskserve.regions import Piece, cells_of, is_shown, kept_tiles, of_sizes, result_sizes, sizes_of, whole
+from maskserve.region_states import lifts, most_results, most_states, n_states, state
+from maskserve.regions import Piece, kept_tiles, of_cells, of_sizes, result_sizes, sizes_of, whole
 from maskserve.room import Need
 from maskserve.sources import Source, Window
 from maskserve.whole_slices import slices_at_once, whole_slices
@@ -116,14 +117,11 @@ def is_without_states(plan: Plan) -> bool:
 
 def reduced(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
     """A reduction, as many results at a time as their states fit."""
-    most, n_results, is_short = most_of(plan, source, budget), most_results(plan, budget), is_without_states(plan)
-    if is_short and is_shown(plan, source):
-        n_results = max(min(n_results, most.cells // max(plan.n_reduced, 1)), 1)
-    for tile in kept_tiles(plan, n_results, whole(plan)):
+    most = most_states(plan, budget)
+    for tile in kept_tiles(plan, most_results(plan, budget), whole(plan)):
         below = of_sizes(plan, sizes_of(tile))
-        if is_short or most.holds(plan, source, tile):
-            with cells_of(plan, source, weights, tile) as cells:
-                values, mask = engine.reduce(below, cells)
+        if n_states(plan, tile) <= most or is_without_states(plan):
+            values, mask = of_cells(plan, source, weights, tile, partial(engine.reduce, below))
         else:
             values, mask = engine.finish(below, state(plan, source, weights, tile, most))
         yield Piece(where=tile[::2], values=values, mask=mask)

@@ -1,12 +1,14 @@
 // The Python module: addresses and sizes in, a kernel run with the GIL released.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <memory>
@@ -347,21 +349,21 @@ void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
   maskserve::variant().raise(address<const double>(cells_ptr), address<double>(raised_ptr), n);
 }
 
-// A pointer for the count, then for mean, low and m2, of each side and of what they are together.
-void merge_moments(int64_t n, uint64_t left_count_ptr, uint64_t left_mean_ptr, uint64_t left_low_ptr, uint64_t left_m2_ptr,
-                   uint64_t right_count_ptr, uint64_t right_mean_ptr, uint64_t right_low_ptr, uint64_t right_m2_ptr,
-                   uint64_t count_ptr, uint64_t mean_ptr, uint64_t low_ptr, uint64_t m2_ptr) {
-  const maskserve::States left{
-      n,
-      address<const int64_t>(left_count_ptr),
-      {address<const void>(left_mean_ptr), address<const void>(left_low_ptr), address<const void>(left_m2_ptr)}};
-  const maskserve::States right{
-      n,
-      address<const int64_t>(right_count_ptr),
-      {address<const void>(right_mean_ptr), address<const void>(right_low_ptr), address<const void>(right_m2_ptr)}};
-  const Parts both{address<int64_t>(count_ptr), {address<void>(mean_ptr), address<void>(low_ptr), address<void>(m2_ptr)}};
+using Pointers = std::array<uint64_t, 1 + maskserve::n_parts>;  // for the count, then for each part; 0 where there is none
+
+maskserve::States states_at(int64_t n, const Pointers& at) {
+  maskserve::States states{n, address<const int64_t>(at[0]), {}};
+  for (int k = 0; k < maskserve::n_parts; ++k) states.part_ptr[k] = address<const void>(at[1 + k]);
+  return states;
+}
+
+void merge(int kernel, int dtype, int64_t n, const Pointers& left, const Pointers& right, const Pointers& both) {
+  check(kernel >= 0 && kernel < maskserve::n_merges, "kernel is an index into MERGES");
+  Parts parts{address<int64_t>(both[0]), {}};
+  for (int k = 0; k < maskserve::n_parts; ++k) parts.part_ptr[k] = address<void>(both[1 + k]);
+  const maskserve::States left_states = states_at(n, left), right_states = states_at(n, right);
   nb::gil_scoped_release released;
-  maskserve::variant().merge_moments(left, right, both);
+  maskserve::variant().merges[kernel](left_states, right_states, dtype_of(dtype), parts);
 }
 
 constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as have these, so that states stay in L2
@@ -455,6 +457,7 @@ nb::tuple tuple_of(const char* const (&names)[n]) {
 NB_MODULE(_native, m) {
   m.attr("DTYPES") = nb::make_tuple("f64", "f32", "f16", "bf16", "i8", "i16", "i32", "i64", "u8", "bool");
   m.attr("LIFTS") = tuple_of(maskserve::lift_names);
+  m.attr("MERGES") = tuple_of(maskserve::merge_names);
   m.attr("FILLS") = tuple_of(maskserve::fill_names);
   m.attr("SELECTIONS") = tuple_of(maskserve::selection_names);
   m.attr("SEARCHES") = tuple_of(maskserve::search_names);
@@ -510,7 +513,7 @@ NB_MODULE(_native, m) {
   m.def("map_range", &map_range);
   m.def("unmap_range", &unmap_range);
   m.def("raise_", raise);
-  m.def("merge_moments", &merge_moments);
+  m.def("merge", &merge);
   m.def("finish", &finish);
   m.def("reduce", &reduce);
 }

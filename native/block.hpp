@@ -113,6 +113,9 @@ struct Search {
   virtual bool settle() = 0;
   virtual void write(double* values_ptr, int64_t* count_ptr) const = 0;  // (leading, lanes) and (lanes)
 };
+// The states of cells, and those of the cells behind them, as one; `dtype` is that of the cells.
+using Merge = void (*)(const States& left, const States& right, Dtype dtype, const Parts& both);
+
 using Begin = Search* (*)(Dtype, const Options&, int64_t lanes);
 
 // Every kernel, once: a new one is a line here and a function of its name.
@@ -125,17 +128,20 @@ using Begin = Search* (*)(Dtype, const Options&, int64_t lanes);
   each(fill_value) each(sorted) each(top) each(rank)
 #define MASKSERVE_SELECTIONS(each) each(median) each(quantile) each(mode) each(count_distinct)
 #define MASKSERVE_SEARCHES(each) each(median) each(quantile)  // the selections that can be searches
+#define MASKSERVE_MERGES(each) each(moments) each(largest) each(smallest)  // of the states of lifts
 
 #define MASKSERVE_NAME(kernel) #kernel,
 constexpr const char* lift_names[] = {MASKSERVE_LIFTS(MASKSERVE_NAME)};
 constexpr const char* fill_names[] = {MASKSERVE_FILLS(MASKSERVE_NAME)};
 constexpr const char* selection_names[] = {MASKSERVE_SELECTIONS(MASKSERVE_NAME)};
 constexpr const char* search_names[] = {MASKSERVE_SEARCHES(MASKSERVE_NAME)};
+constexpr const char* merge_names[] = {MASKSERVE_MERGES(MASKSERVE_NAME)};
 #undef MASKSERVE_NAME
 constexpr int n_lifts = sizeof lift_names / sizeof *lift_names;
 constexpr int n_fills = sizeof fill_names / sizeof *fill_names;
 constexpr int n_selections = sizeof selection_names / sizeof *selection_names;
 constexpr int n_searches = sizeof search_names / sizeof *search_names;
+constexpr int n_merges = sizeof merge_names / sizeof *merge_names;
 
 // A result is valid where its count reaches `min_count` and exceeds `needs`.
 struct Limits {
@@ -166,8 +172,7 @@ struct Variant {
                 unsigned char* mask_ptr);
   // exp of n cells, as the kernels raise them: what merges their states must have the same bits.
   void (*raise)(const double* cells_ptr, double* raised_ptr, int64_t n);
-  // The moments of cells and those of the cells behind them, as one.
-  void (*merge_moments)(const States& left, const States& right, const Parts& both);
+  Merge merges[n_merges];
 };
 
 // The variant for this processor, or the one MASKSERVE_ISA names. Decided once.

@@ -66,7 +66,58 @@ NEVER_INLINE bool true_cells(const Block& block, const Parts& parts, Raw magnitu
   return true;
 }
 
+// ---- states that are joined -----------------------------------------------------------------------------------------
+
+// The right side's cell is taken where it is better, not where it is as good: so the first place is kept, and of zeros
+// that are equal by place the one that is better as a value.
+template <class Key>
+void merge_best(const States& left, const States& right, const Key& key, const Parts& both) {
+  using Raw = typename Key::Raw;
+  const auto* const left_best = static_cast<const Raw*>(left.part_ptr[0]);
+  const auto* const right_best = static_cast<const Raw*>(right.part_ptr[0]);
+  Raw* const best = static_cast<Raw*>(both.part_ptr[0]);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < left.n; ++i) {
+    const auto a = key(left_best[i]), b = key(right_best[i]);
+    best[i] = key.cell(b > a ? b : a);
+    both.count_ptr[i] = left.count_ptr[i] + right.count_ptr[i];
+  }
+}
+
+template <class Key>
+void merge_first(const States& left, const States& right, const Key& key, const Parts& both) {
+  using Raw = typename Key::Raw;
+  const auto* const left_best = static_cast<const Raw*>(left.part_ptr[0]);
+  const auto* const right_best = static_cast<const Raw*>(right.part_ptr[0]);
+  const auto* const left_at = static_cast<const int64_t*>(left.part_ptr[1]);
+  const auto* const right_at = static_cast<const int64_t*>(right.part_ptr[1]);
+  Raw* const best = static_cast<Raw*>(both.part_ptr[0]);
+  int64_t* const at = static_cast<int64_t*>(both.part_ptr[1]);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < left.n; ++i) {
+    const int64_t left_count = left.count_ptr[i], right_count = right.count_ptr[i];
+    const bool is_better = level<Key>(key(right_best[i])) > level<Key>(key(left_best[i]));
+    const bool is_taken = (right_count > 0) & ((left_count == 0) | is_better);
+    best[i] = choose<Raw>(static_cast<Raw>(-static_cast<Raw>(is_taken)), right_best[i], left_best[i]);
+    at[i] = is_taken ? right_at[i] : left_at[i];
+    both.count_ptr[i] = left_count + right_count;
+  }
+}
+
+void merge_extremes(const States& left, const States& right, Dtype dtype, bool largest, const Parts& both) {
+  with_key(dtype, largest, [&](const auto& key) {
+    both.part_ptr[1] ? merge_first(left, right, key, both) : merge_best(left, right, key, both);
+  });
+}
+
 }  // namespace
+
+void merge_largest(const States& left, const States& right, Dtype dtype, const Parts& both) {
+  merge_extremes(left, right, dtype, true, both);
+}
+void merge_smallest(const States& left, const States& right, Dtype dtype, const Parts& both) {
+  merge_extremes(left, right, dtype, false, both);
+}
 
 bool count_numbers(const Block& block, const Parts& parts) {
   alignas(64) unsigned char keep[n_tile];

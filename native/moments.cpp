@@ -252,7 +252,7 @@ bool moments(const Block& block, const Options&, const Parts& parts) {
   }
 }
 
-void merge_moments(const States& left, const States& right, const Parts& both) {
+void merge_moments(const States& left, const States& right, Dtype, const Parts& both) {
   MomentsState joined, state;
   for (int64_t at = 0; at < left.n; at += n_lanes) {
     const int64_t n = least(n_lanes, left.n - at);

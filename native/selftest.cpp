@@ -410,12 +410,12 @@ struct SomeStates {
   }
 };
 
-void run_merge(Hash& hash) {
+void run_merge(int kernel, Dtype dtype, Hash& hash) {
   const SomeStates left(8), right(9);
   SomeStates both(10);
   Parts parts{both.count.data(), {}};
   for (int k = 0; k < n_parts; ++k) parts.part_ptr[k] = both.words[k].data();
-  variant().merge_moments(left.states(), right.states(), parts);
+  variant().merges[kernel](left.states(), right.states(), dtype, parts);
   hash.add(both.count.data(), both.count.size() * sizeof(int64_t));
   for (const auto& words : both.words) hash.add(words.data(), words.size() * sizeof(uint64_t));
 }
@@ -517,9 +517,6 @@ int main(int argc, char** argv) {
   }
 #endif
   const std::vector<Shape> shapes = some_shapes(quick);
-  Hash merged;
-  run_merge(merged);
-  say("merge", "moments", "f64", merged);
   for (int d = 0; d < n_dtypes; ++d) {
     const Dtype dtype = static_cast<Dtype>(d);
     const auto run_all = [&](const char* kind, const char* const* names, int n, auto run) {
@@ -540,6 +537,11 @@ int main(int argc, char** argv) {
     run_all("select", selection_names, n_selections, run_selection);
     run_all("search", search_names, n_searches, run_search);
     if (is_float(dtype)) run_all("pull", pull_names, n_pulls, run_pull);
+    for (int kernel = 0; kernel < n_merges; ++kernel) {
+      Hash hash;
+      run_merge(kernel, dtype, hash);
+      say("merge", merge_names[kernel], dtype_names[d], hash);
+    }
     for (int kernel = 0; kernel < n_finishes; ++kernel) {
       Hash hash;
       run_finish(kernel, dtype, hash);

@@ -15,6 +15,8 @@ namespace maskserve {
 #define MASKSERVE_SEARCH(kernel) Search* kernel##_search(Dtype, const Options&, int64_t);
 #define MASKSERVE_PULL(kernel) int kernel(const Block&, const Options&, const Above&, const Pulled&);
 #define MASKSERVE_ADDRESS(kernel) kernel,
+#define MASKSERVE_MERGE(states) void merge_##states(const States&, const States&, Dtype, const Parts&);
+#define MASKSERVE_MERGER(states) merge_##states,
 #define MASKSERVE_BEGIN(kernel) kernel##_search,
 #define MASKSERVE_VARIANT(isa)                                                                                \
   namespace isa {                                                                                             \
@@ -25,7 +27,7 @@ namespace maskserve {
   MASKSERVE_PULLS(MASKSERVE_PULL)                                                                             \
   int finish(Finish, const States&, const Options&, const Limits&, Dtype, unsigned char*, unsigned char*);    \
   void raise(const double*, double*, int64_t);                                                                \
-  void merge_moments(const States&, const States&, const Parts&);                                             \
+  MASKSERVE_MERGES(MASKSERVE_MERGE)                                                                           \
   void ties(const Block&, const Above&, bool of_sizes, int64_t*);                                             \
   void keep(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                             \
   void keep_reached(const unsigned char*, const void*, int64_t, int64_t, unsigned char*);                     \
@@ -42,7 +44,7 @@ namespace maskserve {
                       {MASKSERVE_SEARCHES(MASKSERVE_BEGIN)},                                                  \
                       finish,                                                                                 \
                       raise,                                                                                  \
-                      merge_moments};                                                                         \
+                      {MASKSERVE_MERGES(MASKSERVE_MERGER)}};                                                  \
   const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)},                                               \
                           ties, keep, keep_reached, to_reach, to_mask, are_bools, spread_rows, hide_rows,     \
                           rows_alike};                                                                        \

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +33,25 @@ BUDGET = 1 << 26
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each window, of some hundred cells, was seen where it lies."""
+    """Whether each block, of some hundred cells, was seen where it lies."""
     found: list[bool] = []
     original = sources.Lies.seen
 
-    @contextmanager
-    def noted(self: sources.Lies, start: int, n: int) -> Iterator[Any]:
-        with original(self, start, n) as block:
-            found.append(block is not None)
-            yield block
+    def noted(self: sources.Lies, start: int, n: int) -> Any:
+        block = original(self, start, n)
+        found.append(block is not None)
+        return block
 
     monkeypatch.setattr(sources.Lies, "seen", noted)
-    monkeypatch.setattr(regions, "SHOWN", 2000)
-    monkeypatch.setattr(regions, "FAR", 0)
+    monkeypatch.setattr(regions, "BLOCK", 1 << 9)
+    see_all(monkeypatch)
     return found
+
+
+def see_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every block seen where it lies, however small and even if in one piece."""
+    monkeypatch.setattr(regions, "LEAST_SEEN", 0)
+    monkeypatch.setattr(regions, "lies_apart", lambda *_: True)
 
 
 def written(folder: Path, data: Tensor, mask: Tensor | None) -> Path:
@@ -148,25 +151,25 @@ def test_a_byte_that_is_no_bool_is_found_in_its_block(tmp_path: Path, seen: list
     assert all(seen)
 
 
+def unspoilt() -> None:
+    raise AssertionError("the file has all its bytes")
+
+
 # -- files that end -----------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_shrinks_while_it_is_looked_at_reads_as_0_and_is_told(tmp_path: Path) -> None:
     path = written(tmp_path, torch.ones(1 << 16), None)
     with open_payload(path) as payload:
-        looked_at = []
-
-        def look() -> None:
-            with payload.mapped("x", 0, 1 << 18) as view:
-                assert view is not None
-                os.truncate(path, 100)
-                looked_at.extend((bytes(view[1 << 17 : (1 << 17) + 8]), bytes(view[-8:])))
-
-        with pytest.raises(InputChangedError, match="ends at byte 100"):
-            look()
-        assert looked_at == [bytes(8)] * 2
-        with payload.mapped("x", 0, 8) as view:
-            assert view is not None
+        told: list[bool] = []
+        view = payload.mapped("x", 0, 1 << 18, lambda: told.append(True))
+        assert view is not None
+        os.truncate(path, 100)
+        assert [bytes(view[1 << 17 : (1 << 17) + 8]), bytes(view[-8:])] == [bytes(8)] * 2
+        assert not told
+        del view
+        assert told == [True]
+        assert payload.mapped("x", 0, 8, unspoilt) is not None
 
 
 def test_a_reduction_of_a_file_that_shrinks_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,19 +182,19 @@ def test_a_reduction_of_a_file_that_shrinks_ends_in_one_line(tmp_path: Path, mon
         return checked(self, *block)
 
     monkeypatch.setattr(sources.Lies, "checked", shrinking)
-    monkeypatch.setattr(regions, "FAR", 0)
+    see_all(monkeypatch)
     with open_payload(path) as payload, pytest.raises(InputChangedError, match="changed while it was read"):
         streaming.run(planned(OPS["logsumexp"], data), stored(payload), None, BUDGET)  # type: ignore[arg-type]
 
 
 def test_more_ranges_than_can_be_guarded_are_read(tmp_path: Path) -> None:
     path = written(tmp_path, torch.arange(1000.0), None)
-    with open(path, "rb") as file, ExitStack() as stack:
-        views = [stack.enter_context(mapped_range(file.fileno(), 8, 100)) for _ in range(400)]
+    with open(path, "rb") as file:
+        views = [mapped_range(file.fileno(), 8, 100, unspoilt) for _ in range(400)]
         assert sum(view is None for view in views) >= 100
         assert len({bytes(view) for view in views if view is not None}) == 1
-    with open(path, "rb") as file, mapped_range(file.fileno(), 8, 100) as view:
-        assert view is not None
+        views.clear()
+        assert mapped_range(file.fileno(), 8, 100, unspoilt) is not None
 
 
 ELSEWHERE = """
@@ -201,12 +204,10 @@ path, when = sys.argv[1:]
 if when == "before":
     faulthandler.enable()
 with open(path, "r+b") as file:
-    with mapped_range(file.fileno(), 0, 10) as view:
-        assert view is not None
+    assert mapped_range(file.fileno(), 0, 10, print) is not None
     if when == "after":
         faulthandler.enable()
-        with mapped_range(file.fileno(), 0, 10) as view:
-            assert view is not None
+        assert mapped_range(file.fileno(), 0, 10, print) is not None
     other = mmap.mmap(file.fileno(), 1 << 16, prot=mmap.PROT_READ)
     os.truncate(path, 0)
     print(other[1 << 15])
@@ -228,8 +229,8 @@ import os, signal, sys
 from maskserve.backends.native_maps import mapped_range
 heard = []
 signal.signal(signal.SIGBUS, signal.SIG_IGN if sys.argv[2] == "ignored" else lambda *_: heard.append(1))
-with open(sys.argv[1], "rb") as file, mapped_range(file.fileno(), 0, 10) as view:
-    assert view is not None
+with open(sys.argv[1], "rb") as file:
+    assert mapped_range(file.fileno(), 0, 10, print) is not None
 for _ in range(3):
     os.kill(os.getpid(), signal.SIGBUS)
 print(len(heard))

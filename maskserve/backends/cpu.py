@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ LIFTS = {
     passes.WEIGHTED_MOMENTS: "weighted_moments",
 }
 PASSES = {step.name: step for step in LIFTS}
+Merge: TypeAlias = Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]
+"""Makes one state of that of cells and that of the cells behind them."""
+MERGES = frozenset({passes.MOMENTS, passes.LARGEST, passes.SMALLEST, passes.FIRST_LARGEST, passes.FIRST_SMALLEST})
+"""The passes whose states kernels of their lift's name merge."""
 TAKES = {
     ".places:CumulativeLargest": "cumulative_largest",
     ".places:CumulativeSmallest": "cumulative_smallest",
@@ -99,8 +103,6 @@ VALUES: dict[str, tuple[float, ...]] = {"ord": (2, 1, 3, 0.5, 0, -1, -2, math.in
 """The values that kernels know of a parameter, where they do not know all."""
 HUGE = 1 << 22
 """Bytes from which huge pages pay: a fault for each 4 KB took a third of the time of a large softmax."""
-MOMENTS = ("count", "mean", "low", "m2")
-"""The parts of a variance's state."""
 N_PARTS = 6
 """The parts of a state at most, its count among them."""
 FINISHES = {
@@ -195,12 +197,28 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return made
 
 
-def merge_moments(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The states of cells and of those behind them, as one: a fifth of the time of some twenty passes of torch's."""
-    left, right = ([side[name].contiguous() for name in MOMENTS] for side in (a, b))
+def merge_states(
+    kernel: int, dtype: int, names: tuple[str, ...], a: dict[str, Tensor], b: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The states of cells and of those behind them, as one: a fifth of the time of torch's passes."""
+    left, right = ([side[name].contiguous() for name in names] for side in (a, b))
     both = [torch.empty_like(part) for part in left]
-    native().merge_moments(left[0].numel(), *(part.data_ptr() for part in (*left, *right, *both)))
-    return dict(zip(MOMENTS, both, strict=True))
+    native().merge(kernel, dtype, left[0].numel(), *map(addresses, (left, right, both)))
+    return dict(zip(names, both, strict=True))
+
+
+def addresses(parts: list[Tensor]) -> list[int]:
+    return [*(part.data_ptr() for part in parts), *[0] * (N_PARTS - len(parts))]
+
+
+@cache
+def merge_kernel(pass_name: str, dtype_name: str) -> Merge | None:
+    """What merges the states of a pass; None where torch's operations do."""
+    step = PASSES[pass_name]
+    if step not in MERGES:
+        return None
+    names = tuple(part.name for part in step.parts(BY_NAME[dtype_name]))
+    return partial(merge_states, list(native().MERGES).index(LIFTS[step]), number_of(dtype_name), names)
 
 
 def raised(cells: Tensor) -> Tensor:
@@ -360,10 +378,11 @@ class CpuBackend:
         assert fits, "dense cells have a walk"
         return parts
 
-    def merge(self, plan: Plan) -> Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]:
-        """The reference's merge; where that raises e to a power, with the kernels' own exp; of moments a kernel of its bits."""
-        if plan.passes[0] is passes.MOMENTS:
-            return merge_moments
+    def merge(self, plan: Plan) -> Merge:
+        """A kernel of the bits of the reference's merge, or that one; where it raises e to a power, with the kernels' own exp."""
+        own = merge_kernel(plan.passes[0].name, plan.dtype.name)
+        if own is not None:
+            return own
         of = reference(plan.passes[0].reference)
         return of.merge if plan.passes[0].exact_bits else partial(of.merge, exp=raised)
 

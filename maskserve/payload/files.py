@@ -12,7 +12,7 @@ import secrets
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
@@ -43,6 +43,8 @@ _owner: ContextVar[str] = ContextVar("owner", default="")
 
 _NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL})
 _Error = TypeVar("_Error", bound=OSError)
+Spoil: TypeAlias = Callable[[], None]
+"""Notes that bytes which were looked at where they lie were not all the file's."""
 
 
 class Payload(Protocol):
@@ -55,7 +57,7 @@ class Payload(Protocol):
     def read(self, name: str) -> memoryview: ...
     def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview: ...
     def read_runs(self, name: str, start_bytes: Sequence[int], view: memoryview) -> None: ...
-    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]: ...
+    def mapped(self, name: str, start_byte: int, n_bytes: int, spoil: Spoil) -> memoryview | None: ...
     def refuse_changed(self) -> None: ...
     def identity(self) -> Iterator[tuple[object, ...]]: ...
     def close(self) -> None: ...
@@ -89,12 +91,12 @@ class _Ranges(ABC):
         offset = self._offset(name, first, start_bytes[-1] - first + n) - first
         self._fill_runs([offset + start for start in start_bytes], view)
 
-    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
-        """The `n_bytes` of tensor `name` from `start_byte` on where they lie, for as long as the block runs; not to be written.
+    def mapped(self, name: str, start_byte: int, n_bytes: int, spoil: Spoil) -> memoryview | None:
+        """The `n_bytes` of tensor `name` from `start_byte` on where they lie, not to be written; None where they must be read.
 
-        None where they must be read.
+        Where they turn out to have been other bytes than the file's, `spoil` is called once nothing refers to them.
         """
-        return nullcontext()
+        return None
 
     def refuse_changed(self) -> None:  # noqa: B027 - what lies in memory is as it was
         """Raises where the bytes may be other ones than at first: to be asked once all is read."""
@@ -154,8 +156,8 @@ class BytesPayload(_Ranges):
         self.n_bytes = self._view.nbytes
         self.header = parse_header(self._range, self.n_bytes, limits)
 
-    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
-        return nullcontext(self.read_range(name, start_byte, n_bytes))
+    def mapped(self, name: str, start_byte: int, n_bytes: int, spoil: Spoil) -> memoryview | None:
+        return self.read_range(name, start_byte, n_bytes)
 
     def _range(self, offset: int, n: int) -> memoryview:
         return self._view[offset : offset + n]
@@ -229,17 +231,10 @@ class FilePayload(_Ranges):
         if failed is not None:
             raise self._ended() if failed.errno is None else self._unreadable(failed)
 
-    @contextmanager
-    def mapped(self, name: str, start_byte: int, n_bytes: int) -> Iterator[memoryview | None]:
-        from maskserve.backends.native_maps import SpoiltRangeError, mapped_range  # which brings torch along
+    def mapped(self, name: str, start_byte: int, n_bytes: int, spoil: Spoil) -> memoryview | None:
+        from maskserve.backends.native_maps import mapped_range  # which brings torch along
 
-        offset = self._offset(name, start_byte, n_bytes)
-        try:
-            with mapped_range(self._fd, offset, n_bytes) as view:
-                yield view
-        except SpoiltRangeError:
-            is_short = os.fstat(self._fd).st_size < offset + n_bytes
-            raise self._ended() if is_short else self._unreadable(OSError(errno.EIO, os.strerror(errno.EIO))) from None
+        return mapped_range(self._fd, self._offset(name, start_byte, n_bytes), n_bytes, spoil)
 
     def _ended(self) -> InputChangedError:
         n_bytes = os.fstat(self._fd).st_size

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from maskserve.dtypes import DType, boolean
 from maskserve.errors import DimError, MaskserveError, ShapeError, UnknownTensorError, nearest
-from maskserve.payload.files import Payload, _Ranges
+from maskserve.payload.files import Payload, Spoil, _Ranges
 from maskserve.payload.header import DEFAULT_LIMITS, Limits, Shape, check_shape, parse_header, shown, shown_shape
 from maskserve.payload.slices import BLOCK_CELLS, validity
 from maskserve.payload.variables import Dims, MaskKind, Means, Variable, Variables
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 Fill: TypeAlias = Callable[[Sequence[int], memoryview], None]
 """Fills a buffer with as many bytes of a tensor from each of some places on."""
-Map: TypeAlias = Callable[[int, int], AbstractContextManager[memoryview | None]]
+Map: TypeAlias = Callable[[int, int, Spoil], memoryview | None]
 """The bytes of a tensor from a place on where they lie; None where they must be read."""
 
 
@@ -74,14 +73,14 @@ class Pieces:
             at.append(index * width + inside)
         self._flush(whose, at, view[done:])
 
-    def mapped(self, start: int, n: int) -> AbstractContextManager[memoryview | None]:
+    def mapped(self, start: int, n: int, spoil: Spoil) -> memoryview | None:
         """`n` bytes where they lie, if that is in one part."""
         index, rest = divmod(start, self.starts[-1])
         part = bisect_right(self.starts, rest) - 1
         inside, width = rest - self.starts[part], self.starts[part + 1] - self.starts[part]
         if not self.maps or inside + n > width:
-            return nullcontext()
-        return self.maps[part](index * width + inside, n)
+            return None
+        return self.maps[part](index * width + inside, n, spoil)
 
     def _flush(self, part: int, at: Sequence[int], view: memoryview) -> None:
         if at:
@@ -175,10 +174,10 @@ class JoinedPayload(_Ranges):
         self._fill(offset, view)
         return view
 
-    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
+    def mapped(self, name: str, start_byte: int, n_bytes: int, spoil: Spoil) -> memoryview | None:
         offset = self._offset(name, start_byte, n_bytes)
         at = bisect_right(self._begins, offset) - 1
-        return self._pieces[at].mapped(offset - self._begins[at], n_bytes) if n_bytes else nullcontext()
+        return self._pieces[at].mapped(offset - self._begins[at], n_bytes, spoil) if n_bytes else None
 
     def _fill(self, offset: int, view: memoryview) -> None:
         if view.nbytes:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from threading import Lock
 
 from maskserve.errors import InputChangedError
-from maskserve.payload.files import FilePayload, Payload, SpooledPayload, _Ranges, file_state
+from maskserve.payload.files import FilePayload, Payload, Spoil, SpooledPayload, _Ranges, file_state
 from maskserve.payload.header import shown
 
 OPEN = 128
@@ -64,8 +63,8 @@ class Shelved(_Ranges):
             raise changed(self._path)
         return payload
 
-    def mapped(self, name: str, start_byte: int, n_bytes: int) -> AbstractContextManager[memoryview | None]:
-        return self._file().mapped(name, start_byte, n_bytes)
+    def mapped(self, name: str, start_byte: int, n_bytes: int, spoil: Spoil) -> memoryview | None:
+        return self._file().mapped(name, start_byte, n_bytes, spoil)
 
     def _range(self, offset: int, n: int) -> memoryview:
         return self._file()._range(offset, n)
