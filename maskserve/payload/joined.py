@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Fill: TypeAlias = Callable[[Sequence[int], memoryview], None]
 """Fills a buffer with as many bytes of a tensor from each of some places on."""
+WOVEN = 1 << 20
+"""Bytes of rows that are laid side by side at a time."""
 Map: TypeAlias = Callable[[int, int, Spoil], memoryview | None]
 """The bytes of a tensor from a place on where they lie; None where they must be read."""
 
@@ -87,15 +89,32 @@ class Pieces:
             self.fills[part](at, view)
 
     def _across(self, start: int, view: memoryview) -> None:
-        """One run that several parts share."""
+        """One run that several parts share: whole rows side by side, what is left of a row piece by piece."""
         done, row = 0, self.starts[-1]
         while done < view.nbytes:
             index, rest = divmod(start + done, row)
+            n_rows = min(view.nbytes - done, max(WOVEN, row)) // row
+            if n_rows > 1 and not rest:
+                self._weave(index, view[done : done + n_rows * row])
+                done += n_rows * row
+                continue
             part = bisect_right(self.starts, rest) - 1
             inside, width = rest - self.starts[part], self.starts[part + 1] - self.starts[part]
             n = min(width - inside, view.nbytes - done)
             self.fills[part]([index * width + inside], view[done : done + n])
             done += n
+
+    def _weave(self, first: int, view: memoryview) -> None:
+        """Whole rows from the first of them on: what each part has of them is read at once, and laid beside the others."""
+        import numpy as np
+
+        rows = np.frombuffer(view, np.uint8).reshape(-1, self.starts[-1])
+        for (begin, end), fill in zip(pairwise(self.starts), self.fills, strict=True):
+            if begin == end:
+                continue
+            own = np.empty((len(rows), end - begin), np.uint8)
+            fill([first * (end - begin)], own.data.cast("B"))
+            rows[:, begin:end] = own
 
 
 class JoinedPayload(_Ranges):
