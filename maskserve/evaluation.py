@@ -20,7 +20,7 @@ from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run
 from maskserve.errors import DtypeError, MaskserveError, TooLargeError, nearest
-from maskserve.execution import n_threads
+from maskserve.execution import block_cells, n_threads
 from maskserve.expression import MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.making import masked_tensor
@@ -129,10 +129,8 @@ class Term:
     def own_bytes(self) -> int:
         """The result's bytes, and those of what is held while it is computed from its leaves."""
         if self.plan is not None and self.choice is not None:
-            n_cells = prod(self.plan.shape)
-            slices = n_cells // max(prod(self.plan.shape[dim] for dim in self.plan.dims), 1)
             widths = self.choice.backend.widths_held * self.plan.dtype.n_bytes
-            return self.n_bytes + self.plan.sorted_bytes * min(slices, n_threads()) + widths * n_cells
+            return self.n_bytes + widths * prod(self.plan.shape)
         if self.outline is not None:
             return self.n_bytes + self.outline.held_bytes
         n_cells = prod(self.shape)
@@ -140,6 +138,15 @@ class Term:
             return self.between_bytes
         in_work = min(n_cells, blockwise.BLOCK * n_threads())
         return self.n_bytes + ceil(self.between_bytes * in_work / n_cells)
+
+    @property
+    def room_bytes(self) -> int:
+        """The bytes of copies that threads sort, which the allocator keeps until the end."""
+        if self.plan is None or self.choice is None or not self.plan.sorted_width:
+            return 0
+        n_cells, backend = prod(self.plan.shape), self.choice.backend
+        tile = max(self.plan.slice_cells, block_cells(backend, self.plan.shape))
+        return self.plan.sorted_width * min(n_cells, n_threads() * tile)
 
     @property
     def between_bytes(self) -> int:

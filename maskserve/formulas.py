@@ -78,7 +78,8 @@ class OfExpression(Step):
     @property
     def bytes_held(self) -> int:
         if not self.wrt:
-            return max(self.term.peak_bytes, self.bytes_written)
+            room = max((stage.room_bytes for stage in stages(self.term)), default=0)
+            return max(self.term.peak_bytes, self.bytes_written) + room
         terms = [term for stage in stages(self.term) for term in fused(stage)]
         saved = sum(term.n_bytes + REACH * prod(term.shape) for term in terms)
         saved += sum(term.outline.held_bytes for term in terms if term.outline is not None)

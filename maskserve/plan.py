@@ -65,10 +65,13 @@ class Plan:
         return self.row.finalize_weighted if self.weighted else self.row.finalize
 
     @property
-    def sorted_bytes(self) -> int:
-        """The bytes of each slice that a kernel holds beside its cells, where it sorts a copy of the valid ones."""
-        slice_cells = math.prod(self.shape[dim] for dim in self.dims)
-        return 4 * max(self.dtype.n_bytes, 4) * slice_cells if self.row.sorts else 0
+    def sorted_width(self) -> int:
+        """The bytes that a kernel holds for each cell that it works on beside it, where it sorts a copy of the valid ones."""
+        return 4 * max(self.dtype.n_bytes, 4) if self.row.sorts else 0
+
+    @property
+    def slice_cells(self) -> int:
+        return math.prod(self.shape[dim] for dim in self.dims)
 
     @property
     def labels(self) -> tuple[float, ...] | None:

@@ -39,7 +39,7 @@ def bytes_a_slice(plan: Plan, cell_bytes: int) -> int:
     n = max(plan.n_reduced, 1)
     n_results = n if not isinstance(plan.row, Reduction) else len(plan.labels or (0,))
     widths = backend_of(plan).widths_held * plan.dtype.n_bytes * n
-    return n * cell_bytes + n_results * (plan.result.n_bytes + 1) + widths + plan.sorted_bytes
+    return n * cell_bytes + n_results * (plan.result.n_bytes + 1) + widths + plan.sorted_width * plan.slice_cells
 
 
 def of_result(plan: Plan, tile: Region) -> Window:
