@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import re
@@ -10,14 +11,13 @@ from functools import lru_cache
 from typing import TypeAlias
 from urllib.parse import unquote
 
-from maskserve.errors import ParameterError, nearest
+from maskserve.errors import InputError, ParameterError, nearest
 
 STORES = ("s3", "gs", "az")
 """Schemes of stores: their objects can be listed, and written."""
 WEB = ("https", "http")
 SCHEMES = (*STORES, *WEB)
 MOST_CHARS = 4096
-NAME_ONE = "name one file of it; reduce, merge and batch take all that lie below it"
 _BEGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,253}")
 _HOST = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -150,8 +150,15 @@ def object_at(path: str) -> Address:
     """The address of one object, to be read or written."""
     found = parse(path)
     if found.is_folder:
-        raise ParameterError(f"{found} is a folder of objects: {NAME_ONE}", parameter="path")
+        raise is_a_folder(f"{found} is a folder of objects")
     return found
+
+
+def is_a_folder(said: str) -> InputError:
+    """The error of a folder where one file is read."""
+    error = InputError(f"{said}: name one file of it; reduce, merge and batch take all that lie below it")
+    error.errno = errno.EISDIR
+    return error
 
 
 def expression(pattern: str) -> str:
