@@ -53,7 +53,7 @@ every_mergeable_row = named(MERGEABLE)
 def of_every_dtype(rows: Any) -> Callable[[Callable[..., None]], Callable[[Row], None]]:
     """A law of a row and a dtype, as a test a row of all that it accepts; a note on the failure names the dtype.
 
-    A test for each pair costs 2 ms of the runner's, thousands of times. Complex cells, sums of real ones, have tests of their own.
+    A test for each pair costs 2 ms of the runner's, thousands of times. Complex cells have tests of their own.
     """
 
     def of_rows(law: Callable[..., None]) -> Callable[[Row], None]:
