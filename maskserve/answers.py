@@ -14,6 +14,7 @@ from maskserve.errors import TooLargeError
 from maskserve.execution import execution
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
+from maskserve.payload.header import shown
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.metadata import KEY_SHAPES, with_shapes
 from maskserve.payload.tensors import load
@@ -293,14 +294,15 @@ def labels(planned: tuple[Step, ...], taken: set[str]) -> Iterator[Result]:
 
 def refuse_growth(planned: tuple[Step, ...], payload: Payload) -> None:
     """Refuses an answer out of all proportion to its question: a dim of size 0 lets 70 bytes ask for terabytes."""
-    is_sparse = any(v.stored is not None for step in planned for v in step.inputs)
+    sparse = next((v.name for step in planned for v in step.inputs if v.stored is not None), None)
     is_empty = not all(info.n_bytes for info in payload.header.tensors.values())
-    if not (is_sparse or is_empty or any(step.labels for step in planned)):
+    if not (sparse is not None or is_empty or any(step.labels for step in planned)):
         return  # no dim has size 0 and none is new, so no answer has more cells than its question has bytes
     n_bytes = sum(step.bytes_written for step in planned)
     most = max(SMALL_ANSWER, GROWTH * payload.n_bytes)
     if n_bytes > most:
-        raise TooLargeError(f"the answer would have {n_bytes} bytes; to this question it may have at most {most}")
+        why = "" if sparse is None else f": {shown(sparse)} is sparse, and the answer has every cell"
+        raise TooLargeError(f"the answer would have {n_bytes} bytes{why}; to this question it may have at most {most}")
 
 
 def resolved(request: Request, payload: Payload, others: Payloads) -> Variables:

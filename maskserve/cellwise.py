@@ -317,7 +317,7 @@ def safe(value: Any, mask: Tensor, *, floats: bool = False) -> Any:
     """Integers that are 1 where the result is hidden: torch raises on a division by 0 wherever it stands."""
     if not isinstance(value, Tensor) or (value.dtype.is_floating_point and not floats):
         return value
-    shape = torch.broadcast_shapes(value.shape, mask.shape)
+    shape = broadcast(value.shape, mask.shape)
     return select(value.expand(shape), mask.expand(shape), 1)
 
 
@@ -326,15 +326,32 @@ def broadcast_shape(row: Elementwise, tensors: Sequence[Tensor]) -> torch.Size:
         return torch.Size()
     first = tensors[0].shape
     if all(tensor.shape == first for tensor in tensors[1:]):
-        return first  # torch.broadcast_shapes takes 30 us for equal ones
+        return first
     try:
-        shape: torch.Size = torch.broadcast_shapes(*[tensor.shape for tensor in tensors])
-        return shape
-    except RuntimeError:
+        return broadcast(*[tensor.shape for tensor in tensors])
+    except ValueError:
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise ShapeError(
             f"{row.name}: shapes {shapes} do not broadcast; sizes must be equal or 1, counted from the last dim"
         ) from None
+
+
+def broadcast(*shapes: Sequence[int]) -> torch.Size:
+    """The shape of what has these shapes together; ValueError where they do not fit. torch's own takes 30 us.
+
+    >>> broadcast((3, 1), (4,))
+    torch.Size([3, 4])
+    """
+    ndim = max(map(len, shapes))
+    sizes = [1] * ndim
+    for shape in shapes:
+        for dim, size in enumerate(shape, ndim - len(shape)):
+            if size == 1:
+                continue
+            if sizes[dim] not in (1, size):
+                raise ValueError(shapes)
+            sizes[dim] = size
+    return torch.Size(sizes)
 
 
 def padded(mask: Tensor, ndim: int) -> Tensor:

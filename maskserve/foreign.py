@@ -12,7 +12,7 @@ from maskserve.tensor import SPARSE, MaskedTensor
 
 
 def from_foreign(value: Any) -> Any:
-    """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked and torch's sparse tensors as ours.
+    """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked, sparse tensors of torch and scipy as ours.
 
     Anything else stays as it is.
     NaN is how xarray and pandas say missing, and there it is masked.
@@ -30,6 +30,8 @@ def from_foreign(value: Any) -> Any:
         if value.layout in SPARSE:
             return MaskedTensor(value.get_data(), value.get_mask())
         return MaskedTensor._of(value.get_data(), value.get_mask().clone())
+    if home.startswith("scipy.sparse"):
+        return MaskedTensor(sparse_tensor(value))
     if home.startswith("xarray") and hasattr(kind, "to_masked_array"):
         return from_foreign(value.to_masked_array(copy=False))
     if home.startswith("pandas") and hasattr(kind, "isna") and hasattr(kind, "to_numpy"):
@@ -37,6 +39,25 @@ def from_foreign(value: Any) -> Any:
         cells = plain_tensor(value.where(~missing, 0).to_numpy())
         return MaskedTensor._of(cells, plain_tensor(~missing))
     return value
+
+
+def sparse_tensor(matrix: Any) -> Tensor:
+    """torch's tensor of a sparse matrix or array of scipy: CSR of CSR, else COO; cells that stand twice are added, as there."""
+    import numpy as np
+
+    if matrix.format == "csr" and matrix.ndim == 2:
+        if not matrix.has_canonical_format:
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
+        rows, columns = (plain_tensor(part).long() for part in (matrix.indptr, matrix.indices))
+        made: Tensor = torch.sparse_csr_tensor(
+            rows, columns, plain_tensor(matrix.data), matrix.shape, check_invariants=False
+        )
+        return made
+    coo = matrix.tocoo(copy=True)
+    coo.sum_duplicates()
+    places = plain_tensor(np.stack(coo.coords) if hasattr(coo, "coords") else np.stack([coo.row, coo.col])).long()
+    return torch.sparse_coo_tensor(places, plain_tensor(coo.data), coo.shape, check_invariants=False)
 
 
 def plain_tensor(array: Any) -> Tensor:

@@ -7,21 +7,49 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from maskserve.errors import OutputError
+from maskserve import folders
+from maskserve.errors import InputNotFoundError, OutputError
 from maskserve.payload.files import file_state
 from maskserve.payload.header import shown
-from maskserve.stores.addresses import is_address
+from maskserve.stores.addresses import is_address, parse
 
 
-def expanded(paths: Sequence[str]) -> list[str]:
-    """Paths with each folder or pattern of a store replaced by the objects that it means, sorted."""
-    if not any(map(is_address, paths)):
-        return list(paths)
-    from maskserve.stores import listing
+def expanded(paths: Sequence[str], tell: Callable[[str], None] | None = None) -> list[str]:
+    """Paths with each folder or pattern, on disk or of a store, replaced by the files or objects that it means, sorted.
 
-    return listing.expanded(paths)
+    With `tell`, what has no suffix of data is passed over below a folder, and told of.
+    """
+    found: list[str] = []
+    for path in paths:
+        if tell is not None and means_what_is_below(path):
+            found += data_below(path, tell)
+        else:
+            found += meant(path)
+    return found
+
+
+def meant(path: str) -> list[str]:
+    """The files or objects that a path means, sorted; one that is no folder and no pattern is itself."""
+    if is_address(path):
+        from maskserve.stores import listing
+
+        return listing.meant(path)
+    return folders.meant(path)
+
+
+def means_what_is_below(path: str) -> bool:
+    """Whether a path is a folder, on disk or of a store."""
+    return parse(path).is_folder if is_address(path) else folders.is_folder(path)
+
+
+def data_below(path: str, tell: Callable[[str], None]) -> list[str]:
+    """The files or objects below a folder that may hold tensors; at least one."""
+    found = list(folders.of_data(path, meant(path), tell))
+    if not found:
+        raise InputNotFoundError(f"{shown(path)} has no file of a format that is read; name one, or give a pattern")
+    return found
 
 
 def is_named(path: str) -> bool:

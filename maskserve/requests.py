@@ -397,7 +397,7 @@ def refused(row: Row, error: ValidationError) -> RequestError:
     if first["type"] == "extra_forbidden":
         own = ", ".join(p.name for p in row.requestable)
         return ParameterError(
-            f"{row.name} has no parameter {name[:64]!r}; it takes {own}{nearest(name, known)}",
+            f"{row.name} has no parameter {name[:64]!r}; it takes {own}{nearest(name, ('op', *known))}",
             parameter=name[:64],
             allowed=known,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskserve import batches, masks
 from maskserve.dtypes import BY_TORCH, f64
-from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError
+from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError, UncoveredFunctionError
 from maskserve.formatting import nested, text_of
 from maskserve.history import History
 from maskserve.operators import attach
@@ -124,6 +124,18 @@ class MaskedTensor(History):
         from maskserve.ops import OPS
 
         return sorted({*object.__dir__(self), *(row.name for row in OPS.values() if row.is_method)})
+
+    @property
+    def _is_param(self) -> bool:
+        """What torch.nn.Parameter asks of tensors that are not torch's own, and sets."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:
+        raise UncoveredFunctionError(
+            "nn.Parameter takes a plain tensor: make the data the parameter, nn.Parameter(m.get_data()), keep the mask as a "
+            "buffer, and compute with as_masked_tensor(parameter, mask)"
+        )
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SETS = ("baseline", "avx2", "avx512")
 
 
-def assert_same_bits_as_baseline(module: str, isa: str) -> None:
-    """`module.print_bits()` prints the name of the set, then lines that are the same from `isa` and baseline."""
+def assert_same_bits_by_every_set(module: str) -> None:
+    """`module.print_bits()` prints the name of the set, then lines that are the same from each set that the processor has."""
     from maskserve.backends import _native
 
-    widest = _native.isa() if "MASKSERVE_ISA" not in os.environ else "avx512"
-    if isa == "avx512" and widest != "avx512":
-        pytest.skip("this processor has no AVX-512")
-    if isa == "avx2" and widest == "baseline":
+    widest = _native.isa() if "MASKSERVE_ISA" not in os.environ else SETS[-1]
+    if widest == SETS[0]:
         pytest.skip("this processor has no AVX2")
-    first, *found = printed(module, isa)
-    assert first == isa
-    for line, expected in zip(found, printed(module, "baseline")[1:], strict=True):
-        assert line == expected
+    _, *baseline = printed(module, SETS[0])
+    for isa in SETS[1 : SETS.index(widest) + 1]:
+        first, *found = printed(module, isa)
+        assert first == isa
+        for line, expected in zip(found, baseline, strict=True):
+            assert line == expected, isa
 
 
 def printed(module: str, isa: str) -> list[str]:

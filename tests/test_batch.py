@@ -44,6 +44,8 @@ def job_fixture(folder: Path) -> Path:
     [
         (("version = 1", ""), 78, "version is missing: 1, the version of the job file's form"),
         (("version = 1", "version = 2"), 78, "version is 2; it must be 1"),
+        (('op = "mean"', 'op = "mean"\nopp = "max"'), 78, "mean has no parameter 'opp'"),
+        (('op = "mean"', 'op = "mean"\nopp = "max"'), 78, "did you mean op?"),
         (("version = 1", "version = 1\nworkers = 2"), 78, "'workers' is not a key of a job file; it belongs to [run]"),
         (("[output]", "[outptu]"), 78, "'outptu' is not a key of a job file; did you mean output?"),
         (("workers = 2", "worker = 2"), 78, "'worker' is not a key of [run], which has workers, engine, memory, retries, "
@@ -227,7 +229,7 @@ def test_a_dry_run_says_what_it_would_cost_and_does_nothing(tmp_path: Path) -> N
     assert "to do    3, 13.1 kB" in ran.out or re.search(r"to do    3, 1\d\.\d kB", ran.out)
     assert "outputs  to out, the first as out/f00000.safetensors" in ran.out
     assert not (tmp_path / "out").exists()
-    outlook = json.loads(batch(tmp_path, "--dry-run", "--json").out)
+    outlook = json.loads(batch(tmp_path, "--dry-run", "--json", "--workers", "2").out)
     assert (outlook["inputs"], outlook["to_do"], outlook["done"], outlook["workers"]) == (3, 3, 0, 2)
 
 
@@ -242,6 +244,18 @@ def test_lists_folders_and_patterns_find_each_file_once(tmp_path: Path) -> None:
     assert batch(tmp_path).code == 0
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out" / "in").rglob("*.safetensors"))
     assert found == ["in/deep/[1].safetensors", *(f"in/{name}" for name in names)]
+
+
+def test_a_folder_means_its_files_of_data_with_or_without_a_slash(tmp_path: Path) -> None:
+    make_inputs(tmp_path, 2)
+    (tmp_path / "in" / "README.txt").write_text("what these are")
+    for said in ("in", "in/"):
+        (tmp_path / "job.toml").write_text(JOB.replace('["in/*"]', f'["{said}"]'))
+        ran = batch(tmp_path, "--dry-run")
+        assert "inputs   2," in ran.out
+        assert f"{said}: passed over README.txt: no such suffix is read; a pattern, or its name, takes it" in ran.err
+    (tmp_path / "job.toml").write_text(JOB)
+    assert "inputs   3," in batch(tmp_path, "--dry-run").out, "a pattern takes what it says"
 
 
 def test_files_are_converted_with_their_masks(tmp_path: Path) -> None:
@@ -308,6 +322,7 @@ def test_the_first_failure_can_end_the_job(tmp_path: Path) -> None:
     assert ran.code == 65
     assert "stopped by run.max_errors (--fail-fast): without it, the same command tries all" in ran.err
     assert list(errors(tmp_path)) == [names[0]]
+    assert f"maskserve: in/{names[0]} failed first: {errors(tmp_path)[names[0]]['message']}\n" in ran.err
     assert summary(tmp_path)["done"] < 39
     assert batch(tmp_path, "--set", "run.max_errors=2").code == 65
     assert summary(tmp_path)["failed"] == 2

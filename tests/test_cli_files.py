@@ -221,6 +221,75 @@ def test_a_parameter_does_not_take_the_name_of_an_option_of_ours() -> None:
         assert not own & {parameter.name for parameter in requests.parameters(verb)}
 
 
+# -- folders and patterns ---------------------------------------------------------------------------------------------
+
+
+def days(*names: str) -> None:
+    """A file of one row for each name, whose cell is its place."""
+    for number, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        save_file({"x": np.array([[number]])}, name)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [("days", "0\n1\n2\n"), ("days/", "0\n1\n2\n"), ("days/*.safetensors", "1\n2\n"), ("days/**/[0]*", "0\n")],
+)
+def test_a_folder_and_a_quoted_pattern_are_one_tensor_in_the_order_of_their_names(
+    maskserve: Maskserve, path: str, answer: str
+) -> None:
+    days("days/0/0.safetensors", "days/1.safetensors", "days/2.safetensors", "days/.hidden.safetensors")
+    Path("days/README.txt").write_text("what these are")
+    assert maskserve("reduce", "--op", "sum", "--dim", "1", path).text == answer
+
+
+def test_what_a_folder_has_of_no_known_suffix_is_told_of_and_a_pattern_takes_it(maskserve: Maskserve) -> None:
+    days("days/a", "days/b.safetensors", "days/c.old")
+    Path("days/README.txt").write_text("what these are")
+    ran = maskserve("reduce", "--op", "sum", "--dim", "0", "days")
+    assert (ran.code, ran.text) == (0, "1\n")
+    assert (
+        "maskserve: days: passed over README.txt and 1 more: no such suffix is read; a pattern, or its name, takes"
+        in ran.err
+    )
+    assert maskserve("reduce", "--op", "sum", "--dim", "0", "days/[abc]*").text == "3\n"
+
+
+def test_a_folder_of_zarr_is_one_input(maskserve: Maskserve) -> None:
+    days("a.safetensors")
+    Path("days").mkdir()
+    for name in ("a", "b"):
+        assert maskserve("convert", "a.safetensors", f"days/{name}.zarr").code == 0
+    for path, n in (("days", 2), ("days/**/*", 2), ("days/b.zarr", 1), ("days/b.zarr/", 1), ("days/b*", 1)):
+        ran = maskserve("reduce", "--op", "count", "--tensor", "x", path)
+        assert (ran.code, ran.text) == (0, f"{n}\n"), ran.err
+
+
+def test_a_folder_of_states_is_merged_whatever_their_suffix(maskserve: Maskserve) -> None:
+    days("a.safetensors")
+    Path("states").mkdir()
+    for part in ("0", "1"):
+        words = ("--shard", f"{part}/2", "--state", f"states/of.{part}")
+        assert maskserve("reduce", "--op", "sum", "--dim", "1", *words, "a.safetensors").code == 0
+    assert maskserve("merge", "states/").text == maskserve("reduce", "--op", "sum", "--dim", "1", "a.safetensors").text
+
+
+@pytest.mark.parametrize("path", ["empty/", "empty", "no/*.safetensors"])
+def test_a_folder_or_pattern_that_means_nothing_is_no_input(maskserve: Maskserve, path: str) -> None:
+    Path("empty").mkdir()
+    ran = maskserve("reduce", "--op", "sum", path)
+    assert ran.code == 66
+    assert one_line(ran) == f"maskserve: {path} means no file: none is below it, or like it"
+
+
+@pytest.mark.parametrize("command", ["info", "head", "validate"])
+def test_what_reads_one_file_names_the_folder_that_it_was_given(maskserve: Maskserve, command: str) -> None:
+    Path("days").mkdir()
+    ran = maskserve(command, "days")
+    assert ran.code == 2
+    assert "is a folder: name one file of it; reduce, merge and batch take all that lie below it" in ran.err + ran.text
+
+
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 

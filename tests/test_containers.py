@@ -96,16 +96,24 @@ def context(folder: Path) -> None:
     assert let_in == set(copied()), "the builder gets what is copied and nothing else"
 
 
-def test_the_files_that_are_copied_build_a_whole_wheel(tmp_path: Path) -> None:
-    context(tmp_path)
+def wheel_of(folder: Path, *options: str) -> set[str]:
+    """The names in the wheel that pip builds of a folder."""
+    words = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", *options)
     ran = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."],
+        [sys.executable, "-m", "pip", "wheel", *words, "."],
         env={**os.environ, "SKBUILD_CMAKE_DEFINE": "MASKSERVE_OPTIMIZATION=-O0;MASKSERVE_BASELINE_ONLY=ON"},
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
-    (wheel,) = (tmp_path / "dist").iterdir()
-    names = set(zipfile.ZipFile(wheel).namelist())
+    (wheel,) = (folder / "dist").iterdir()
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_files_that_are_copied_build_a_whole_wheel(tmp_path: Path) -> None:
+    """With COMPILE=1 its kernels too: a minute and a half of a core, for what the installation of this checkout has shown."""
+    context(tmp_path)
+    is_compiled = os.environ.get("COMPILE") == "1"
+    names = wheel_of(tmp_path, *(() if is_compiled else ("--config-settings=wheel.cmake=false",)))
     sources = {
         str(path.relative_to(ROOT / above))
         for above, package in (("", "maskserve"), ("cli", "maskserve_cli"), ("api", "maskserve_api"))
@@ -113,8 +121,24 @@ def test_the_files_that_are_copied_build_a_whole_wheel(tmp_path: Path) -> None:
         if path.is_file() and path.suffix not in (".pyc", ".so")
     }
     assert sources <= names
-    assert [name for name in names if name.startswith("maskserve/backends/_native") and name.endswith(".so")]
+    assert is_compiled == any(re.fullmatch(r"maskserve/backends/_native.*\.so", name) for name in names)
     assert not {name.split("/")[0] for name in names if not name.startswith("maskserve")}
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+def test_the_files_that_are_copied_have_every_source_of_the_kernels(tmp_path: Path) -> None:
+    """CMake looks for the sources that it will compile; what those include lies beside them."""
+    context(tmp_path)
+    nanobind = subprocess.run(
+        [sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True, check=True
+    )
+    options = (f"-Dnanobind_DIR={nanobind.stdout.strip()}", f"-DPython_EXECUTABLE={sys.executable}")
+    ran = subprocess.run(["cmake", "-S", ".", "-B", "build", *options], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    sources = list((tmp_path / "native").iterdir())
+    included = {name for path in sources for name in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE)}
+    assert included
+    assert included <= {path.name for path in sources}
 
 
 def test_what_it_needs_is_installed_before_a_source_is_copied() -> None:

@@ -10,13 +10,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import maskserve as ms
 from maskserve import OPS, MaskedTensor, dtypes
+from maskserve.cellwise import broadcast
 from maskserve.dtypes import ALL, WIDE, DType, f32, i64, u64
 from maskserve.errors import (
     DataError,
@@ -748,3 +751,15 @@ def test_every_elementwise_function_of_torch_has_a_row_or_a_reason() -> None:
                     missing.add(name.removeprefix("special_"))
     assert missing <= set(NOT_COVERED), sorted(missing - set(NOT_COVERED))
     assert not {row.name for row in ELEMENTWISE} & set(NOT_COVERED)
+
+
+@hypothesis.given(shapes=st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=3))
+@hypothesis.settings(max_examples=300)
+def test_shapes_are_broadcast_as_torch_does(shapes: list[list[int]]) -> None:
+    try:
+        expected = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        with pytest.raises(ValueError, match=r"\["):
+            broadcast(*shapes)
+    else:
+        assert broadcast(*shapes) == expected

@@ -433,16 +433,16 @@ NOT_IN_TORCH = {
 }
 """Dtypes that torch has the values in, or those beside another dtype, and no derivative; with a word of its error."""
 OTHER_DTYPES = (dtypes.f32, dtypes.f16, dtypes.bf16, dtypes.c64, dtypes.c128)
-OF_DTYPES = [
-    (case, dtype)
-    for case in [*EACH_CELL, *SLICES, *PRODUCTS, *PAIRS]
-    for dtype in OTHER_DTYPES
-    if dtype in case.row.accepts
-]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "dtype"), OF_DTYPES, ids=lambda value: getattr(value, "name", str(value)))
-def test_a_gradient_has_the_dtype_of_its_tensor_and_no_nan(case: Case, dtype: dtypes.DType) -> None:
+@pytest.mark.parametrize("case", [*EACH_CELL, *SLICES, *PRODUCTS, *PAIRS], ids=str)
+def test_a_gradient_has_the_dtype_of_its_tensor_and_no_nan(case: Case) -> None:
+    for dtype in OTHER_DTYPES:
+        if dtype in case.row.accepts:
+            assert_gradient_has_its_dtype_and_no_nan(case, dtype)
+
+
+def assert_gradient_has_its_dtype_and_no_nan(case: Case, dtype: dtypes.DType) -> None:
     narrow = case.to(torch_dtype(dtype))
     if (said := NOT_IN_TORCH.get((case.row.name, dtype))) is not None:
         with pytest.raises((NotImplementedError, MaskserveError), match=said):
@@ -451,11 +451,11 @@ def test_a_gradient_has_the_dtype_of_its_tensor_and_no_nan(case: Case, dtype: dt
     leaves = narrow.leaves()
     result = narrow.op(*leaves)
     if not result.requires_grad:
-        assert result.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+        assert result.dtype not in (torch.float32, torch.float16, torch.bfloat16), dtype
         return
     loss(result).backward()
     for leaf, mask in zip(leaves, case.uses(case.masks, result.get_mask()), strict=True):
         if leaf.grad is not None:
-            assert leaf.grad.dtype == leaf.dtype
-            assert not leaf.grad.get_data().isnan().any()
-        assert torch.equal(gradient_mask(leaf), mask)
+            assert leaf.grad.dtype == leaf.dtype, dtype
+            assert not leaf.grad.get_data().isnan().any(), dtype
+        assert torch.equal(gradient_mask(leaf), mask), dtype

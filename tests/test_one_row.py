@@ -77,4 +77,4 @@ def test_the_laws_take_the_new_row_up() -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     n_passed = int(run.stdout.rsplit(" passed", 1)[0].split()[-1])
-    assert n_passed > 100
+    assert n_passed > 20, "a test a law, which takes every dtype of the row"

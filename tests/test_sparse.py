@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 import maskserve as ms
@@ -553,3 +554,56 @@ def test_what_needs_every_cell_is_refused_in_one_line() -> None:
         with pytest.raises(MaskserveError, match=says) as caught:
             refused()
         assert "\n" not in str(caught.value)
+
+
+# -- what comes from scipy, and what is said of sparse tensors elsewhere -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["csr_matrix", "csr_array", "coo_matrix", "coo_array", "csc_array", "lil_matrix", "dok_array"]
+)
+def test_scipys_matrices_come_in_by_what_they_store(name: str) -> None:
+    cells = np.array([[0.0, 2, 0], [1, 0, 3]])
+    made = ms.masked_tensor(getattr(scipy.sparse, name)(cells))
+    assert made.layout is (torch.sparse_csr if name.startswith("csr") else torch.sparse_coo)
+    assert listed(made) == [[None, 2, None], [1, None, 3]]
+    assert ms.sum(made, 1).tolist() == [2, 4]
+
+
+def test_cells_of_scipy_that_stand_twice_are_added_and_the_matrix_is_left_as_it_was() -> None:
+    twice = scipy.sparse.coo_array((np.array([1.0, 2, 4]), (np.array([0, 0, 1]), np.array([1, 1, 0]))), shape=(2, 2))
+    rows = scipy.sparse.csr_array((np.array([4, 1, 2]), np.array([1, 0, 1]), np.array([0, 3, 3])), shape=(2, 2))
+    assert listed(ms.masked_tensor(twice)) == [[None, 3], [4, None]]
+    assert listed(ms.masked_tensor(rows)) == [[1, 6], [None, None]]
+    assert (twice.nnz, rows.nnz) == (3, 3)
+
+
+def test_what_takes_every_cell_says_which_tensor_is_sparse(maskserve: Maskserve) -> None:
+    wide = torch.sparse_coo_tensor(INDICES, torch.ones(3), (5000, 5000), check_invariants=False)
+    ms.save({"x": ms.as_masked_tensor(wide)}, "wide.safetensors")
+    ran = maskserve("eval", "--expr", "x + 1", "wide.safetensors")
+    assert ran.code == 65
+    assert (
+        "125000000 bytes: x is sparse, and the answer has every cell; to this question it may have at most" in ran.err
+    )
+    ms.save(
+        {"y": ms.as_masked_tensor(torch.ones(3, 3)), "w": ms.as_masked_tensor(torch.eye(3).to_sparse())},
+        "two.safetensors",
+    )
+    ran = maskserve("reduce", "--op", "mean", "--tensor", "y", "--weights", "w", "two.safetensors")
+    assert ran.code == 2
+    assert "w is sparse, and weights takes a tensor with every cell: to_dense() makes one" in ran.err
+
+
+def test_the_losses_and_layers_of_the_page_are_those_that_work() -> None:
+    x, plain, classes = (
+        ms.as_masked_tensor(torch.eye(3).to_sparse()),
+        torch.zeros(3, 3),
+        torch.zeros(3, dtype=torch.long),
+    )
+    for loss in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits", "kl_div"):
+        assert getattr(ms, loss)(x, plain).item() == pytest.approx(getattr(ms, loss)(x.to_dense(), plain).item())
+    assert torch.nn.functional.layer_norm(x, (3,)).layout is torch.sparse_coo  # type: ignore[arg-type]  # ours
+    for refused in (lambda: ms.cross_entropy(x, classes), lambda: ms.nll_loss(x, classes)):
+        with pytest.raises(UncoveredFunctionError, match="to_dense"):
+            refused()

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import maskserve as ms
-from maskserve import MaskedTensor
+from maskserve import OPS, MaskedTensor
+from maskserve.errors import UncoveredFunctionError
+from maskserve.ops.rows import Loss
 
 F64 = torch.float64
 N, WIDE, OUT, STEPS = 7, 4, 3, 20
@@ -182,6 +184,17 @@ def test_gradients_of_batches_add_up() -> None:
         torch.testing.assert_close(a, p.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss", [row for row in OPS.values() if isinstance(row, Loss)], ids=lambda row: row.name)
+def test_autocast_changes_no_digit_of_a_masked_loss(loss: Loss) -> None:
+    x = ms.masked_tensor(torch.rand(4, 3, dtype=torch.bfloat16), torch.rand(4, 3) < 0.8)
+    target = torch.tensor([0, 2, 1, 1]) if loss.name in ("nll_loss", "cross_entropy") else torch.rand(4, 3).bfloat16()
+    expected = getattr(ms, loss.name)(x, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = getattr(ms, loss.name)(x, target)
+    assert made.dtype is expected.dtype
+    assert made.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_changes_no_digit_of_a_masked_product(backward_inside: bool) -> None:
     """torch would compute it in a half; a masked one keeps the dtype that it names."""
@@ -211,3 +224,13 @@ def test_the_pages_code_runs() -> None:
     assert names["model"].weight.grad is not None
     assert names["table"].tolist()[1][1] is None
     assert names["table"].tolist()[0][0] != pytest.approx(0.1)
+
+
+def test_a_parameter_of_masked_cells_is_refused_with_the_way_to_have_one() -> None:
+    m = ms.masked_tensor([[1.0, None]])
+    with pytest.raises(UncoveredFunctionError, match=r"nn.Parameter takes a plain tensor: make the data the parameter"):
+        torch.nn.Parameter(m)  # type: ignore[arg-type]  # a MaskedTensor
+    weight = torch.nn.Parameter(m.get_data())
+    ms.as_masked_tensor(weight, m.get_mask()).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[1, 0]]

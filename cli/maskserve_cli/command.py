@@ -82,8 +82,11 @@ def one_file(command: str, files: Sequence[str] | None) -> str:
     return files[0]
 
 
-def some_files(command: str, files: Sequence[str] | None) -> Sequence[str]:
-    """The files and objects that a command reads as one, those of folders of a store listed; stdin once at most."""
+def some_files(command: str, files: Sequence[str] | None, *, of_states: bool = False) -> Sequence[str]:
+    """The files and objects that a command reads as one, those of folders and patterns listed; stdin once at most.
+
+    Of states every file below a folder is one, else those with a suffix of data.
+    """
     from maskserve.errors import ParameterError
     from maskserve.places import expanded
 
@@ -91,7 +94,7 @@ def some_files(command: str, files: Sequence[str] | None) -> Sequence[str]:
         raise ParameterError(f"{command} needs a FILE; - is stdin", parameter="FILE")
     if files.count("-") > 1:
         raise ParameterError(f"{command} reads stdin (-) once; give it once", parameter="FILE")
-    return expanded(files)
+    return expanded(files, None if of_states else say)
 
 
 def imported(where: str) -> Callable[..., object]:

@@ -80,6 +80,7 @@ BY_ERRNO: Mapping[int, int] = MappingProxyType(
         errno.EDQUOT: IO_ERROR,
         errno.EIO: IO_ERROR,
         errno.EAGAIN: TRY_AGAIN,
+        errno.EISDIR: USAGE,
         errno.EILSEQ: BAD_DATA,  # a name in a store that no address has
     }
 )

@@ -163,7 +163,7 @@ def merge(
     memory: Annotated[str | None, MEMORY] = None,
     config: Config = None,
 ) -> None:
-    paths = some_files("merge", files)
+    paths = some_files("merge", files, of_states=True)
     settings = settings_of(config, {"memory": memory})
     wanted = outputs.Wanted(out=out, form=form, as_json=as_json, exists=exists, force=force)
     target = outputs.target(wanted, None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from maskserve.errors import InputError, InputNotFoundError, ParameterError, SettingsError
+from maskserve.folders import matching, of_data
 from maskserve.payload.header import shown
+from maskserve.places import means_what_is_below
 from maskserve.stores.addresses import Address, is_address, parse
 
 
@@ -68,6 +69,8 @@ def find(paths: tuple[str, ...], list_file: str, tell: Callable[[str], None], kn
     found: dict[str, str] = {}
     for path in paths:
         matches = list(matching_objects(path, known) if is_address(path) else matching(path))
+        if means_what_is_below(path):
+            matches = list(of_data(path, matches, tell))
         if not matches:
             tell(f"{shown(path)} matches nothing")
         for match in matches:
@@ -79,16 +82,6 @@ def find(paths: tuple[str, ...], list_file: str, tell: Callable[[str], None], kn
         where = [*paths, *([f"the list {list_file}"] if list_file else [])]
         raise InputNotFoundError(f"there is no input: {', '.join(map(shown, where))} match nothing in {os.getcwd()}")
     return sorted(found.values())
-
-
-def matching(path: str) -> Iterator[str]:
-    if path.endswith("/"):
-        path = f"{glob.escape(path)}**/*"
-        yield from (found for found in glob.iglob(path, recursive=True) if not os.path.isdir(found))
-    elif glob.has_magic(path) and not os.path.lexists(path):
-        yield from map(os.path.normpath, glob.iglob(path, recursive=True))
-    else:
-        yield os.path.normpath(path)
 
 
 def lines(list_file: str) -> list[str]:

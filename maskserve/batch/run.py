@@ -210,7 +210,11 @@ class Runner:
             if n_before:
                 self.wait(FIRST_WAIT_S * 2 ** (n_before - 1))
             again = self.one_pass(plan, part, left, progress, executor, is_last=n_before == plan.job.retries)
-            if not again or self.stop.is_asked or self.is_enough(plan, progress):
+            if self.is_enough(plan, progress):
+                first = next(iter(progress.failed.values()))
+                self.tell(f"{shown(first.uri)} failed first: {first.message}")
+                break
+            if not again or self.stop.is_asked:
                 break
             left = again
 

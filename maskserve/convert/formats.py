@@ -83,6 +83,15 @@ def by_suffix(path: str) -> Format | None:
     return next((row for row in FORMATS if suffix in row.suffixes), None)
 
 
+def is_data(path: str) -> bool:
+    """Whether a file may hold tensors, as far as its suffix says: one of a format, or none at all.
+
+    >>> is_data("rain.nc"), is_data("rain"), is_data("README.txt")
+    (True, True, False)
+    """
+    return not suffix_of(path) or by_suffix(path) is not None
+
+
 def suffix_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path.rstrip("/")))[1].lower()
 

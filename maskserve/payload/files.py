@@ -32,7 +32,7 @@ from maskserve.errors import (
 from maskserve.payload.drafts import Draft
 from maskserve.payload.header import DEFAULT_LIMITS, Buffer, Header, Limits, TensorInfo, parse_header, shown
 from maskserve.payload.writing import Encoded
-from maskserve.stores.addresses import is_address
+from maskserve.stores.addresses import is_a_folder, is_address
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Exists: TypeAlias = Literal["error", "replace", "skip"]
@@ -283,6 +283,8 @@ def _open_regular(path: StrPath) -> int:
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
+        if stat.S_ISDIR(mode):
+            raise is_a_folder(f"{name} is a folder")
         raise InputError(f"{name} is {_kind(mode)}; a payload is read from a regular file")
     return fd
 

@@ -300,6 +300,11 @@ def _bad_shape(of: TensorInfo, mask: TensorInfo, rule: str) -> NoReturn:
 def unknown(name: str, names: Collection[str], *, parameter: str) -> UnknownTensorError:
     """The error of a name that no tensor has."""
     allowed = [shown(known) for known in names]
+    if not {f"{name}.{part}" for part in ("coo_values", "crow_indices")}.isdisjoint(names):
+        raise UnknownTensorError(
+            f"{shown(name)} is sparse, and {parameter} takes a tensor with every cell: to_dense() makes one",
+            parameter=parameter,
+        )
     some = ", ".join(allowed[:8]) + (", …" if len(allowed) > 8 else "")
     return UnknownTensorError(
         f"there is no tensor {shown(name)}; the payload has {some or 'none'}{nearest(name, allowed)}",

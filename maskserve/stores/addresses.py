@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import re
@@ -149,10 +150,15 @@ def object_at(path: str) -> Address:
     """The address of one object, to be read or written."""
     found = parse(path)
     if found.is_folder:
-        raise InputError(
-            f"{found} is a folder of objects: name one of them; reduce, merge and batch take all that lie below it"
-        )
+        raise is_a_folder(f"{found} is a folder of objects")
     return found
+
+
+def is_a_folder(said: str) -> InputError:
+    """The error of a folder where one file is read."""
+    error = InputError(f"{said}: name one file of it; reduce, merge and batch take all that lie below it")
+    error.errno = errno.EISDIR
+    return error
 
 
 def expression(pattern: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 from maskserve.errors import InputError, InputNotFoundError, ParameterError
 from maskserve.payload.header import shown
-from maskserve.stores.addresses import MOST_CHARS, STORES, Address, is_address, parse
+from maskserve.stores.addresses import MOST_CHARS, STORES, Address, parse
 from maskserve.stores.calls import at_once, waited
 from maskserve.stores.client import Found, Version, client_of, with_errno
 
@@ -62,16 +61,12 @@ def below(folder: str) -> set[str]:
     return {str(replace(address, key=one.key)) for one in waited(lambda: list(client.listed(address)))}
 
 
-def expanded(paths: Sequence[str]) -> list[str]:
-    """Paths with each folder or pattern of a store replaced by the objects that it means; files are left as they are."""
-    return [found for path in paths for found in meant(path)]
-
-
-def meant(path: str) -> Iterator[str]:
-    if not is_address(path) or not (address := parse(path)).is_many:
-        yield path
-        return
+def meant(path: str) -> list[str]:
+    """The objects that an address means, sorted; that of one object as it is spelled."""
+    address = parse(path)
+    if not address.is_many:
+        return [path]
     found = listed(address)
     if not found:
         raise InputNotFoundError(f"{address} means no object: nothing that the store lists is below it, or like it")
-    yield from found
+    return list(found)
