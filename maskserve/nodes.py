@@ -58,6 +58,13 @@ class Place:
     def __str__(self) -> str:
         return f"{self.row}.{self.n_rows}.{self.start}.{self.n_units}"
 
+    def cells(self, plan: Plan) -> tuple[int, int]:
+        """The flat index of its first cell, and how many there are up to its last one."""
+        below = prod(plan.fold[2:])
+        first, last = (min(at * unit_of(plan, 1), plan.fold[1]) for at in (self.start, self.stop))
+        begin = (self.row * plan.fold[1] + first) * below
+        return begin, ((self.row + self.n_rows - 1) * plan.fold[1] + last) * below - begin
+
     def shape(self, plan: Plan) -> Shape:
         """Its results: (n_rows, the other kept groups)."""
         return (self.n_rows, *plan.fold[2::2])

@@ -22,7 +22,7 @@ from maskserve.dtypes import Kind
 from maskserve.execution import backend_of, in_parallel
 from maskserve.ops.rows import Reduction
 from maskserve.plan import Plan
-from maskserve.regions import Region, cells_of, is_shown, moved, of_sizes, put, sizes_of
+from maskserve.regions import Region, cells_of, is_bounded, moved, of_sizes, put, sizes_of
 from maskserve.sources import Source
 from maskserve.trees import Counter, subtrees
 
@@ -50,24 +50,24 @@ class Most(NamedTuple):
 
     states: int
     cells: int
-    """Of a source that is seen where it lies."""
+    """Of a source that is seen where it lies, or fetched."""
 
     def units(self, plan: Plan, source: Source, region: Region, axis: int) -> int:
         """How many units of a group: 1 at least."""
         n = -(-(region[axis].stop - region[axis].start) // unit_of(plan, axis))
         fit: int = self.states // max(-(-n_states(plan, region) // n), 1)
-        if is_shown(plan, source):
+        if is_bounded(plan, source):
             fit = min(fit, self.cells // max(-(-prod(sizes_of(region)) // n), 1))
         return max(fit, 1)
 
     def holds(self, plan: Plan, source: Source, region: Region) -> bool:
         return n_states(plan, region) <= self.states and (
-            not is_shown(plan, source) or prod(sizes_of(region)) <= self.cells
+            not is_bounded(plan, source) or prod(sizes_of(region)) <= self.cells
         )
 
 
 def most_of(plan: Plan, source: Source, budget: int) -> Most:
-    n_bytes = min(regions.SHOWN, budget // SHARE)
+    n_bytes = min(regions.FETCHED if source.is_far else regions.SHOWN, budget // SHARE)
     return Most(most_states(plan, budget), max(n_bytes // source.cell_bytes, 1))
 
 
@@ -155,6 +155,7 @@ def placed(plan: Plan, parts: Parts, axis: int, by: int) -> Parts:
 def side_by_side(plan: Plan, source: Source, weights: Source | None, region: Region, most: Most, axis: int) -> Parts:
     """States of a region cut along a kept group."""
     size, step = region[axis].stop - region[axis].start, most.units(plan, source, region, axis)
+    step = -(-size // -(-size // step))  # parts alike, so that of far ones none is a sliver with a wide gap before it
     cut = [put(region, axis, moved(part, region[axis].start)) for part in spans(size, step)]
     found = [(part, state(plan, source, weights, part, most)) for part in cut]
     kept = sizes_of(region)[::2]

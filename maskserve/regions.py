@@ -27,6 +27,8 @@ WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
 FAR = 1 << 14
 """Columns beyond which a block is some of them alone, whose rows lie apart in a file."""
+FETCHED = 1 << 24
+"""Bytes of an object that are in memory at a time: columns of a row share what is asked for."""
 SHOWN = 1 << 26
 """Bytes of a file that are seen as memory at a time, at most: they count as memory of the process for as long."""
 TOGETHER = 32
@@ -148,15 +150,33 @@ def is_shown(plan: Plan, source: Source) -> bool:
     return isinstance(source, Stored) and source.is_mappable and plan.fold[-1] > FAR
 
 
+def is_bounded(plan: Plan, source: Source) -> bool:
+    """Whether the cells of a region, and not its states alone, say how large it may be."""
+    return source.is_far or is_shown(plan, source)
+
+
 @contextmanager
 def cells_of(plan: Plan, source: Source, weights: Source | None, region: Region) -> Iterator[Cells]:
-    """The cells of a region of which states are made: where they lie, if the system shows them, else read."""
+    """The cells of a region of which states are made: where they lie, if the system shows them, else read; far ones at once."""
+    if source.is_far:
+        yield fetched_cells(plan, source, weights, region)
+        return
     if isinstance(source, Stored) and is_shown(plan, source) and weights is None:
         with source.folded(plan.fold).mapped(region) as found:
             if found is not None:
                 yield MappedCells(of_sizes(plan, sizes_of(region)), source, found, policy=nan_policy(plan))
                 return
     yield lifted_cells(plan, source, weights, region)
+
+
+def fetched_cells(plan: Plan, source: Source, weights: Source | None, region: Region) -> Cells:
+    """The cells of a region, all of them in memory."""
+    far = SourceCells(plan, source, weights, region, policy=nan_policy(plan))
+    where = tuple(slice(0, n) for n in far.shape)
+    data, mask = far.stored(*where)
+    masked = None if mask is None else mask.reshape(far.sizes)
+    own = [weight.reshape(far.sizes) for weight in far.weight(*where)]
+    return Cells(of_sizes(plan, far.sizes), data.reshape(far.sizes), masked, *own, policy=far.policy)
 
 
 def lifted_cells(plan: Plan, source: Source, weights: Source | None, region: Region) -> SourceCells:
