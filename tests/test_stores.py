@@ -37,7 +37,7 @@ from maskserve.opening import open_any
 from maskserve.payload.header import DEFAULT_LIMITS, shown
 from maskserve.payload.writing import Encoded
 from maskserve.shards import Shard
-from maskserve.stores import ahead, calls, client, writing
+from maskserve.stores import ahead, calls, client, listing, writing
 from maskserve.stores.addresses import is_address, parse
 from maskserve.stores.listing import listed
 from maskserve.stores.objects import ObjectPayload, spans
@@ -464,6 +464,35 @@ def test_a_list_that_does_not_end_is_given_up(
         listed(parse("s3://bucket/rain/"))
 
 
+class EmptyPages(BaseHTTPRequestHandler):
+    """A store whose list has nothing on this page, and always another one."""
+
+    def do_GET(self) -> None:
+        body = (
+            b"<ListBucketResult><IsTruncated>true</IsTruncated><KeyCount>0</KeyCount>"
+            b"<NextContinuationToken>next</NextContinuationToken></ListBucketResult>"
+        )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is said."""
+
+
+def test_a_list_of_empty_pages_without_an_end_is_given_up(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LISTING_S", 0.5)
+    monkeypatch.setattr(listing, "TRIES_S", 0.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyPages) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        client._client.cache_clear()
+        with pytest.raises(StoreError, match="list does not end"):
+            listed(parse("s3://bucket/rain/"))
+        server.shutdown()
+
+
 def test_states_in_a_store_merge_to_the_bits_of_one_process(
     stored: Stored, maskserve: Maskserve, folder: Path, parts: list[str]
 ) -> None:
@@ -584,6 +613,9 @@ def test_a_store_without_writes_of_new_objects_says_at_once_what_to_do(stored: S
     with pytest.raises(ms.errors.OutputError, match="say replace"):
         writing.save("s3://bucket/out", encoded(bytes(size)))
     assert len(stored.proxy.requests("PUT")) == 1
+    stored.proxy.faults.append(Fault("501", "POST", times=-1))  # an upload in parts begins so
+    with pytest.raises(ms.errors.OutputError, match=r"\(501\); write to another one, or to a file"):
+        writing.save("s3://bucket/out", encoded(bytes(size)), exists="replace")
 
 
 @pytest.mark.parametrize("exists", ["error", "replace"])

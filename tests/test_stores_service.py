@@ -197,7 +197,7 @@ def test_an_object_is_answered_later_where_that_is_preferred_as_it_was_when_it_w
     stored.put("rain/x.safetensors", large)
     stored.put("rain/q.json", b'{"data": [1, 2, null]}')
     later = {"prefer": "respond-async"}
-    with running(stores=["s3://bucket/rain/"], jobs=jobs_in(tmp_path)) as service:
+    with running(stores=["s3://bucket/rain/"], jobs=jobs_in(tmp_path), max_body=8 << 20) as service:
         for name, body, kind in (("x.safetensors", large, SAFETENSORS), ("q.json", b'{"data": [1, 2, null]}', JSON)):
             answer = service.post(asked("reduce", f"s3://bucket/rain/{name}", "op=sum"), **later)
             assert (answer.status_code, answer.headers["preference-applied"]) == (202, "respond-async")
