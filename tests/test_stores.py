@@ -131,11 +131,16 @@ def test_classes_of_patterns_mean_what_fnmatch_says(pattern: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["s3://KEY:hunter2@bucket/a", "s3://KEY:hun/hunter2@bucket/a", "ftp://h/b?X-Amz-Signature=hunter2",
-     "https://me:hunter2@host/a", "gs+x://h/b#hunter2"],
+     "https://me:hunter2@host/a", "gs+x://h/b#hunter2", "s3://bucket/a?X-Amz-Signature=hunter2"],
 )  # fmt: skip
 def test_no_message_shows_the_secret_of_an_address(text: str, maskserve: Maskserve) -> None:
     assert "hunter2" not in shown(f"look: {text} now")
     assert "hunter2" not in maskserve("info", text).err
+
+
+def test_a_parsed_address_is_printed_without_its_query() -> None:
+    assert "hunter2" not in f"{parse('https://host/a?sig=hunter2')!r}"
+    assert parse("s3://bucket/year=2024/part-?.st").is_many
 
 
 def test_keys_and_patterns_are_shown_as_they_are() -> None:
