@@ -23,7 +23,7 @@ import maskserve
 from maskserve.batch.job import read_job
 from maskserve.batch.run import plan
 from maskserve.errors import ClusterError, MissingExtraError, SettingsError, WorkerLostError
-from maskserve.executors import Limits, Outcome, Stop
+from maskserve.executors import Limits, Outcome, Queue, Stop
 from maskserve.on_ray import cluster as clusters
 from maskserve.on_ray import executor as executors
 from maskserve.on_ray import reduction
@@ -176,6 +176,17 @@ def test_a_cluster_without_what_a_task_takes_is_given_up_and_a_busy_one_is_told_
     executor = Ray(cluster=replace(ray, timeout_s=0.0), tell=tell)
     assert results(executor.run(ray_tasks.Held(str(tmp_path)), [3])) == [9]
     assert [line.partition(" has ")[2] for line in told] == ["run no task for 0 s: is it busy? waiting for room"]
+
+
+def test_a_command_whose_own_node_is_lost_ends_and_blames_no_task(ray: Cluster) -> None:
+    queue = Queue([3], Limits(), 1)
+    job = queue.take()
+    assert job is not None
+    lost = executors.Crew(Ray(cluster=ray), b"", queue)._buried(
+        executors.Flight(job, None), ray.ray.exceptions.LocalRayletDiedError()
+    )
+    with pytest.raises(ClusterError, match="this command's node of the Ray cluster at .* is lost"):
+        list(lost)
 
 
 def test_it_is_told_once_that_no_task_ends_where_others_did(

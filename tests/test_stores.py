@@ -469,6 +469,12 @@ def test_a_list_that_does_not_end_is_given_up(
         listed(parse("s3://bucket/rain/"))
 
 
+def test_a_store_that_lists_nothing_is_told_of(stored: Stored) -> None:
+    stored.proxy.faults = [Fault("501", times=-1)]
+    with pytest.raises(InputError, match="name each object"):
+        listed(parse("s3://bucket/rain/"))
+
+
 class EmptyPages(BaseHTTPRequestHandler):
     """A store whose list has nothing on this page, and always another one."""
 

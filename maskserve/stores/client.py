@@ -320,7 +320,9 @@ def raise_ours(error: Exception, address: Address, *, is_output: bool, is_new: b
         said = f"the store does not allow it ({reason_of(error)}); look at the credentials in the environment"
         raise with_errno(kind(f"{address} cannot be {verb}: {said}"), errno.EACCES) from None
     if isinstance(error, theirs.NotSupportedError) or status == 501:
-        raise with_errno(kind(f"{address} cannot be {verb}: {unsupported(is_output, is_new)}"), errno.ENOTSUP) from None
+        raise with_errno(
+            kind(f"{address} cannot be {verb}: {unsupported(address, is_output, is_new)}"), errno.ENOTSUP
+        ) from None
     if isinstance(error, theirs.InvalidPathError):
         raise with_errno(InputError(f"below {address} {UNREADABLE_KEY}"), errno.EILSEQ) from None
     if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
@@ -351,11 +353,13 @@ def refuse_panic(error: BaseException, address: Address) -> None:
         ) from None
 
 
-def unsupported(is_output: bool, is_new: bool) -> str:
+def unsupported(address: Address, is_output: bool, is_new: bool) -> str:
     if is_new:
         return "the store cannot do that (501), or not of new objects only: say replace (--exists replace)"
     if is_output:
         return "the store cannot do that (501); write to another one, or to a file"
+    if address.is_many:
+        return "the store lists nothing (501); name each object"
     return "the server does not send parts of files; fetch the file first"
 
 
