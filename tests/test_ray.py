@@ -185,7 +185,7 @@ def test_a_command_whose_own_node_is_lost_ends_and_blames_no_task(ray: Cluster) 
     lost = executors.Crew(Ray(cluster=ray), b"", queue)._buried(
         executors.Flight(job, None), ray.ray.exceptions.LocalRayletDiedError()
     )
-    with pytest.raises(ClusterError, match="this command's node of the Ray cluster at .* is lost"):
+    with pytest.raises(ClusterError, match=r"this command's node of the Ray cluster at .* is lost"):
         list(lost)
 
 

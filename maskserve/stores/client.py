@@ -110,7 +110,7 @@ class Client:
             return found
 
         for one in tried(lambda _: self._asked(address, every)):
-            yield Found(one["path"], Version(one["size"], strong(one["e_tag"])))
+            yield Found(one["path"], Version(one["size"], strong(quoted(one["e_tag"]))))
 
     def put(self, address: Address, data: memoryview, *, is_new: bool) -> bool:
         """Whether the object is written, in one request; False where `is_new` and another stands there."""
@@ -246,6 +246,15 @@ def received(stream: Any, view: memoryview) -> None:
         done = end
     if done < view.nbytes:
         raise MisfitError(f"{done} of {view.nbytes} bytes came")
+
+
+def quoted(etag: str | None) -> str | None:
+    """A tag of a list as headers spell it: Azure's lists leave the quotes out.
+
+    >>> quoted("0x8D"), quoted('"0x8D"')
+    ('"0x8D"', '"0x8D"')
+    """
+    return etag if etag is None or etag.endswith('"') else f'"{etag}"'
 
 
 def strong(etag: str | None) -> str:
