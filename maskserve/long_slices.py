@@ -17,7 +17,7 @@ from maskserve.dtypes import Kind
 from maskserve.execution import BLOCKS_A_THREAD, finisher_of, n_threads, nan_policy
 from maskserve.ops.rows import Normalization, Reach, Reduction, Scan
 from maskserve.plan import Plan
-from maskserve.region_states import SHARE, most_results, most_states, state
+from maskserve.region_states import SHARE, most_of, most_results, state
 from maskserve.regions import Piece, SourceCells, flat_index, kept_tiles, moved, of_sizes, put, sizes_of, whole
 from maskserve.room import Need, beyond, memory_for
 from maskserve.sources import Source
@@ -69,7 +69,7 @@ def reader(plan: Plan) -> Reader | None:
 
 def normalized(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
     """Two passes: the state of each slice, then its cells, some blocks for each thread at a time."""
-    most = most_states(plan, budget)
+    most = most_of(plan, source, budget)
     fit = min(budget // (SHARE * (plan.result.n_bytes + 1)), regions.BLOCK * BLOCKS_A_THREAD * n_threads())
     for tile in kept_tiles(plan, most_results(plan, budget), whole(plan)):
         parts = state(plan, source, None, tile, most)

@@ -24,7 +24,7 @@ from maskserve.errors import StateError, about
 from maskserve.payload.format import Payload
 from maskserve.payload.header import Shape, TensorInfo
 from maskserve.plan import Plan
-from maskserve.region_states import most_results, most_states, state, state_bytes, unit_of
+from maskserve.region_states import most_of, most_results, state, state_bytes, unit_of
 from maskserve.regions import Region, kept_tiles, moved, sizes_of
 from maskserve.shards import Shard
 from maskserve.sources import Source, Stored, Window, read_cells
@@ -57,6 +57,13 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.row}.{self.n_rows}.{self.start}.{self.n_units}"
+
+    def cells(self, plan: Plan) -> tuple[int, int]:
+        """The flat index of its first cell, and how many there are up to its last one."""
+        below = prod(plan.fold[2:])
+        first, last = (min(at * unit_of(plan, 1), plan.fold[1]) for at in (self.start, self.stop))
+        begin = (self.row * plan.fold[1] + first) * below
+        return begin, ((self.row + self.n_rows - 1) * plan.fold[1] + last) * below - begin
 
     def shape(self, plan: Plan) -> Shape:
         """Its results: (n_rows, the other kept groups)."""
@@ -183,7 +190,7 @@ class Lifting:
         kept = (moved(where[0], place.row), *where[1:])
         region = tuple((reduced if d % 2 else kept)[d // 2] for d in range(len(plan.fold)))
         with execution.using(backend=self.backend, block_cells=block_cells(plan, self.source, self.budget)):
-            parts = state(plan, self.source, self.weights, region, most_states(plan, self.budget))
+            parts = state(plan, self.source, self.weights, region, most_of(plan, self.source, self.budget))
         return shifted(plan, parts, place.start * unit)
 
 

@@ -108,6 +108,8 @@ class Partial:
         name = execution.backend_of(plan).name
         lifting = Lifting(plan=plan, source=source, weights=weights, budget=budget, backend=name)
         nodes = [lifting.node(*rectangle) for rectangle in rectangles(plan, shard)]
+        for node in nodes:
+            source.expect(*node.place.cells(plan))
         is_held = holds(plan, nodes, budget if room is None else room)
         return cls(plan=plan, backend=name, nodes=tuple(n.held(plan) if is_held else n for n in nodes))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,30 @@ def state_bytes(plan: Plan) -> int:
     return sum(part.dtype.n_bytes for part in plan.passes[0].parts(plan.dtype))
 
 
+class Most(NamedTuple):
+    """What of a region is in work at once."""
+
+    states: int
+    cells: int
+    """Of a source that is far, and fetched."""
+
+    def units(self, plan: Plan, source: Source, region: Region, axis: int) -> int:
+        """How many units of a group: 1 at least."""
+        n = -(-(region[axis].stop - region[axis].start) // unit_of(plan, axis))
+        fit: int = self.states // max(-(-n_states(plan, region) // n), 1)
+        if source.is_far:
+            fit = min(fit, self.cells // max(-(-prod(sizes_of(region)) // n), 1))
+        return max(fit, 1)
+
+    def holds(self, plan: Plan, source: Source, region: Region) -> bool:
+        return n_states(plan, region) <= self.states and (not source.is_far or prod(sizes_of(region)) <= self.cells)
+
+
+def most_of(plan: Plan, source: Source, budget: int) -> Most:
+    n_bytes = min(regions.FETCHED, budget // SHARE)
+    return Most(most_states(plan, budget), max(n_bytes // source.cell_bytes, 1))
+
+
 def most_states(plan: Plan, budget: int) -> int:
     return max(min(budget // (SHARE * state_bytes(plan)), MOST_STATES), 1)
 
@@ -64,15 +89,15 @@ def n_states(plan: Plan, region: Region) -> int:
     return prod(outer) * inner * max(n_joined, 1)
 
 
-def state(plan: Plan, source: Source, weights: Source | None, region: Region, most: int) -> Parts:
-    """The state of each result of a region, (first kept group, other kept groups); at most `most` of them at a time."""
+def state(plan: Plan, source: Source, weights: Source | None, region: Region, most: Most) -> Parts:
+    """The state of each result of a region, (first kept group, other kept groups); at most `most` of it at a time."""
     axis = next((d for d, s in enumerate(region) if s.stop - s.start > unit_of(plan, d)), None)
-    if axis is None or n_states(plan, region) <= most:
+    if axis is None or most.holds(plan, source, region):
         return of_cells(plan, source, weights, region, partial(engine.joined, of_sizes(plan, sizes_of(region))))
     if axis % 2 == 0:
         return side_by_side(plan, source, weights, region, most, axis)
     counter = Counter(side_by_side_merge(plan))
-    for first, n_units, part in parts_of(plan, region, axis, units(plan, region, axis, most)):
+    for first, n_units, part in parts_of(plan, region, axis, most.units(plan, source, region, axis)):
         parts = state(plan, source, weights, part, most)
         counter.add(first, n_units, placed(plan, parts, axis, part[axis].start - region[axis].start))
     return counter.joined()
@@ -104,13 +129,6 @@ def side_by_side_merge(plan: Plan) -> Callable[[Parts, Parts], Parts]:
     return merged
 
 
-def units(plan: Plan, region: Region, axis: int, most: int) -> int:
-    """How many units of a group are in work at once: 1 at least."""
-    n = -(-(region[axis].stop - region[axis].start) // unit_of(plan, axis))
-    fit: int = most // max(-(-n_states(plan, region) // n), 1)
-    return max(fit, 1)
-
-
 def unit_of(plan: Plan, axis: int) -> int:
     """The indices of a group that stay together: a leaf of the last reduced one."""
     return plan.leaf if axis == len(plan.fold) - 2 else 1
@@ -132,9 +150,10 @@ def placed(plan: Plan, parts: Parts, axis: int, by: int) -> Parts:
     return shift(parts, by * prod(plan.fold[axis + 2 :: 2])) if shift and by else parts
 
 
-def side_by_side(plan: Plan, source: Source, weights: Source | None, region: Region, most: int, axis: int) -> Parts:
+def side_by_side(plan: Plan, source: Source, weights: Source | None, region: Region, most: Most, axis: int) -> Parts:
     """States of a region cut along a kept group."""
-    size, step = region[axis].stop - region[axis].start, units(plan, region, axis, most)
+    size, step = region[axis].stop - region[axis].start, most.units(plan, source, region, axis)
+    step = -(-size // -(-size // step))  # parts alike, so that of far ones none is a sliver with a wide gap before it
     cut = [put(region, axis, moved(part, region[axis].start)) for part in spans(size, step)]
     found = [(part, state(plan, source, weights, part, most)) for part in cut]
     kept = sizes_of(region)[::2]

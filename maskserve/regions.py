@@ -27,6 +27,8 @@ WIDE = 1 << 14
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
 LEAST_SEEN = 1 << 17
 """Cells of a block from which it is seen where it lies: a smaller one is copied in the time that this takes."""
+FETCHED = 1 << 24
+"""Bytes of an object that are in memory at a time: columns of a row share what is asked for."""
 TOGETHER = 32
 """Blocks below each other that a thread joins while their states are in its cache."""
 
@@ -141,11 +143,22 @@ def flat_index(shape: Sequence[int], index: Sequence[int]) -> int:
 
 
 def of_cells(plan: Plan, source: Source, weights: Source | None, region: Region, make: Callable[[Cells], Made]) -> Made:
-    """What `make` makes of the cells of a region, of which it keeps none."""
-    made = make(lifted_cells(plan, source, weights, region))
+    """What `make` makes of the cells of a region, of which it keeps none; far ones are fetched at once."""
+    cells_of = fetched_cells if source.is_far else lifted_cells
+    made = make(cells_of(plan, source, weights, region))
     if isinstance(source, Stored):
         source.refuse_spoilt()
     return made
+
+
+def fetched_cells(plan: Plan, source: Source, weights: Source | None, region: Region) -> Cells:
+    """The cells of a region, all of them in memory."""
+    far = SourceCells(plan, source, weights, region, policy=nan_policy(plan))
+    where = tuple(slice(0, n) for n in far.shape)
+    data, mask = far.stored(*where)
+    masked = None if mask is None else mask.reshape(far.sizes)
+    own = [weight.reshape(far.sizes) for weight in far.weight(*where)]
+    return Cells(of_sizes(plan, far.sizes), data.reshape(far.sizes), masked, *own, policy=far.policy)
 
 
 def lifted_cells(plan: Plan, source: Source, weights: Source | None, region: Region) -> SourceCells:

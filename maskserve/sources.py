@@ -51,6 +51,11 @@ class Source(ABC):
     shape: Shape
     dtype: torch.dtype
     is_masked: bool
+    is_far = False
+    """Whether each read waits for an answer."""
+
+    def expect(self, start: int, n: int) -> None:  # noqa: B027 - what is near is not fetched ahead
+        """Says that the `n` cells from a flat index on will be read."""
 
     @abstractmethod
     def window(self, where: Window) -> Masked:
@@ -95,14 +100,19 @@ class Stored(Source):
 
     def __init__(
         self, cells: Read, valid: Read | None, dtype: torch.dtype, shape: Shape, fill: float | None = None,
-        lies: Lies | None = None,
+        lies: Lies | None = None, expects: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         self.cells, self.valid, self.dtype, self.shape, self.fill, self.lies = cells, valid, dtype, shape, fill, lies
+        self.expects, self.is_far = expects, expects is not None
         self.tick = execution().tick  # of whoever asks for the source: threads that read have no context of their own
         self.is_masked = valid is not None or fill is not None
 
     def folded(self, shape: Shape) -> Stored:
-        return Stored(self.cells, self.valid, self.dtype, shape, self.fill, self.lies)
+        return Stored(self.cells, self.valid, self.dtype, shape, self.fill, self.lies, self.expects)
+
+    def expect(self, start: int, n: int) -> None:
+        if self.expects is not None:
+            self.expects(start, n)
 
     def window(self, where: Window) -> Masked:
         return self.read(where, Pages())
@@ -181,7 +191,8 @@ def stored(payload: Payload, variable: Variable, fill: float | None = None) -> S
     valid = None if mask is None else validity_of(payload, info, mask)
     is_plain = mask is None or (mask.kind is MaskKind.BOOL and mask.info.shape == info.shape)
     lies = Lies(payload, info, mask) if is_plain and sys.byteorder == "little" else None
-    return Stored(partial(read_cells, payload, info), valid, dtype, info.shape, fill, lies)
+    expects = partial(expect_cells, payload, info, mask) if payload.is_far else None
+    return Stored(partial(read_cells, payload, info), valid, dtype, info.shape, fill, lies, expects)
 
 
 @dataclass(slots=True)
@@ -232,6 +243,12 @@ def read_cells(payload: Payload, info: TensorInfo, starts: Sequence[int], into: 
     payload.read_runs(info.name, [start * width for start in starts], raw.numpy().data)
     if info.dtype is boolean:
         refuse_other_bytes(raw, info.name, is_mask=False)
+
+
+def expect_cells(payload: Payload, info: TensorInfo, mask: MaskSource | None, start: int, n: int) -> None:
+    payload.expect(info.name, start * info.dtype.n_bytes, n * info.dtype.n_bytes)
+    if mask is not None and mask.kind is MaskKind.BOOL and mask.info.shape == info.shape:
+        payload.expect(mask.info.name, start, n)
 
 
 def validity_of(payload: Payload, of: TensorInfo, mask: MaskSource) -> Read:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from maskserve.execution import backend_of, finisher_of, n_threads
 from maskserve.long_slices import least_budget, long_slices, need
 from maskserve.ops.rows import Normalization, Scan
 from maskserve.plan import Plan
-from maskserve.region_states import lifts, most_results, most_states, n_states, state
+from maskserve.region_states import lifts, most_of, most_results, state
 from maskserve.regions import Piece, kept_tiles, of_cells, of_sizes, result_sizes, sizes_of, whole
 from maskserve.room import Need
 from maskserve.sources import Source, Window
@@ -108,19 +109,26 @@ def n_passes(plan: Plan, cell_bytes: int, budget: int) -> int:
     return 2 if isinstance(plan.row, Normalization) else 1 if isinstance(plan.row, Scan) else 0
 
 
-def is_without_states(plan: Plan) -> bool:
+def is_without_states(plan: Plan, source: Source) -> bool:
     """Whether the back end makes results of cells at once."""
-    if len(plan.fold) > 3 or finisher_of(plan) is None:
-        return False
+    if len(plan.fold) > 3 or finisher_of(plan) is None or (source.is_far and plan.fold[-1] > 1):
+        return False  # columns of a far source would be read each for itself
     return engine.is_short(plan, (plan.fold[0], plan.fold[1], plan.fold[2]))
 
 
 def reduced(plan: Plan, source: Source, weights: Source | None, budget: int) -> Iterator[Piece]:
     """A reduction, as many results at a time as their states fit."""
-    most = most_states(plan, budget)
-    for tile in kept_tiles(plan, most_results(plan, budget), whole(plan)):
+    most, n_results, is_short = (
+        most_of(plan, source, budget),
+        most_results(plan, budget),
+        is_without_states(plan, source),
+    )
+    source.expect(0, prod(source.shape))
+    if is_short and source.is_far:
+        n_results = max(min(n_results, most.cells // max(plan.n_reduced, 1)), 1)
+    for tile in kept_tiles(plan, n_results, whole(plan)):
         below = of_sizes(plan, sizes_of(tile))
-        if n_states(plan, tile) <= most or is_without_states(plan):
+        if is_short or most.holds(plan, source, tile):
             values, mask = of_cells(plan, source, weights, tile, partial(engine.reduce, below))
         else:
             values, mask = engine.finish(below, state(plan, source, weights, tile, most))

@@ -54,6 +54,19 @@ class Held:
         return number * number
 
 
+@dataclass(frozen=True)
+class HeldFrom:
+    """Squares; those of a number and more wait until a file called go is there."""
+
+    folder: str
+    first: int
+
+    def __call__(self, number: int) -> int:
+        if number >= self.first:
+            until(Path(self.folder, "go").exists)
+        return number * number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldSteps(Steps):
     """The steps of a reduction; some shards wait so."""

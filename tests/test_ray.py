@@ -23,8 +23,9 @@ import maskserve
 from maskserve.batch.job import read_job
 from maskserve.batch.run import plan
 from maskserve.errors import ClusterError, MissingExtraError, SettingsError, WorkerLostError
-from maskserve.executors import Limits, Outcome, Stop
+from maskserve.executors import Limits, Outcome, Queue, Stop
 from maskserve.on_ray import cluster as clusters
+from maskserve.on_ray import executor as executors
 from maskserve.on_ray import reduction
 from maskserve.on_ray.cluster import Cluster, Joining, joined
 from maskserve.on_ray.entry import entry
@@ -175,6 +176,35 @@ def test_a_cluster_without_what_a_task_takes_is_given_up_and_a_busy_one_is_told_
     executor = Ray(cluster=replace(ray, timeout_s=0.0), tell=tell)
     assert results(executor.run(ray_tasks.Held(str(tmp_path)), [3])) == [9]
     assert [line.partition(" has ")[2] for line in told] == ["run no task for 0 s: is it busy? waiting for room"]
+
+
+def test_a_command_whose_own_node_is_lost_ends_and_blames_no_task(ray: Cluster) -> None:
+    queue = Queue([3], Limits(), 1)
+    job = queue.take()
+    assert job is not None
+    lost = executors.Crew(Ray(cluster=ray), b"", queue)._buried(
+        executors.Flight(job, None), ray.ray.exceptions.LocalRayletDiedError()
+    )
+    with pytest.raises(ClusterError, match=r"this command's node of the Ray cluster at .* is lost"):
+        list(lost)
+
+
+def test_it_is_told_once_that_no_task_ends_where_others_did(
+    ray: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "HANGS_TIMES", 0)  # the first one took as long as its worker's start
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        if "busy" not in line:
+            told.append(line)
+            (tmp_path / "go").touch()
+
+    executor = Ray(cluster=replace(ray, timeout_s=0.2), tell=tell)
+    held = executor.run(ray_tasks.HeldFrom(str(tmp_path), first=1), [0, 1])
+    assert sorted(outcome.result for outcome in held) == [0, 1]
+    assert [line.partition(" for ")[0] for line in told] == ["no task has ended"]
+    assert told[0].endswith("On the cluster are 1; killing that worker has its task run elsewhere")
 
 
 def test_a_node_without_maskserve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,6 +430,19 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'maskserve\[ray\]'"), joined(Joining()):
         pass
+
+
+def test_the_folder_of_a_cluster_whose_command_was_killed_goes_with_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lives, gone, unknown = (tmp_path / f"{clusters.FOLDER}{name}" for name in ("lives", "gone", "unknown"))
+    for folder in (lives, gone, unknown):
+        folder.mkdir()
+    with clusters.owned(str(lives)):
+        clusters.owned(str(gone)).close()
+        clusters.clear()
+        assert sorted(tmp_path.iterdir()) == [lives, unknown]
 
 
 def test_a_temporary_folder_that_is_too_long_for_sockets_is_named(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save as to_safetensors
 from safetensors.numpy import save_file
 
 import maskserve as ms
+from maskserve import regions
+from maskserve.crews import Share, lifting
 from maskserve.errors import (
     InputChangedError,
     InputError,
@@ -30,9 +34,10 @@ from maskserve.errors import (
     StoreError,
 )
 from maskserve.opening import open_any
-from maskserve.payload.header import shown
+from maskserve.payload.header import DEFAULT_LIMITS, shown
 from maskserve.payload.writing import Encoded
-from maskserve.stores import ahead, calls, client, writing
+from maskserve.shards import Shard
+from maskserve.stores import ahead, calls, client, listing, writing
 from maskserve.stores.addresses import is_address, parse
 from maskserve.stores.listing import listed
 from maskserve.stores.objects import ObjectPayload, spans
@@ -126,11 +131,16 @@ def test_classes_of_patterns_mean_what_fnmatch_says(pattern: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["s3://KEY:hunter2@bucket/a", "s3://KEY:hun/hunter2@bucket/a", "ftp://h/b?X-Amz-Signature=hunter2",
-     "https://me:hunter2@host/a", "gs+x://h/b#hunter2"],
+     "https://me:hunter2@host/a", "gs+x://h/b#hunter2", "s3://bucket/a?X-Amz-Signature=hunter2"],
 )  # fmt: skip
 def test_no_message_shows_the_secret_of_an_address(text: str, maskserve: Maskserve) -> None:
     assert "hunter2" not in shown(f"look: {text} now")
     assert "hunter2" not in maskserve("info", text).err
+
+
+def test_a_parsed_address_is_printed_without_its_query() -> None:
+    assert "hunter2" not in f"{parse('https://host/a?sig=hunter2')!r}"
+    assert parse("s3://bucket/year=2024/part-?.st").is_many
 
 
 def test_keys_and_patterns_are_shown_as_they_are() -> None:
@@ -320,8 +330,8 @@ def test_what_is_kept_is_bounded_and_what_was_forgotten_is_fetched_again(stored:
         assert isinstance(payload, ObjectPayload)
         for number in (*range(40), *range(40)):
             start = number << 16
-            assert kept.part(payload, number, 1 << 16).result() == large[start : start + (1 << 16)]
-        assert sum(kept.has(payload, number, 1 << 16) for number in range(40)) == 16
+            assert kept.part(payload, (start, start + (1 << 16))).result() == large[start : start + (1 << 16)]
+        assert sum(kept.has(payload, (number << 16, (number + 1) << 16)) for number in range(40)) == 16
 
 
 def test_an_object_that_the_collector_closes_while_parts_are_looked_up_holds_up_nobody(
@@ -330,12 +340,12 @@ def test_an_object_that_the_collector_closes_while_parts_are_looked_up_holds_up_
     kept = ahead.Ahead()
     with open_any(stored.put("x.safetensors", large)) as payload:
         assert isinstance(payload, ObjectPayload)
-        kept.part(payload, 0).result()
+        kept.part(payload, (0, 10)).result()
         with kept._lock:  # where the collector may come
             done = ThreadPoolExecutor(1).submit(kept.forget, payload)
             done.result(timeout=5)
-        kept.part(payload, 1).result()
-        assert not kept.has(payload, 0)
+        kept.part(payload, (10, 20)).result()
+        assert not kept.has(payload, (0, 10))
 
 
 def test_threads_may_read_one_object_at_once(stored: Stored, large: bytes) -> None:
@@ -459,6 +469,41 @@ def test_a_list_that_does_not_end_is_given_up(
         listed(parse("s3://bucket/rain/"))
 
 
+def test_a_store_that_lists_nothing_is_told_of(stored: Stored) -> None:
+    stored.proxy.faults = [Fault("501", times=-1)]
+    with pytest.raises(InputError, match="name each object"):
+        listed(parse("s3://bucket/rain/"))
+
+
+class EmptyPages(BaseHTTPRequestHandler):
+    """A store whose list has nothing on this page, and always another one."""
+
+    def do_GET(self) -> None:
+        body = (
+            b"<ListBucketResult><IsTruncated>true</IsTruncated><KeyCount>0</KeyCount>"
+            b"<NextContinuationToken>next</NextContinuationToken></ListBucketResult>"
+        )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is said."""
+
+
+def test_a_list_of_empty_pages_without_an_end_is_given_up(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LISTING_S", 0.5)
+    monkeypatch.setattr(listing, "TRIES_S", 0.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyPages) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        client._client.cache_clear()
+        with pytest.raises(StoreError, match="list does not end"):
+            listed(parse("s3://bucket/rain/"))
+        server.shutdown()
+
+
 def test_states_in_a_store_merge_to_the_bits_of_one_process(
     stored: Stored, maskserve: Maskserve, folder: Path, parts: list[str]
 ) -> None:
@@ -480,6 +525,40 @@ def test_workers_read_their_own_objects(stored: Stored, maskserve: Maskserve, pa
     expected = maskserve("reduce", "--op", "mean", "--dim", "0", *parts, "-o", "-").out
     ran = maskserve("reduce", "--op", "mean", "--dim", "0", "--workers", "2", "s3://bucket/rain/", "-o", "-")
     assert ran.out == expected, ran.err
+
+
+@pytest.mark.parametrize(
+    ("shape", "fetched", "memory"),
+    [((4000, 500), 1 << 24, 1 << 28), ((128, 10_000), 1 << 22, 1 << 26), ((700, 2000), 1 << 20, 1 << 24)],
+    ids=["tall", "wider than what is fetched at once", "many parts"],
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shards_ask_for_each_byte_once(
+    stored: Stored,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    fetched: int,
+    memory: int,
+    dim: int,
+) -> None:
+    monkeypatch.setattr(regions, "FETCHED", fetched)
+    rng = np.random.default_rng(3)
+    data = to_safetensors({"rain": rng.normal(size=shape), "rain.mask": rng.random(shape) < 0.8})
+    (tmp_path / "rain.safetensors").write_bytes(data)
+    address = stored.put("rain.safetensors", data)
+    for i in range(3):
+        states = []
+        for path in (address, str(tmp_path / "rain.safetensors")):
+            share = Share(
+                verb="reduce", words={"op": "var", "dim": dim}, paths=(path,), along="0", shard=Shard(i, 3),
+                limits=DEFAULT_LIMITS, memory=memory, file="",
+            )  # fmt: skip
+            with lifting(share) as state:
+                states.append(state.to_bytes())
+        assert states[0] == states[1]
+    asked = [re.fullmatch(r"bytes=(\d+)-(\d+)", headers["range"]) for headers in stored.proxy.requests("GET")]
+    assert sum(int(found[2]) - int(found[1]) + 1 for found in asked if found) <= 1.1 * len(data)
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -545,6 +624,9 @@ def test_a_store_without_writes_of_new_objects_says_at_once_what_to_do(stored: S
     with pytest.raises(ms.errors.OutputError, match="say replace"):
         writing.save("s3://bucket/out", encoded(bytes(size)))
     assert len(stored.proxy.requests("PUT")) == 1
+    stored.proxy.faults.append(Fault("501", "POST", times=-1))  # an upload in parts begins so
+    with pytest.raises(ms.errors.OutputError, match=r"\(501\); write to another one, or to a file"):
+        writing.save("s3://bucket/out", encoded(bytes(size)), exists="replace")
 
 
 @pytest.mark.parametrize("exists", ["error", "replace"])

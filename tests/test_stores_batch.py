@@ -153,6 +153,10 @@ def test_conversions_and_folders_mix_with_stores(stored: Stored, tmp_path: Path)
     ended = batch(tmp_path)
     assert ended.code == 0, ended.err
     assert set(outputs(stored)) == {f"bucket/in/f0000{i}.safetensors.json" for i in range(2)}
+    (tmp_path / "job.toml").write_text(convert.replace('out"', 'npz"\nname = "{stem}.npz"'))
+    refused = batch(tmp_path)
+    assert (refused.code, "output.name: s3://bucket/npz: npz cannot be read from a store" in refused.err) == (78, True)
+    assert stored.keys("npz") == []
 
 
 def entry(number: int) -> Entry:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -15,7 +16,7 @@ from maskserve.errors import MissingExtraError, SettingsError
 from maskserve.settings import load
 from maskserve_api import fetching
 from maskserve_api.app import create_app
-from tests.http_service import JSON, SAFETENSORS, Running, check_problem, payload, running
+from tests.http_service import JSON, SAFETENSORS, Running, check_problem, jobs_in, payload, running
 from tests.store_server import Fault, Stored, running_fixture, stored_fixture  # noqa: F401
 
 
@@ -187,6 +188,29 @@ def test_a_slow_store_ends_at_the_requests_deadline(stored: Stored, service: Run
     stored.proxy.delay_s = 1.5
     response = service.post(asked("reduce", "s3://bucket/rain/x.safetensors", "op=sum"), x_request_timeout="0.5")
     assert response.status_code in (408, 504)
+
+
+def test_an_object_is_answered_later_where_that_is_preferred_as_it_was_when_it_was_asked_for(
+    stored: Stored, tmp_path: Path
+) -> None:
+    large = payload(x=np.arange(1_500_000, dtype="f4"))
+    stored.put("rain/x.safetensors", large)
+    stored.put("rain/q.json", b'{"data": [1, 2, null]}')
+    later = {"prefer": "respond-async"}
+    with running(stores=["s3://bucket/rain/"], jobs=jobs_in(tmp_path), max_body=8 << 20) as service:
+        for name, body, kind in (("x.safetensors", large, SAFETENSORS), ("q.json", b'{"data": [1, 2, null]}', JSON)):
+            answer = service.post(asked("reduce", f"s3://bucket/rain/{name}", "op=sum"), **later)
+            assert (answer.status_code, answer.headers["preference-applied"]) == (202, "respond-async")
+            stored.put(f"rain/{name}", b"another one")
+            job = service.http.get(f"{answer.headers['location']}?wait=20").json()
+            assert job["status"] == "succeeded", job
+            result = service.http.get(f"{answer.headers['location']}/result")
+            expected = service.http.post("/v1/reduce?op=sum", content=body, headers={"content-type": kind})
+            assert (result.headers["content-type"], result.content) == (kind, expected.content)
+        gone = service.post(asked("reduce", "s3://bucket/rain/gone", "op=sum"), **later)
+        check_problem(gone, 404, "source_not_found")
+        assert len(service.http.get("/v1/jobs").json()["jobs"]) == 2
+        assert service.service.memory.held_bytes == 0
 
 
 @pytest.mark.parametrize("given", ["rain/", "https://host/x/", "s3://bucket/a/../b/", "s3://u@b/", "ftp://b/"])

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
@@ -103,29 +106,67 @@ def within(source: str, prefix: str) -> bool:
     return source.startswith(prefix) if prefix.endswith("/") else source == prefix
 
 
-async def read_source(address: Address, max_body: int, claim: Claim) -> tuple[Buffer, Form]:
-    """The bytes of the object, counted as a body's are, and the form that they have."""
-    client = client_of(address)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An object whose first bytes have come."""
+
+    address: Address
+    head: memoryview
+    version: Version
+
+    @property
+    def form(self) -> Form:
+        return Form.JSON if is_json(bytes(self.head[:LENGTH_BYTES])) else Form.SAFETENSORS
+
+    async def body(self, claim: Claim) -> Buffer:
+        """All its bytes, counted as a body's are."""
+        n_bytes, n_head = self.version.n_bytes, self.head.nbytes
+        claim.add(n_bytes)
+        body = aligned(n_bytes, 0)
+        body[:n_head] = self.head
+        with told():
+            starts = range(n_head, n_bytes, PART)
+            await one_after_another(self._filled(claim, start, body[start : start + PART]) for start in starts)
+        return body
+
+    async def pieces(self, claim: Claim) -> AsyncGenerator[memoryview, None]:
+        """The same one after the other, and no more of them in memory than are on their way."""
+        yield self.head
+        n_bytes = self.version.n_bytes
+        starts = iter(range(self.head.nbytes, n_bytes, PART))
+        claim.add(min(AT_ONCE * PART, n_bytes - self.head.nbytes))
+        coming: deque[asyncio.Future[memoryview]] = deque()
+        try:
+            with told():
+                while True:
+                    for start in islice(starts, AT_ONCE - len(coming)):
+                        view = memoryview(bytearray(min(PART, n_bytes - start)))
+                        coming.append(asyncio.ensure_future(self._filled(claim, start, view)))
+                    if not coming:
+                        return
+                    yield await coming.popleft()
+        finally:
+            for part in coming:
+                part.cancel()
+
+    async def _filled(self, claim: Claim, start: int, view: memoryview) -> memoryview:
+        await in_thread(PARTS, claim, lambda: client_of(self.address).fill(self.address, self.version, start, view))
+        return view
+
+
+async def begun(address: Address, max_body: int, claim: Claim) -> Source:
+    """The object, which can be a body; none of it is counted yet."""
     with told():
-        head, version = await in_thread(FIRSTS, claim, lambda: client.begin(address, HEAD_BYTES))
+        head, version = await in_thread(FIRSTS, claim, lambda: client_of(address).begin(address, HEAD_BYTES))
         if not version.n_bytes:
             raise PayloadError(f"{address} is empty: an object holds a payload, safetensors or JSON")
         if version.n_bytes > max_body:
             raise too_large(max_body)
         refuse_without_tag(address, head, version)
-        claim.add(version.n_bytes)
-        body = aligned(version.n_bytes, 0)
-        body[: head.nbytes] = head
-        starts = range(head.nbytes, version.n_bytes, PART)
-        await one_after_another(in_thread(PARTS, claim, filling(address, version, body, start)) for start in starts)
-    return body, Form.JSON if is_json(bytes(head[:LENGTH_BYTES])) else Form.SAFETENSORS
+    return Source(address=address, head=head, version=version)
 
 
-def filling(address: Address, version: Version, body: memoryview, start: int) -> Callable[[], None]:
-    return lambda: client_of(address).fill(address, version, start, body[start : start + PART])
-
-
-async def one_after_another(parts: Iterator[Awaitable[None]]) -> None:
+async def one_after_another(parts: Iterator[Awaitable[object]]) -> None:
     """Waits for all of them, AT_ONCE at a time, or for the first error."""
 
     async def some() -> None:

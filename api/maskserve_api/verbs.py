@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from maskserve.errors import ParameterError
 from maskserve.payload.format import Buffer, Limits
+from maskserve.stores.addresses import Address
 from maskserve_api import coding, fetching, forms, v2_question
 from maskserve_api.body import Claim, Memory, declared_bytes, read_body
 from maskserve_api.errors import BodyTimeoutError, DrainingError
@@ -67,11 +68,9 @@ class Verb:
         jobs = self.service.jobs if self.form is None and prefers_async(headers) else None
         n_bytes = declared_bytes(headers, self.service.max_body if jobs is None else jobs.options.max_body)
         source, query = fetching.split(scope["query_string"]) if self.form is None else (None, scope["query_string"])
-        if source is not None:  # an answer at once: Prefer only asks for another
-            address, jobs = (
-                fetching.allowed(source, self.service.stores, n_bytes, is_coded=body_coding is not None),
-                None,
-            )
+        address = None
+        if source is not None:
+            address = fetching.allowed(source, self.service.stores, n_bytes, is_coded=body_coding is not None)
         head, request = None, None
         if question is Form.V2:
             head = v2_question.head(self.name, words_of(self.name, query), headers)
@@ -80,6 +79,11 @@ class Verb:
             record.op = request.row.name
         timeout_s = timeout_of(headers, self.service.request_timeout_s)
         if jobs is not None and request is not None:
+            found = None
+            if address is not None:
+                found = await self.begun(address, jobs.options.max_body, timeout_s)
+                question, n_bytes = found.form, found.version.n_bytes
+                answer = forms.of_answer(headers, question)
             submission = Submission(
                 jobs=jobs,
                 memory=self.service.memory,
@@ -91,6 +95,7 @@ class Verb:
                 coding=body_coding,
                 n_bytes=n_bytes,
                 timeout_s=timeout_s,
+                source=found,
             )
             await submission(scope, receive, send)
             return
@@ -102,8 +107,9 @@ class Verb:
                     async with asyncio.timeout_at(deadline_s):
                         cells_at = head.cells_at if head else 0
                         body = await read_body(receive, n_bytes, self.service.max_body, claim, body_coding, cells_at)
-                        if source is not None:
-                            body, question = await fetching.read_source(address, self.service.max_body, claim)
+                        if address is not None:
+                            found = await fetching.begun(address, self.service.max_body, claim)
+                            body, question = await found.body(claim), found.form
                             answer = forms.of_answer(headers, question)
                 except TimeoutError:
                     raise late(timeout_s, self.service.request_timeout_s) from None
@@ -120,6 +126,15 @@ class Verb:
             reply = await self.replied(work, claim, receive, deadline_s)
             record.op, record.cells = work.asked().row.name, reply.cells
             await sent(reply, stages, self.service.request_timeout_s, send)
+
+    async def begun(self, address: Address, max_body: int, timeout_s: float) -> fetching.Source:
+        """The object that a job will read, which is told of now where it cannot be."""
+        with self.service.memory.claim() as claim:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await fetching.begun(address, max_body, claim)
+            except TimeoutError:
+                raise late(timeout_s, self.service.request_timeout_s) from None
 
     async def replied(self, work: Work, claim: Claim, receive: Receive, deadline_s: float) -> Reply:
         """The reply, computed here where that is cheaper than a hop to the lane's thread."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from maskserve.batch.conversion import CONVERT
 from maskserve.batch.inputs import identity
-from maskserve.errors import MaskserveError, OutputError, OutputExistsError, ParameterError, SettingsError, nearest
+from maskserve.errors import MaskserveError, OutputExistsError, ParameterError, SettingsError, nearest
 from maskserve.payload.files import TEMP_PREFIX
 from maskserve.payload.header import shown
 from maskserve.stores.addresses import STORES, is_address, parse
@@ -100,12 +100,10 @@ def check_form(verb: str, pattern: str, to: str) -> None:
     check_to(to)
     suffix = os.path.splitext(pattern)[1]
     if verb == CONVERT:
-        from maskserve.convert.files import target_format
+        from maskserve.convert.files import refuse_in_store, target_format
 
         try:
-            row = target_format(f"x{suffix}", None)
-            if row.is_folder and is_address(to):
-                raise OutputError(f"{row.name} is a folder of files; write it to a file system")
+            refuse_in_store(to, target_format(f"x{suffix}", None))
         except MaskserveError as error:
             raise SettingsError(f"output.name: {error.message}", parameter="name") from None
     elif suffix not in SUFFIXES and "{" not in suffix:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import logging
 import os
 import secrets
@@ -29,6 +31,8 @@ END_S = 3.0
 """Seconds that processes of a cluster of our own have to end by themselves."""
 FOLDER = "msr-"
 """What the temporary folder of a cluster of ours is called, shortly: the names of sockets below it are long."""
+OWNER = "owner"
+"""A file in that folder, locked by the command as long as it lives."""
 SOCKET_BYTES = 64
 """What Ray puts behind its temporary folder to name a socket."""
 MOST_SOCKET_BYTES = 107
@@ -179,9 +183,11 @@ def started(workers: int, gpus: int, timeout_s: float, tell: Callable[[str], Non
     with private_environment():
         ray = imported()
         renew_token(ray)
+        clear()
         folder = tempfile.mkdtemp(prefix=FOLDER)
         try:
             check_length(folder)
+            owner = owned(folder)
             tell("starting a Ray cluster on this machine (ray_address or RAY_ADDRESS joins one)")
             words: dict[str, Any] = {
                 "num_cpus": workers or cgroup.cpus(),
@@ -191,8 +197,29 @@ def started(workers: int, gpus: int, timeout_s: float, tell: Callable[[str], Non
             words |= {"address": "local", "_temp_dir": folder, "_memory": cgroup.memory_limit()}
             with connected(ray, timeout_s, "a Ray cluster on this machine", **words):
                 yield ray
+            owner.close()
         finally:
             remove(folder)
+
+
+def owned(folder: str) -> IO[str]:
+    """A file that is locked, and under its name only then, until it is closed or this process ends, however it does."""
+    path = os.path.join(folder, OWNER)
+    file = open(f"{path}.new", "w", encoding="utf-8")  # noqa: SIM115 - whoever asked closes it
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.rename(file.name, path)
+    return file
+
+
+def clear() -> None:
+    """Removes the folders of clusters whose commands were killed, and so could not."""
+    for folder in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f"{FOLDER}*")):
+        with suppress(OSError):
+            if os.path.islink(folder) or os.stat(folder).st_uid != os.geteuid():
+                continue
+            with open(os.path.join(folder, OWNER), encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(folder)
 
 
 def remove(folder: str) -> None:

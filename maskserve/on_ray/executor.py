@@ -25,6 +25,10 @@ PROCESS_BYTES = 256 << 20
 """What a worker takes beside what its task holds: Python, torch and their buffers."""
 LEAST_STEP = 64 << 20
 """Memory is asked for in powers of two of this: Ray keeps a queue for each amount."""
+HANGS_TIMES = 10
+"""How many times as long as the longest task before it none may end until somebody is told."""
+SOME = 3
+"""Tasks that a message names."""
 CANCEL_S = 10.0
 """How long tasks that are cancelled may take to be gone."""
 
@@ -106,7 +110,8 @@ class Crew(Generic[T]):
         self._remotes: dict[int, Any] = {}
         self._most = self._cluster.workers * (AHEAD if self._cluster.is_wide else 1)
         self._heard_s = time.monotonic()
-        self._has_run = self._is_told = False
+        self._longest_s = 0.0
+        self._has_run = self._is_told = self._is_still = False
 
     def outcomes(self) -> Generator[Outcome[T, Any], None, None]:
         """An outcome for each task of the queue; at the end none is left on the cluster."""
@@ -159,7 +164,8 @@ class Crew(Generic[T]):
         except self._ray.exceptions.RayError as error:
             yield from self._buried(flight, error)
             return
-        self._heard_s, self._has_run = time.monotonic(), True
+        self._heard_s, self._has_run, self._is_still = time.monotonic(), True, False
+        self._longest_s = max(self._longest_s, self._heard_s - flight.begun_s)
         for line in lines:
             self._executor.tell(line.removeprefix("maskserve: "))
         if word == "unfit":
@@ -180,6 +186,11 @@ class Crew(Generic[T]):
             self._queue.end(job)
             yield Outcome(index=job.index, task=job.task, error=LostObjectsError(lost), attempts=job.deaths + 1)
             return
+        if type(error).__name__ == "LocalRayletDiedError":
+            raise ClusterError(
+                f"this command's node of {self._cluster.where} is lost: its raylet was killed, or found no memory; start the "
+                "command again"
+            )
         how = died_how(error)
         if how is None:
             self._queue.end(job)
@@ -202,6 +213,9 @@ class Crew(Generic[T]):
         waited_s = time.monotonic() - self._heard_s
         if not self._flights or waited_s < self._cluster.timeout_s:
             return
+        if self._has_run:
+            self._tell_still(waited_s)
+            return
         self._heard_s = time.monotonic()
         has, asked = self._ray.cluster_resources(), {"CPU": 1, "GPU": self._cluster.gpus}
         for name, n in asked.items():
@@ -210,10 +224,22 @@ class Crew(Generic[T]):
                     f"{self._cluster.where} has had no node with a {name} for {waited_s:.0f} s, and each task takes {n}; "
                     "add one, or leave --device out"
                 )
-        if self._has_run or self._is_told:
+        if self._is_told:
             return
         self._is_told = True
         self._executor.tell(f"{self._cluster.where} has run no task for {waited_s:.0f} s: is it busy? waiting for room")
+
+    def _tell_still(self, waited_s: float) -> None:
+        """Says, once, where no task has ended for much longer than any took: Ray shows a worker that hangs as running."""
+        if self._is_still or waited_s < HANGS_TIMES * self._longest_s:
+            return
+        self._is_still = True
+        some = ", ".join(f"{flight.job.task!s:.60}" for flight in [*self._flights.values()][:SOME])
+        more = ", ..." if len(self._flights) > SOME else ""
+        self._executor.tell(
+            f"no task has ended for {waited_s:.0f} s, where the longest one took {self._longest_s:.0f} s: does a worker hang? "
+            f"On the cluster are {some}{more}; killing that worker has its task run elsewhere"
+        )
 
     def _cancel(self) -> None:
         """Ends what still runs, and waits until it is gone: what it has written is swept after that."""
@@ -231,7 +257,6 @@ def died_how(error: Exception) -> str | None:
         "WorkerCrashedError": "died",
         "NodeDiedError": "was lost with its node",
         "OutOfMemoryError": "was ended by Ray, since its node was short of memory (out of memory?)",
-        "LocalRayletDiedError": "was lost with its node",
         "ObjectLostError": "was lost with its answer",
         "ObjectFetchTimedOutError": "was lost with its answer",
         "ReferenceCountingAssertionError": "was lost with its answer",

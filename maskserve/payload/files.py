@@ -58,6 +58,9 @@ class Payload(Protocol):
     def read_range(self, name: str, start_byte: int, n_bytes: int) -> memoryview: ...
     def read_runs(self, name: str, start_bytes: Sequence[int], view: memoryview) -> None: ...
     def mapped(self, name: str, start_byte: int, n_bytes: int, spoil: Spoil) -> memoryview | None: ...
+    def expect(self, name: str, start_byte: int, n_bytes: int) -> None: ...
+    @property
+    def is_far(self) -> bool: ...
     def refuse_changed(self) -> None: ...
     def identity(self) -> Iterator[tuple[object, ...]]: ...
     def close(self) -> None: ...
@@ -72,6 +75,8 @@ class _Ranges(ABC):
     n_bytes: int
     title = ""
     """The name of the file, without its folder; a link has that of its file."""
+    is_far = False
+    """Whether each read waits for an answer: much at a time is read from there, and ahead."""
     version: object = None
     """Which version of an object was read; None of what is no object."""
 
@@ -97,6 +102,9 @@ class _Ranges(ABC):
         Where they turn out to have been other bytes than the file's, `spoil` is called once nothing refers to them.
         """
         return None
+
+    def expect(self, name: str, start_byte: int, n_bytes: int) -> None:  # noqa: B027 - what is near is not fetched ahead
+        """Says that these bytes of tensor `name` will be read, all of them: no others beside them are fetched ahead."""
 
     def refuse_changed(self) -> None:  # noqa: B027 - what lies in memory is as it was
         """Raises where the bytes may be other ones than at first: to be asked once all is read."""

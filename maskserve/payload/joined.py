@@ -29,6 +29,8 @@ Fill: TypeAlias = Callable[[Sequence[int], memoryview], None]
 """Fills a buffer with as many bytes of a tensor from each of some places on."""
 WOVEN = 1 << 20
 """Bytes of rows that are laid side by side at a time."""
+Expect: TypeAlias = Callable[[int, int], None]
+"""Says which bytes of a tensor, from a place on, will be read."""
 Map: TypeAlias = Callable[[int, int, Spoil], memoryview | None]
 """The bytes of a tensor from a place on where they lie; None where they must be read."""
 
@@ -50,6 +52,8 @@ class Pieces:
     fills: tuple[Fill, ...]
     maps: tuple[Map, ...]
     """How parts show their bytes where they lie; none where they do not hold them as they are wanted."""
+    expects: tuple[Expect, ...]
+    """How parts are told what will be read of them; none where that is not known."""
     starts: tuple[int, ...]
     """Where each part begins in such a row, and where the last one ends."""
 
@@ -83,6 +87,18 @@ class Pieces:
         if not self.maps or inside + n > width:
             return None
         return self.maps[part](index * width + inside, n, spoil)
+
+    def expect(self, start: int, n: int) -> None:
+        """Tells each part which of its bytes are among the `n` from `start` on."""
+        for part, expect in enumerate(self.expects):
+            first, last = self._before(part, start), self._before(part, start + n)
+            if last > first:
+                expect(first, last - first)
+
+    def _before(self, part: int, at: int) -> int:
+        """How many bytes of a part lie before a place of the whole."""
+        (index, rest), width = divmod(at, self.starts[-1]), self.starts[part + 1] - self.starts[part]
+        return index * width + min(max(rest - self.starts[part], 0), width)
 
     def _flush(self, part: int, at: Sequence[int], view: memoryview) -> None:
         if at:
@@ -122,6 +138,7 @@ class JoinedPayload(_Ranges):
 
     def __init__(self, parts: Sequence[Part], along: int | str, means: Means, limits: Limits = DEFAULT_LIMITS) -> None:
         self.parts = tuple(parts)
+        self.is_far = any(part.payload.is_far for part in parts)
         first = parts[0]
         self.along = Along.of(first.variables, along)
         joined = [piece for name in names(first.variables) for piece in self._joined(name, means)]
@@ -146,7 +163,8 @@ class JoinedPayload(_Ranges):
             sources, own = sources[:1], own[:1]
         fills = [partial(payload.read_runs, name) for payload, _ in sources]
         info, maps = own[0].info, [partial(payload.mapped, name) for payload, _ in sources]
-        data = joined(name, info.dtype, [v.info.shape for _, v in sources], dim or 0, fills, maps)
+        expects = [partial(payload.expect, name) for payload, _ in sources]
+        data = joined(name, info.dtype, [v.info.shape for _, v in sources], dim or 0, fills, maps, expects)
         if all(variable.mask is None for variable in own):
             return [data]
         return [data, self._mask(sources, dim or 0, means)]
@@ -163,11 +181,12 @@ class JoinedPayload(_Ranges):
             shapes = [mask.info.shape for mask in masks if mask is not None]
             fills = [partial(p.read_runs, v.mask.info.name) for p, v in sources if v.mask is not None]
             maps = [partial(p.mapped, v.mask.info.name) for p, v in sources if v.mask is not None]
-            return joined(named.info.name, named.info.dtype, shapes, dim, fills, maps)
+            expects = [partial(p.expect, v.mask.info.name) for p, v in sources if v.mask is not None]
+            return joined(named.info.name, named.info.dtype, shapes, dim, fills, maps, expects)
         is_bool = named is not None and named.kind is MaskKind.BOOL
         name = named.info.name if named is not None and is_bool else f"{variable.name}.{MaskKind.BOOL}"
         fills = [partial(fill_validity, validity_of(payload, v), means == "missing") for payload, v in sources]
-        return joined(name, boolean, [v.info.shape for _, v in sources], dim, fills, ())
+        return joined(name, boolean, [v.info.shape for _, v in sources], dim, fills, (), ())
 
     @property
     def described(self) -> str:
@@ -197,6 +216,12 @@ class JoinedPayload(_Ranges):
         offset = self._offset(name, start_byte, n_bytes)
         at = bisect_right(self._begins, offset) - 1
         return self._pieces[at].mapped(offset - self._begins[at], n_bytes, spoil) if n_bytes else None
+
+    def expect(self, name: str, start_byte: int, n_bytes: int) -> None:
+        offset = self._offset(name, start_byte, n_bytes)
+        at = bisect_right(self._begins, offset) - 1
+        if n_bytes:
+            self._pieces[at].expect(offset - self._begins[at], n_bytes)
 
     def _fill(self, offset: int, view: memoryview) -> None:
         if view.nbytes:
@@ -344,12 +369,13 @@ def cells_of(part: Part, variable: Variable) -> Callable[[int, int], tuple[memor
 
 
 def joined(
-    name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill], maps: Sequence[Map]
-) -> Pieces:
+    name: str, dtype: DType, shapes: Sequence[Shape], dim: int, fills: Sequence[Fill], maps: Sequence[Map],
+    expects: Sequence[Expect],
+) -> Pieces:  # fmt: skip
     inner = [prod(shape[dim:]) * dtype.n_bytes for shape in shapes]
     shape = shapes[0] if len(shapes) == 1 else (*shapes[0][:dim], sum(s[dim] for s in shapes), *shapes[0][dim + 1 :])
     output, starts = Output(name, dtype, shape, ()), (0, *accumulate(inner))
-    return Pieces(output=output, fills=tuple(fills), maps=tuple(maps), starts=starts)
+    return Pieces(output=output, fills=tuple(fills), maps=tuple(maps), expects=tuple(expects), starts=starts)
 
 
 def can_join(shape: Shape, first: Shape, dim: int, variable: Variable, kind: MaskKind) -> bool:

@@ -6,7 +6,7 @@ import errno
 import fnmatch
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 from urllib.parse import unquote
@@ -21,6 +21,8 @@ MOST_CHARS = 4096
 _BEGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,253}")
 _HOST = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_QUERY = re.compile(r"\?[^/]*=")
+"""What is a query rather than a pattern."""
 _MAGIC = re.compile(r"[*?[]")
 StrPath: TypeAlias = str | os.PathLike[str]
 
@@ -33,7 +35,7 @@ class Address:
     host: str
     """The bucket or container; of the web the host, with its port."""
     key: str
-    query: str = ""
+    query: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.host}/{self.key}"
@@ -80,7 +82,7 @@ def parse(text: str) -> Address:
     """The address that is spelled; ParameterError where it is none.
 
     >>> parse("s3://bucket/rain/2024.safetensors")
-    Address(scheme='s3', host='bucket', key='rain/2024.safetensors', query='')
+    Address(scheme='s3', host='bucket', key='rain/2024.safetensors')
     """
     from maskserve.payload.header import shown
 
@@ -104,6 +106,10 @@ def parse(text: str) -> Address:
 def _stored(scheme: str, host: str, key: str, text: str) -> Address:
     if not _BUCKET.fullmatch(host):
         raise wrong(text, f"an address is {scheme}://BUCKET/KEY, and credentials come from the environment")
+    if _QUERY.search(key):
+        raise wrong(
+            text, "it has a query, as signed addresses have, and those begin with https://; ? in a key is any character"
+        )
     check_key(key, text)
     return Address(scheme=scheme, host=host, key=key)
 

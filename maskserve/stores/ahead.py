@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from maskserve.stores.calls import THREADS_OF_ALL, waited
 
@@ -21,6 +21,10 @@ MOST_BYTES = 48 << 20
 """All that is kept or on its way, of all objects."""
 REMEMBERED = 64
 """Places of an object that are known to have been read."""
+
+
+Extent: TypeAlias = tuple[int, int]
+"""The first byte of a part, and the one after its last."""
 
 
 class Ranged(Protocol):
@@ -45,39 +49,41 @@ class Ahead:
         self._gone: deque[int] = deque()
         self._lock = Lock()
 
-    def part(self, of: Ranged, number: int, size: int = PART) -> Future[memoryview]:
-        """A part of an object, of those of this size, on its way or there."""
-        key = (of.serial, size, number)
+    def part(self, of: Ranged, extent: Extent) -> Future[memoryview]:
+        """A part of an object, on its way or there."""
+        key = (of.serial, *extent)
         with self._lock:
             self._drop_forgotten()
             found = self._parts.get(key)
             if found is None:
-                self._bytes += size
+                self._bytes += bytes_of(key)
             if found is None or (found.done() and found.exception() is not None):
-                found = self._parts[key] = THREADS_OF_ALL.submit(lambda: fetched(of, number, size))
+                found = self._parts[key] = THREADS_OF_ALL.submit(lambda: fetched(of, extent))
             self._parts.move_to_end(key)
-            while self._bytes > self.most_bytes:
-                self._bytes -= self._parts.popitem(last=False)[0][1]
+            self._drop_oldest()
             return found
 
-    def keep(self, of: Ranged, view: memoryview, size: int) -> None:
+    def keep(self, of: Ranged, view: memoryview) -> None:
         """Keeps the first part of an object, which is there; once it is forgotten, it is fetched again."""
         there: Future[memoryview] = Future()
         there.set_result(view)
         with self._lock:
             self._drop_forgotten()
-            self._parts[of.serial, size, 0] = there
-            self._bytes += size
-            while self._bytes > self.most_bytes:
-                self._bytes -= self._parts.popitem(last=False)[0][1]
+            self._parts[of.serial, 0, view.nbytes] = there
+            self._bytes += view.nbytes
+            self._drop_oldest()
 
-    def has(self, of: Ranged, number: int, size: int = PART) -> bool:
+    def has(self, of: Ranged, extent: Extent) -> bool:
         with self._lock:
-            return (of.serial, size, number) in self._parts
+            return (of.serial, *extent) in self._parts
 
     def forget(self, of: Ranged) -> None:
         """Nothing of an object is kept, from the next part on: this may be called by the collector, while the lock is held."""
         self._gone.append(of.serial)
+
+    def _drop_oldest(self) -> None:
+        while self._bytes > self.most_bytes:
+            self._bytes -= bytes_of(self._parts.popitem(last=False)[0])
 
     def _drop_forgotten(self) -> None:
         gone = set()
@@ -85,12 +91,16 @@ class Ahead:
             gone.add(self._gone.popleft())
         for key in [key for key in self._parts if key[0] in gone] if gone else ():
             del self._parts[key]
-            self._bytes -= key[1]
+            self._bytes -= bytes_of(key)
 
 
-def fetched(of: Ranged, number: int, size: int) -> memoryview:
-    start = number * size
-    view = memoryview(bytearray(min(size, of.n_bytes - start)))
+def bytes_of(key: tuple[int, int, int]) -> int:
+    return key[2] - key[1]
+
+
+def fetched(of: Ranged, extent: Extent) -> memoryview:
+    start, stop = extent
+    view = memoryview(bytearray(stop - start))
     of.fetch(start, view)
     return view
 
@@ -104,15 +114,29 @@ class Reader:
     def __init__(self, of: Ranged, ahead: Ahead = AHEAD) -> None:
         self._of, self._ahead = of, ahead
         self._depths: OrderedDict[int, int] = OrderedDict()
+        self._expected: tuple[Extent, ...] = ()
         self._lock = Lock()
 
+    def expect(self, start: int, stop: int) -> None:
+        """Says that these bytes will be read: they are fetched from the first one on, and none beyond them."""
+        with self._lock:
+            self._expected = (*self._expected, (start, stop))
+
+    def expects(self, start: int, stop: int) -> bool:
+        return any(first <= start and stop <= last for first, last in self._expected)
+
     def fill(self, start: int, view: memoryview) -> None:
-        """Fills `view`, which is no longer than a part."""
-        done = 0
+        """Fills `view`, part after part."""
+        is_expected, done = self.expects(start, start + view.nbytes), 0
+        # as much ahead as is read at a time: a mask's parts would else be forgotten while those of its larger tensor come
+        depth = min(-(-view.nbytes // PART), DEEPEST)
         while done < view.nbytes:
             number, inside = divmod(start + done, PART)
             n = min(PART - inside, view.nbytes - done)
-            self._from_part(number, inside, view[done : done + n])
+            if is_expected:
+                self._take(number, start + done, view[done : done + n], depth, self._expected_of)
+            else:
+                self._from_part(number, start + done, view[done : done + n])
             done += n
 
     def size_of_parts(self, n_runs: int) -> int:
@@ -121,28 +145,47 @@ class Reader:
 
     def side_by_side(self, starts: Sequence[int], views: Sequence[memoryview], size: int) -> None:
         """Fills views with runs that lie apart, as columns do: of each the part that it is in, which the next runs are in too."""
+        is_expected = self.expects(starts[0], starts[-1] + views[-1].nbytes)
+        of = self._expected_of if is_expected else self._whole
         wanted = []
         for start, view in zip(starts, views, strict=True):
             for number in range(start // size, (start + view.nbytes - 1) // size + 1):
-                was_there = self._ahead.has(self._of, number, size)
-                wanted.append((number, self._ahead.part(self._of, number, size), start, view))
-                goes_on = was_there and start + view.nbytes > number * size + size // 2
+                extent = of(number, size)
+                was_there = self._ahead.has(self._of, extent)
+                wanted.append((extent, self._ahead.part(self._of, extent), start, view))
+                goes_on = not is_expected and was_there and start + view.nbytes > number * size + size // 2
                 if goes_on and (number + 1) * size < self._of.n_bytes:
-                    self._ahead.part(self._of, number + 1, size)
-        for number, future, start, view in wanted:
-            first, last = max(start, number * size), min(start + view.nbytes, (number + 1) * size)
-            view[first - start : last - start] = future.result()[first - number * size : last - number * size]
+                    self._ahead.part(self._of, self._whole(number + 1, size))
+        for (begin, stop), future, start, view in wanted:
+            first, last = max(start, begin), min(start + view.nbytes, stop)
+            view[first - start : last - start] = future.result()[first - begin : last - begin]
 
-    def _from_part(self, number: int, inside: int, into: memoryview) -> None:
-        depth = self._depth(number)
-        if depth == 0 and not self._ahead.has(self._of, number):
-            waited(lambda: self._of.fetch(number * PART + inside, into))
+    def _whole(self, number: int, size: int = PART) -> Extent:
+        return number * size, min((number + 1) * size, self._of.n_bytes)
+
+    def _expected_of(self, number: int, size: int = PART) -> Extent:
+        """What of a part will be read; nothing of others."""
+        start, stop = self._whole(number, size)
+        own = [(max(start, first), min(stop, last)) for first, last in self._expected if first < stop and last > start]
+        return (min(first for first, _ in own), max(last for _, last in own)) if own else (start, start)
+
+    def _from_part(self, number: int, start: int, into: memoryview) -> None:
+        depth, extent = self._depth(number), self._whole(number)
+        if depth == 0 and not self._ahead.has(self._of, extent):
+            waited(lambda: self._of.fetch(start, into))
             return
-        future = self._ahead.part(self._of, number)
+        self._take(number, start, into, depth, self._whole)
+
+    def _take(self, number: int, start: int, into: memoryview, depth: int, of: Callable[[int], Extent]) -> None:
+        """Fills `into` from what `of` says of a part, and has as much of so many further ones fetched."""
+        begin, stop = of(number)
+        future = self._ahead.part(self._of, (begin, stop))
         last = -(-self._of.n_bytes // PART) - 1
         for further in range(number + 1, min(number + depth, last) + 1):
-            self._ahead.part(self._of, further)
-        into[:] = future.result()[inside : inside + into.nbytes]
+            first, end = of(further)
+            if end > first:
+                self._ahead.part(self._of, (first, end))
+        into[:] = future.result()[start - begin : start - begin + into.nbytes]
 
     def _depth(self, number: int) -> int:
         """How many parts to fetch beyond this one; 0 where nothing was read here or just before."""

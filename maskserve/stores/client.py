@@ -106,11 +106,11 @@ class Client:
                 is_again = page[0]["path"] in seen
                 seen.add(page[0]["path"])
                 if is_again or time.monotonic() > end_s:
-                    raise StoreError(f"{address} cannot be listed: the store's list does not end; name fewer objects")
+                    raise endless(address)
             return found
 
         for one in tried(lambda _: self._asked(address, every)):
-            yield Found(one["path"], Version(one["size"], strong(one["e_tag"])))
+            yield Found(one["path"], Version(one["size"], strong(quoted(one["e_tag"]))))
 
     def put(self, address: Address, data: memoryview, *, is_new: bool) -> bool:
         """Whether the object is written, in one request; False where `is_new` and another stands there."""
@@ -127,6 +127,7 @@ class Client:
                         store, address.key, data, mode="create" if is_new else "overwrite", use_multipart=False
                     ),
                     is_output=True,
+                    is_new=is_new,
                     passes=(AlreadyExistsError, PreconditionError),
                 )
             except (AlreadyExistsError, PreconditionError) as error:
@@ -219,6 +220,7 @@ class Client:
         call: Callable[[], T],
         *,
         is_output: bool = False,
+        is_new: bool = False,
         passes: tuple[type[Exception], ...] = (),
     ) -> T:
         """What `call` gives; its errors as ours, inside PassingError where another try may serve."""
@@ -227,7 +229,7 @@ class Client:
         except Exception as error:
             if isinstance(error, (MaskserveError, *passes)):
                 raise
-            raise_ours(error, address, is_output=is_output)
+            raise_ours(error, address, is_output=is_output, is_new=is_new)
         except BaseException as error:
             refuse_panic(error, address)
             raise
@@ -244,6 +246,15 @@ def received(stream: Any, view: memoryview) -> None:
         done = end
     if done < view.nbytes:
         raise MisfitError(f"{done} of {view.nbytes} bytes came")
+
+
+def quoted(etag: str | None) -> str | None:
+    """A tag of a list as headers spell it: Azure's lists leave the quotes out.
+
+    >>> quoted("0x8D"), quoted('"0x8D"')
+    ('"0x8D"', '"0x8D"')
+    """
+    return etag if etag is None or etag.endswith('"') else f'"{etag}"'
 
 
 def strong(etag: str | None) -> str:
@@ -299,7 +310,7 @@ def reason_of(error: Exception) -> str:
     return known or "what came is no answer"
 
 
-def raise_ours(error: Exception, address: Address, *, is_output: bool) -> NoReturn:
+def raise_ours(error: Exception, address: Address, *, is_output: bool, is_new: bool = False) -> NoReturn:
     """Raises what an error of obstore means."""
     from obstore import exceptions as theirs
 
@@ -318,7 +329,9 @@ def raise_ours(error: Exception, address: Address, *, is_output: bool) -> NoRetu
         said = f"the store does not allow it ({reason_of(error)}); look at the credentials in the environment"
         raise with_errno(kind(f"{address} cannot be {verb}: {said}"), errno.EACCES) from None
     if isinstance(error, theirs.NotSupportedError) or status == 501:
-        raise with_errno(kind(f"{address} cannot be {verb}: {unsupported(is_output)}"), errno.ENOTSUP) from None
+        raise with_errno(
+            kind(f"{address} cannot be {verb}: {unsupported(address, is_output, is_new)}"), errno.ENOTSUP
+        ) from None
     if isinstance(error, theirs.InvalidPathError):
         raise with_errno(InputError(f"below {address} {UNREADABLE_KEY}"), errno.EILSEQ) from None
     if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
@@ -349,12 +362,18 @@ def refuse_panic(error: BaseException, address: Address) -> None:
         ) from None
 
 
-def unsupported(is_output: bool) -> str:
+def unsupported(address: Address, is_output: bool, is_new: bool) -> str:
+    if is_new:
+        return "the store cannot do that (501), or not of new objects only: say replace (--exists replace)"
     if is_output:
-        return (
-            "the store cannot do that (501); where it has no writes of new objects only, say replace (--exists replace)"
-        )
+        return "the store cannot do that (501); write to another one, or to a file"
+    if address.is_many:
+        return "the store lists nothing (501); name each object"
     return "the server does not send parts of files; fetch the file first"
+
+
+def endless(address: Address) -> StoreError:
+    return StoreError(f"{address} cannot be listed: the store's list does not end; name fewer objects")
 
 
 def changed(address: Address) -> InputChangedError:

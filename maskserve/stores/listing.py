@@ -8,9 +8,10 @@ from functools import partial
 
 from maskserve.errors import InputError, InputNotFoundError, ParameterError
 from maskserve.payload.header import shown
+from maskserve.stores import client
 from maskserve.stores.addresses import MOST_CHARS, STORES, Address, parse
-from maskserve.stores.calls import at_once, waited
-from maskserve.stores.client import Found, Version, client_of, with_errno
+from maskserve.stores.calls import THREADS_OF_ALL, TRIES_S, at_once
+from maskserve.stores.client import Found, Version, client_of, endless, with_errno
 
 
 def listed(address: Address) -> dict[str, Version]:
@@ -19,8 +20,7 @@ def listed(address: Address) -> dict[str, Version]:
         raise ParameterError(
             f"{address}: a web server has no list of what it holds; name each file", parameter="path", allowed=STORES
         )
-    client = client_of(address)
-    every = waited(lambda: list(client.listed(address)))
+    every = all_below(address)
     found = without_folders(address, every, [one for one in every if address.matches(one.key)])
     for one in found:
         refuse_unspelled(address, one.key)
@@ -57,8 +57,18 @@ def refuse_unspelled(address: Address, key: str) -> None:
 def below(folder: str) -> set[str]:
     """The addresses of all objects below a folder."""
     address = parse(folder.rstrip("/") + "/")
-    client = client_of(address)
-    return {str(replace(address, key=one.key)) for one in waited(lambda: list(client.listed(address)))}
+    return {str(replace(address, key=one.key)) for one in all_below(address)}
+
+
+def all_below(address: Address) -> list[Found]:
+    """What the store lists. Of pages without objects obstore alone hears, so time is what ends a list of such."""
+    listing = THREADS_OF_ALL.submit(lambda: list(client_of(address).listed(address)))
+    try:
+        return listing.result(client.LISTING_S + TRIES_S)
+    except TimeoutError:
+        if listing.done():
+            raise
+        raise endless(address) from None
 
 
 def meant(path: str) -> list[str]:

@@ -20,6 +20,9 @@ HEAD_BYTES = 1 << 16
 """What the first request asks for: most headers, and small objects whole."""
 GAP_BYTES = 1 << 17
 """Bytes between two runs that are read through: another request takes as long as a megabyte."""
+LONG_RUN, LONG_RUN_SHARE = 1 << 15, 8
+"""Runs that are worth a request of their own: no more than a share of them is read through between them, since what lies there
+is often read too, when the next columns are."""
 _SERIALS = count()
 
 
@@ -35,6 +38,8 @@ class Span:
 class ObjectPayload(_Ranges):
     """A payload in an object; threads may read at once. What it reads is of one version, or an error."""
 
+    is_far = True
+
     def __init__(
         self, address: Address, client: Client, head: memoryview, version: Version, limits: Limits = DEFAULT_LIMITS
     ) -> None:
@@ -49,7 +54,12 @@ class ObjectPayload(_Ranges):
         if version.etag:  # of a million small objects not all can be kept
             self._head = head[:0]
             if head.nbytes == self.n_bytes:
-                AHEAD.keep(self, head, HEAD_BYTES)
+                AHEAD.keep(self, head)
+
+    def expect(self, name: str, start_byte: int, n_bytes: int) -> None:
+        if self.n_bytes > HEAD_BYTES:
+            offset = self._offset(name, start_byte, n_bytes)
+            self._reader.expect(offset, offset + n_bytes)
 
     def fetch(self, start: int, view: memoryview) -> None:
         """Fills `view` from the store, in this thread."""
@@ -78,10 +88,14 @@ class ObjectPayload(_Ranges):
         if self.n_bytes <= HEAD_BYTES:
             self._reader.side_by_side(offsets, [view[i * n : (i + 1) * n] for i in range(len(offsets))], HEAD_BYTES)
             return
-        found = list(spans(offsets, n))
-        if len(found) == 1 and len(found[0].runs) == 1:
-            self._reader.fill(found[0].start, view)
+        is_one = offsets[-1] + n - offsets[0] == view.nbytes
+        if is_one and (view.nbytes <= PART or self._reader.expects(offsets[0], offsets[0] + view.nbytes)):
+            self._reader.fill(offsets[0], view)
             return
+        if n < LONG_RUN and self._reader.expects(offsets[0], offsets[-1] + n):  # what lies between is read too
+            self._reader.side_by_side(offsets, [view[i * n : (i + 1) * n] for i in range(len(offsets))], PART)
+            return
+        found = list(spans(offsets, n, gap=GAP_BYTES if n < LONG_RUN else n // LONG_RUN_SHARE))
         size = self._reader.size_of_parts(len(found))
         longest = max(span.end - span.start for span in found)
         if size >= max(LEAST_PART, 2 * longest):

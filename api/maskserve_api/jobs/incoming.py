@@ -36,7 +36,7 @@ class Incoming:
         self._file: File | None = None
         self.n_bytes = 0
 
-    async def add(self, piece: bytes) -> None:
+    async def add(self, piece: bytes | memoryview) -> None:
         self._sha.update(piece)
         self.n_bytes += len(piece)
         if self._make is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from maskserve.requests import Request, spelled
 from maskserve_api.body import Claim, Memory, pieces
 from maskserve_api.coding import Coding
 from maskserve_api.errors import BodyTimeoutError, BusyError, IdempotencyError, ServiceError
+from maskserve_api.fetching import Source
 from maskserve_api.forms import Form
 from maskserve_api.jobs.computing import opened
 from maskserve_api.jobs.desk import Jobs
@@ -54,6 +55,8 @@ class Submission:
     n_bytes: int | None
     """The body's length, where it was declared."""
     timeout_s: float
+    source: Source | None = None
+    """The object that is read in place of a body, now: what the job computes on is what there was when it was taken."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the 202; or raises, and nothing is kept."""
@@ -107,7 +110,11 @@ class Submission:
 
     async def _arrived(self, receive: Receive, claim: Claim, incoming: Incoming, place: Place | None) -> Arrived:
         start_s = asyncio.get_running_loop().time() + self.timeout_s
-        body = pieces(receive, self.n_bytes, self.jobs.options.max_body, self.coding)
+        body: AsyncGenerator[bytes | memoryview, None]
+        if self.source is None:
+            body = pieces(receive, self.n_bytes, self.jobs.options.max_body, self.coding)
+        else:
+            body = self.source.pieces(claim)
         try:
             async with asyncio.timeout_at(start_s) as bound:
                 async for piece in body:
