@@ -252,7 +252,10 @@ class FilePayload(_Ranges):
         return _because(InputError, f"{self._shown} cannot be read: {_reason(cause)}", cause)
 
     def refuse_changed(self) -> None:
-        if file_state(os.fstat(self._fd)) != self.state:
+        now = os.fstat(self._fd)
+        if now.st_size < self.n_bytes:
+            raise self._ended()
+        if file_state(now) != self.state:
             raise InputChangedError(f"{self._shown} changed while it was read; run again once it is written")
 
     def close(self) -> None:
