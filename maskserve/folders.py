@@ -39,10 +39,13 @@ def matching(path: str) -> Iterator[str]:
 
 
 def files(pattern: str) -> Iterator[str]:
-    """What matches, but for folders, and for what lies within an input that is one and that the pattern does not spell."""
+    """What matches, but for folders, and for what lies within an input that is one and that the pattern does not spell.
+
+    A folder that is named like a file of data stays: whoever opens it says that it is none.
+    """
     spelled = inputs_above(pattern)
     for found in glob.iglob(pattern, recursive=True):
-        if inputs_above(found) == spelled and (is_input(found) or not os.path.isdir(found)):
+        if inputs_above(found) == spelled and (by_suffix(found) is not None or not os.path.isdir(found)):
             yield os.path.normpath(found)
 
 
