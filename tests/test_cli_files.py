@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maskserve import errors, requests
+from maskserve import errors, folders, requests
 from maskserve.ops import OPS, verbs
 from maskserve.payload.format import Limits
 from maskserve_cli import exits, inputs, words
@@ -280,6 +282,51 @@ def test_a_folder_or_pattern_that_means_nothing_is_no_input(maskserve: Maskserve
     ran = maskserve("reduce", "--op", "sum", path)
     assert ran.code == 66
     assert one_line(ran) == f"maskserve: {path} means no file: none is below it, or like it"
+
+
+@pytest.mark.parametrize("path", ["days", "days/**/*.safetensors", "days/*/*/*"])
+def test_a_link_to_a_folder_above_is_not_followed_round(maskserve: Maskserve, path: str) -> None:
+    days("days/a/0/0.safetensors", "days/a/1/1.safetensors")
+    Path("days/a/back").symlink_to("../../days")
+    assert maskserve("reduce", "--op", "count", path).text == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "named"), [("days", "days/more"), ("days/**/*", "days/more"), ("days/m*/*", "days/more")]
+)
+def test_a_folder_that_cannot_be_read_is_named(
+    maskserve: Maskserve, path: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days("days/0.safetensors", "days/more/1.safetensors")
+    scandir = os.scandir
+
+    def refusing(folder: str) -> Any:
+        if "more" in str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    ran = maskserve("reduce", "--op", "sum", path)
+    assert (ran.code, one_line(ran)) == (77, f"maskserve: {named} cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("path", ["days", "days/*"])
+def test_a_pipe_in_a_folder_is_not_waited_for(maskserve: Maskserve, path: str) -> None:
+    days("days/0.safetensors")
+    os.mkfifo("days/1.safetensors")
+    ran = maskserve("reduce", "--op", "sum", path)
+    expected = "maskserve: days/1.safetensors is a FIFO; a folder or a pattern means regular files"
+    assert (ran.code, one_line(ran)) == (74, expected)
+
+
+def test_names_are_matched_as_a_shell_matches_them(maskserve: Maskserve) -> None:
+    days("d/a/b/0", "d/a/1", "d/we[1]rd/2", "d/.h/3", "d/a/.4", "d/b/a/5")
+    for pattern, found in (
+        ("d/**", "0125"), ("d/**/a/*", "15"), ("d/**/**/b/*", "0"), ("d/[ab]/?", "1"), ("d/we[[]1]rd/*", "2"), ("d/.h/*", "3"),
+        ("d/.*/*", "3"), ("d/a/.*", "4"), ("./d/a/*", "1"), ("d/../d/a/[!0]", "1"), ("d/*/b/**/*", "0"), ("d/**/**", "0125"),
+    ):  # fmt: skip
+        names = (os.path.basename(path).strip(".") for path in folders.matching(pattern))
+        assert sorted(names) == sorted(found), pattern
 
 
 @pytest.mark.parametrize("command", ["info", "head", "validate"])

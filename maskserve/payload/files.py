@@ -296,7 +296,7 @@ def _open_regular(path: StrPath) -> int:
         os.close(fd)
         if stat.S_ISDIR(mode):
             raise is_a_folder(f"{name} is a folder")
-        raise InputError(f"{name} is {_kind(mode)}; a payload is read from a regular file")
+        raise InputError(f"{name} is {kind_of(mode)}; a payload is read from a regular file")
     return fd
 
 
@@ -386,7 +386,7 @@ def _stands(target: str, name: str, exists: Exists) -> bool:
     except FileNotFoundError:
         return False
     if not stat.S_ISREG(mode):
-        raise OutputError(f"{name} is {_kind(mode)}; only a regular file is written or replaced")
+        raise OutputError(f"{name} is {kind_of(mode)}; only a regular file is written or replaced")
     if exists == "error":
         raise _exists(name)
     return exists == "skip"
@@ -442,7 +442,7 @@ def _reason(cause: OSError) -> str:
     return cause.strerror or type(cause).__name__
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a FIFO",

@@ -20,11 +20,11 @@ from maskserve.payload.drafts import create
 from maskserve.payload.files import (
     StrPath,
     _because,
-    _kind,
     _reason,
     _stands,
     _sync_folder,
     failing,
+    kind_of,
     temp_name,
 )
 from maskserve.payload.header import shown
@@ -184,7 +184,7 @@ def _target(path: str, name: str) -> str:
         target = os.path.realpath(target)
         _stands(target, name, "replace")
     elif not stat.S_ISREG(mode):
-        raise OutputError(f"{name} is {_kind(mode)}; only a regular file is written or replaced")
+        raise OutputError(f"{name} is {kind_of(mode)}; only a regular file is written or replaced")
     return target
 
 
