@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from maskserve.backends import Backend, Finisher, Parts, Search
+from maskserve.backends import Backend, Finisher, Parts, Search, Selector
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
@@ -68,7 +68,7 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None =
 def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(values, mask, indices) of a row that picks cells: an index counts within its slice, flat where dims are several."""
     if finisher := taking_cells(plan):
-        indices = finisher.empty(plan.out_shape, torch.int64)
+        indices = finisher.empty(plan.out_shape, torch.int64, plan.device)
         return *compute(plan, data, mask, places=indices), indices
     indices, valid = compute(indexing(plan), data, mask)
     return picked(plan, data, indices, valid), valid, indices
@@ -86,10 +86,10 @@ def compute(
     """(values, mask) of the plan by whoever is fastest at its size; `places` are written where a scan picks."""
     reads_cells = mask is not None or not plan.passes or plan.passes[0].reads_cells
     walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
-    finisher = finisher_of(plan) if walked <= SMALL and plan.as_stored else None
-    small = finisher.run(plan, data, mask, places) if finisher else None
-    if small is not None:
-        return small
+    finisher = finisher_of(plan) if plan.as_stored else None
+    whole = finisher.run(plan, data, mask, places) if finisher and walked <= finisher.run_cells else None
+    if whole is not None:
+        return whole
     if weights is not None:
         mask = intersection([mask, counting(plan.row, *weights, plan.params["nan"])])
     cells = Cells(plan, data, mask, weights[0] if weights is not None else None, policy=nan_policy(plan))
@@ -162,8 +162,8 @@ def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
     if not is_short(plan, cells.shape):
         return None
     shape = (len(plan.labels or (0,)), outer, inner)
-    values = finisher.empty(shape, getattr(torch, plan.result.torch))
-    valid = finisher.empty(shape, torch.bool)
+    values = finisher.empty(shape, getattr(torch, plan.result.torch), plan.device)
+    valid = finisher.empty(shape, torch.bool, plan.device)
     served: list[bool] = []
 
     def task(rows: slice, columns: slice) -> Callable[[], None]:
@@ -341,7 +341,8 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     wide = torch.int64 if plan.result.is_integral else torch.float64
     values = torch.empty((1 if labels is None else len(labels), outer, inner), dtype=wide, device=plan.device)
     counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)
-    of = finisher.select if finisher else kernel(row.select)
+    selector = finisher if isinstance(finisher, Selector) else None
+    of = selector.select if selector else kernel(row.select)
 
     def task(rows: slice, columns: slice) -> Callable[[], None]:
         def select_block() -> None:
@@ -349,7 +350,7 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
 
         return select_block
 
-    if not (finisher and search_all(plan, cells, finisher, values, counts)):
+    if not (selector and search_all(plan, cells, selector, values, counts)):
         tiles = cut(plan, cells.shape, block_cells(backend, cells.shape), whole=True).tiles
         in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
     return finish_selection(plan, values, counts)
@@ -366,7 +367,7 @@ def finish_selection(plan: Plan, values: Tensor, counts: Tensor) -> Masked:
     return masked_where_too_few(plan, values, enough)
 
 
-def search_all(plan: Plan, cells: Cells, finisher: Finisher, values: Tensor, counts: Tensor) -> bool:
+def search_all(plan: Plan, cells: Cells, finisher: Selector, values: Tensor, counts: Tensor) -> bool:
     """Slices of more cells than a block, a few side by side at a time; False where they are shorter, or it cannot."""
     outer, n, inner = cells.shape
     most = block_cells(finisher, cells.shape)
@@ -515,7 +516,7 @@ def empty_like(plan: Plan, cells: Cells, size: int | None = None) -> Masked:
     outer, n, inner = cells.shape
     shape = (outer, n if size is None else size, inner)
     finisher = finisher_of(plan)
-    empty = finisher.empty if finisher else partial(torch.empty, device=plan.device)
+    empty = partial(finisher.empty if finisher else torch.empty, device=plan.device)
     return empty(shape, dtype=getattr(torch, plan.result.torch)), empty(shape, dtype=torch.bool)
 
 
