@@ -5,6 +5,7 @@ Blocks are free (threads, strides and cache decide them); the order of arithmeti
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.dtypes import Kind, i64
-from maskserve.errors import EmptySliceError
+from maskserve.errors import EmptySliceError, OutOfMemoryError
 from maskserve.execution import (
     BLOCKS_A_THREAD,
     SMALL,
@@ -32,12 +33,14 @@ from maskserve.execution import (
     in_turn,
     n_threads,
     nan_policy,
+    using,
 )
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
 from maskserve.trees import Counter
 
+log = logging.getLogger("maskserve")
 Masked = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor | None]
 
@@ -48,6 +51,8 @@ SEARCHED_TOGETHER = 8
 LONG = 1 << 20
 """Cells of a slice beyond which its state is joined from blocks and its cells are normalized by it, on all threads: in
 memory too, so that streamed slices have the same bits."""
+SMALLER = (1 << 24, 1 << 20)
+"""Cells of the blocks in which a device that is out of memory is tried again."""
 SAMPLED = 1 << 15
 """Cells of a long slice that say where in it to look: results between two of them are a 50th of all."""
 
@@ -83,13 +88,33 @@ def taking_cells(plan: Plan) -> Finisher | None:
 def compute(
     plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None, *, places: Tensor | None = None
 ) -> Masked:
-    """(values, mask) of the plan by whoever is fastest at its size; `places` are written where a scan picks."""
+    """(values, mask) of the plan; where a device's memory does not do, in blocks, which change no bit."""
+    try:
+        return computed(plan, data, mask, weights, places)
+    except torch.OutOfMemoryError:
+        log.info("%s: %s is out of memory; it is tried again in blocks", plan.row.name, plan.device)
+    for cells in SMALLER:
+        try:
+            with using(block_cells=cells):
+                return computed(plan, data, mask, weights, places, whole=False)
+        except torch.OutOfMemoryError:
+            continue
+    raise OutOfMemoryError(
+        f"{plan.row.name}: {plan.device} is out of memory, in blocks of {SMALLER[-1]} cells too; give device=cpu, or send less"
+    )
+
+
+def computed(
+    plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None, places: Tensor | None, *, whole: bool = True
+) -> Masked:
+    """The same by whoever is fastest at its size; `places` are written where a scan picks."""
     reads_cells = mask is not None or not plan.passes or plan.passes[0].reads_cells
     walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
-    finisher = finisher_of(plan) if plan.as_stored else None
-    whole = finisher.run(plan, data, mask, places) if finisher and walked <= finisher.run_cells else None
-    if whole is not None:
-        return whole
+    finisher = finisher_of(plan) if plan.as_stored and whole else None
+    runs = finisher is not None and (walked <= SMALL or finisher.runs_whole)
+    made = finisher.run(plan, data, mask, places) if finisher and runs else None
+    if made is not None:
+        return made
     if weights is not None:
         mask = intersection([mask, counting(plan.row, *weights, plan.params["nan"])])
     cells = Cells(plan, data, mask, weights[0] if weights is not None else None, policy=nan_policy(plan))

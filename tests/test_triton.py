@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu
 from maskserve import OPS, dtypes
 from maskserve.backends import backends, choose
 from maskserve.backends.triton import TritonBackend, interprets, missing, recording, reducing
@@ -157,6 +158,24 @@ def test_without_triton_the_limit_says_how_to_install_it(monkeypatch: pytest.Mon
     finally:
         monkeypatch.undo()
         missing.cache_clear()
+
+
+@needs_triton
+def test_a_triton_that_is_too_old_is_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskserve.backends.triton.version", lambda name: "3.5.1")
+    missing.cache_clear()
+    try:
+        assert why_not(OPS["sum"]) == "triton 3.5.1 is too old for its kernels: it takes 3.7, which torch 2.13 brings"
+    finally:
+        monkeypatch.undo()
+        missing.cache_clear()
+
+
+def test_the_benchmark_needs_a_device_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--device", "cuda:99"]) == 1
+    assert "device cuda:99 is not there" in capsys.readouterr().err
+    timed = {of.row.name for of in gpu.plans("cuda:0", ())}
+    assert timed == (set() if missing() else {row.name for row in ROWS if row.verb and not row.picks})
 
 
 def test_a_plan_on_a_cuda_device_falls_back_to_the_reference_and_says_why() -> None:

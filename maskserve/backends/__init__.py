@@ -58,8 +58,8 @@ class Finisher(Backend, Protocol):
     places too where `places` is there for them. A normalization fills parts of slices too, given the slices' states.
     """
 
-    run_cells: int
-    """The cells up to which `run` is the fastest way; beyond, blocks go to all threads."""
+    runs_whole: bool
+    """Whether `run` is the way at any size; else blocks of what is not small go to all threads."""
 
     def takes_cells(self, plan: Plan) -> bool: ...
 
@@ -97,6 +97,8 @@ class Selector(Finisher, Protocol):
 @runtime_checkable
 class Puller(Backend, Protocol):
     """A back end that also computes gradients, of whole tensors; False: the reference's formula is needed."""
+
+    def pulls(self, plan: Plan) -> bool: ...
 
     def pull(
         self,

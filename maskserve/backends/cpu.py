@@ -256,7 +256,7 @@ class CpuBackend:
     widths_held = 0
     omits_nan = True
     block_cells = 1 << 22  # a call costs some 10 us in Python; the kernel tiles for the caches by itself
-    run_cells = 1 << 16
+    runs_whole = False
     threads_inside = False
 
     def why_not(self, plan: Plan) -> str | None:

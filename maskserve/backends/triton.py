@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ ORDERS = (2, 1, 0, 0.5, -1, -2, math.inf, -math.inf)
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 """A contracted a * b + c rounds once, where the reference rounds twice."""
 WORD = "TRITON_INTERPRET"
+OLDEST = (3, 7)
+"""Tuples of pointers, and functions as constants, are as kernels need them from here on."""
 
 # what kernels are called, by what they compute in: float32 (and halves), float64, int64, narrower integers and bools
 KINDS = ("single", "double", "long", "whole")
@@ -126,6 +129,9 @@ def missing() -> str | None:
     """Why triton cannot be used, and what to do; None where it can."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'maskserve[gpu]'"
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"triton {found} is too old for its kernels: it takes {OLDEST[0]}.{OLDEST[1]}, which torch 2.13 brings"
     return None
 
 
@@ -331,7 +337,7 @@ class TritonBackend:
     name = "triton"
     block_cells = sys.maxsize
     """Kernels cut by themselves."""
-    run_cells = sys.maxsize
+    runs_whole = True
     threads_inside = True
     widths_held = 0
     omits_nan = True
@@ -455,12 +461,15 @@ class TritonBackend:
         gradient: Tensor, reach: Tensor | None,
     ) -> bool:  # fmt: skip
         """The gradient by `data`, and where it has reached; False: the reference's formula is needed."""
-        if plan.row.vjp not in PULLS or not {plan.stored, plan.result} <= FLOATING or plan.params.get("nan") == "raise":
-            return False
-        if plan.stored is not plan.dtype or not math.prod(plan.shape):
+        if not self.pulls(plan) or not math.prod(plan.shape):
             return False
         pull(plan, data, mask, (values, g, gate), gradient, reach)
         return True
+
+    def pulls(self, plan: Plan) -> bool:
+        """Whether there is a kernel for the gradient."""
+        floats = plan.stored in FLOATING and plan.stored is plan.dtype and plan.result in FLOATING
+        return floats and plan.row.vjp in PULLS and plan.params.get("nan") != "raise"
 
 
 def serves_row(plan: Plan) -> bool:
