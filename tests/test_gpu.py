@@ -7,7 +7,7 @@ import torch
 
 import maskserve as ms
 from maskserve import devices, dtypes, engine, execution
-from maskserve.backends.triton import missing
+from maskserve.backends.triton_tables import missing
 from maskserve.dtypes import DType
 from maskserve.errors import OutOfMemoryError
 from maskserve.ops.rows import Reduction, Row

@@ -14,8 +14,10 @@ import torch
 from benchmarks import gpu
 from maskserve import OPS, dtypes
 from maskserve.backends import backends, choose
-from maskserve.backends.triton import TritonBackend, interprets, missing, recording, reducing
+from maskserve.backends.triton import TritonBackend
+from maskserve.backends.triton_launches import recording
 from maskserve.backends.triton_plans import Stage, stages_of, traffic_of
+from maskserve.backends.triton_tables import interprets, missing, reducing
 from maskserve.dtypes import DType
 from maskserve.errors import BackendError
 from maskserve.ops.rows import Reduction, Row
@@ -151,7 +153,7 @@ def test_limits_are_told_one_at_a_time() -> None:
 
 
 def test_without_triton_the_limit_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskserve.backends.triton.find_spec", lambda name: None)
+    monkeypatch.setattr("maskserve.backends.triton_tables.find_spec", lambda name: None)
     missing.cache_clear()
     try:
         assert why_not(OPS["sum"]) == "triton is not installed: pip install 'maskserve[gpu]'"
@@ -162,7 +164,7 @@ def test_without_triton_the_limit_says_how_to_install_it(monkeypatch: pytest.Mon
 
 @needs_triton
 def test_a_triton_that_is_too_old_is_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskserve.backends.triton.version", lambda name: "3.5.1")
+    monkeypatch.setattr("maskserve.backends.triton_tables.version", lambda name: "3.5.1")
     missing.cache_clear()
     try:
         assert why_not(OPS["sum"]) == "triton 3.5.1 is too old for its kernels: it takes 3.7, which torch 2.13 brings"

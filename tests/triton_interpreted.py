@@ -14,7 +14,7 @@ from torch import Tensor
 
 import maskserve as ms
 from maskserve import OPS, dtypes, engine, execution
-from maskserve.backends.triton import interprets
+from maskserve.backends.triton_tables import interprets
 from maskserve.dtypes import DType
 from maskserve.errors import IntegerOverflowError
 from maskserve.ops.rows import Reduction, Row

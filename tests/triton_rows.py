@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from maskserve import dtypes
-from maskserve.backends.triton import SERVED, serves_row
+from maskserve.backends.triton_tables import SERVED, serves_row
 from maskserve.dtypes import DType
 from maskserve.ops.rows import Reduction, Row
 from maskserve.params import names_of

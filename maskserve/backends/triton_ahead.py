@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskserve.backends.triton import LAUNCH, Call, interprets, kernels
+from maskserve.backends.triton_launches import LAUNCH, Call
+from maskserve.backends.triton_tables import interprets, kernels
 from maskserve.errors import BackendError
 
 CAPABILITIES = (80, 90)
