@@ -60,7 +60,7 @@ def write_cells(results_ptr, value, lacks, valid, offsets, inside, CHECKS: tl.co
         tl.store(results_ptr[2] + tl.zeros_like(offsets), wrong.to(tl.int32), mask=wrong)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
 def normalize_kernel(
     data_ptr, mask_ptr, state_ptr, results_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_strides, state_strides,
     result_strides, LIFT: tl.constexpr, MERGE: tl.constexpr, APPLY: tl.constexpr, LIFT_OPTION: tl.constexpr,
@@ -114,7 +114,7 @@ def running(x, keep, before, IS_FLOAT: tl.constexpr):
         return sums, tl.zeros(sums.shape, tl.int1), (before[0] + halve(cells)[:, None, :], before[1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
 def cumsum_kernel(
     data_ptr, mask_ptr, results_ptr, n, inner, n_lanes, data_strides, mask_strides, result_strides,
     IS_FLOAT: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, OMITS: tl.constexpr, N: tl.constexpr,
@@ -182,7 +182,9 @@ def above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, 
     return out, tl.where(gate, g, 0.0), gate
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "out_ptr", "g_ptr", "gate_ptr", "gradient_ptr", "reach_ptr"]
+)  # see UNALIGNED
 def pull_kernel(
     data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, n, inner, n_lanes, data_strides, mask_strides,
     out_strides, g_strides, gate_strides, gradient_strides, SHARE: tl.constexpr, PULL: tl.constexpr,

@@ -30,7 +30,7 @@ def ended(
         write_results(target_ptr, value, lacks, enough, offsets, inside, CHECKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
 def lift_kernel(
     data_ptr, mask_ptr, target_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_strides, target_strides, run_stride,
     min_count, LIFT: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, LIFT_OPTION: tl.constexpr,

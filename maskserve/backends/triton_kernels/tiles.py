@@ -9,6 +9,9 @@ import triton.language as tl
 
 from maskserve.backends.triton_kernels.elementary import is_finite
 
+UNALIGNED = tl.constexpr(True)
+"""Kernels are compiled as if addresses were not aligned: neighbours go to neighbouring threads and not to one, so that the
+first halvings join a thread's own cells. With 16 bytes a thread LLVM took minutes for one kernel."""
 ABSENT = tl.constexpr(0)
 BYTES = tl.constexpr(1)
 
