@@ -12,6 +12,8 @@ from math import prod
 
 TILE = 4096
 """Cells of a tile where slices lie one after the other: a leaf, or whole short slices."""
+SHORT_TILE = 1024
+"""Cells of a tile of several short slices: its halvings cross threads, and of 4096 the compiler takes 17 s for a variance."""
 WIDE_TILE = 8192
 COLUMNS = 32
 """Neighbours that are read together, where there are so many: a line of a device's memory is 128 bytes."""
@@ -74,7 +76,7 @@ def lifting_tile(n: int, leaf: int, lanes: int, *, is_inner: bool) -> Tile:
     """The tile that reads slices of n cells."""
     cells = min(leaf, pow2(n))
     if is_inner:
-        beside = min(pow2(lanes), max(1, TILE // cells))
+        beside = min(pow2(lanes), max(1, SHORT_TILE // cells))
     else:
         beside = min(pow2(lanes), max(COLUMNS, TILE // cells if n <= leaf else 0))
     most = (TILE if is_inner else WIDE_TILE) // (cells * beside)
@@ -88,7 +90,7 @@ def stages_of(fold: tuple[int, ...], leaf: int) -> tuple[Stage, ...]:
     >>> [(s.programs, s.runs) for s in stages_of((1, 10**7, 1), 4096)]
     [(2442, 2442), (3, 3), (1, 1)]
     >>> [(s.programs, s.runs) for s in stages_of((8192, 100, 1), 4096)]
-    [(256, 1)]
+    [(1024, 1)]
     """
     *outer, n, inner = fold
     lanes = prod(outer) * inner
@@ -130,7 +132,8 @@ def holding_tile(n: int, leaf: int, lanes: int, *, is_inner: bool) -> Tile | Non
     """The tile that holds slices whole; None where they are too long."""
     cells = min(leaf, pow2(n))
     groups = pow2(-(-n // cells))
-    beside = min(pow2(lanes), (TILE if is_inner else WIDE_TILE) // (groups * cells))
+    room = max(SHORT_TILE, groups * cells if groups * cells <= TILE else 0) if is_inner else WIDE_TILE
+    beside = min(pow2(lanes), room // (groups * cells))
     if beside < min(pow2(lanes), 1 if is_inner else NARROW):
         return None
     return Tile(groups=groups, n=cells, lanes=beside)
