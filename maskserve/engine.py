@@ -5,6 +5,7 @@ Blocks are free (threads, strides and cache decide them); the order of arithmeti
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,13 +16,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from maskserve.backends import Backend, Finisher, Parts, Search
+from maskserve.backends import Backend, Finisher, Parts, Search, Selector
 from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.dtypes import Kind, i64
-from maskserve.errors import EmptySliceError
+from maskserve.errors import EmptySliceError, OutOfMemoryError
 from maskserve.execution import (
     BLOCKS_A_THREAD,
     SMALL,
@@ -32,12 +33,14 @@ from maskserve.execution import (
     in_turn,
     n_threads,
     nan_policy,
+    using,
 )
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
 from maskserve.trees import Counter
 
+log = logging.getLogger("maskserve")
 Masked = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor | None]
 
@@ -48,6 +51,8 @@ SEARCHED_TOGETHER = 8
 LONG = 1 << 20
 """Cells of a slice beyond which its state is joined from blocks and its cells are normalized by it, on all threads: in
 memory too, so that streamed slices have the same bits."""
+SMALLER = (1 << 24, 1 << 20)
+"""Cells of the blocks in which a device that is out of memory is tried again."""
 SAMPLED = 1 << 15
 """Cells of a long slice that say where in it to look: results between two of them are a 50th of all."""
 
@@ -68,7 +73,7 @@ def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None =
 def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(values, mask, indices) of a row that picks cells: an index counts within its slice, flat where dims are several."""
     if finisher := taking_cells(plan):
-        indices = finisher.empty(plan.out_shape, torch.int64)
+        indices = finisher.empty(plan.out_shape, torch.int64, plan.device)
         return *compute(plan, data, mask, places=indices), indices
     indices, valid = compute(indexing(plan), data, mask)
     return picked(plan, data, indices, valid), valid, indices
@@ -83,13 +88,33 @@ def taking_cells(plan: Plan) -> Finisher | None:
 def compute(
     plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None, *, places: Tensor | None = None
 ) -> Masked:
-    """(values, mask) of the plan by whoever is fastest at its size; `places` are written where a scan picks."""
+    """(values, mask) of the plan; where a device's memory does not do, in blocks, which change no bit."""
+    try:
+        return computed(plan, data, mask, weights, places)
+    except torch.OutOfMemoryError:
+        log.info("%s: %s is out of memory; it is tried again in blocks", plan.row.name, plan.device)
+    for cells in SMALLER:
+        try:
+            with using(block_cells=cells):
+                return computed(plan, data, mask, weights, places, whole=False)
+        except torch.OutOfMemoryError:
+            continue
+    raise OutOfMemoryError(
+        f"{plan.row.name}: {plan.device} is out of memory, in blocks of {SMALLER[-1]} cells too; give device=cpu, or send less"
+    )
+
+
+def computed(
+    plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None, places: Tensor | None, *, whole: bool = True
+) -> Masked:
+    """The same by whoever is fastest at its size; `places` are written where a scan picks."""
     reads_cells = mask is not None or not plan.passes or plan.passes[0].reads_cells
     walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
-    finisher = finisher_of(plan) if walked <= SMALL and plan.as_stored else None
-    small = finisher.run(plan, data, mask, places) if finisher else None
-    if small is not None:
-        return small
+    finisher = finisher_of(plan) if plan.as_stored and whole else None
+    runs = finisher is not None and (walked <= SMALL or finisher.runs_whole)
+    made = finisher.run(plan, data, mask, places) if finisher and runs else None
+    if made is not None:
+        return made
     if weights is not None:
         mask = intersection([mask, counting(plan.row, *weights, plan.params["nan"])])
     cells = Cells(plan, data, mask, weights[0] if weights is not None else None, policy=nan_policy(plan))
@@ -162,8 +187,8 @@ def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
     if not is_short(plan, cells.shape):
         return None
     shape = (len(plan.labels or (0,)), outer, inner)
-    values = finisher.empty(shape, getattr(torch, plan.result.torch))
-    valid = finisher.empty(shape, torch.bool)
+    values = finisher.empty(shape, getattr(torch, plan.result.torch), plan.device)
+    valid = finisher.empty(shape, torch.bool, plan.device)
     served: list[bool] = []
 
     def task(rows: slice, columns: slice) -> Callable[[], None]:
@@ -341,7 +366,8 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
     wide = torch.int64 if plan.result.is_integral else torch.float64
     values = torch.empty((1 if labels is None else len(labels), outer, inner), dtype=wide, device=plan.device)
     counts = torch.empty((outer, inner), dtype=torch.int64, device=plan.device)
-    of = finisher.select if finisher else kernel(row.select)
+    selector = finisher if isinstance(finisher, Selector) else None
+    of = selector.select if selector else kernel(row.select)
 
     def task(rows: slice, columns: slice) -> Callable[[], None]:
         def select_block() -> None:
@@ -349,7 +375,7 @@ def select_whole(plan: Plan, cells: Cells) -> Masked:
 
         return select_block
 
-    if not (finisher and search_all(plan, cells, finisher, values, counts)):
+    if not (selector and search_all(plan, cells, selector, values, counts)):
         tiles = cut(plan, cells.shape, block_cells(backend, cells.shape), whole=True).tiles
         in_parallel(backend, prod(cells.shape), [task(*tile) for tile in tiles])
     return finish_selection(plan, values, counts)
@@ -366,7 +392,7 @@ def finish_selection(plan: Plan, values: Tensor, counts: Tensor) -> Masked:
     return masked_where_too_few(plan, values, enough)
 
 
-def search_all(plan: Plan, cells: Cells, finisher: Finisher, values: Tensor, counts: Tensor) -> bool:
+def search_all(plan: Plan, cells: Cells, finisher: Selector, values: Tensor, counts: Tensor) -> bool:
     """Slices of more cells than a block, a few side by side at a time; False where they are shorter, or it cannot."""
     outer, n, inner = cells.shape
     most = block_cells(finisher, cells.shape)
@@ -515,7 +541,7 @@ def empty_like(plan: Plan, cells: Cells, size: int | None = None) -> Masked:
     outer, n, inner = cells.shape
     shape = (outer, n if size is None else size, inner)
     finisher = finisher_of(plan)
-    empty = finisher.empty if finisher else partial(torch.empty, device=plan.device)
+    empty = partial(finisher.empty if finisher else torch.empty, device=plan.device)
     return empty(shape, dtype=getattr(torch, plan.result.torch)), empty(shape, dtype=torch.bool)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskserve.above import Above
 from maskserve.dtypes import DType
-from maskserve.errors import DataError, DeviceError
+from maskserve.errors import DataError, DeviceError, OutOfMemoryError
 from maskserve.payload.format import Payload
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import GRAD_OUTPUT
@@ -19,7 +19,10 @@ from maskserve.torch_dtypes import dtype_of
 
 def on_device(parts: tuple[Tensor, Tensor | None], device: str) -> tuple[Tensor, Tensor | None]:
     data, mask = parts
-    return data.to(device), None if mask is None else mask.to(device)
+    try:
+        return data.to(device), None if mask is None else mask.to(device)
+    except torch.OutOfMemoryError as cause:
+        raise OutOfMemoryError(f"{data.nbytes} bytes of cells do not fit into what is free on {device}") from cause
 
 
 def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:

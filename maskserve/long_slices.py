@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskserve import engine, regions
+from maskserve.backends import Selector
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
 from maskserve.blocks import cut, spans
@@ -85,13 +86,13 @@ def normalized(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
 
 def searchable(plan: Plan) -> bool:
     finisher = finisher_of(plan)
-    return finisher is not None and finisher.search(plan, 1) is not None
+    return isinstance(finisher, Selector) and finisher.search(plan, 1) is not None
 
 
 def searched(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
     """Selections from slices that are read several times, a few slices side by side."""
     finisher, fold = finisher_of(plan), plan.fold
-    assert finisher is not None
+    assert isinstance(finisher, Selector)
     cells = SourceCells(plan, source, None, whole(plan), policy=nan_policy(plan))
     kept, reduced = fold[:-2:2], fold[1:-2:2]
     for index in product(*map(range, kept)):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maskserve.backends import Puller, choose
 from maskserve.backends.cpu import empty
 from maskserve.backends.pulls import N_PARTS, Launch, count_ties, launch, pull_block
 from maskserve.backends.reference.cells import Parts
@@ -42,9 +43,17 @@ def pulled(
 
     `values` is the result, `g` its gradient and `gate` where that counts.
     """
-    how = launch(plan) if execution().backend in (None, "cpu") else None
     tensors = (data, values, g, gate) if mask is None else (data, mask, values, g, gate)
-    if how is None or not all(map(has_memory, tensors)):
+    if not all(map(has_memory, tensors)):
+        return None
+    backend = choose(plan, execution().backend).backend
+    if isinstance(backend, Puller):
+        gradient = torch.empty(plan.shape, dtype=data.dtype, device=data.device)
+        reach = torch.empty(plan.shape, dtype=DTYPE, device=data.device) if wants_reach else None
+        served = backend.pull(plan, data, mask, values, g, gate, gradient, reach)
+        return Pulled(gradient, reach) if served else None
+    how = launch(plan) if execution().backend in (None, "cpu") else None
+    if how is None:
         return None
     made = Pulled(empty(plan.shape, data.dtype), empty(plan.shape, DTYPE) if wants_reach else None)
     if made.gradient.numel() and not Walk(how, data, mask, (g, gate, values), made)():

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from maskserve import engine, execution, masking, regions, sides, sources, sparse_ops, sparse_slices, streaming
 from maskserve.above import Above, above_of, differentiable, refuse_several
-from maskserve.backends import Choice, choose
+from maskserve.backends import Choice, Puller, choose
 from maskserve.backends.reference import ReferenceBackend
+from maskserve.devices import admit, bytes_of
 from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
 from maskserve.errors import BackendError, DimError, DtypeError, nearest
@@ -130,6 +131,8 @@ class OfVariable(Step):
         if self.takes_stored:
             yield self.of_stored(request, payload, variables)
             return
+        if self.plan is not None and self.device.startswith("cuda"):
+            admit(self.device, bytes_of(self.plan, has_mask=self.variable.mask is not None))
         data, mask = on_device(load(payload, self.variable), self.device)
         mask = without_fill(data, mask, request.common.get("fill_value"))
         if self.is_gradient:
@@ -265,6 +268,8 @@ def puller(planned: Plan, choice: Choice) -> str:
     """The back end with a kernel for the gradient, where none was asked for by name that has none."""
     from maskserve.backends.pulls import launch
 
+    if isinstance(choice.backend, Puller):
+        return choice.backend.name if choice.backend.pulls(planned) else TORCH
     is_free = choice.backend.name == "cpu" or bool(choice.refusals)
     return "cpu" if is_free and launch(planned) is not None else TORCH
 

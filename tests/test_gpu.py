@@ -1,4 +1,4 @@
-"""The reference on a CUDA device, beside the CPU. `pytest -m gpu` where there is one."""
+"""The reference and the Triton kernels on a CUDA device, beside the CPU. `pytest -m gpu` where there is one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import pytest
 import torch
 
 import maskserve as ms
-from maskserve import dtypes
+from maskserve import devices, dtypes, engine, execution
+from maskserve.backends.triton_tables import missing
 from maskserve.dtypes import DType
+from maskserve.errors import OutOfMemoryError
 from maskserve.ops.rows import Reduction, Row
-from tests.samples import SLICED, cells, ulps
+from maskserve.plan import plan
+from tests.samples import SLICED, assert_same_bits, cells, ulps, with_junk
+from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, of_row
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,3 +82,55 @@ def test_gradients_on_a_cuda_device_are_those_of_the_cpu(name: str) -> None:
     ours, theirs = gradient("cuda"), gradient("cpu")
     assert torch.equal(ours.get_mask(), theirs.get_mask())
     torch.testing.assert_close(ours.to_tensor(0.0), theirs.to_tensor(0.0))
+
+
+# -- the Triton kernels -----------------------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+SHAPES = ((5, 130), (4097, 3), (3, 9000), (20, 130, 40), (1, 1 << 20))
+
+
+def by_kernels(row: Row, dtype: DType, shape: tuple[int, ...], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sample = with_junk(cells(dtype, shape, 1, row=row))
+    of = plan(row, (("dim", dim),), shape, dtype, "cuda:0")  # type: ignore[arg-type]  # rows of PAIRS have slices
+    with execution.using(backend="triton"):
+        values, valid = engine.run(of, sample.data.cuda(), sample.mask.cuda())
+    return values.cpu(), valid.cpu()
+
+
+@needs_triton
+@pytest.mark.parametrize(("row", "dtype"), [pair for pair in PAIRS if of_row(*pair)], ids=lambda value: value.name)
+def test_kernels_give_the_bits_of_the_reference_on_the_cpu(row: Row, dtype: DType) -> None:
+    """Rows with exp or log give those of the CPU's kernels within an ulp of float32; running sums within one too."""
+    for shape in SHAPES:
+        for dim in range(len(shape)):
+            got = by_kernels(row, dtype, shape, dim)
+            sample = with_junk(cells(dtype, shape, 1, row=row))
+            of = plan(row, (("dim", dim),), shape, dtype, "cpu")  # type: ignore[arg-type]  # as above
+            expected = engine.run(of, sample.data, sample.mask)
+            if row.name not in EXPONENTIAL and not (row.name == "cumsum" and dtype.is_float):
+                assert_same_bits(got, expected, (row.name, dtype, shape, dim))
+                continue
+            assert_same_bits(got[1:], expected[1:])
+            near = (got[0].double() - expected[0].double()).abs() <= 1e-15
+            assert ulps(torch.where(near, expected[0], got[0]), expected[0], got[0].dtype) <= 1, (row.name, shape, dim)
+
+
+@needs_triton
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_two_runs_give_the_same_bits(row: Row) -> None:
+    for shape in SHAPES:
+        assert_same_bits(by_kernels(row, dtypes.f32, shape, 0), by_kernels(row, dtypes.f32, shape, 0), row.name)
+
+
+@needs_triton
+def test_a_device_passes_its_self_test_and_says_what_it_is() -> None:
+    about = devices.examined("cuda:0")
+    assert about.self_test == "ok"
+    assert about.copied_bytes_per_s > 0
+    assert 0 < about.free_bytes <= about.memory_bytes
+
+
+def test_what_does_not_fit_into_the_device_is_a_clear_error() -> None:
+    with pytest.raises(OutOfMemoryError, match="MB are free there"):
+        devices.admit("cuda:0", devices.free_bytes("cuda:0") + 1)

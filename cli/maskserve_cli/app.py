@@ -128,6 +128,11 @@ OWN: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "versions, devices, back ends, and where each setting comes from",
         ("maskserve doctor", "maskserve doctor --json"),
     ),
+    "warmup": (
+        "maskserve_cli.warmup:warmup",
+        "compiles what is compiled at first use, so that the first request does not wait for it",
+        ("maskserve warmup", "maskserve warmup --dtypes f32,bf16"),
+    ),
 }
 
 

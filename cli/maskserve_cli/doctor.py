@@ -41,6 +41,10 @@ class Report:
     cpus: int
     open_files: int
     devices: list[str]
+    triton: str | None
+    driver: str | None
+    gpus: list[dict[str, object]]
+    """What is told of each CUDA device, its self-test and the speed of its memory among it."""
     backends: list[BackendReport]
 
 
@@ -57,9 +61,10 @@ def doctor(as_json: AsJson = False, config: Config = None) -> None:
 def examined() -> Report:
     import torch
 
+    from maskserve import devices
     from maskserve.version import version
 
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [devices.examined(name) for name in devices.names()]
     return Report(
         maskserve=version(),
         python=sys.version.split()[0],
@@ -67,7 +72,10 @@ def examined() -> Report:
         platform=f"{platform.system()} {platform.machine()}",
         cpus=cgroup.cpus(),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-        devices=["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(n_gpus))],
+        devices=["cpu", *(f"{gpu.name} {gpu.model}" for gpu in gpus)],
+        triton=devices.triton_version(),
+        driver=devices.driver(),
+        gpus=[asdict(gpu) for gpu in gpus],
         backends=backend_reports(),
     )
 
@@ -108,6 +116,12 @@ def lines(report: Report, settings: Settings) -> Iterator[str]:
     yield f"devices: {', '.join(report.devices)} ({report.cpus} CPUs)"
     if 0 <= report.open_files < ENOUGH_FILES:
         yield f"open files: at most {report.open_files}, so serve takes few connections; raise it: ulimit -Hn {ENOUGH_FILES}"
+    yield f"triton: {report.triton or 'not installed'}; NVIDIA driver: {report.driver or 'none'}"
+    for gpu in report.gpus:
+        yield (
+            f"{gpu['name']}: compute capability {gpu['capability']}, {gpu['free_bytes']} of {gpu['memory_bytes']} bytes free, "
+            f"self-test {gpu['self_test']}, copies {float(str(gpu['copied_bytes_per_s'])) / 1e9:.0f} GB/s"
+        )
     yield ""
     yield "back ends, in order of preference, for f32 on the CPU"
     for backend in report.backends:

@@ -58,9 +58,12 @@ class Finisher(Backend, Protocol):
     places too where `places` is there for them. A normalization fills parts of slices too, given the slices' states.
     """
 
+    runs_whole: bool
+    """Whether `run` is the way at any size; else blocks of what is not small go to all threads."""
+
     def takes_cells(self, plan: Plan) -> bool: ...
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor: ...
 
     def run(
         self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
@@ -79,11 +82,35 @@ class Finisher(Backend, Protocol):
         states: Parts | None = None,
     ) -> str: ...
 
+    def finish(self, plan: Plan, parts: Parts) -> tuple[Tensor, Tensor] | None: ...
+
+
+@runtime_checkable
+class Selector(Finisher, Protocol):
+    """A finisher that also selects from whole slices: medians and their like."""
+
     def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
     def search(self, plan: Plan, lanes: int) -> Search | None: ...
 
-    def finish(self, plan: Plan, parts: Parts) -> tuple[Tensor, Tensor] | None: ...
+
+@runtime_checkable
+class Puller(Backend, Protocol):
+    """A back end that also computes gradients, of whole tensors; False: the reference's formula is needed."""
+
+    def pulls(self, plan: Plan) -> bool: ...
+
+    def pull(
+        self,
+        plan: Plan,
+        data: Tensor,
+        mask: Tensor | None,
+        values: Tensor,
+        g: Tensor,
+        gate: Tensor,
+        gradient: Tensor,
+        reach: Tensor | None,
+    ) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +127,9 @@ class Choice:
 def backends() -> tuple[Backend, ...]:
     from maskserve.backends.cpu import CpuBackend
     from maskserve.backends.reference import ReferenceBackend
+    from maskserve.backends.triton import TritonBackend
 
-    return (CpuBackend(), ReferenceBackend())
+    return (CpuBackend(), TritonBackend(), ReferenceBackend())
 
 
 @cache

@@ -274,6 +274,7 @@ class CpuBackend:
     widths_held = 0
     omits_nan = True
     block_cells = 1 << 22  # a call costs some 10 us in Python; the kernel tiles for the caches by itself
+    runs_whole = False
     threads_inside = False
 
     def why_not(self, plan: Plan) -> str | None:
@@ -305,7 +306,7 @@ class CpuBackend:
         """Whether its results are the cells that the row picks, and not their places."""
         return isinstance(plan.row, Scan) and plan.row.scan in TAKES
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
         """Memory for a result."""
         return empty(shape, dtype)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskserve.backends.merges import two_sum
 from maskserve.tracing import is_followed
 
 Parts = dict[str, Tensor]
@@ -83,13 +84,6 @@ def halve(wide: Tensor, dim: int = 2) -> Tensor:
     for h, k in halvings(wide.shape[dim]):
         wide.narrow(dim, 0, k).add_(wide.narrow(dim, h, k))
     return wide.select(dim, 0) + 0.0
-
-
-def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, e) with s = fl(a + b) and s + e = a + b exactly (Knuth, TAOCP 2, 4.2.2)."""
-    s = a + b
-    bb = s - a
-    return s, (a - (s - bb)) + (b - bb)
 
 
 def halve_pairs(high: Tensor, dim: int = 2) -> tuple[Tensor, Tensor]:

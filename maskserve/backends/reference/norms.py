@@ -8,7 +8,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import Parts, counted, halve, halve_pairs, select, two_sum
+from maskserve.backends.merges import two_sum
+from maskserve.backends.reference.cells import Parts, counted, halve, halve_pairs, select
 from maskserve.backends.reference.reductions import root
 from maskserve.dtypes import f64
 from maskserve.plan import Plan

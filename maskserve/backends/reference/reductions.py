@@ -13,15 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import (
-    Parts,
-    counted,
-    halve,
-    halve_pairs,
-    select,
-    two_sum,
-    widened,
-)
+from maskserve.backends import merges
+from maskserve.backends.merges import two_sum
+from maskserve.backends.reference.cells import Parts, counted, halve, halve_pairs, select, widened
 from maskserve.backends.reference.overflow import check_fits
 from maskserve.dtypes import f64, i64
 from maskserve.plan import Plan
@@ -81,7 +75,8 @@ def lift_limbs(data: Tensor, mask: Tensor | None, *, wide: bool) -> Parts:
 
 def carried(high: Tensor, low: Tensor) -> Parts:
     """Limbs in normal form: one integer, one pair of bits."""
-    return {"high": high + (low >> 32), "low": low & LIMB}
+    high, low = merges.carried(high, low)
+    return {"high": high, "low": low}
 
 
 def lift_pair(data: Tensor, mask: Tensor | None) -> Parts:
@@ -114,8 +109,8 @@ def add_pairs(a: Parts, b: Parts, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """(a + b) / 2**exponent as a pair."""
     a_total, a_low = (scaled_to(a[part], a["exponent"], exponent) for part in ("total", "low"))
     b_total, b_low = (scaled_to(b[part], b["exponent"], exponent) for part in ("total", "low"))
-    total, error = two_sum(a_total, b_total)
-    return total, (a_low + b_low) + error
+    pair: tuple[Tensor, Tensor] = merges.added_pairs(a_total, a_low, b_total, b_low)
+    return pair
 
 
 def scaled_to(part: Tensor, exponent: Tensor, wanted: Tensor) -> Tensor:
@@ -157,8 +152,7 @@ class Moments:
         count = a["count"] + b["count"]
         weight = b["count"].double() / count.clamp(min=1)
         delta = (b["mean"] - a["mean"]) + (b["low"] - a["low"])
-        shift = delta * weight
-        mean, low = two_sum(a["mean"], a["low"] + shift)
+        mean, low, shift = merges.shifted_mean(a["mean"], a["low"], delta, weight)
         both = {
             "count": count,
             "mean": mean,

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import select, two_sum, widened
+from maskserve.backends.merges import two_sum
+from maskserve.backends.reference.cells import select, widened
 from maskserve.backends.reference.overflow import check_fits
 from maskserve.backends.reference.reductions import LIMB, SCALE, carried
 from maskserve.dtypes import f64, i64

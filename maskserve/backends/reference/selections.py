@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import counted, has_nan, select, two_sum
+from maskserve.backends.merges import two_sum
+from maskserve.backends.reference.cells import counted, has_nan, select
 from maskserve.backends.reference.orders import cells_in_order, in_order, run_starts, runs, valid_first
 from maskserve.backends.reference.products import two_product
 from maskserve.backends.reference.reductions import as_double

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskserve.backends.reference.cells import Parts, counted, halve, halve_pairs, select, two_sum
+from maskserve.backends.merges import two_sum
+from maskserve.backends.reference.cells import Parts, counted, halve, halve_pairs, select
 from maskserve.backends.reference.products import two_product
 from maskserve.backends.reference.reductions import SCALE, as_double, merge_pairs, root
 from maskserve.dtypes import f64

@@ -1,0 +1,62 @@
+"""Kernels compiled for a kind of device, without one: what `recording` saw, as a launch would compile it, to machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from maskserve.backends.triton_launches import LAUNCH, Call
+from maskserve.backends.triton_tables import interprets, kernels
+from maskserve.errors import BackendError
+
+CAPABILITIES = (80, 90)
+"""A100 and its kin, H100 and its kin."""
+
+
+class StandIn:
+    """What the compiler asks of a driver, answered for a device that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        """A number of its own for each target: what was compiled is remembered by it."""
+        return int(self.target.arch)
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def instead_of_a_device(capability: int) -> Iterator[None]:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    before = driver._active  # reset_active() would look for a device
+    driver.set_active(StandIn(GPUTarget("cuda", capability, 32)))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def compile_ahead(calls: Iterable[Call], capability: int) -> list[Any]:
+    """The compiled kernel of each call, for CUDA devices of this compute capability."""
+    if interprets():
+        raise BackendError("with TRITON_INTERPRET=1 nothing is compiled; unset it", parameter="backend")
+    with instead_of_a_device(capability):
+        return [
+            getattr(kernels(call.module), call.name).warmup(
+                *call.args, grid=(call.programs,), **call.constants, **LAUNCH
+            )
+            for call in calls
+        ]

@@ -1,0 +1,218 @@
+"""Kernels that write a result for each cell: normalizations by the state of their slice, running sums, gradients of both."""
+
+import triton
+import triton.language as tl
+
+from maskserve.backends.triton_kernels.elementary import (
+    LIMB_VALUE,
+    carried,
+    exponential,
+    halve,
+    is_finite,
+    logarithm,
+    nan_like,
+)
+from maskserve.backends.triton_kernels.passes import HALF, LIMB, finish_norm, finish_std, raised
+from maskserve.backends.triton_kernels.reducing import as_part
+from maskserve.backends.triton_kernels.tiles import cells_at, joined, kept, lanes_at, narrowed, place_of, read
+
+# -- what a cell becomes, by the state of its slice: (cells, parts, OPTIONs) -> float64 ----------------------------
+
+
+@triton.jit
+def top_of(parts):
+    """The max to subtract; NaN where it is infinite, so that the slice becomes NaN."""
+    return tl.where(is_finite(parts[1]), parts[1], nan_like(parts[1]))
+
+
+@triton.jit
+def apply_softmax(x, parts, EXACTNESS: tl.constexpr, OPTION: tl.constexpr):
+    return raised(x.to(tl.float64), top_of(parts), EXACTNESS) / parts[2]
+
+
+@triton.jit
+def apply_log_softmax(x, parts, EXACTNESS: tl.constexpr, OPTION: tl.constexpr):
+    return (x.to(tl.float64) - top_of(parts)) - logarithm(parts[2])
+
+
+@triton.jit
+def apply_standardize(x, parts, LIFT_OPTION: tl.constexpr, OPTION: tl.constexpr):
+    """OPTION: the correction."""
+    deviation, _ = finish_std(parts, OPTION)
+    return ((x.to(tl.float64) - parts[1]) - parts[2]) / deviation
+
+
+@triton.jit
+def apply_normalize(x, parts, ORD: tl.constexpr, OPTION: tl.constexpr):
+    """OPTION: the least norm that cells are divided by."""
+    norm, _ = finish_norm(parts, ORD)
+    return x.to(tl.float64) / tl.where(norm < OPTION, OPTION, norm)
+
+
+@triton.jit
+def write_cells(results_ptr, value, lacks, valid, offsets, inside, CHECKS: tl.constexpr):
+    """Values where valid, 0 elsewhere; a flag where one of them does not fit."""
+    made, lost = narrowed(tl.where(valid, value, tl.zeros_like(value)), results_ptr[0].dtype.element_ty)
+    tl.store(results_ptr[0] + offsets, made, mask=inside)
+    tl.store(results_ptr[1] + offsets, valid, mask=inside)
+    if CHECKS:
+        wrong = (lost | lacks) & valid
+        tl.store(results_ptr[2] + tl.zeros_like(offsets), wrong.to(tl.int32), mask=wrong)
+
+
+@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
+def normalize_kernel(
+    data_ptr, mask_ptr, state_ptr, results_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_strides, state_strides,
+    result_strides, LIFT: tl.constexpr, MERGE: tl.constexpr, APPLY: tl.constexpr, LIFT_OPTION: tl.constexpr,
+    OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, OMITS: tl.constexpr,
+    NEGATES: tl.constexpr, KNOWN: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A tile of cells normalized: of whole slices, read once, or of parts of slices whose states are KNOWN."""
+    program = tl.program_id(0)
+    run = (program // n_blocks).to(tl.int64)
+    lane = lanes_at(program % n_blocks, LANES)
+    cell = cells_at(run * (GROUPS * N), GROUPS, N)
+    x, keep, inside = read(
+        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, NEGATES, True
+    )
+    parts = ()
+    if KNOWN:
+        for i in tl.static_range(len(state_ptr)):
+            at = place_of(lane, 0, inner, state_strides[0], 0, state_strides[1])
+            part = tl.load(state_ptr[i] + at, mask=lane < n_lanes, other=0)
+            parts = parts + (as_part(part, 0, False)[None, None, :],)
+    else:
+        whole = joined(LIFT(x, keep, cell, LIFT_OPTION), MERGE)
+        for i in tl.static_range(len(whole)):
+            parts = parts + (whole[i][None, None, :],)
+    valid = keep & (parts[0].to(tl.float64) > NEEDS)
+    value = APPLY(x, parts, LIFT_OPTION, OPTION)
+    offsets = place_of(lane[None, None, :], cell, inner, result_strides[0], result_strides[1], result_strides[2])
+    write_cells(results_ptr, value, tl.zeros(value.shape, tl.int1), valid, offsets, inside, CHECKS)
+
+
+# -- running sums -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def running(x, keep, before, IS_FLOAT: tl.constexpr):
+    """(values, those without a number, what the next tile has to know) of a tile (1, n, lanes)."""
+    if x.dtype == tl.int64:
+        cells = tl.where(keep, x, 0)
+        high, low = carried(before[0] + tl.cumsum(cells >> 32, 1), before[1] + tl.cumsum(cells & LIMB, 1))
+        next_high, next_low = carried(
+            before[0] + tl.sum(cells >> 32, 1, keep_dims=True), before[1] + tl.sum(cells & LIMB, 1, keep_dims=True)
+        )
+        lacks = (high < -HALF) | (high >= HALF)
+        if IS_FLOAT:
+            return high.to(tl.float64) * LIMB_VALUE + low.to(tl.float64), lacks & (low < 0), (next_high, next_low)
+        else:
+            return (high << 32) + low, lacks, (next_high, next_low)
+    else:
+        cells = tl.where(keep, x, 0.0).to(tl.float64)
+        sums = before[0] + tl.cumsum(cells, 1)
+        return sums, tl.zeros(sums.shape, tl.int1), (before[0] + halve(cells)[:, None, :], before[1])
+
+
+@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
+def cumsum_kernel(
+    data_ptr, mask_ptr, results_ptr, n, inner, n_lanes, data_strides, mask_strides, result_strides,
+    IS_FLOAT: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, OMITS: tl.constexpr, N: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The running sums of LANES slices, a tile after the other."""
+    lane = lanes_at(tl.program_id(0), LANES)
+    if data_ptr.dtype.element_ty.is_int():
+        zero = tl.zeros((1, 1, LANES), tl.int64)
+    else:
+        zero = tl.zeros((1, 1, LANES), tl.float64)
+    high = zero
+    low = zero
+    for start in range(0, n, N):
+        cell = cells_at(tl.full((), start, tl.int64), 1, N)
+        x, keep, inside = read(
+            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, False, True
+        )
+        value, lacks, after = running(x, keep, (high, low), IS_FLOAT)
+        high = after[0]
+        low = after[1]
+        offsets = place_of(lane[None, None, :], cell, inner, result_strides[0], result_strides[1], result_strides[2])
+        write_cells(results_ptr, value, lacks, keep, offsets, inside, CHECKS)
+
+
+# -- the gradients of softmax and its kin -------------------------------------------------------------------------
+
+
+@triton.jit
+def pull_softmax(g, out, total):
+    return out * (g - total)
+
+
+@triton.jit
+def pull_softmin(g, out, total):
+    return -(out * (g - total))
+
+
+@triton.jit
+def pull_log_softmax(g, out, total):
+    return g - exponential(out) * total
+
+
+@triton.jit
+def softmax_share(g, out):
+    """What a cell adds to the total of its slice."""
+    return g * out
+
+
+@triton.jit
+def log_softmax_share(g, out):
+    return g
+
+
+@triton.jit
+def above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides):
+    """(result, its gradient, where that counts) of a tile, in float64; 0 where it does not."""
+    lanes = lane[None, None, :]
+    inside = (cell < n) & (lanes < n_lanes)
+    gate = kept(gate_ptr, place_of(lanes, cell, inner, gate_strides[0], gate_strides[1], gate_strides[2]), inside, 1)
+    at = place_of(lanes, cell, inner, out_strides[0], out_strides[1], out_strides[2])
+    out = tl.load(out_ptr + at, mask=inside, other=0).to(tl.float64)
+    at = place_of(lanes, cell, inner, g_strides[0], g_strides[1], g_strides[2])
+    g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float64)
+    return out, tl.where(gate, g, 0.0), gate
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "out_ptr", "g_ptr", "gate_ptr", "gradient_ptr", "reach_ptr"]
+)  # see UNALIGNED
+def pull_kernel(
+    data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, n, inner, n_lanes, data_strides, mask_strides,
+    out_strides, g_strides, gate_strides, gradient_strides, SHARE: tl.constexpr, PULL: tl.constexpr,
+    FORM: tl.constexpr, OMITS: tl.constexpr, REACHES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of LANES slices: their totals, a tile after the other, then their cells."""
+    lane = lanes_at(tl.program_id(0), LANES)
+    total = tl.zeros((1, 1, LANES), tl.float64)
+    n_reached = tl.zeros((1, 1, LANES), tl.int32)
+    for start in range(0, n, N):
+        cell = cells_at(tl.full((), start, tl.int64), 1, N)
+        out, g, gate = above(
+            out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides
+        )
+        total += halve(tl.where(gate, SHARE(g, out), 0.0))[:, None, :]
+        n_reached += tl.sum(gate.to(tl.int32), 1, keep_dims=True)
+    for start in range(0, n, N):
+        cell = cells_at(tl.full((), start, tl.int64), 1, N)
+        out, g, gate = above(
+            out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides
+        )
+        _, keep, inside = read(
+            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, False, OMITS
+        )
+        reached = keep & (n_reached > 0)
+        made, _ = narrowed(tl.where(reached, PULL(g, out, total), 0.0), gradient_ptr.dtype.element_ty)
+        lanes = lane[None, None, :]
+        at = place_of(lanes, cell, inner, gradient_strides[0], gradient_strides[1], gradient_strides[2])
+        tl.store(gradient_ptr + at, made, mask=inside)
+        if REACHES:
+            tl.store(reach_ptr + at, reached.to(tl.float32).to(tl.bfloat16), mask=inside)

@@ -1,0 +1,219 @@
+"""The launches of Triton kernels: operands, grids and constants, and the order in which they follow one another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskserve.backends.triton_plans import Stage, Tile, holding_tile, pow2, scanning_tile, stages_of
+from maskserve.backends.triton_tables import APPLIES, PULLS, SCANS, UNFINISHED, Finishing, named, needs, omits, reducing
+from maskserve.dtypes import f64
+from maskserve.ops.rows import Normalization, Scan
+
+if TYPE_CHECKING:
+    from maskserve.plan import Plan
+
+Parts = dict[str, Tensor]
+Strides = tuple[int, int, int]
+
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+"""A contracted a * b + c rounds once, where the reference rounds twice."""
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Launches go to this device; in numpy what overflows says nothing."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        with np.errstate(all="ignore"):
+            yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One launch, as it would be."""
+
+    name: str
+    module: str
+    programs: int
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any]
+
+    def run(self, device: torch.device) -> None:
+        with on(device):
+            named(self.name, self.module)[(self.programs,)](*self.args, **self.constants, **LAUNCH)
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """What would be launched inside; nothing is, and results are memory as it was found."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def launch(name: str, module: str, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+    """One launch of a kernel; none of no programs."""
+    call = Call(name=name, module=module, programs=programs, args=args, constants=constants)
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(call)
+    elif programs:
+        call.run(device)
+
+
+# -- operands -----------------------------------------------------------------------------------------------------
+
+
+def strided(cells: Tensor) -> Strides:
+    """The strides of a block (outer, n, inner)."""
+    outer, n, inner = cells.stride()
+    return outer, n, inner
+
+
+def mask_operand(mask: Tensor | None, data: Tensor) -> tuple[Tensor, Strides, int]:
+    """A mask, its strides and its form: absent, or a byte a cell. Packed bits and lengths are forms too, once they come."""
+    if mask is None:
+        return data, (0, 0, 0), 0
+    return mask, strided(mask), 1
+
+
+def folded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor as (outer, n, inner); a copy where strides allow no view."""
+    return tensor.detach().reshape(shape)
+
+
+# -- of reductions -----------------------------------------------------------------------------------------------------
+
+
+def states_of(plan: Plan, n: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Memory for the parts of n states."""
+    return tuple(torch.empty(n, dtype=dtype, device=device) for dtype in reducing(plan).dtypes)
+
+
+def ended(
+    plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | None, target: tuple[Tensor, ...],
+    strides: tuple[int, int], how: Finishing | None,
+) -> None:  # fmt: skip
+    """The launches of a reduction, the last of which writes the `target`: results where it is told how, else states."""
+    first, *others = stages_of(fold, plan.leaf)
+    held = target if not others else states_of(plan, first.runs * first.lanes, data.device)
+    last = how if not others else None
+    lift(plan, first, data, mask, held, strides if not others else (first.inner, 1), last)
+    for i, stage in enumerate(others, 1):
+        is_last = i == len(others)
+        made = target if is_last else states_of(plan, stage.runs * stage.lanes, data.device)
+        join(plan, stage, held, made, strides if is_last else (stage.inner, 1), how if is_last else None)
+        held = made
+
+
+def lift(
+    plan: Plan, stage: Stage, data: Tensor, mask: Tensor | None, target: tuple[Tensor, ...], strides: tuple[int, int],
+    how: Finishing | None,
+) -> None:  # fmt: skip
+    own, mask_strides, form = mask_operand(mask, data)
+    tile = stage.tile
+    launch(
+        "lift_kernel", "reducing", stage.programs, data.device, data, own, target, stage.count, stage.inner, stage.lanes,
+        stage.blocks, strided(data), mask_strides, strides, stage.lanes, how.min_count if how else 0,
+        FORM=form, GROUPS=tile.groups, N=tile.n, LANES=tile.lanes, **reducing(plan).lift,
+        **(how.constants if how else UNFINISHED),
+    )  # fmt: skip
+
+
+def join(
+    plan: Plan, stage: Stage, states: tuple[Tensor, ...], target: tuple[Tensor, ...], strides: tuple[int, int],
+    how: Finishing | None,
+) -> None:  # fmt: skip
+    tile, of = stage.tile, reducing(plan)
+    new = (stage.count * stage.inner, stage.inner, 1)
+    launch(
+        "join_kernel", "reducing", stage.programs, states[0].device, states, target, stage.count, stage.inner, stage.lanes,
+        stage.blocks, new if stage.is_new_group else (stage.inner, stage.lanes, 1), strides, stage.lanes, stage.below,
+        how.min_count if how else 0, SHIFTS=of.shifts and stage.is_new_group, GROUPS=tile.groups, LANES=tile.lanes,
+        **of.merge, **(how.constants if how else UNFINISHED),
+    )  # fmt: skip
+
+
+def merged(plan: Plan, a: Parts, b: Parts) -> Parts:
+    """Two states of each slice as one, by the kernel."""
+    names, shape = reducing(plan).names, a["count"].shape
+    both = tuple(torch.stack([a[name], b[name]]).view(-1) for name in names)
+    n = a["count"].numel()
+    made = states_of(plan, n, a["count"].device)
+    tile = Tile(groups=2, n=1, lanes=min(pow2(n), 512))
+    join(plan, Stage(tile=tile, count=2, lanes=n, inner=1, runs=1), both, made, (1, 0), None)
+    return {name: part.view(shape) for name, part in zip(names, made, strict=True)}
+
+
+def normalize(
+    plan: Plan, data: Tensor, mask: Tensor | None, results: tuple[Tensor, Tensor, Tensor], states: Parts | None
+) -> None:
+    outer, n, inner = data.shape
+    assert isinstance(plan.row, Normalization)
+    lanes = outer * inner
+    tile = holding_tile(n, plan.leaf, lanes, is_inner=inner == 1) if states is None else None
+    if tile is None:
+        tile = stages_of((outer, n, inner), plan.leaf)[0].tile
+    of, how = reducing(plan), dict(reducing(plan).lift)
+    how.pop("READS")
+    known = () if states is None else tuple(states[name].contiguous() for name in of.names)
+    own, mask_strides, form = mask_operand(mask, data)
+    blocks = -(-lanes // tile.lanes)
+    option = plan.params.get("eps", plan.params.get("correction"))
+    launch(
+        "normalize_kernel", "filling", blocks * -(-n // tile.cells), data.device, data, own, known or (data,), results,
+        n, inner, lanes, blocks, strided(data), mask_strides, (inner, 1), strided(results[0]),
+        APPLY=named(APPLIES[plan.row.apply], "filling"), OPTION=None if option is None else float(option),
+        NEEDS=needs(plan), CHECKS=plan.result is not f64, FORM=form, KNOWN=bool(known), GROUPS=tile.groups, N=tile.n,
+        LANES=tile.lanes, **how,
+    )  # fmt: skip
+
+
+def scan(plan: Plan, data: Tensor, mask: Tensor | None, results: tuple[Tensor, Tensor, Tensor]) -> None:
+    outer, n, inner = data.shape
+    assert isinstance(plan.row, Scan)
+    lanes = outer * inner
+    tile = scanning_tile(n, lanes, is_inner=inner == 1)
+    own, mask_strides, form = mask_operand(mask, data)
+    launch(
+        SCANS[plan.row.scan], "filling", -(-lanes // tile.lanes), data.device, data, own, results, n, inner, lanes,
+        strided(data), mask_strides, strided(results[0]), IS_FLOAT=plan.result.is_float, CHECKS=plan.result is not f64,
+        FORM=form, OMITS=omits(plan), N=tile.n, LANES=tile.lanes,
+    )  # fmt: skip
+
+
+def pull(
+    plan: Plan, data: Tensor, mask: Tensor | None, above: tuple[Tensor, Tensor, Tensor], gradient: Tensor,
+    reach: Tensor | None,
+) -> None:  # fmt: skip
+    *outer, n, inner = plan.fold
+    shape = (math.prod(outer), n, inner)
+    lanes = shape[0] * inner
+    tile = scanning_tile(n, lanes, is_inner=inner == 1)
+    cells, made = folded(data, shape), gradient.view(shape)
+    own, mask_strides, form = mask_operand(None if mask is None else folded(mask.expand(plan.shape), shape), cells)
+    given = tuple(folded(one, shape) for one in above)
+    share, step = PULLS[plan.row.vjp]
+    launch(
+        "pull_kernel", "filling", -(-lanes // tile.lanes), data.device, cells, own, *given, made,
+        made if reach is None else reach.view(shape), n, inner, lanes, strided(cells), mask_strides,
+        *map(strided, given), strided(made), SHARE=named(share, "filling"), PULL=named(step, "filling"), FORM=form,
+        OMITS=omits(plan), REACHES=reach is not None, N=tile.n, LANES=tile.lanes,
+    )  # fmt: skip

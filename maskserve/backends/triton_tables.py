@@ -1,0 +1,246 @@
+"""Which Triton kernels make up a row, and what their constants are: decided once a plan, without a device or triton."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from maskserve.backends.reference import kernel as reference
+from maskserve.backends.reference import lift as lift_as_reference
+from maskserve.dtypes import FLOATING, INTEGRAL, DType, bf16, boolean, f16, f32, f64, i64
+from maskserve.ops import passes
+from maskserve.ops.rows import Normalization, Pass, Reduction
+
+if TYPE_CHECKING:
+    from maskserve.plan import Plan
+
+SERVED = FLOATING | INTEGRAL
+SHORT = frozenset({f32, f16, bf16})
+ORDERS = (2, 1, 0, 0.5, -1, -2, math.inf, -math.inf)
+"""The orders of norms that kernels know."""
+WORD = "TRITON_INTERPRET"
+OLDEST = (3, 7)
+"""Tuples of pointers, and functions as constants, are as kernels need them from here on."""
+
+# what kernels are called, by what they compute in: float32 (and halves), float64, int64, narrower integers and bools
+KINDS = ("single", "double", "long", "whole")
+
+
+def one(lift: str, merge: str) -> dict[str, tuple[str, str]]:
+    return dict.fromkeys(KINDS, (lift, merge))
+
+
+LIFTS: Mapping[Pass, Mapping[str, tuple[str, str]]] = {
+    passes.COUNT: one("lift_count", "merge_count"),
+    passes.TOTAL: {
+        "single": ("lift_sum", "merge_sums"),
+        "double": ("lift_pair", "merge_pair"),
+        "long": ("lift_limbs", "merge_limbs"),
+        "whole": ("lift_limbs", "merge_limbs"),
+    },
+    passes.MOMENTS: one("lift_moments", "merge_moments")
+    | {
+        "double": ("lift_moments_of_doubles", "merge_moments"),
+        "long": ("lift_moments_of_longs", "merge_moments"),
+    },
+    passes.LARGEST: one("lift_largest", "merge_largest"),
+    passes.SMALLEST: one("lift_smallest", "merge_smallest"),
+    passes.FIRST_LARGEST: one("lift_first_largest", "merge_first_largest"),
+    passes.FIRST_SMALLEST: one("lift_first_smallest", "merge_first_smallest"),
+    passes.TRUTHS: one("lift_truths", "merge_sums"),
+    passes.EXPONENTIALS: one("lift_exponentials", "merge_exponentials"),
+    passes.PRODUCT: one("lift_product", "merge_product"),
+    passes.POWERS: one("lift_powers", "merge_powers"),
+}
+PASSES = {step.name: step for step in LIFTS}
+OF_SUMS = {
+    ".reductions:finalize_sum": "finish_sum",
+    ".reductions:finalize_mean": "finish_mean",
+}
+FINISHES = {
+    ".reductions:finalize_var": "finish_var",
+    ".reductions:finalize_std": "finish_std",
+    ".reductions:finalize_best": "finish_best",
+    ".reductions:finalize_at": "finish_at",
+    ".reductions:finalize_count": "finish_count",
+    ".reductions:finalize_any": "finish_any",
+    ".reductions:finalize_all": "finish_all",
+    ".reductions:finalize_logsumexp": "finish_logsumexp",
+    ".products:finalize_prod": "finish_prod",
+    ".norms:finalize_norm": "finish_norm",
+}
+APPLIES = {
+    ".normalizations:apply_softmax": "apply_softmax",
+    ".normalizations:apply_log_softmax": "apply_log_softmax",
+    ".normalizations:apply_standardize": "apply_standardize",
+    ".norms:apply_normalize": "apply_normalize",
+}
+SCANS = {".scans:CumulativeSum": "cumsum_kernel"}
+PULLS = {
+    ".gradients:softmax": ("softmax_share", "pull_softmax"),
+    ".gradients:softmin": ("softmax_share", "pull_softmin"),
+    ".gradients:log_softmax": ("log_softmax_share", "pull_log_softmax"),
+}
+
+
+# -- whether there is anything to launch with ---------------------------------------------------------------------
+
+
+def interprets() -> bool:
+    """Whether kernels run on the CPU, in numpy."""
+    return os.environ.get(WORD) == "1"
+
+
+@cache
+def missing() -> str | None:
+    """Why triton cannot be used, and what to do; None where it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'maskserve[gpu]'"
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"triton {found} is too old for its kernels: it takes {OLDEST[0]}.{OLDEST[1]}, which torch 2.13 brings"
+    return None
+
+
+@cache
+def kernels(module: str) -> ModuleType:
+    """A module of kernels."""
+    return import_module(f"maskserve.backends.triton_kernels.{module}")
+
+
+def named(name: str | None, module: str = "passes") -> Any:
+    return None if name is None else getattr(kernels(module), name)
+
+
+# -- what a plan asks of the kernels, decided once ----------------------------------------------------------------
+
+
+def kind_of(dtype: DType) -> str:
+    if dtype.is_float:
+        return "double" if dtype is f64 else "single"
+    return "long" if dtype is i64 else "whole"
+
+
+def worst_of(plan: Plan, *, largest: bool) -> float | int:
+    """What a masked cell becomes where the best one is looked for."""
+    if plan.dtype.is_float:
+        return -math.inf if largest else math.inf
+    if plan.dtype is boolean:
+        return int(not largest)
+    info = torch.iinfo(getattr(torch, plan.dtype.torch))
+    return info.min if largest else info.max
+
+
+def exactness(plan: Plan) -> str:
+    """How exact exp has to be."""
+    if plan.dtype is f64:
+        return "pair"
+    return "quick" if plan.dtype in SHORT and plan.result in SHORT else "full"
+
+
+LIFT_OPTIONS: Mapping[Pass, Callable[[Plan], Any]] = {
+    passes.LARGEST: partial(worst_of, largest=True),
+    passes.FIRST_LARGEST: partial(worst_of, largest=True),
+    passes.SMALLEST: partial(worst_of, largest=False),
+    passes.FIRST_SMALLEST: partial(worst_of, largest=False),
+    passes.EXPONENTIALS: exactness,
+    passes.PRODUCT: lambda plan: plan.dtype is f64,
+    passes.POWERS: lambda plan: float(plan.params["ord"]),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reducing:
+    """The constants of a plan's launches, and the parts that go between them."""
+
+    lift: Mapping[str, Any]
+    merge: Mapping[str, Any]
+    names: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    shifts: bool
+
+
+@lru_cache(maxsize=1024)
+def reducing(plan: Plan) -> Reducing:
+    step = plan.passes[0]
+    lift, merge = LIFTS[step][kind_of(plan.dtype)]
+    option = LIFT_OPTIONS[step](plan) if step in LIFT_OPTIONS else None
+    parts = step.parts(plan.dtype)
+    nothing = torch.empty((1, 0, 1), dtype=getattr(torch, plan.dtype.torch))
+    of_no_cells = lift_as_reference(plan, step, nothing, None)
+    negates = isinstance(plan.row, Normalization) and plan.row.negates
+    return Reducing(
+        lift={
+            "LIFT": named(lift), "MERGE": named(merge), "LIFT_OPTION": option, "OMITS": omits(plan), "NEGATES": negates,
+            "READS": step.reads_cells or omits(plan),
+        },
+        merge={"MERGE": named(merge), "NOTHING": tuple(of_no_cells[part.name].item() for part in parts)},
+        names=tuple(part.name for part in parts),
+        dtypes=tuple(getattr(torch, part.dtype.torch) for part in parts),
+        shifts=hasattr(reference(step.reference), "shift"),
+    )  # fmt: skip
+
+
+def omits(plan: Plan) -> bool:
+    """Whether kernels pass over NaN."""
+    return plan.dtype.is_float and plan.params.get("nan") == "omit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finishing:
+    """How states become results."""
+
+    constants: Mapping[str, Any]
+    min_count: int
+
+
+UNFINISHED: Mapping[str, Any] = {"FINISH": None, "OPTION": None, "NEEDS": -math.inf, "CHECKS": False}
+
+
+@lru_cache(maxsize=1024)
+def finishing(plan: Plan) -> Finishing | None:
+    """How the plan's states are finished by a kernel; None where the reference's way is needed."""
+    row, params = plan.row, plan.params
+    if not isinstance(row, Reduction) or params.get("empty", "mask") != "mask" or plan.result not in SERVED:
+        return None
+    name = FINISHES.get(plan.finalize)
+    if plan.finalize in OF_SUMS:
+        of = {"single": "", "double": "_of_pair", "long": "_of_limbs", "whole": "_of_limbs"}[kind_of(plan.dtype)]
+        name = OF_SUMS[plan.finalize] + of
+    elif name == "finish_prod" and plan.result.is_integral:
+        name = "finish_prod_of_integers"
+    if name is None:
+        return None
+    option: Any = params.get("ord", params.get("correction"))
+    option = plan.result.is_float if option is None else float(option)
+    return Finishing(
+        constants={
+            "FINISH": named(name), "OPTION": option, "NEEDS": needs(plan),
+            "CHECKS": plan.result is not f64 and (plan.result.is_float or plan.finalize in OF_SUMS or "prod" in name),
+        },
+        min_count=-1 if row.never_masked else int(params["min_count"]),
+    )  # fmt: skip
+
+
+def needs(plan: Plan) -> float:
+    """The count that must be exceeded."""
+    return -math.inf if plan.row.needs is None else float(plan.row.needs(plan.params))
+
+
+def serves_row(plan: Plan) -> bool:
+    row = plan.row
+    known = all(PASSES.get(step.name) is step for step in plan.passes) and not plan.weighted
+    if isinstance(row, Reduction):
+        ends = plan.finalize in OF_SUMS or plan.finalize in FINISHES
+        return known and bool(plan.passes) and ends
+    return known and (row.apply in APPLIES if isinstance(row, Normalization) else row.scan in SCANS)

@@ -1,0 +1,207 @@
+"""The Triton back end without a GPU: kernels in numpy, kernels compiled, launches counted, limits told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from maskserve import OPS, dtypes
+from maskserve.backends import backends, choose
+from maskserve.backends.triton import TritonBackend
+from maskserve.backends.triton_launches import recording
+from maskserve.backends.triton_plans import Stage, stages_of, traffic_of
+from maskserve.backends.triton_tables import interprets, missing, reducing
+from maskserve.dtypes import DType
+from maskserve.errors import BackendError
+from maskserve.ops.rows import Reduction, Row
+from maskserve.plan import Plan, plan
+from tests.samples import cells, plan_of
+from tests.triton_rows import ROWS
+
+ROOT = Path(__file__).parent.parent
+needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+compiles = pytest.mark.skipif(interprets(), reason="TRITON_INTERPRET=1 compiles nothing")
+REDUCTIONS = [row for row in ROWS if isinstance(row, Reduction) and not row.picks]
+
+
+@needs_triton
+def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/triton_interpreted.py"]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+
+
+# -- machine code without a device ----------------------------------------------------------------------------------
+
+
+@needs_triton
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("sum", dtypes.f32, (9000, 1)),
+        ("var", dtypes.f16, (300, 40)),
+        ("argmax", dtypes.i32, (300, 40)),
+        ("norm", dtypes.bf16, (9000, 1)),
+        ("softmax", dtypes.f32, (300, 40)),
+        ("cumsum", dtypes.i8, (300, 40)),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_kernels_compile_to_machine_code(name: str, dtype: DType, shape: tuple[int, ...], capability: int) -> None:
+    from maskserve.backends.triton_ahead import compile_ahead
+
+    sample = cells(dtype, shape, 1)
+    with recording() as calls:
+        TritonBackend().run(plan_of(OPS[name], sample.data, dim=0), sample.data, sample.mask)
+    made = compile_ahead(calls, capability)
+    assert calls
+    for kernel in made:
+        assert f".target sm_{capability}" in kernel.asm["ptx"]
+        assert kernel.asm["cubin"].startswith(b"\x7fELF")
+        assert "fma.rn.f64" not in kernel.asm["ptx"], "a contracted product rounds otherwise than the reference"
+        assert "red.global" not in kernel.asm["ptx"]
+        assert "atom.global" not in kernel.asm["ptx"], "atomics add in any order"
+
+
+# -- launches and bytes ---------------------------------------------------------------------------------------------
+
+SHAPES = [((8192, 8192), 1), ((8192, 8192), 0), ((64, 1024, 64), 1), ((10**8,), 0), ((3, 10**7), 1), ((8192, 3), 1)]
+
+
+@pytest.mark.parametrize("row", REDUCTIONS, ids=lambda row: row.name)
+@pytest.mark.parametrize(("shape", "dim"), SHAPES)
+def test_cells_and_mask_are_read_once_and_results_written_once(row: Row, shape: tuple[int, ...], dim: int) -> None:
+    of = plan(row, (("dim", dim),), shape, dtypes.f32, "cuda:0")
+    parts = of.passes[0].parts(of.dtype)
+    cell_bytes = of.dtype.n_bytes if of.passes[0].reads_cells else 0
+    n_results = prod(of.out_shape)
+    moved = traffic_of(
+        of.fold, of.leaf, cell_bytes=cell_bytes, mask_bytes=prod(shape),
+        state_bytes=sum(part.dtype.n_bytes for part in parts), result_bytes=of.result.n_bytes + 1,
+    )  # fmt: skip
+    once = prod(shape) * (cell_bytes + 1) + n_results * (of.result.n_bytes + 1)
+    assert moved.launches <= 3
+    assert once <= moved.read + moved.written <= once * (1.02 if of.fold[-1] == 1 else 1.4)
+
+
+@pytest.mark.parametrize(
+    ("fold", "leaf", "launches"),
+    [((1, 4096, 1), 4096, 1), ((1, 4097, 1), 4096, 2), ((1, 1024 * 4096, 1), 4096, 2), ((8, 5, 9, 7, 1), 4096, 2)],
+)
+def test_a_reduction_is_one_launch_and_one_for_each_1024_states(
+    fold: tuple[int, ...], leaf: int, launches: int
+) -> None:
+    assert len(stages_of(fold, leaf)) == launches
+
+
+@needs_triton
+def test_what_is_launched_is_what_was_planned() -> None:
+    sample = cells(dtypes.f32, (9000, 3), 1)
+    of = plan_of(OPS["var"], sample.data, dim=0)
+    with recording() as calls:
+        TritonBackend().run(of, sample.data, sample.mask)
+    assert [call.programs for call in calls] == [stage.programs for stage in stages_of(of.fold, of.leaf)]
+    of = plan_of(OPS["softmax"], sample.data[:70], dim=0)
+    with recording() as calls:
+        TritonBackend().run(of, sample.data[:70], None)
+    assert [call.name for call in calls] == ["normalize_kernel"], "a slice that a tile holds is read once"
+
+
+def lanes_covered(stage: Stage) -> int:
+    return stage.blocks * stage.tile.lanes
+
+
+@pytest.mark.parametrize("fold", [(1, 1, 1), (7, 5000, 1), (3, 129, 40), (1, 10**6, 3), (4, 9, 5, 200, 6)])
+@pytest.mark.parametrize("leaf", [64, 4096])
+def test_every_cell_and_every_state_belongs_to_one_program(fold: tuple[int, ...], leaf: int) -> None:
+    stages = stages_of(fold, leaf)
+    assert stages[-1].runs == 1
+    assert stages[-1].lanes == prod(fold[::2])
+    for stage in stages:
+        assert lanes_covered(stage) >= stage.lanes > lanes_covered(stage) - stage.tile.lanes
+        assert stage.runs * stage.tile.cells >= stage.count > (stage.runs - 1) * stage.tile.cells
+        assert stage.tile.groups & (stage.tile.groups - 1) == 0, "whole subtrees"
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+def why_not(row: Row, dtype: DType = dtypes.f32, device: str = "cuda:0", **params: object) -> str | None:
+    given: Plan = plan(row, tuple({"dim": 0, **params}.items()), (3,), dtype, device)
+    return TritonBackend().why_not(given)
+
+
+def test_limits_are_told_one_at_a_time() -> None:
+    if not interprets():
+        assert why_not(OPS["sum"], device="cpu") == "it computes on CUDA devices, and the tensor is on cpu"
+    assert why_not(OPS["median"]) == "it has no kernel for median"
+    assert why_not(OPS["norm"], ord=3) == "it has no kernel for norm with this ord"
+    assert why_not(OPS["amax"], dtypes.u64) == "it has no kernel for u64"
+    assert why_not(OPS["cumsum"], dtypes.f64) == "it has no kernel for cumsum of f64"
+    assert why_not(OPS["sum"], weights=dtypes.f32) == "it has no kernel for sum with weights"
+
+
+def test_without_triton_the_limit_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskserve.backends.triton_tables.find_spec", lambda name: None)
+    missing.cache_clear()
+    try:
+        assert why_not(OPS["sum"]) == "triton is not installed: pip install 'maskserve[gpu]'"
+    finally:
+        monkeypatch.undo()
+        missing.cache_clear()
+
+
+@needs_triton
+def test_a_triton_that_is_too_old_is_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskserve.backends.triton_tables.version", lambda name: "3.5.1")
+    missing.cache_clear()
+    try:
+        assert why_not(OPS["sum"]) == "triton 3.5.1 is too old for its kernels: it takes 3.7, which torch 2.13 brings"
+    finally:
+        monkeypatch.undo()
+        missing.cache_clear()
+
+
+def test_the_benchmark_needs_a_device_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--device", "cuda:99"]) == 1
+    assert "device cuda:99 is not there" in capsys.readouterr().err
+    timed = {of.row.name for of in gpu.plans("cuda:0", ())}
+    assert timed == (set() if missing() else {row.name for row in ROWS if row.verb and not row.picks})
+
+
+def test_a_plan_on_a_cuda_device_falls_back_to_the_reference_and_says_why() -> None:
+    chosen = choose(plan(OPS["median"], (("dim", 0),), (3,), dtypes.f32, "cuda:0"))
+    assert chosen.backend.name == "reference"
+    assert [name for name, _ in chosen.refusals] == ["cpu", "triton"]
+    with pytest.raises(BackendError, match="back end triton cannot serve median: it has no kernel for median"):
+        choose(plan(OPS["median"], (("dim", 0),), (3,), dtypes.f32, "cuda:0"), "triton")
+
+
+def test_the_back_end_is_imported_without_triton() -> None:
+    blocked = (
+        "import sys; sys.modules['triton'] = None; import torch, maskserve as ms; print(ms.sum(torch.ones(3)).item())"
+    )
+    ran = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+    assert ran.stdout == "3.0\n", ran.stderr
+
+
+def test_the_order_of_preference_is_cpu_then_triton_then_the_reference() -> None:
+    assert [backend.name for backend in backends()] == ["cpu", "triton", "reference"]
+
+
+@needs_triton
+def test_every_pass_that_is_served_names_its_parts_as_the_row_does() -> None:
+    for row in REDUCTIONS:
+        of = plan_of(row, torch.zeros(2, 3), dim=1)
+        assert reducing(of).names == tuple(part.name for part in of.passes[0].parts(of.dtype))

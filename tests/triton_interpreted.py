@@ -1,0 +1,188 @@
+"""The Triton kernels in numpy, beside the reference: TRITON_INTERPRET=1 python -m pytest -n 0 tests/triton_interpreted.py
+
+They say what the kernels mean. What a compiler or a device makes of them is for tests/test_triton.py and `pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskserve as ms
+from maskserve import OPS, dtypes, engine, execution
+from maskserve.backends.triton_tables import interprets
+from maskserve.dtypes import DType
+from maskserve.errors import IntegerOverflowError
+from maskserve.ops.rows import Reduction, Row
+from maskserve.partials import Partial
+from tests.samples import assert_same_bits, cells, plan_of, poisoned, ulps, with_junk
+from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, dims_of, of_row
+
+assert interprets(), "set TRITON_INTERPRET=1"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*overflows:RuntimeWarning")
+
+OWN = [row for row in ROWS if not row.picks]
+"""Those that pick take the cells at the places of argmax and argmin."""
+every_row = pytest.mark.parametrize("row", OWN, ids=lambda row: row.name)
+every_row_of_every_dtype = pytest.mark.parametrize(
+    ("row", "dtype"),
+    [(row, dtype) for row, dtype in PAIRS if of_row(row, dtype)],
+    ids=[f"{row.name}-{dtype.name}" for row, dtype in PAIRS if of_row(row, dtype)],
+)
+ABSOLUTE = 1e-15
+"""Beside the reference's exp and log; a result near 0 is a difference of larger numbers."""
+
+
+def by(backend: str, row: Row, data: Tensor, mask: Tensor | None, **params: Any) -> tuple[Tensor, Tensor]:
+    with execution.using(backend=backend):
+        return engine.run(plan_of(row, data, **params), data, mask)
+
+
+def assert_agrees(row: Row, data: Tensor, mask: Tensor | None, **params: Any) -> None:
+    """The reference's bits; with exp or log, one ulp of float32 or less."""
+    got, expected = by("triton", row, data, mask, **params), by("reference", row, data, mask, **params)
+    if row.name not in EXPONENTIAL and not (row.name == "cumsum" and data.is_floating_point()):
+        assert_same_bits(got, expected, (row.name, data.dtype, data.shape, params))
+        return
+    assert_same_bits(got[1:], expected[1:])
+    near = (got[0].double() - expected[0].double()).abs() <= ABSOLUTE
+    assert ulps(torch.where(near, expected[0], got[0]), expected[0], got[0].dtype) <= 1, (row.name, data.shape, params)
+
+
+@every_row_of_every_dtype
+def test_a_row_gives_what_the_reference_gives(row: Row, dtype: DType) -> None:
+    sample = cells(dtype, (65, 5), 1, row=row)
+    assert_agrees(row, with_junk(sample).data, sample.mask, dim=0)
+
+
+@every_row
+def test_inner_outer_and_middle_dims_and_whole_tensors(row: Row) -> None:
+    sample = cells(dtypes.f32, (3, 65, 5), 2, row=row)
+    for params in dims_of(row, 3):
+        assert_agrees(row, with_junk(sample).data, sample.mask, **params)
+
+
+@every_row
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * 4096 + 1])
+def test_sizes_around_a_tile_along_the_last_dim(row: Row, size: int) -> None:
+    sample = with_junk(cells(dtypes.f32, (size,), size, row=row))
+    assert_agrees(row, sample.data, sample.mask, dim=0)
+
+
+@every_row
+@pytest.mark.parametrize("size", [0, 1, 63, 65, 600])
+def test_sizes_around_a_tile_along_the_first_dim(row: Row, size: int) -> None:
+    dtype = dtypes.f32 if row.name == "cumsum" else dtypes.f64
+    sample = with_junk(cells(dtype, (size, 33), size, row=row))
+    assert_agrees(row, sample.data, sample.mask, dim=0)
+
+
+@every_row
+def test_what_lies_under_the_mask_changes_no_bit(row: Row) -> None:
+    sample = cells(dtypes.f32, (3, 70), 3, row=row)
+    first, *others = (by("triton", row, data, sample.mask, dim=1) for data in poisoned(sample))
+    for other in others:
+        assert_same_bits(other, first, row.name)
+    assert not first[0][~first[1]].any()
+
+
+@every_row
+def test_all_masked_slices_are_masked_and_two_runs_give_the_same_bits(row: Row) -> None:
+    sample = cells(dtypes.f32, (5, 70), 4, row=row)
+    mask = sample.mask.clone()
+    mask[2] = False
+    assert_agrees(row, sample.data, mask, dim=1)
+    assert_same_bits(by("triton", row, sample.data, mask, dim=1), by("triton", row, sample.data, mask, dim=1))
+
+
+@every_row
+def test_broadcast_masks_and_strides_change_no_bit(row: Row) -> None:
+    sample = cells(dtypes.f32, (4, 30, 6), 5, row=row)
+    turned = sample.data.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for data, mask in ((sample.data, sample.mask[:1]), (turned, sample.mask[:, :1]), (turned, sample.mask[:, :, :1])):
+        assert_agrees(row, data, mask, dim=1)
+
+
+@every_row
+def test_nan_that_is_omitted_is_masked(row: Row) -> None:
+    sample = cells(dtypes.f32, (4, 70), 6, row=row)
+    data = sample.data.clone()
+    data[::2, ::3] = math.nan
+    for params in ({"nan": "omit"}, {}):
+        assert_agrees(row, data, sample.mask, dim=1, **params)
+
+
+@every_row
+def test_infinities_and_zeros_of_both_signs_are_data(row: Row) -> None:
+    odd = torch.tensor(
+        [[math.inf, -math.inf, 1], [-0.0, 0.0, -0.0], [-math.inf] * 3, [math.nan, 2, 1], [0.0, -0.0, 0.0]]
+    )
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        if row.name != "cumsum" or dtype is not torch.float64:
+            assert_agrees(row, odd.to(dtype), None, dim=1)
+
+
+@pytest.mark.parametrize("ord", [2, 1, 0, 0.5, -1, -2, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_norms_of_every_order_that_is_served(ord: float, dtype: torch.dtype) -> None:
+    sample = cells(dtypes.f64, (300, 3), 7)
+    scale = 1e200 if dtype is torch.float64 else 1.0
+    assert_agrees(OPS["norm"], (sample.data * scale).to(dtype), sample.mask, dim=0, ord=ord)
+
+
+def test_a_float64_sum_that_overflows_on_the_way_comes_out_right() -> None:
+    data = torch.tensor([[1.7e308, 1.7e308, -1.7e308], [1.7e308, 1.7e308, 1.7e308]], dtype=torch.float64)
+    for name in ("sum", "mean"):
+        assert_agrees(OPS[name], data, None, dim=1)
+
+
+def test_results_that_overflow_half_precision_warn_as_the_references_do() -> None:
+    data = torch.full((2, 100), 6e4, dtype=torch.float16)
+    with execution.using(backend="triton"), pytest.warns(RuntimeWarning, match="sum: a finite result overflows f16"):
+        assert ms.sum(data, 1).tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize("name", ["sum", "prod", "cumsum"])
+def test_integers_that_do_not_fit_are_an_error(name: str) -> None:
+    data = torch.full((2, 5), 2**62, dtype=torch.int64)
+    with execution.using(backend="triton"), pytest.raises(IntegerOverflowError):
+        getattr(ms, name)(data, 1)
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmin", "log_softmax"])
+@pytest.mark.parametrize(("shape", "dim"), [((4, 70), 1), ((70, 5), 0), ((2, 4100), 1)])
+def test_gradients_are_those_of_the_cpu_kernels(name: str, shape: tuple[int, ...], dim: int) -> None:
+    sample = with_junk(cells(dtypes.f32, shape, 8))
+    later, above = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6, cells(dtypes.f32, shape, 9).data
+
+    def gradient(backend: str) -> ms.MaskedTensor:
+        with execution.using(backend=backend):
+            x = ms.masked_tensor(sample.data.clone(), sample.mask, requires_grad=True)
+            ms.as_masked_tensor(getattr(ms, name)(x, dim), later).backward(above)
+        assert x.grad is not None
+        return x.grad
+
+    got, expected = gradient("triton"), gradient("cpu")
+    assert torch.equal(got.get_mask(), expected.get_mask())
+    near = (got.get_data() - expected.get_data()).abs() <= 1e-9
+    assert ulps(torch.where(near, expected.get_data(), got.get_data()), expected.get_data(), torch.float32) <= 1
+
+
+@pytest.mark.parametrize("row", [row for row in OWN if isinstance(row, Reduction)], ids=lambda row: row.name)
+@pytest.mark.parametrize("inner", [1, 3])
+def test_states_of_parts_give_the_whole_ones_bits(row: Reduction, inner: int) -> None:
+    size = 9000 if inner == 1 else 300
+    sample = cells(dtypes.f32, (1, size, inner), 10, row=row)
+    plan = plan_of(row, sample.data, dim=1)
+    cut = plan.leaf
+    data, mask = sample.data.reshape(plan.fold), sample.mask.reshape(plan.fold)
+    with execution.using(backend="triton"):
+        whole = engine.run(plan, sample.data, sample.mask)
+        first = Partial.lift(plan, data[:, :cut], mask[:, :cut], start=0)
+        second = Partial.lift(plan, data[:, cut:], mask[:, cut:], start=cut)
+        assert_same_bits(first.merge(second).finalize(), whole, row.name)
