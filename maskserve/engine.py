@@ -85,6 +85,11 @@ def taking_cells(plan: Plan) -> Finisher | None:
     return finisher if finisher and finisher.takes_cells(plan) else None
 
 
+def picking_width(plan: Plan) -> int:
+    """The bytes that are held for each result beside it where its place comes first and its cell after that."""
+    return 8 + 3 * plan.stored.n_bytes if plan.row.picks and not taking_cells(plan) else 0
+
+
 def compute(
     plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None, *, places: Tensor | None = None
 ) -> Masked:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from maskserve import blockwise
+from maskserve import blockwise, engine
 from maskserve.alignment import dim_numbers, laid_over, laid_together
 from maskserve.backends import Choice, choose
 from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, in_blocks, laid, lies_along, op
@@ -130,7 +130,11 @@ class Term:
         """The result's bytes, and those of what is held while it is computed from its leaves."""
         if self.plan is not None and self.choice is not None:
             widths = self.choice.backend.widths_held * self.plan.dtype.n_bytes
-            return self.n_bytes + widths * prod(self.plan.shape)
+            return (
+                self.n_bytes
+                + widths * prod(self.plan.shape)
+                + engine.picking_width(self.plan) * prod(self.plan.out_shape)
+            )
         if self.outline is not None:
             return self.n_bytes + self.outline.held_bytes
         n_cells = prod(self.shape)
