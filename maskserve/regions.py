@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from maskserve.blocks import Cells, counting, covering, spans
+from maskserve.compact import spread_part
 from maskserve.execution import finisher_of, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Ordering, Reduction
@@ -140,7 +141,8 @@ class MappedCells(Cells):
         self.source = source
 
     def stored(self, outer: slice, run: slice, inner: slice) -> Masked:
-        return self.source.checked(*super().stored(outer, run, inner))
+        data, mask = super().stored(outer, run, inner)
+        return self.source.checked(data, spread_part(mask))
 
 
 def is_shown(plan: Plan, source: Source) -> bool:
