@@ -84,6 +84,11 @@ class Compact(ABC):
     def at(self, index: tuple[Any, ...], shape: torch.Size) -> Compact | None:
         """What an index of ints and slices, one a dim, leaves of it; None where that is no compact mask."""
 
+    @property
+    @abstractmethod
+    def is_sound(self) -> bool:
+        """Whether what it holds fits its shape: kernels read it without another look."""
+
     @abstractmethod
     def rows(self) -> Tensor | None:
         """(...) bools: what each row (..., n) says of all its cells; None where one says two things."""
@@ -162,6 +167,13 @@ class Lengths(Compact):
     def __reduce__(self) -> tuple[Any, ...]:
         return Lengths, (self.lengths, self.dim, self.shape)
 
+    @property
+    def is_sound(self) -> bool:
+        if type(self.dim) is not int or not 0 <= self.dim < len(self.shape) or self.lengths.dtype is not torch.int64:
+            return False
+        n, fits = self.shape[self.dim], self.lengths.shape == self.shape[: self.dim]
+        return fits and not bool(((self.lengths < 0) | (self.lengths > n)).any())
+
     def rows(self) -> Tensor | None:
         n_dims = len(self.shape)
         if self.dim < n_dims - 1:
@@ -218,6 +230,12 @@ class Bits(Compact):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Bits, (self.packed, self.shape)
+
+    @property
+    def is_sound(self) -> bool:
+        if not self.shape or self.packed.dtype is not torch.uint8:
+            return False
+        return self.packed.shape == (*self.shape[:-1], -(-self.shape[-1] // BYTE))
 
     def rows(self) -> Tensor | None:
         n = self.shape[-1]

@@ -429,6 +429,8 @@ def _overlaps(cells: Tensor) -> bool:
 
 
 def _unpickled(data: Tensor, mask: Mask | None, requires_grad: bool = False) -> MaskedTensor:
+    if isinstance(mask, Compact) and (mask.shape != data.shape or not mask.is_sound):
+        raise MaskError("what was pickled has a mask that does not fit its cells: it was not written by maskserve")
     made = MaskedTensor._of(data, mask)
     return made.requires_grad_() if requires_grad else made
 

@@ -299,16 +299,20 @@ REQUESTS = (
 
 @pytest.fixture
 def questions(tmp_path: Path) -> dict[str, Path]:
+    return written(tmp_path, 20)
+
+
+def written(folder: Path, longest: int) -> dict[str, Path]:
     """One variable, with the same mask in bools, lengths and bits."""
-    m = ms.from_lengths(torch.randn(3, 20, 11), torch.tensor([20, 0, 7]), 1)
+    m = ms.from_lengths(torch.randn(3, longest, 11), torch.tensor([longest, 0, 7]), 1)
     lengths, bits = m._held, m.to_mask_layout("packed")._held
     assert isinstance(lengths, Lengths)
     assert isinstance(bits, Bits)
     companions = {"mask": m.get_mask(), "lengths": lengths.lengths, "bitmask": bits.packed}
     for name, companion in companions.items():
         sent = to_bytes([output("x", m.get_data()), output(f"x.{name}", companion)], {})
-        (tmp_path / f"{name}.safetensors").write_bytes(sent)
-    return {name: tmp_path / f"{name}.safetensors" for name in companions}
+        (folder / f"{name}.safetensors").write_bytes(sent)
+    return {name: folder / f"{name}.safetensors" for name in companions}
 
 
 @pytest.mark.parametrize(("verb", "words"), REQUESTS, ids=[" ".join(words.values()) for _, words in REQUESTS])
@@ -326,14 +330,14 @@ def test_a_request_gives_the_same_bytes_whatever_the_form(
     capsys.readouterr()
 
 
-def test_masks_of_a_payload_stay_as_they_are(questions: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_of_a_payload_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = written(tmp_path, 2000)  # more than one call computes at once, for which a few bools are made
     found = {name: ms.load(path)["x"].mask_layout for name, path in questions.items()}
     assert found == {"mask": "bool", "lengths": "lengths", "bitmask": "packed"}
     for kind in (Lengths, Bits):
         monkeypatch.setattr(kind, "window", lambda *_: pytest.fail("a compact mask became bools"))
-    with using(block_cells=128):
-        for name in ("lengths", "bitmask"):
-            ms.compute("reduce", questions[name], op="mean", dim="1").to_bytes()
+    for name in ("lengths", "bitmask"):
+        ms.compute("reduce", questions[name], op="mean", dim="1").to_bytes()
 
 
 def test_the_service_takes_every_form(questions: dict[str, Path]) -> None:
@@ -372,6 +376,25 @@ def test_a_hostile_mask_is_one_line_and_no_crash(case: str, tmp_path: Path, caps
         ms.load(path)
     assert main(["softmax", "--dim", "1", str(path)]) == 65
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Lengths(torch.tensor([1, 2]), 1, torch.Size((3, 4))),
+        Lengths(torch.tensor([1, 2, 5]), 1, torch.Size((3, 4))),
+        Lengths(torch.tensor([1, 2, -1]), 1, torch.Size((3, 4))),
+        Lengths(torch.tensor([1, 2, 3]), 7, torch.Size((3, 4))),
+        Lengths(torch.tensor([1, 2, 3]), 1, torch.Size((3, 9))),
+        Bits(torch.zeros(3, 0, dtype=torch.uint8), torch.Size((3, 4))),
+        Bits(torch.zeros(3, 1), torch.Size((3, 4))),
+    ],
+    ids=["too few", "too long", "negative", "no such dim", "another shape", "no bytes", "floats"],
+)
+def test_a_pickle_whose_mask_does_not_fit_is_refused(mask: Compact) -> None:
+    function, (data, _, wants) = ms.masked_tensor(torch.zeros(3, 4)).__reduce__()
+    with pytest.raises(MaskError, match="does not fit its cells"):
+        function(data, mask, wants)
 
 
 # -- from one form to another -------------------------------------------------------------------------------------
