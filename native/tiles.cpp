@@ -1,5 +1,9 @@
 // What all kernels gather from any layout and dtype, and write back: compiled here and nowhere else.
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 #include "common.hpp"
 
 namespace maskserve {
@@ -67,8 +71,16 @@ bool narrow_tile(const Filled& filled, const Window& w, const double* cells, con
 
 // Eight bits to bytes at a time: bit k is left alone in byte k, and what is not 0 there becomes 1.
 NEVER_INLINE void spread_bytes(const unsigned char* __restrict bits_ptr, int64_t n_bytes, unsigned char* __restrict out) {
+  int64_t done = 0;
+#ifdef __AVX512BW__  // where bits are masks as they are
+  for (; done + 8 <= n_bytes; done += 8) {
+    uint64_t bits;
+    std::memcpy(&bits, bits_ptr + done, sizeof bits);
+    _mm512_storeu_si512(out + 8 * done, _mm512_maskz_set1_epi8(bits, 1));
+  }
+#endif
 #pragma GCC ivdep
-  for (int64_t k = 0; k < n_bytes; ++k) {
+  for (int64_t k = done; k < n_bytes; ++k) {
     const uint64_t apart = (bits_ptr[k] * 0x0101010101010101u) & 0x8040201008040201u;
     const uint64_t bytes = ((apart + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
     std::memcpy(out + 8 * k, &bytes, sizeof bytes);
@@ -111,6 +123,7 @@ void spread_window(const Operand& mask, const Window& w, unsigned char* copy_ptr
 void spread_mask(const Operand& mask, int64_t at, int64_t n, unsigned char* out) {
   const Compact& how = *mask.compact_ptr;
   const int64_t from = mask.first + at;
+  if (how.are_bits && how.pitch == how.row) return spread_bits(mask.cells_ptr, from, n, out);  // rows end with their bytes
   int64_t row = from / how.row, cell = from - row * how.row;
   for (; n > 0; ++row, cell = 0) {
     const int64_t some = least(n, how.row - cell);
