@@ -31,6 +31,8 @@ class Cells:
 
     narrow = NARROW
     """Columns that a block has at least; so many and tall rather than wide and low: states cost their joining."""
+    writes_mask = True
+    """Whether the mask of a result is asked for."""
     together = 1
     """Blocks of a run that a thread lifts one after the other, and joins before the next comes: a power of two."""
 

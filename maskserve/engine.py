@@ -138,7 +138,8 @@ def computed(
 
 def expanded(mask: Mask, shape: Sequence[int]) -> Tensor:
     """The mask as bools of this shape."""
-    return mask.bools().expand(shape) if isinstance(mask, Compact) else mask
+    bools = mask.bools() if isinstance(mask, Compact) else mask
+    return bools if bools.shape == tuple(shape) else bools.expand(shape)
 
 
 # -- cells that are picked, complex cells ---------------------------------------------------------------------------
