@@ -77,7 +77,7 @@ def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
     """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
     tensor = tensor_of(data)
     if isinstance(tensor, MaskedTensor):
-        return as_masked_tensor(tensor, from_lengths(tensor._data.detach(), lengths, dim)._held)
+        return as_masked_tensor(tensor, from_lengths(tensor._data.detach(), lengths, dim)._mask)
     counts = tensor_of(lengths)
     if not isinstance(counts, Tensor) or not isinstance(dim, int):
         _refuse("lengths are whole numbers and dim is one dim number", "lengths")
