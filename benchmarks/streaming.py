@@ -25,6 +25,7 @@ import torch
 
 from maskserve import engine, ops, regions, sources, streaming
 from maskserve.blocks import cut
+from maskserve.compact import as_bools
 from maskserve.dtypes import BY_NAME, DType
 from maskserve.execution import backend_of, in_parallel
 from maskserve.payload.files import placed
@@ -89,7 +90,8 @@ def ratios(path: Path, runs: int, clock: Callable[[], float]) -> Iterator[str]:
     """A line for each op and dim: streamed, beside the same cells in memory."""
     with open_payload(path) as payload:
         variable = resolve(payload.header)["rain"]
-        data, mask = load(payload, variable)
+        data, held = load(payload, variable)
+        mask = as_bools(held)
         source = sources.stored(payload, variable)
         yield f"| {'op':10} | dim | in memory, ms | read alone, ms | streamed, ms | ratio | of both | bits |"
         yield "|---|---|---|---|---|---|---|---|"

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 
 from maskserve import sides, sources, streaming, variable_steps
+from maskserve.engine import expanded
 from maskserve.errors import TooLargeError
 from maskserve.execution import execution
 from maskserve.ops.rows import Formula
@@ -327,7 +328,7 @@ def as_it_came(payload: Payload, coordinate: Variable, variables: Variables) -> 
     return Result(
         name=coordinate.name,
         data=data,
-        mask=None if mask is None else mask.expand(data.shape),
+        mask=None if mask is None else expanded(mask, data.shape),
         mask_name=answer_mask_name(coordinate, variables),
         dims=coordinate.dims,
         is_coordinate=True,

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from maskserve import gradients
 from maskserve.backends.reference.cells import select
-from maskserve.gates import as_cotangent, hide_rows, kept, rows_alike
+from maskserve.compact import Compact, Mask
+from maskserve.gates import as_cotangent, hidden, hide_rows, kept, rows_alike
 from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result
 from maskserve.operations import OfProduct
 from maskserve.reach import Operand
@@ -61,9 +62,16 @@ def attended(
     how = OfAttention(met, scale, tuple(of.valid for of in words), lengths)
     if not any(is_followed(of.cells) for of in words):
         made = how.compute(tuple(of.cells for of in words), ())
-        return MaskedTensor._of(made.values, made.valid[..., :1])
-    operands = [Operand(of.cells, x._mask, x._reach) for x, of in zip(given, words, strict=True)]
-    return MaskedTensor._of(*gradients.apply(how, *operands)[0][:3])
+        return MaskedTensor._of(made.values, held_as(q, words[0], made.valid[..., :1]))
+    operands = [Operand(of.cells, None, x._reach) for x, of in zip(given, words, strict=True)]  # `how` knows the masks
+    result = gradients.apply(how, *operands)[0]
+    return MaskedTensor._of(result.value, held_as(q, words[0], result.mask), result.reach)
+
+
+def held_as(q: MaskedTensor, words: Words, valid: Tensor) -> Mask:
+    """The mask of the result: that of the queries where it is compact and each of them met a key."""
+    held = q._held
+    return held if isinstance(held, Compact) and torch.equal(valid[..., 0], words.valid) else valid
 
 
 def is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -76,10 +84,10 @@ def is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def whole_words(x: MaskedTensor) -> Tensor | None:
     """Which words are valid, where each is valid or masked as a whole."""
-    shape, mask = x._data.shape[:-1], x._mask
+    shape, mask = x._data.shape[:-1], x._held
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=x._data.device)
-    valid = rows_alike(mask)
+    valid = mask.rows() if isinstance(mask, Compact) else rows_alike(mask)
     return None if valid is None else valid.expand(shape)
 
 
@@ -101,7 +109,9 @@ def meetings(words: Sequence[Words], masks: Sequence[Tensor | None]) -> Tensor |
 
 
 def without_junk(x: MaskedTensor) -> Tensor:
-    return x._data if x._mask is None else kept(x._data, x._full_mask())
+    if isinstance(x._held, Compact):
+        return hidden(x._data, x._held, in_place=False)
+    return x._data if x._held is None else kept(x._data, x._full_mask())
 
 
 class Lengths(NamedTuple):

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskserve.errors import ShapeError
+from maskserve.compact import Compact, Lengths, Mask
+from maskserve.errors import MaskError, ShapeError
 
 if TYPE_CHECKING:
+    from torch.nn.utils.rnn import PackedSequence
+
     from maskserve.sparse import SparseTensor
     from maskserve.tensor import MaskedTensor
 
@@ -20,6 +23,7 @@ class Attributes:
     __slots__ = ("_data",)
 
     _data: Tensor
+    _held: Mask | None
 
     @property
     def shape(self) -> torch.Size:
@@ -69,7 +73,7 @@ class Attributes:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the data; the mask has one more a cell, or a broadcast dim of it."""
+        """The bytes of the data; a bool mask has one more a cell, or a broadcast dim of it, a packed one an eighth of that."""
         return self._data.nbytes
 
     def is_floating_point(self) -> bool:
@@ -137,6 +141,42 @@ class Attributes:
     def to_sparse_csr(self) -> SparseTensor:
         """The cells of a matrix stored row by row."""
         return self.to_sparse(torch.sparse_csr)
+
+    @property
+    def mask_layout(self) -> str:
+        """How the mask is held: "none" (all valid), "bool", "lengths" (of valid prefixes) or "packed" (a bit a cell)."""
+        held = self._held
+        return "none" if held is None else held.layout if isinstance(held, Compact) else "bool"
+
+    def to_mask_layout(self, layout: str, dim: int | None = None) -> MaskedTensor:
+        """The same cells, sharing memory, with the mask held as "bool", "lengths" or "packed"; "none" where all are valid.
+
+        Lengths count along `dim`, without it dim 1, or the only one; the mask must be a prefix there. `lengths` says them.
+        """
+        from maskserve.making import with_mask_layout
+
+        return with_mask_layout(self, layout, dim)  # type: ignore[arg-type]  # attributes of a MaskedTensor alone
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many cells of each prefix are valid, of a mask that is held as lengths; a copy."""
+        if not isinstance(self._held, Lengths):
+            raise MaskError(
+                f"the mask is held as {self.mask_layout}, not as lengths: to_mask_layout('lengths') makes them of prefixes"
+            )
+        return self._held.lengths.clone()
+
+    def to_nested(self) -> Tensor:
+        """torch's nested tensor (layout jagged) of the valid prefixes along dim 1, with history."""
+        from maskserve.jagged import to_nested
+
+        return to_nested(self)  # type: ignore[arg-type]  # attributes of a MaskedTensor alone
+
+    def to_packed_sequence(self) -> PackedSequence:
+        """torch's PackedSequence of the valid prefixes along dim 1, (batch, time, ...), longest first, with history."""
+        from maskserve.jagged import to_packed_sequence
+
+        return to_packed_sequence(self)  # type: ignore[arg-type]  # attributes of a MaskedTensor alone
 
     @property
     def is_sparse(self) -> bool:

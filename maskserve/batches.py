@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 if TYPE_CHECKING:
+    from maskserve.compact import Mask
     from maskserve.tensor import MaskedTensor
 
 
@@ -31,10 +32,10 @@ def batch_of(samples: Sequence[Any], *, collate_fn_map: Mapping[Any, Callable[..
 
 def in_parts(tensor: MaskedTensor) -> tuple[Any, ...]:
     """How another process makes the tensor on the same memory; torch refuses one that is no leaf."""
-    return joined, (tensor._data, tensor._mask, tensor._is_view, tensor._owns_mask)
+    return joined, (tensor._data, tensor._held, tensor._is_view, tensor._owns_mask)
 
 
-def joined(data: Tensor, mask: Tensor | None, is_view: bool, owns_mask: bool) -> MaskedTensor:
+def joined(data: Tensor, mask: Mask | None, is_view: bool, owns_mask: bool) -> MaskedTensor:
     from maskserve.tensor import MaskedTensor
 
     made = MaskedTensor._of(data, mask)

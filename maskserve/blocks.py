@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from math import prod
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from maskserve.compact import Compact, Form, Mask, Part, spread_part
 from maskserve.errors import NanError
 from maskserve.gates import spread
 from maskserve.ops.rows import Normalization, Row
@@ -18,41 +22,61 @@ NARROW = 512
 """Columns side by side from which rows are read at full speed."""
 
 
+Where: TypeAlias = tuple[slice, ...]
+Block: TypeAlias = tuple[Tensor, Tensor | Part | None]
+
+
 class Cells:
     """The data and mask of a plan as (outer, n, inner), where n is the last reduced group, cut into blocks on demand."""
 
     narrow = NARROW
     """Columns that a block has at least; so many and tall rather than wide and low: states cost their joining."""
+    writes_mask = True
+    """Whether the mask of a result is asked for."""
     together = 1
     """Blocks of a run that a thread lifts one after the other, and joins before the next comes: a power of two."""
 
     def __init__(
-        self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None, *, policy: str
-    ) -> None:
+        self, plan: Plan, data: Tensor, mask: Mask | None, weights: Tensor | None = None, *, policy: str,
+        reads_compact: bool = False, writes_mask: bool = True,
+    ) -> None:  # fmt: skip
+        """`reads_compact`: kernels read compact masks; `writes_mask`: that of a result is asked for."""
+        self.writes_mask = writes_mask
         *outer, n, inner = plan.fold
         self.shape = (prod(outer), n, inner)
         self.plan = plan
         self.policy = policy
         self.data = Folded(data, self.shape)
-        self.mask = None if mask is None else Folded(mask.expand(plan.shape), self.shape)
+        self.mask: Folded | FoldedCompact | None = None
+        if isinstance(mask, Compact):
+            is_read = reads_compact and policy == "propagate"
+            self.mask = FoldedCompact(mask, self.shape, form=mask.form() if is_read and 0 not in plan.shape else None)
+        elif mask is not None:
+            self.mask = Folded(mask.expand(plan.shape), self.shape)
         self.weights = None if weights is None else Folded(weights.expand(plan.shape), self.shape)
 
     def weight(self, *where: slice) -> tuple[Tensor, ...]:
         """The weights of a block, where there are any."""
         return () if self.weights is None else (self.weights[where],)
 
-    def block(self, outer: slice, run: slice, inner: slice, *, negated: bool = True) -> tuple[Tensor, Tensor | None]:
+    def block(self, outer: slice, run: slice, inner: slice, *, negated: bool = True) -> Block:
         """Data and mask of a block, as kernels see them; the mask tells what counts, NaN policy included.
 
-        The cells of a row that negates are `negated`, where the kernel does not do that itself.
+        A compact mask is seen as it is where kernels read it so. The cells of a row that negates are `negated`, where the
+        kernel does not do that itself.
         """
         data, mask = self.stored(outer, run, inner)
         data = seen(self.plan, data)
         if negated and isinstance(self.plan.row, Normalization) and self.plan.row.negates:
             data = data.neg()
-        return data, counting(self.plan.row, data, mask, self.policy)
+        return data, mask if isinstance(mask, Part) else counting(self.plan.row, data, mask, self.policy)
 
-    def stored(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
+    def spread_block(self, outer: slice, run: slice, inner: slice) -> tuple[Tensor, Tensor | None]:
+        """The same, the mask as bools."""
+        data, mask = self.block(outer, run, inner)
+        return data, spread_part(mask)
+
+    def stored(self, outer: slice, run: slice, inner: slice) -> Block:
         """Data and mask of a block as they came."""
         where = (outer, run, inner)
         return self.data[where], None if self.mask is None else self.mask[where]
@@ -98,6 +122,10 @@ class Folded:
             return self.view[slices]
         return self.window(slices)
 
+    def permuted(self, order: Sequence[int], shape: tuple[int, ...]) -> Folded:
+        """The tensor with its dims in another order, folded."""
+        return Folded(self.tensor.permute(*order), shape)
+
     def window(self, slices: tuple[slice, ...]) -> Tensor:
         """A copy of the block."""
         box, sizes, exact = covering(tuple(self.tensor.shape), self.shape, slices)
@@ -105,6 +133,39 @@ class Folded:
         if part.dtype is torch.bool and part.ndim and part.stride(-1) == 0 and part.numel():
             part = spread(part)
         return part.reshape(sizes)[exact]
+
+
+class FoldedCompact:
+    """A compact mask seen in a folded shape: blocks of it as kernels read them where there is a `form`, else as bools.
+
+    `order` is that of the mask's dims in the shape that is folded.
+    """
+
+    def __init__(
+        self, mask: Compact, shape: tuple[int, ...], *, form: Form | None, order: Sequence[int] | None = None
+    ) -> None:
+        self.mask, self.shape, self.form = mask, shape, form
+        self.order = range(len(mask.shape)) if order is None else order
+
+    def __getitem__(self, where: Where) -> Tensor | Part:
+        if self.form is None:
+            return self.window(where)
+        _, n, inner = self.shape
+        strides = (n * inner, inner, 1)
+        first = sum(s.start * step for s, step in zip(where, strides, strict=True))
+        return Part(self.form, strides, first, partial(self.window, where))
+
+    def window(self, where: Where) -> Tensor:
+        """The bools of a block."""
+        box, sizes, exact = covering(tuple(self.mask.shape[dim] for dim in self.order), self.shape, where)
+        own = [slice(0, 0)] * len(box)
+        for dim, along in zip(self.order, box, strict=True):
+            own[dim] = along
+        return self.mask.window(own).permute(*self.order).reshape(sizes)[exact]
+
+    def permuted(self, order: Sequence[int], shape: tuple[int, ...]) -> FoldedCompact:
+        """The mask of permuted data, folded."""
+        return FoldedCompact(self.mask, shape, form=None, order=order)
 
 
 def covering(

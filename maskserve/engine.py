@@ -21,6 +21,7 @@ from maskserve.backends.reference import join, kernel
 from maskserve.backends.reference import lift as lift_block
 from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
+from maskserve.compact import Compact, Mask, as_bools, spread_part
 from maskserve.dtypes import Kind, i64
 from maskserve.errors import EmptySliceError, OutOfMemoryError
 from maskserve.execution import (
@@ -42,6 +43,8 @@ from maskserve.trees import Counter
 
 log = logging.getLogger("maskserve")
 Masked = tuple[Tensor, Tensor]
+Held = tuple[Tensor, Mask]
+"""Values and their mask, which is compact where the data's was and the same cells are valid."""
 Weights = tuple[Tensor, Tensor | None]
 
 SHORT = 256
@@ -58,19 +61,36 @@ SAMPLED = 1 << 15
 
 
 def run(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None) -> Masked:
+    """(values, mask) of the plan as run_held() gives them, the mask as bools."""
+    values, valid = run_held(plan, data, mask, weights)
+    return values, in_bools(valid)
+
+
+def run_held(plan: Plan, data: Tensor, mask: Mask | None, weights: Weights | None = None) -> Held:
     """(values, mask) of the plan on `data`, valid where `mask` (of data's ndim, size 1 broadcasts; None: everywhere).
 
     `weights` are a tensor and its mask, both of data's ndim.
     """
     if plan.row.picks and not taking_cells(plan):
-        values, valid, _ = run_with_indices(plan, data, mask)
+        values, valid, _ = run_held_with_indices(plan, data, mask)
         return values, valid
     if plan.stored.kind is Kind.COMPLEX:
-        return run_complex(plan, data, mask, weights)
+        return run_complex(plan, data, as_bools(mask), weights)
     return compute(plan, data, mask, weights)
 
 
 def run_with_indices(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, mask, indices) as run_held_with_indices() gives them, the mask as bools."""
+    values, valid, indices = run_held_with_indices(plan, data, mask)
+    return values, in_bools(valid), indices
+
+
+def in_bools(valid: Mask) -> Tensor:
+    assert isinstance(valid, Tensor), "a compact mask comes of one alone"
+    return valid
+
+
+def run_held_with_indices(plan: Plan, data: Tensor, mask: Mask | None) -> tuple[Tensor, Mask, Tensor]:
     """(values, mask, indices) of a row that picks cells: an index counts within its slice, flat where dims are several."""
     if finisher := taking_cells(plan):
         indices = finisher.empty(plan.out_shape, torch.int64, plan.device)
@@ -91,17 +111,33 @@ def picking_width(plan: Plan) -> int:
 
 
 def compute(
-    plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None = None, *, places: Tensor | None = None
+    plan: Plan, data: Tensor, mask: Mask | None, weights: Weights | None = None, *, places: Tensor | None = None
+) -> Held:
+    """(values, mask) of the plan; a compact mask that the result has too is kept."""
+    if isinstance(mask, Compact) and plan.row.keeps_mask(plan.params):
+        return in_memory(plan, data, mask, weights, places=places, writes_mask=False)[0], mask
+    return in_memory(plan, data, mask, weights, places=places)
+
+
+def in_memory(
+    plan: Plan,
+    data: Tensor,
+    mask: Mask | None,
+    weights: Weights | None,
+    *,
+    places: Tensor | None,
+    writes_mask: bool = True,
 ) -> Masked:
     """(values, mask) of the plan; where a device's memory does not do, in blocks, which change no bit."""
+    compute_by = partial(computed, plan, data, mask, weights, places=places, writes_mask=writes_mask)
     try:
-        return computed(plan, data, mask, weights, places)
+        return compute_by()
     except torch.OutOfMemoryError:
         log.info("%s: %s is out of memory; it is tried again in blocks", plan.row.name, plan.device)
     for cells in SMALLER:
         try:
             with using(block_cells=cells):
-                return computed(plan, data, mask, weights, places, whole=False)
+                return compute_by(whole=False)
         except torch.OutOfMemoryError:
             continue
     raise OutOfMemoryError(
@@ -110,25 +146,39 @@ def compute(
 
 
 def computed(
-    plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None, places: Tensor | None, *, whole: bool = True
-) -> Masked:
-    """The same by whoever is fastest at its size; `places` are written where a scan picks."""
+    plan: Plan, data: Tensor, mask: Mask | None, weights: Weights | None, *, places: Tensor | None,
+    writes_mask: bool = True, whole: bool = True,
+) -> Masked:  # fmt: skip
+    """The same by whoever is fastest at its size; `places` are written where a scan picks.
+
+    Where it need not write the mask, what it gives of that means nothing.
+    """
     reads_cells = mask is not None or not plan.passes or plan.passes[0].reads_cells
     walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
     finisher = finisher_of(plan) if plan.as_stored and whole else None
-    runs = finisher is not None and (walked <= SMALL or finisher.runs_whole)
-    made = finisher.run(plan, data, mask, places) if finisher and runs else None
-    if made is not None:
-        return made
+    if finisher and (walked <= SMALL or finisher.runs_whole):
+        own = mask.bools().expand(data.shape).contiguous() if isinstance(mask, Compact) else mask
+        made = finisher.run(plan, data, own, places)
+        if made is not None:
+            return made
     if weights is not None:
         mask = intersection([mask, counting(plan.row, *weights, plan.params["nan"])])
-    cells = Cells(plan, data, mask, weights[0] if weights is not None else None, policy=nan_policy(plan))
+    cells = Cells(
+        plan, data, mask, weights[0] if weights is not None else None, policy=nan_policy(plan),
+        reads_compact=backend_of(plan).reads_compact, writes_mask=writes_mask,
+    )  # fmt: skip
     row = plan.row
     if isinstance(row, Reduction):
         return select_whole(plan, cells) if row.select else reduce(plan, cells)
     if isinstance(row, Normalization):
         return normalize(plan, cells)
     return scan(plan, row, cells, places)
+
+
+def expanded(mask: Mask, shape: Sequence[int]) -> Tensor:
+    """The mask as bools of this shape."""
+    bools = mask.bools() if isinstance(mask, Compact) else mask
+    return bools if bools.shape == tuple(shape) else bools.expand(shape)
 
 
 # -- cells that are picked, complex cells ---------------------------------------------------------------------------
@@ -140,7 +190,7 @@ def indexing(plan: Plan) -> Plan:
     return replace(plan, result=i64)
 
 
-def picked(plan: Plan, data: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
+def picked(plan: Plan, data: Tensor, indices: Tensor, valid: Mask) -> Tensor:
     """The cells at `indices` of their slices; 0 where no cell is valid."""
     data, outer = data.detach(), prod(plan.fold[::2])
     if len(plan.fold) > 3:
@@ -156,7 +206,7 @@ def picked(plan: Plan, data: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
     cells = data.reshape(folded).view(bits)
     values = cells.squeeze(2).gather(1, places.squeeze(2))  # in two dims torch gathers 3 to 5 times faster
     values = values.view(data.dtype).reshape(plan.out_shape)
-    return select(canonical(values.to(dtype)), valid)
+    return select(canonical(values.to(dtype)), expanded(valid, plan.out_shape))
 
 
 def run_complex(plan: Plan, data: Tensor, mask: Tensor | None, weights: Weights | None) -> Masked:
@@ -209,9 +259,9 @@ def reduce_whole(plan: Plan, cells: Cells, finisher: Finisher) -> Masked | None:
     return (values.view(plan.out_shape), valid.view(plan.out_shape)) if all(served) else None
 
 
-def state(plan: Plan, data: Tensor, mask: Tensor | None) -> Parts:
+def state(plan: Plan, data: Tensor, mask: Mask | None) -> Parts:
     """The one state of each result cell, before finalize: parts of shape (kept dims before, kept dims after)."""
-    return joined(plan, Cells(plan, data, mask, policy=nan_policy(plan)))
+    return joined(plan, Cells(plan, data, mask, policy=nan_policy(plan), reads_compact=backend_of(plan).reads_compact))
 
 
 def joined(plan: Plan, cells: Cells) -> Parts:
@@ -234,7 +284,8 @@ def identity(plan: Plan, n: int) -> Parts:
 
 
 def lift(plan: Plan, backend: Backend, cells: Cells, outer: slice, run: slice, inner: slice) -> Parts:
-    parts = backend.lift(plan, *cells.block(outer, run, inner), *cells.weight(outer, run, inner))
+    data, mask = cells.block(outer, run, inner)
+    parts = backend.lift(plan, data, mask, *cells.weight(outer, run, inner))
     shift = getattr(kernel(plan.passes[0].reference), "shift", None)
     return shift(parts, run.start) if shift and run.start else parts
 
@@ -436,8 +487,9 @@ def gathered(plan: Plan, cells: Cells) -> Cells:
     order = kept_first(plan)
     shape = tuple(plan.shape[dim] for dim in order)
     moved = replace(plan, shape=shape, fold=(prod(plan.fold[::2]), plan.n_reduced, 1))
-    data, mask = cells.data.tensor, None if cells.mask is None else cells.mask.tensor
-    return Cells(moved, data.permute(order), None if mask is None else mask.permute(order), policy=cells.policy)
+    made = Cells(moved, cells.data.tensor.permute(order), None, policy=cells.policy)
+    made.mask = None if cells.mask is None else cells.mask.permuted(order, made.shape)
+    return made
 
 
 def kept_first(plan: Plan) -> list[int]:
@@ -467,7 +519,7 @@ def applied(plan: Plan, cells: Cells, states: Parts) -> Masked:
     blocks = cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape), narrow=cells.narrow)
     for (rows, columns), run in in_turn(product(blocks.tiles, blocks.runs) if result.numel() else ()):
         where, own = (rows, run, columns), {name: part[rows, columns] for name, part in states.items()}
-        data, mask = cells.block(*where)
+        data, mask = cells.spread_block(*where)
         values = kernel(row.apply)(plan, data, mask, own)
         if row.needs is not None:
             mask = intersection([mask, (own["count"] > row.needs(plan.params)).unsqueeze(1).expand(data.shape)])
@@ -487,7 +539,7 @@ def scan(plan: Plan, row: Scan, cells: Cells, places: Tensor | None = None) -> M
         return result.view(plan.out_shape), valid.view(plan.out_shape)
     tiles = cut(plan, cells.shape, block_cells(backend_of(plan), cells.shape), whole=True).tiles
     for rows, columns in in_turn(tiles):
-        values, own = kernel(row.scan).scan(plan, *cells.block(rows, slice(0, n), columns))
+        values, own = kernel(row.scan).scan(plan, *cells.spread_block(rows, slice(0, n), columns))
         write(plan, result, valid, (rows, slice(0, size), columns), values, own)
     return result.view(plan.out_shape), valid.view(plan.out_shape)
 
@@ -517,10 +569,11 @@ def fill(
                 valid[where] = True
             known = None if states is None else {name: part[rows, columns] for name, part in states.items()}
             at_block = None if at is None else at[where]
-            status = finisher.fill(plan, data, mask, result[where], valid[where], at_block, known)
+            written = valid[where] if cells.writes_mask else None
+            status = finisher.fill(plan, data, mask, result[where], written, at_block, known)
             if status == "refused":
                 assert isinstance(plan.row, Scan)
-                mask = counting(plan.row, data, mask, plan.params.get("nan", "propagate"))
+                mask = counting(plan.row, data, spread_part(mask), plan.params.get("nan", "propagate"))
                 values, own = kernel(plan.row.scan).scan(plan, data, mask)
                 if finisher.takes_cells(plan) and plan.row.picks:
                     if at is not None:
@@ -547,7 +600,8 @@ def empty_like(plan: Plan, cells: Cells, size: int | None = None) -> Masked:
     shape = (outer, n if size is None else size, inner)
     finisher = finisher_of(plan)
     empty = partial(finisher.empty if finisher else torch.empty, device=plan.device)
-    return empty(shape, dtype=getattr(torch, plan.result.torch)), empty(shape, dtype=torch.bool)
+    valid = empty(shape if cells.writes_mask else (1, 1, 1), dtype=torch.bool).expand(shape)
+    return empty(shape, dtype=getattr(torch, plan.result.torch)), valid
 
 
 def write(
@@ -555,7 +609,8 @@ def write(
 ) -> None:
     """One block of the result, its hidden cells 0."""
     result[where] = narrowed(plan, select(values, mask))
-    valid[where] = True if mask is None else mask
+    if valid.is_contiguous():  # else nobody reads it
+        valid[where] = True if mask is None else mask
 
 
 def hidden_as_zero(data: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,14 +16,17 @@ from maskserve import blockwise, engine
 from maskserve.alignment import dim_numbers, laid_over, laid_together
 from maskserve.backends import Choice, choose
 from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, in_blocks, laid, lies_along, op
+from maskserve.compact import common
 from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
-from maskserve.engine import run
+from maskserve.engine import run_held
 from maskserve.errors import DtypeError, MaskserveError, TooLargeError, nearest
 from maskserve.execution import block_cells, n_threads
 from maskserve.expression import MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
+from maskserve.gates import hidden
 from maskserve.making import masked_tensor
+from maskserve.masks import Policy, parse_policy
 from maskserve.ops.rows import Elementwise, MaskRule
 from maskserve.outlines import Outline, outline
 from maskserve.payload.variables import Dims
@@ -80,7 +83,7 @@ class Term:
     @property
     def n_bytes(self) -> int:
         """Its cells' bytes and its mask's."""
-        return prod(self.shape) * (self.sample._data.itemsize + (self.sample._mask is not None))
+        return prod(self.shape) * (self.sample._data.itemsize + (self.sample._held is not None))
 
     @property
     def terms(self) -> Iterator[tuple[Term, Shape]]:
@@ -371,7 +374,7 @@ def remembered(text: str, declared: tuple[tuple[str, Declared], ...], _default: 
 
 
 def declared_of(tensor: MaskedTensor) -> Declared:
-    return Declared(shape=tuple(tensor._data.shape), dtype=dtype_of(tensor._data), is_masked=tensor._mask is not None)
+    return Declared(shape=tuple(tensor._data.shape), dtype=dtype_of(tensor._data), is_masked=tensor._held is not None)
 
 
 def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
@@ -411,14 +414,19 @@ def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
     made = dict(zip(term.operands, values, strict=True))
     cells, *weights = made.pop("input"), *(laid(made[word], term.axes[word], len(term.axes["input"])) for word in made)
     with at(term.node):
-        data = unwrap(term.node.row, cells, None)
+        data = unwrap(term.node.row, cells, None, compact=True)
         weighed = tuple(side_input(term.node.row, w, data.value)[:2] for w in weights)
-        return MaskedTensor._of(*run(term.plan, *data[:2], *weighed))
+        return MaskedTensor._of(*run_held(term.plan, *data[:2], *weighed))
 
 
 def elementwise(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
     """Adjacent elementwise ops: block by block where there are many cells."""
     made = program(term)
+    if made.chain.is_plain and made.lie_along and parse_policy(None) is Policy.INTERSECT:
+        kept = common([v._held for v in values], torch.Size(term.shape))
+        if kept is not None:
+            plain = elementwise(term, [MaskedTensor._of(v._data, None) for v in values])
+            return MaskedTensor._of(hidden(plain._data, kept, in_place=True), kept)
     cells = [Cells(v._data, v._mask) for v in values]
     if not made.lie_along:
         n_dims = len(term.shape)

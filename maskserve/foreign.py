@@ -12,14 +12,22 @@ from maskserve.tensor import SPARSE, MaskedTensor
 
 
 def from_foreign(value: Any) -> Any:
-    """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked, sparse tensors of torch and scipy as ours.
+    """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked, sparse tensors of torch and scipy, nested ones as ours.
 
-    Anything else stays as it is.
+    So are torch's PackedSequences. Anything else stays as it is.
     NaN is how xarray and pandas say missing, and there it is masked.
     """
     kind, home = type(value), type(value).__module__
-    if kind is Tensor:
+    if kind is Tensor and not value.is_nested:
         return value if value.layout not in SPARSE else MaskedTensor(value)
+    if isinstance(value, Tensor) and value.is_nested:
+        from maskserve.jagged import from_nested
+
+        return from_nested(value)
+    if kind.__name__ == "PackedSequence" and home == "torch.nn.utils.rnn":
+        from maskserve.jagged import from_packed_sequence
+
+        return from_packed_sequence(value)
     if home.startswith("numpy"):
         import numpy as np
 

@@ -178,7 +178,7 @@ class OfExpression(Step):
             return value
 
         dtypes = {name: getattr(torch, differentiable(self.sources[name]).torch) for name in self.wrt}
-        inputs = {name: (tensors[name]._data.to(dtype), tensors[name]._mask) for name, dtype in dtypes.items()}
+        inputs = {name: (tensors[name]._data.to(dtype), tensors[name]._held) for name, dtype in dtypes.items()}
         yield from gradient_results(request, payload, self, function, inputs, self.above)
 
 

@@ -19,7 +19,8 @@ from maskserve import cellwise, contracting, gradients, masking, masks, operatio
 from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
 from maskserve.blocks import counting
-from maskserve.engine import run, run_with_indices
+from maskserve.compact import Compact, as_bools
+from maskserve.engine import run_held, run_held_with_indices
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.foreign import from_foreign
 from maskserve.making import as_masked_tensor, operand, tensor_of
@@ -66,7 +67,7 @@ def sliced(
     """An op along dims of one tensor."""
     if (sparse := sparse_ops.as_sparse(tensor, mask)) is not None:
         return sliced_sparse(row, sparse, given, weights)
-    cells = unwrap(row, tensor, mask)
+    cells = unwrap(row, tensor, mask, compact=True)
     data = cells.value
     device = "cpu" if data.device.type == "cpu" else str(data.device)
     operands = [cells]
@@ -99,9 +100,10 @@ def computed(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
     """The engine's result."""
     data, own, *_ = operands[0]
     if planned.row.indices and planned.params["dim"] is not None:
-        values, valid, indices = run_with_indices(planned, data, own)
-        return Pair(MaskedTensor._of(values, valid), MaskedTensor._of(indices, valid.clone()))
-    return MaskedTensor._of(*run(planned, data, own, operands[1][:2] if len(operands) > 1 else None))
+        values, valid, indices = run_held_with_indices(planned, data, own)
+        own = valid.clone() if isinstance(valid, Tensor) else valid
+        return Pair(MaskedTensor._of(values, valid), MaskedTensor._of(indices, own))
+    return MaskedTensor._of(*run_held(planned, data, own, operands[1][:2] if len(operands) > 1 else None))
 
 
 def traced(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
@@ -112,8 +114,14 @@ def traced(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
     fill = planned.params.get("empty", "mask")
     if isinstance(fill, int | float):  # a number that depends on no cell is no part of the derivative
         planned = with_masked_slices(planned)
-    result, indices = gradients.apply(operations.OfSlices(planned), *operands)
-    made = MaskedTensor._of(*result[:3])
+    data, held = operands[0], operands[0].mask
+    if not isinstance(held, Compact) or in_transform():
+        data, held = data._replace(mask=as_bools(held)), None
+    else:
+        data = data._replace(mask=None)
+    result, indices = gradients.apply(operations.OfSlices(planned, held), data, *operands[1:])
+    kept = result.mask if held is None or not row.keeps_mask(planned.params) else held
+    made = MaskedTensor._of(result.value, kept, result.reach)
     if isinstance(fill, int | float):
         return cast(MaskedTensor, public("fill")(made, fill))
     if indices is not None and row.indices and planned.params["dim"] is not None:
@@ -206,7 +214,7 @@ def elementwise(
 
 def unwrapped_operand(row: Elementwise, operand: Any, *, optional: bool) -> Operand:
     if isinstance(operand, MaskedTensor | Tensor):
-        return unwrap(row, operand, None)
+        return unwrap(row, operand, None, compact=True)
     if not isinstance(operand, int | float | complex) and not (operand is None and optional):
         raise DtypeError(f"{row.name} takes tensors and numbers, not a {type(operand).__name__}")
     return Operand(operand)
@@ -268,8 +276,8 @@ def implementation(row: Formula | Loss | Layer) -> Function:
     return found
 
 
-def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
-    """The parts of a MaskedTensor, or of a plain tensor with `mask=`."""
+def unwrap(row: Row, tensor: Any, mask: Any, *, compact: bool = False) -> Operand:
+    """The parts of a MaskedTensor, or of a plain tensor with `mask=`; its mask may be a compact one where that will do."""
     if not isinstance(tensor, MaskedTensor):
         tensor = tensor_of(tensor)
     if (sparse := sparse_ops.as_sparse(tensor, mask)) is not None:
@@ -277,7 +285,7 @@ def unwrap(row: Row, tensor: Any, mask: Any) -> Operand:
     if is_masked := isinstance(tensor, MaskedTensor):
         if mask is not None:
             tensor = as_masked_tensor(tensor, mask)
-        data, own, reach = tensor._data, tensor._mask, tensor._reach
+        data, own, reach = tensor._data, tensor._held if compact else tensor._mask, tensor._reach
     else:
         data, own, reach = tensor, masks.checked(tensor, mask), None
     if data.layout is not torch.strided or data.is_meta:

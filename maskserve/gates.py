@@ -14,6 +14,7 @@ from torch import Tensor
 from maskserve.backends import backends
 from maskserve.backends.cpu import empty, missing, native
 from maskserve.backends.reference.cells import BITS, select
+from maskserve.compact import Compact
 from maskserve.execution import in_parallel
 from maskserve.tracing import has_memory, is_followed
 
@@ -21,6 +22,8 @@ DTYPE = torch.bfloat16
 """Counts in it saturate, and neither cancel nor vanish."""
 RUN = 1 << 20
 """Cells that a thread walks at a time."""
+SPREAD = 1 << 17
+"""Cells of a compact mask that are spread out at a time: their bytes stay in L2."""
 
 
 def kept(cells: Tensor, mask: Tensor | None) -> Tensor:
@@ -35,6 +38,27 @@ def kept_in_place(cells: Tensor, mask: Tensor) -> Tensor:
     if not are_dense(cells, mask := laid_out(mask)):
         return select(cells, mask)
     return walked(cells, mask, of_reach=False, made=cells)
+
+
+def hidden(cells: Tensor, mask: Compact, *, in_place: bool) -> Tensor:
+    """`cells` where a compact mask of their shape says that they are valid, else 0; without bools of all of them.
+
+    `in_place`: in the memory of `cells`, which are nobody else's; they may come back in other memory.
+    """
+    if not are_dense(cells) or mask.device != cells.device:
+        return select(cells, mask.bools().expand(cells.shape))
+    made, (said, held) = cells if in_place else empty(cells.shape, cells.dtype), mask.form()
+    width, first, made_first = cells.itemsize, cells.data_ptr(), made.data_ptr()
+
+    def walk(start: int, n_cells: int) -> None:
+        bools = torch.empty(min(SPREAD, n_cells), dtype=torch.bool)
+        for at in range(start, start + n_cells, SPREAD):
+            n = min(SPREAD, start + n_cells - at)
+            native().spread_mask(held.data_ptr(), said.data_ptr(), at, n, bools.data_ptr())
+            native().keep(False, first + at * width, bools.data_ptr(), width, n, made_first + at * width)
+
+    in_runs(cells.numel(), walk)
+    return made
 
 
 def kept_where_reached(cells: Tensor, reach: Tensor) -> Tensor:

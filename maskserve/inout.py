@@ -98,9 +98,9 @@ def save(
             outputs += sparse_outputs(name, f"{name}.{MASK}", tensor._pattern, values, own)
             continue
         outputs.append(
-            output(name, hidden_as_zero(tensor.get_data(), None if tensor._mask is None else tensor._full_mask()))
+            output(name, hidden_as_zero(tensor.get_data(), None if tensor._held is None else tensor._full_mask()))
         )
-        if named.get(name) != (name,) or tensor._mask is not None:  # a coordinate has a mask only if it needs one
+        if named.get(name) != (name,) or tensor._held is not None:  # a coordinate has a mask only if it needs one
             outputs.append(output(f"{name}.{MASK}", tensor.get_mask()))
     kept = dict(metadata if metadata is not None else getattr(tensors, "metadata", {}))
     return save_bytes(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from maskserve.above import Above
+from maskserve.compact import Mask, as_bools
 from maskserve.dtypes import DType
 from maskserve.errors import DataError, DeviceError, OutOfMemoryError
 from maskserve.payload.format import Payload
@@ -16,8 +18,10 @@ from maskserve.payload.variables import GRAD_OUTPUT
 from maskserve.sides import Side
 from maskserve.torch_dtypes import dtype_of
 
+M = TypeVar("M", bound=Mask)
 
-def on_device(parts: tuple[Tensor, Tensor | None], device: str) -> tuple[Tensor, Tensor | None]:
+
+def on_device(parts: tuple[Tensor, M | None], device: str) -> tuple[Tensor, Any]:
     data, mask = parts
     try:
         return data.to(device), None if mask is None else mask.to(device)
@@ -27,7 +31,8 @@ def on_device(parts: tuple[Tensor, Tensor | None], device: str) -> tuple[Tensor,
 
 def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:
     """The cells of a side input and its mask, laid over its variable: of as many dims, size 1 where they broadcast."""
-    data, mask = on_device(load(side.payload, side.variable), device)
+    data, held = on_device(load(side.payload, side.variable), device)
+    mask = as_bools(held)
     if mask is not None:
         mask = mask.expand(data.shape).permute(side.order).reshape(side.shape)
     return data.permute(side.order).reshape(side.shape), mask
@@ -35,7 +40,8 @@ def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:
 
 def loaded_above(payload: Payload, above: Above, device: str, dtype: DType) -> tuple[Tensor, Tensor | None]:
     """The gradient from above and its mask, of the result's shape and in its dtype."""
-    data, mask = on_device(load(payload, above.variable), device)
+    data, held = on_device(load(payload, above.variable), device)
+    mask = as_bools(held)
     own = None if mask is None else mask.expand(data.shape)
     cells = data.to(getattr(torch, dtype.torch))
     if cells.dtype is not data.dtype and dtype.is_float:
@@ -49,13 +55,14 @@ def loaded_above(payload: Payload, above: Above, device: str, dtype: DType) -> t
     return cells.permute(above.order), None if own is None else own.permute(above.order)
 
 
-def without_fill(data: Tensor, mask: Tensor | None, fill: float | None) -> Tensor | None:
+def without_fill(data: Tensor, mask: M | None, fill: float | None) -> M | Tensor | None:
     """The mask, less the cells that hold the fill value; a value that the dtype cannot hold is in no cell."""
     dtype = dtype_of(data)
     if fill is None or not dtype.holds(fill):
         return mask
     valid = data != (int(fill) if dtype.is_integral else float(fill))  # torch has no int beyond 64 bits
-    return valid if mask is None else valid & mask
+    own = as_bools(mask)
+    return valid if own is None else valid & own
 
 
 DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]?))?")

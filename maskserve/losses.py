@@ -134,7 +134,7 @@ def of_each_class(row: Loss, weight: Any, logs: MaskedTensor, dim: int) -> Tenso
         raise ShapeError(
             f"{row.name}: weight has shape {tuple(made.shape)}, and there are {logs.shape[dim]} classes: give one for each"
         )
-    if made._mask is not None and not bool(made._full_mask().all()):
+    if made._held is not None and not bool(made._full_mask().all()):
         raise DataError(f"{row.name}: the weight of a class is masked: give one for each")
     wide = WIDENED.get(dtype_of(made._data))
     cells = made._data if wide is None else made._data.to(getattr(torch, wide.torch))

@@ -9,9 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from maskserve.errors import DtypeError, ParameterError
+from maskserve.compact import Lengths, Mask, as_bits, as_bools, as_lengths
+from maskserve.errors import DimError, DtypeError, MaskedValueError, MaskError, ParameterError
 from maskserve.foreign import from_foreign
 from maskserve.tensor import MaskedTensor
+from maskserve.tracing import in_transform
+
+MASK_LAYOUTS = ("none", "bool", "lengths", "packed")
 
 
 def tensor_of(value: Any) -> Any:
@@ -90,8 +94,47 @@ def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
         )
     if counts.dtype not in (torch.int64, torch.int32) or bool(((counts < 0) | (counts > n)).any()):
         _refuse(f"lengths must be whole numbers from 0 to {n}, the size of dim {along}", "lengths")
-    valid = torch.arange(n, device=counts.device) < counts.unsqueeze(-1)
-    return MaskedTensor._of(tensor, valid.reshape(valid.shape + (1,) * (tensor.ndim - along - 1)))
+    mask = Lengths(counts.to(torch.int64, copy=True), along, tensor.shape)
+    return MaskedTensor._of(tensor, mask.bools() if in_transform() else mask)
+
+
+def with_mask_layout(tensor: MaskedTensor, layout: str, dim: int | None = None) -> MaskedTensor:
+    """A view of the same cells whose mask is held in another way."""
+    if layout not in MASK_LAYOUTS:
+        raise ParameterError(
+            f"mask layout {layout!r} is not known: give one of {', '.join(MASK_LAYOUTS)}",
+            parameter="layout",
+            allowed=MASK_LAYOUTS,
+        )
+    if tensor.layout is not torch.strided:
+        raise MaskError("a sparse tensor has no mask of every cell: to_dense() first")
+    if dim is not None and layout != "lengths":
+        raise ParameterError(f"dim is of layout 'lengths'; {layout!r} has none", parameter="dim")
+    return tensor._view_of(tensor._data, held_as(tensor, layout, dim), tensor._reach)
+
+
+def held_as(tensor: MaskedTensor, layout: str, dim: int | None) -> Mask | None:
+    held, shape = tensor._held, tensor.shape
+    if layout == "none":
+        n = 0 if held is None else int((~tensor._full_mask()).sum())
+        if n:
+            raise MaskedValueError(
+                f"{n} of {tensor.numel()} cells are masked, and layout 'none' says that all are valid"
+            )
+        return None
+    if layout == "bool":
+        return as_bools(held) if held is not None else tensor._full_mask()
+    valid: Mask = torch.ones((1,) * len(shape), dtype=torch.bool, device=tensor.device) if held is None else held
+    return as_bits(valid, shape) if layout == "packed" else as_lengths(valid, along(shape, dim), shape)
+
+
+def along(shape: torch.Size, dim: int | None) -> int:
+    """The dim that lengths count along."""
+    n_dims = len(shape)
+    given = min(1, n_dims - 1) if dim is None else dim
+    if not isinstance(given, int) or not -n_dims <= given < n_dims or not n_dims:
+        raise DimError(f"dim {given} is out of range for a tensor with {n_dims} dims", parameter="dim")
+    return given % n_dims
 
 
 def _refuse(message: str, parameter: str) -> NoReturn:

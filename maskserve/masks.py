@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from maskserve.compact import Compact, Mask, as_bools
 from maskserve.errors import MaskDtypeError, MaskMismatchError, MaskShapeError, ParameterError
+
+M = TypeVar("M", bound=Mask)
 
 
 class Policy(StrEnum):
@@ -79,13 +83,24 @@ def checked(data: Tensor, mask: object, name: str = "mask") -> Tensor | None:
     return mask.to(data.device)
 
 
-def intersection(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """Valid where all are; None is valid everywhere."""
-    together: Tensor | None = None
+def intersection(masks: Sequence[M | None]) -> M | None:
+    """Valid where all are; None is valid everywhere. What are compact masks stays one where it can."""
+    together: M | None = None
     for mask in masks:
         if mask is not None:
-            together = mask if together is None else together & mask
+            together = mask if together is None else both(together, mask)
     return together
+
+
+def both(a: Mask, b: Mask) -> Any:
+    """Valid where both are."""
+    met = a.met(b) if isinstance(a, Compact) and isinstance(b, Compact) and a.shape == b.shape else None
+    if met is not None:
+        return met
+    left, right = as_bools(a), as_bools(b)
+    assert left is not None
+    assert right is not None
+    return left & right
 
 
 def union(masks: Sequence[Tensor | None]) -> Tensor | None:

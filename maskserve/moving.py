@@ -13,7 +13,9 @@ from maskserve.backends.reference import kernel
 from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
 from maskserve.cellwise import HOMES
+from maskserve.compact import Compact
 from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterError, ShapeError, UncoveredFunctionError
+from maskserve.gates import hidden
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
@@ -55,8 +57,10 @@ def by_torch(row: Move, args: Arguments, kwargs: Keywords) -> Any:
 
     data = go([source._data for source in sources])
     reach = the_same_way(go, reaches) if (reaches := asked(sources)) else None
-    if all(source._mask is None for source in sources):
+    if all(source._held is None for source in sources):
         return placed(data, None, reach, sources)
+    if row.keeps_places and isinstance(sources[0]._held, Compact):
+        return placed(data, sources[0]._held, reach, sources)
     masks = [source._full_mask() for source in sources]
     return placed(data, ones_beside(go, masks) if row.zeros else the_same_way(go, masks), reach, sources)
 
@@ -90,7 +94,7 @@ def by_kernel(row: Move, args: Arguments, kwargs: Keywords) -> Any:
             return argument
         source = source_of(argument)
         reach = source._reach if torch.is_grad_enabled() else None
-        return Masked(source._data, None if source._mask is None else source._full_mask(), reach)
+        return Masked(source._data, None if source._held is None else source._full_mask(), reach)
 
     made: Masked = kernel(row.function)(
         pair(sources[0]), *map(pair, args[1:]), **{k: pair(v) for k, v in kwargs.items()}
@@ -149,6 +153,8 @@ def placed(data: Any, mask: Any, reach: Any, sources: Sequence[MaskedTensor]) ->
             return made
     if mask is None:
         return MaskedTensor._of(data, None, reach)
-    if any(source._mask is not None and same_memory(mask, source._mask) for source in sources):
+    if isinstance(mask, Compact):
+        return MaskedTensor._of(hidden(data, mask, in_place=True), mask, reach)
+    if any(source._held is not None and same_memory(mask, source._mask) for source in sources):
         mask = mask.clone()
     return MaskedTensor._of(select(data, mask), mask, reach)

@@ -15,7 +15,8 @@ from maskserve.backends.reference import contractions, kernel
 from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.gradients import Slices
 from maskserve.blocks import spans
-from maskserve.engine import run, run_with_indices
+from maskserve.compact import Compact, as_bools
+from maskserve.engine import expanded, run_held, run_held_with_indices
 from maskserve.gates import as_cotangent
 from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result, apply
 from maskserve.masks import intersection
@@ -35,9 +36,13 @@ CACHE_LINES = 128
 
 @dataclass(frozen=True)
 class OfSlices(Operation):
-    """An op along dims; its operands are the data and, where there are any, the weights."""
+    """An op along dims; its operands are the data and, where there are any, the weights.
+
+    `held` is the data's mask where that is compact: as an operand autograd would keep it in bools.
+    """
 
     plan: Plan
+    held: Compact | None = None
 
     @property
     def is_differentiable(self) -> bool:
@@ -51,10 +56,15 @@ class OfSlices(Operation):
         return OfSlices(batched(self.plan, n))
 
     def compute(self, operands: Cells, masks: Masks) -> Result:
-        if self.plan.row.picks:
-            return Result(*run_with_indices(self.plan, operands[0], masks[0]))
+        mask = masks[0] if self.held is None else self.held
         weights = (operands[1], masks[1]) if len(operands) > 1 else None
-        return Result(*run(self.plan, operands[0], masks[0], weights))
+        made: tuple[Any, ...]
+        if self.plan.row.picks:
+            made = run_held_with_indices(self.plan, operands[0], mask)
+        else:
+            made = run_held(self.plan, operands[0], mask, weights)
+        values, valid, *aside = made
+        return Result(values, expanded(valid, values.shape), *aside)
 
     def pull(self, given: Given, above: Above) -> Cells:
         plan, row, own = self.plan, self.plan.row, self.counting(given)
@@ -128,7 +138,9 @@ class OfSlices(Operation):
     def counting(self, given: Given) -> Tensor | None:
         """Where cells count: mask, weights' mask, and no NaN where those are omitted."""
         omits = self.plan.params.get("nan") == "omit"
-        own = intersection([*given.masks, *[~operand.isnan() for operand in given.operands if omits]])
+        own = intersection(
+            [as_bools(self.held), *given.masks, *[~operand.isnan() for operand in given.operands if omits]]
+        )
         return None if own is None else own.expand(self.plan.shape)
 
     def kept(self, tensor: Tensor) -> Tensor:
@@ -145,7 +157,14 @@ class OfSlices(Operation):
         data = given.operands[0]
         if len(given.operands) > 1 or data.shape != self.plan.shape or any(map(is_followed, (data, *above))):
             return None
-        return pulled(self.plan, data, given.masks[0], given.result.values, *above, wants_reach=wants_reach)
+        return pulled(
+            self.plan,
+            data,
+            given.masks[0] if self.held is None else self.held,
+            given.result.values,
+            *above,
+            wants_reach=wants_reach,
+        )
 
     def gradients(self, given: Given, above: Above, reached: Cells) -> Cells:
         """Where nobody differentiates again, in blocks that stay in the cache: several times faster."""
@@ -182,9 +201,11 @@ class OfSlices(Operation):
                     return None
                 return self.kept(tensor).narrow(dim + self.batch_dim, start, n).reshape(block.plan.out_shape)
 
-            part = Given(
-                tuple(map(own, given.operands)), tuple(map(own, given.masks)), Result(*map(made, given.result))
-            )
+            masks = tuple(map(own, given.masks))
+            if self.held is not None:
+                box = [span if i == dim else slice(0, size) for i, size in enumerate(shape)]
+                masks = (self.held.window(box), *masks[1:])
+            part = Given(tuple(map(own, given.operands)), masks, Result(*map(made, given.result)))
             yield span, block, part, Above(*map(made, above)), tuple(map(own, reached))
 
 

@@ -82,8 +82,8 @@ def in_place(name: str) -> Operator:
                 f"{name} in place: the result is {result.dtype}, the tensor {self.dtype}; assign the result of the plain "
                 "operator instead, or convert first"
             )
-        own = getattr(getattr(other, "_cells", None), "_mask", None)
-        self._replace(result, same_mask=result._cells._mask is not None and own is None)
+        own = getattr(getattr(other, "_cells", None), "_held", None)
+        self._replace(result, same_mask=result._cells._held is not None and own is None)
         return self
 
     return operator

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from maskserve.autograd import grad_by
 from maskserve.backends.reference.cells import canonical
+from maskserve.compact import Mask
 from maskserve.engine import hidden_as_zero
 from maskserve.functions import Pair, traced
 from maskserve.plan import Plan
 from maskserve.reach import Operand
 from maskserve.tensor import MaskedTensor
 
-Masked = tuple[Tensor, Tensor | None]
+Masked = tuple[Tensor, Mask | None]
 Leaves = Mapping[str, MaskedTensor]
 
 
@@ -58,7 +59,7 @@ def of_plan(planned: Plan, name: str, *sides: Masked) -> Callable[[Leaves], Mask
 
     def compute(leaves: Leaves) -> MaskedTensor:
         leaf = leaves[name]
-        made = traced(planned, [Operand(leaf._data, leaf._mask, leaf._reach), *(Operand(*side) for side in sides)])
+        made = traced(planned, [Operand(leaf._data, leaf._held, leaf._reach), *(Operand(*side) for side in sides)])
         return made.values if isinstance(made, Pair) else made
 
     return compute
@@ -66,7 +67,7 @@ def of_plan(planned: Plan, name: str, *sides: Masked) -> Callable[[Leaves], Mask
 
 def pulled_back(
     function: Callable[[Leaves], MaskedTensor], inputs: Mapping[str, Masked], above: Masked | None
-) -> tuple[Masked, dict[str, Gradient]]:
+) -> tuple[tuple[Tensor, Tensor], dict[str, Gradient]]:
     """(what the function gives, the gradient by each input)."""
     with torch.enable_grad():
         leaves = {name: MaskedTensor._of(data.detach(), mask).requires_grad_() for name, (data, mask) in inputs.items()}

@@ -7,7 +7,7 @@ how it is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from maskserve.backends.cpu import empty
 from maskserve.backends.pulls import N_PARTS, Launch, count_ties, launch, pull_block
 from maskserve.backends.reference.cells import Parts
 from maskserve.blocks import Cells, Folded, cut
+from maskserve.compact import Mask, Part, as_bools, spread_part
 from maskserve.engine import joined
 from maskserve.execution import backend_of, execution, in_parallel
 from maskserve.gates import DTYPE
@@ -37,20 +38,20 @@ class Pulled(NamedTuple):
 
 
 def pulled(
-    plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, g: Tensor, gate: Tensor, *, wants_reach: bool
+    plan: Plan, data: Tensor, mask: Mask | None, values: Tensor, g: Tensor, gate: Tensor, *, wants_reach: bool
 ) -> Pulled | None:
     """The gradient by `data`, 0 where it has not reached, and its reach; None where the formula has to be used.
 
     `values` is the result, `g` its gradient and `gate` where that counts.
     """
-    tensors = (data, values, g, gate) if mask is None else (data, mask, values, g, gate)
+    tensors = (data, values, g, gate) if not isinstance(mask, Tensor) else (data, mask, values, g, gate)
     if not all(map(has_memory, tensors)):
         return None
     backend = choose(plan, execution().backend).backend
     if isinstance(backend, Puller):
         gradient = torch.empty(plan.shape, dtype=data.dtype, device=data.device)
         reach = torch.empty(plan.shape, dtype=DTYPE, device=data.device) if wants_reach else None
-        served = backend.pull(plan, data, mask, values, g, gate, gradient, reach)
+        served = backend.pull(plan, data, as_bools(mask), values, g, gate, gradient, reach)
         return Pulled(gradient, reach) if served else None
     how = launch(plan) if execution().backend in (None, "cpu") else None
     if how is None:
@@ -64,9 +65,9 @@ def pulled(
 class Walk:
     """One gradient, block by block."""
 
-    def __init__(self, how: Launch, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], made: Pulled) -> None:
+    def __init__(self, how: Launch, data: Tensor, mask: Mask | None, above: Sequence[Tensor], made: Pulled) -> None:
         self.how, self.plan, self.data, self.mask = how, how.states, data, mask
-        self.cells = Cells(self.plan, data, mask, policy=self.plan.params["nan"])
+        self.cells = self.cells_in(mask)
         self.above = [self.folded(result) for result in above]
         self.made = [None if part is None else part.view(self.cells.shape) for part in made]
         self.states: list[Folded] = []
@@ -74,6 +75,11 @@ class Walk:
         self.n_cells = outer * n * inner
         self.is_whole = how.pull.of_slices or (n * inner <= GROUP_CELLS and len(self.plan.fold) == 3)
         self.served: list[bool] = []
+
+    def cells_in(self, mask: Mask | None) -> Cells:
+        """The cells that count in a mask."""
+        reads = backend_of(self.plan).reads_compact
+        return Cells(self.plan, self.data, mask, policy=self.plan.params["nan"], reads_compact=reads)
 
     def folded(self, result: Tensor) -> Folded:
         """A result, or what belongs to it, in the folded shape of the data."""
@@ -111,10 +117,10 @@ class Walk:
 
         return pull_one
 
-    def block_states(self, data: Tensor, mask: Tensor | None, above: Sequence[Tensor]) -> list[Tensor]:
+    def block_states(self, data: Tensor, mask: Tensor | Part | None, above: Sequence[Tensor]) -> list[Tensor]:
         """What the kernel reads of each slice of a block, (outer, inner)."""
 
-        def lifted(kept: Tensor | None) -> Parts:
+        def lifted(kept: Tensor | Part | None) -> Parts:
             return backend_of(self.plan).lift(self.plan, data, kept)
 
         def tied(found: Tensor | None) -> Tensor:
@@ -125,15 +131,15 @@ class Walk:
     def all_states(self) -> list[Tensor]:
         """The same of every slice, before its cells are read again."""
 
-        def lifted(kept: Tensor | None) -> Parts:
-            return joined(self.plan, Cells(self.plan, self.data, kept, policy=self.plan.params["nan"]))
+        def lifted(kept: Mask | None) -> Parts:
+            return joined(self.plan, self.cells_in(kept))
 
         def tied(found: Tensor | None) -> Tensor:
             return self.all_ties(self.above[2] if found is None else self.folded(found))
 
         return self.read(self.spared(lifted, self.data, self.mask), tied)
 
-    def spared(self, lifted: Callable[[Tensor | None], Parts], data: Tensor, mask: Tensor | None) -> Parts:
+    def spared(self, lifted: Callable[[Any], Parts], data: Tensor, mask: Mask | Part | None) -> Parts:
         """The states, none without a pass. Where cells of 0 are left out, those of the others and how many are 0."""
         if self.how.pull.step is None:
             return {}
@@ -143,7 +149,8 @@ class Walk:
         if not (states["high"] == 0).any():
             return states | {"count": torch.zeros_like(states["count"])}
         others = data != 0
-        spared = lifted(others if mask is None else others & mask)
+        own = spread_part(mask) if isinstance(mask, Part) else as_bools(mask)
+        spared = lifted(others if own is None else others & own)
         return spared | {"count": states["count"] - spared["count"]}
 
     def read(self, states: Parts, tied: Callable[[Tensor | None], Tensor]) -> list[Tensor]:
@@ -157,7 +164,7 @@ class Walk:
         found = [states[name] for name in names]
         return found + [tied(part) for part in found]
 
-    def ties(self, data: Tensor, mask: Tensor | None, found: Tensor) -> Tensor:
+    def ties(self, data: Tensor, mask: Tensor | Part | None, found: Tensor) -> Tensor:
         count = torch.empty((data.shape[0], data.shape[2]), dtype=torch.int64)
         dtype = self.plan.result if self.how.pull.step is None else self.plan.dtype
         count_ties(self.how, data, mask, found, dtype, count)

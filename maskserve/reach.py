@@ -27,7 +27,8 @@ class Operand(NamedTuple):
 
     value: Any
     """A tensor; in elementwise ops also a number, or None where it is optional."""
-    mask: Tensor | None = None
+    mask: Any = None
+    """Bool, or compact where an op takes that too; None: everywhere."""
     reach: Tensor | None = None
     is_masked: bool = False
     """Whether it is a MaskedTensor: plain tensors and numbers are valid everywhere."""

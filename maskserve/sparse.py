@@ -74,7 +74,7 @@ class SparseTensor(MaskedTensor):
         raise refused("this operation", self.shape)
 
     _data = property(_refuse)  # there is no strided data, and who asks for it must hear so
-    _mask = property(_refuse)
+    _held = property(_refuse)
     _reach = property(_refuse)
 
     # -- parts -----------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def compute(plan: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | No
 
 
 def whole_mask(cells: MaskedTensor) -> Tensor | None:
-    return None if cells._mask is None else cells._full_mask()
+    return None if cells._held is None else cells._full_mask()
 
 
 def reduction(plan: Plan, slices: Slices, data: Tensor, mask: Tensor | None, weights: Tensor | None) -> Made:

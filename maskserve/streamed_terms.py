@@ -34,7 +34,7 @@ class Stage(Source):
 
     def __init__(self, term: Term, leaves: Sequence[tuple[Source, Shape]], chain: Chain) -> None:
         self.shape, self.leaves, self.chain = term.shape, leaves, chain
-        self.dtype, self.is_masked = term.sample._data.dtype, term.sample._mask is not None
+        self.dtype, self.is_masked = term.sample._data.dtype, term.sample._held is not None
         n_cells = max(prod(term.shape), 1)
         self.between = sum(source.cell_bytes for source, _ in leaves) + -(-term.between_bytes // n_cells)
 

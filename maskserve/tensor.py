@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskserve import batches, masks
+from maskserve.compact import Compact, Mask, as_bools
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError, UncoveredFunctionError
 from maskserve.formatting import nested, text_of
@@ -36,11 +37,12 @@ class MaskedTensor(History):
     `get_mask()` give the two; `to_tensor(fill)` gives a plain tensor.
     """
 
-    __slots__ = ("_is_view", "_mask", "_owns_mask")
+    __slots__ = ("_held", "_is_view", "_owns_mask")
     __array_ufunc__ = None  # numpy arrays on the left leave the operator to us
     __hash__ = object.__hash__  # == is elementwise; as with torch, a tensor hashes by identity
 
-    _mask: Tensor | None
+    _held: Mask | None
+    """The mask as it is held: bool, or compact."""
     _is_view: bool
     """Whether another MaskedTensor sees the same data."""
     _owns_mask: bool
@@ -62,30 +64,31 @@ class MaskedTensor(History):
         if isinstance(data, MaskedTensor):
             own = masks.checked(data._data, mask)
             self._reach = narrowed(data._reach, own)
-            data, mask = data._data, masks.intersection([data._mask, own])
+            data, mask = data._data, masks.intersection([data._held, own])
         if not isinstance(data, Tensor):
             raise DtypeError(
                 f"MaskedTensor takes a torch tensor, not a {type(data).__name__}; masked_tensor(...) converts lists, "
                 "numpy.ma and torch.masked",
                 parameter="data",
             )
-        own = masks.checked(data, mask)
-        self._data, self._mask, self._is_view = data, None if own is None else own.clone(), False
-        self._owns_mask = own is not None and own.shape == data.shape
+        own = mask if isinstance(mask, Compact) else masks.checked(data, mask)  # compact: what data brought
+        self._data, self._held, self._is_view = data, own.clone() if isinstance(own, Tensor) else own, False
+        self._owns_mask = isinstance(own, Tensor) and own.shape == data.shape
 
     @classmethod
-    def _of(cls, data: Tensor, mask: Tensor | None, reach: Tensor | None = None) -> MaskedTensor:
+    def _of(cls, data: Tensor, mask: Mask | None, reach: Tensor | None = None) -> MaskedTensor:
         """From parts that fit together and are nobody else's, without a copy or a check."""
         made = object.__new__(cls)
-        made._data, made._mask, made._reach, made._is_view = data, mask, reach, False
-        made._owns_mask = mask is not None and mask.shape == data.shape
+        made._data, made._held, made._reach, made._is_view = data, mask, reach, False
+        made._owns_mask = isinstance(mask, Tensor) and mask.shape == data.shape
         return made
 
-    def _view_of(self, data: Tensor, mask: Tensor | None, reach: Tensor | None = None) -> MaskedTensor:
+    def _view_of(self, data: Tensor, mask: Mask | None, reach: Tensor | None = None) -> MaskedTensor:
         """Parts that were made from this tensor's parts, as views or as copies."""
-        shares_data, shares_mask = same_memory(data, self._data), same_memory(mask, self._mask)
-        if shares_mask and not shares_data:
-            mask, shares_mask = mask.clone() if mask is not None else None, False
+        shares_data, shares_mask = same_memory(data, self._data), False
+        if isinstance(mask, Tensor) and isinstance(self._held, Tensor) and same_memory(mask, self._held):
+            shares_mask = shares_data
+            mask = mask if shares_data else mask.clone()
         made = MaskedTensor._of(data, mask, reach)
         if shares_data:
             made._is_view, made._owns_mask = True, shares_mask and self._owns_mask
@@ -150,20 +153,26 @@ class MaskedTensor(History):
         """A copy of the mask, of the data's shape."""
         return self._full_mask().clone()
 
+    @property
+    def _mask(self) -> Tensor | None:
+        """The mask as bools: of as many dims, size 1 where it broadcasts; a compact one is spread out each time."""
+        return as_bools(self._held)
+
     def _full_mask(self) -> Tensor:
-        if self._mask is None:
+        mask = self._mask
+        if mask is None:
             return torch.ones(self._data.shape, dtype=torch.bool, device=self._data.device)
-        return self._mask.expand(self._data.shape)
+        return mask.expand(self._data.shape)
 
     def to_tensor(self, fill: float | None = None) -> Tensor:
         """A plain tensor with `fill` in the masked cells; without a fill a masked cell is an error."""
         if fill is None:
-            n = 0 if self._mask is None else int((~self._full_mask()).sum())
+            n = 0 if self._held is None else int((~self._full_mask()).sum())
             if n:
                 raise MaskedValueError(
                     f"{n} of {self._data.numel()} cells are masked; give to_tensor(fill) a value for them"
                 )
-        if self._mask is None or fill is None:
+        if self._held is None or fill is None:
             return self.get_data().clone()
         return torch.where(self._full_mask(), self.get_data(), self._fitting(fill))
 
@@ -186,7 +195,8 @@ class MaskedTensor(History):
 
     def _mapped(self, data: Tensor) -> MaskedTensor:
         """The same validity on converted data, in memory of its own."""
-        mask = None if self._mask is None else self._mask.to(data.device, copy=True)
+        mask = self._held
+        mask = mask.to(data.device, copy=True) if isinstance(mask, Tensor) else mask and mask.to(data.device)
         reach = None if self._reach is None or not is_followed(data) else self._reach.to(data.device)
         return MaskedTensor._of(data, mask, reach)
 
@@ -201,7 +211,7 @@ class MaskedTensor(History):
 
     def _copied(self) -> MaskedTensor:
         """A copy without history."""
-        return MaskedTensor._of(self._data.detach().clone(), self._mask)
+        return MaskedTensor._of(self._data.detach().clone(), self._held)
 
     def to(self, *args: Any, **kwargs: Any) -> MaskedTensor:
         """On another device or in another dtype, as torch.Tensor.to; the tensor itself where nothing changes."""
@@ -222,13 +232,13 @@ class MaskedTensor(History):
         return self.to("cuda")
 
     def detach(self) -> MaskedTensor:
-        return self._view_of(self._data.detach(), self._mask)
+        return self._view_of(self._data.detach(), self._held)
 
     def contiguous(self) -> MaskedTensor:
         return self if self._data.is_contiguous() else self._mapped(self._data.contiguous())
 
     def __copy__(self) -> MaskedTensor:
-        return self._view_of(self._data, self._mask, self._reach)
+        return self._view_of(self._data, self._held, self._reach)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedTensor:
         """A leaf that collects a gradient is copied part by part, as torch's: what shares its data shares the copy's."""
@@ -238,7 +248,7 @@ class MaskedTensor(History):
             )
         if not self.requires_grad:
             return self._moved("clone")
-        data, mask, reach = copy.deepcopy((self._data, self._mask, self._reach), memo)
+        data, mask, reach = copy.deepcopy((self._data, self._held, self._reach), memo)
         made = MaskedTensor._of(data, mask, reach)
         made._is_view, made._owns_mask = self._is_view, self._owns_mask
         return made
@@ -247,29 +257,42 @@ class MaskedTensor(History):
         """As with torch's, what is unpickled is a leaf, and requires grad where this one does."""
         from maskserve.engine import hidden_as_zero
 
-        mask = None if self._mask is None else self._full_mask().clone()
-        return _unpickled, (hidden_as_zero(self._data.detach(), mask).clone(), mask, self.requires_grad)
+        mask = None if self._held is None else self._full_mask()
+        held = self._held if isinstance(self._held, Compact) else mask if mask is None else mask.clone()
+        return _unpickled, (hidden_as_zero(self._data.detach(), mask).clone(), held, self.requires_grad)
 
     def pin_memory(self) -> MaskedTensor:
         """Data and mask in memory that a CUDA device reads directly; the tensor itself where they are there."""
-        data, mask = self._data.pin_memory(), None if self._mask is None else self._mask.pin_memory()
-        return self if data is self._data and mask is self._mask else self._view_of(data, mask, self._reach)
+        data, mask = self._data.pin_memory(), self._with_mask_cells(Tensor.pin_memory)
+        return self if data is self._data and mask is self._held else self._view_of(data, mask, self._reach)
+
+    def _mask_cells(self) -> Tensor | None:
+        """What the mask is held in."""
+        return self._held.cells if isinstance(self._held, Compact) else self._held
+
+    def _with_mask_cells(self, change: Callable[[Tensor], Tensor]) -> Mask | None:
+        """The mask as it is held, in changed memory."""
+        if isinstance(self._held, Compact):
+            cells = change(self._held.cells)
+            return self._held if cells is self._held.cells else self._held.holding(cells)
+        return None if self._held is None else change(self._held)
 
     def is_pinned(self) -> bool:
         """Whether data and mask are in pinned memory."""
-        return self._data.is_pinned() and (self._mask is None or self._mask.is_pinned())
+        mask = self._mask_cells()
+        return self._data.is_pinned() and (mask is None or mask.is_pinned())
 
     def share_memory_(self) -> MaskedTensor:
         """The tensor itself, its data and mask in memory that processes share from now on."""
         self._data.share_memory_()
-        if self._mask is not None:
-            self._mask.share_memory_()
+        self._with_mask_cells(Tensor.share_memory_)
         self._is_view = True
         return self
 
     def is_shared(self) -> bool:
         """Whether data and mask are in memory that processes share."""
-        return self._data.is_shared() and (self._mask is None or self._mask.is_shared())
+        mask = self._mask_cells()
+        return self._data.is_shared() and (mask is None or mask.is_shared())
 
     # -- cells as Python and numpy values --------------------------------------------------------------------------
 
@@ -281,7 +304,7 @@ class MaskedTensor(History):
         return self._data.item()
 
     def _refuse_masked(self, what: str) -> None:
-        if self._mask is not None and not bool(self._mask.all()):
+        if self._held is not None and not bool(self._full_mask().all()):
             raise MaskedValueError(f"{what} of a masked cell is undefined; to_tensor(fill) gives a plain tensor")
 
     def __float__(self) -> Any:
@@ -342,9 +365,13 @@ class MaskedTensor(History):
 
     def __getitem__(self, index: Any) -> MaskedTensor:
         index = plain_index(index)
-        mask = None if self._mask is None else self._full_mask()[index]
+        data, mask = self._data[index], self._held
+        if isinstance(mask, Compact):
+            mask = mask.indexed(index, data.shape) or self._full_mask()[index]
+        elif mask is not None:
+            mask = mask.expand(self._data.shape)[index]
         reach = None if self._reach is None or not torch.is_grad_enabled() else self._reach[index]
-        return self._view_of(self._data[index], mask, reach)
+        return self._view_of(data, mask, reach)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Cells take the value and its validity: a plain value makes them valid, a masked one or None masks them."""
@@ -360,7 +387,7 @@ class MaskedTensor(History):
         index = plain_index(index)
         value = MaskedTensor(torch.zeros((), dtype=self.dtype), False) if value is None else from_foreign(value)
         new_data = value._data if isinstance(value, MaskedTensor) else value
-        new_mask = value._full_mask() if isinstance(value, MaskedTensor) and value._mask is not None else None
+        new_mask = value._full_mask() if isinstance(value, MaskedTensor) and value._held is not None else None
         if isinstance(new_data, Tensor) and new_data.requires_grad and torch.is_grad_enabled():
             raise GradientError("assignment of a tensor that requires grad: assign value.detach()")
         if _overlaps(self._data):
@@ -377,7 +404,7 @@ class MaskedTensor(History):
 
     def _writable_mask(self, *, needed: bool) -> Tensor | None:
         """The mask, in memory of its own where a cell of it can be written; None where all stay valid."""
-        if self._mask is None and not needed:
+        if self._held is None and not needed:
             return None
         if not self._owns_mask:
             if self._is_view:
@@ -385,9 +412,10 @@ class MaskedTensor(History):
                     "assignment through a view whose mask is absent or broadcast would be lost on the tensor it views; "
                     "assign on that tensor itself: m[0, 1] = v, not m[0][1] = v"
                 )
-            self._mask = self._full_mask().contiguous().clone()
+            self._held = self._full_mask().contiguous().clone()
             self._owns_mask = True
-        return self._mask
+        assert isinstance(self._held, Tensor), "a mask that is owned is full"
+        return self._held
 
     def _replace(self, result: MaskedTensor, *, same_mask: bool) -> None:
         """Every cell takes the result's value and validity; `same_mask`: which are the tensor's own."""
@@ -395,7 +423,7 @@ class MaskedTensor(History):
             raise GradientError(
                 "an operation in place on or with a tensor that requires grad: write m = m + ..., not m += ..."
             )
-        if not same_mask or self._mask is None:
+        if not same_mask or self._held is None:
             self[...] = result
         elif _overlaps(self._data):
             raise ShapeError("writing into an expanded tensor would write several cells at once; clone() it first")
@@ -412,12 +440,14 @@ def _overlaps(cells: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(cells.stride(), cells.shape, strict=True))
 
 
-def _unpickled(data: Tensor, mask: Tensor | None, requires_grad: bool = False) -> MaskedTensor:
+def _unpickled(data: Tensor, mask: Mask | None, requires_grad: bool = False) -> MaskedTensor:
+    if isinstance(mask, Compact) and (mask.shape != data.shape or not mask.is_sound):
+        raise MaskError("what was pickled has a mask that does not fit its cells: it was not written by maskserve")
     made = MaskedTensor._of(data, mask)
     return made.requires_grad_() if requires_grad else made
 
 
-torch.serialization.add_safe_globals([_unpickled])  # torch.load(weights_only=True): it takes two tensors and a bool
+torch.serialization.add_safe_globals([_unpickled])  # torch.load(weights_only=True): it takes data, mask and a bool
 
 
 def plain_index(index: Any) -> Any:

@@ -13,6 +13,7 @@ from maskserve import engine, execution, masking, regions, sides, sources, spars
 from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, Puller, choose
 from maskserve.backends.reference import ReferenceBackend
+from maskserve.compact import Mask, as_bools
 from maskserve.devices import admit, bytes_of
 from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
@@ -133,16 +134,17 @@ class OfVariable(Step):
             return
         if self.plan is not None and self.device.startswith("cuda"):
             admit(self.device, bytes_of(self.plan, has_mask=self.variable.mask is not None))
-        data, mask = on_device(load(payload, self.variable), self.device)
-        mask = without_fill(data, mask, request.common.get("fill_value"))
+        data, held = on_device(load(payload, self.variable), self.device)
+        held = without_fill(data, held, request.common.get("fill_value"))
         if self.is_gradient:
-            yield from self.gradients(request, payload, data, mask)
+            yield from self.gradients(request, payload, data, held)
             return
-        n_masked_before = None
+        n_masked_before, mask = None, None if self.plan is not None else as_bools(held)
         if self.plan is not None:
             laid = tuple(loaded(side, self.device) for side in self.sides)  # at most one: (cells, mask or None)
             with execution.using(backend=request.running.get("backend")):
-                data, mask = engine.run(self.plan, data, mask, *laid)
+                data, held = engine.run_held(self.plan, data, held, *laid)
+            mask = engine.expanded(held, data.shape)
         elif isinstance(request.row, Masking) and not self.passes_through:
             n_masked_before = n_masked(data, mask)
             others = {
@@ -242,7 +244,7 @@ class OfVariable(Step):
         with execution.using(backend=self.choice.backend.name):
             return streaming.n_passes(self.plan, cell_bytes(self.variable, self.has_fill), budget_of(memory))
 
-    def gradients(self, request: Request, payload: Payload, data: Tensor, mask: Tensor | None) -> Iterator[Result]:
+    def gradients(self, request: Request, payload: Payload, data: Tensor, mask: Mask | None) -> Iterator[Result]:
         """The value, and the gradient by the variable."""
         from maskserve import pullbacks  # 20 ms that no other verb needs
 

@@ -75,7 +75,7 @@ void better_group(Rows rows, int64_t n, int64_t columns, const Key& key, GroupBe
 }
 
 bool are_columns(const Block& block) {
-  const bool mask_fits = !block.mask.cells_ptr || block.mask.stride_inner == 1;
+  const bool mask_fits = !block.mask.cells_ptr || (block.mask.stride_inner == 1 && !block.mask.compact_ptr);
   return block.inner >= 64 && block.data.stride_inner == 1 && mask_fits && !block.omits_nan;
 }
 

@@ -32,6 +32,7 @@ namespace {
 
 using maskserve::Above;
 using maskserve::Block;
+using maskserve::Compact;
 using maskserve::Dtype;
 using maskserve::Filled;
 using maskserve::Operand;
@@ -47,6 +48,14 @@ Operand operand(uint64_t cells_ptr, int64_t stride_outer, int64_t stride_n, int6
   return {address<const unsigned char>(cells_ptr), stride_outer, stride_n, stride_inner};
 }
 
+// A mask: bytes, or a compact one where there is a Compact.
+Operand mask_operand(uint64_t cells_ptr, int64_t stride_outer, int64_t stride_n, int64_t stride_inner,
+                     uint64_t compact_ptr, int64_t first) {
+  Operand mask = operand(cells_ptr, stride_outer, stride_n, stride_inner);
+  mask.compact_ptr = address<const Compact>(compact_ptr), mask.first = first;
+  return mask;
+}
+
 void check(bool fits, const char* said) {
   if (!fits) throw std::invalid_argument(said);
 }
@@ -60,11 +69,11 @@ Dtype dtype_of(int dtype) {
 Block block_of(const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
                int64_t inner,
                int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-               int64_t mask_inner, int64_t leaf) {
+               int64_t mask_inner, uint64_t compact_ptr, int64_t mask_first, int64_t leaf) {
   check(leaf == 64 || leaf == 4096, "leaf is 64 or 4096 cells");
   Block block;
   block.data = operand(data_ptr, data_outer, data_n, data_inner);
-  block.mask = operand(mask_ptr, mask_outer, mask_n, mask_inner);
+  block.mask = mask_operand(mask_ptr, mask_outer, mask_n, mask_inner, compact_ptr, mask_first);
   block.dtype = dtype_of(dtype);
   block.outer = outer, block.n = n, block.inner = inner, block.leaf = leaf;
   block.omits_nan = options.omits_nan && block.dtype <= Dtype::bf16;
@@ -74,13 +83,14 @@ Block block_of(const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int
 bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer,
           int64_t n, int64_t inner,
           int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-          int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
+          int64_t mask_inner, uint64_t compact_ptr, int64_t mask_first, int64_t leaf, uint64_t count_ptr,
+          uint64_t first_ptr, uint64_t second_ptr,
           uint64_t third_ptr, uint64_t fourth_ptr, uint64_t fifth_ptr, uint64_t weights_ptr, int weights_dtype,
           int64_t weights_outer, int64_t weights_n, int64_t weights_inner) {
   check(kernel >= 0 && kernel < maskserve::n_lifts, "kernel is an index into LIFTS");
   Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
                          mask_outer, mask_n,
-                         mask_inner, leaf);
+                         mask_inner, compact_ptr, mask_first, leaf);
   block.weights = operand(weights_ptr, weights_outer, weights_n, weights_inner);
   block.weights_dtype = dtype_of(weights_dtype);
   const Parts parts{address<int64_t>(count_ptr),
@@ -94,13 +104,14 @@ bool lift(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_p
 int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer,
          int64_t n, int64_t inner,
          int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-         int64_t mask_inner, int64_t leaf, uint64_t count_ptr, uint64_t first_ptr, uint64_t second_ptr,
+         int64_t mask_inner, uint64_t compact_ptr, int64_t mask_first, int64_t leaf, uint64_t count_ptr,
+         uint64_t first_ptr, uint64_t second_ptr,
          uint64_t third_ptr, uint64_t values_ptr, uint64_t valid_ptr, int result, int64_t values_outer,
          int64_t values_n, int64_t values_inner, uint64_t places_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_fills, "kernel is an index into FILLS");
   Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
                          mask_outer,
-                         mask_n, mask_inner, leaf);
+                         mask_n, mask_inner, compact_ptr, mask_first, leaf);
   const maskserve::States states{
       outer * inner,
       address<const int64_t>(count_ptr),
@@ -116,11 +127,11 @@ int fill(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_pt
 
 void pick(int kernel, const Options& options, uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n,
           int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-          int64_t mask_inner, uint64_t values_ptr, uint64_t count_ptr) {
+          int64_t mask_inner, uint64_t compact_ptr, int64_t mask_first, uint64_t values_ptr, uint64_t count_ptr) {
   check(kernel >= 0 && kernel < maskserve::n_selections, "kernel is an index into SELECTIONS");
   const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
                                mask_outer,
-                               mask_n, mask_inner, 64);
+                               mask_n, mask_inner, compact_ptr, mask_first, 64);
   const maskserve::Select run = maskserve::variant().selections[kernel];
   nb::gil_scoped_release released;
   run(block, options, address<void>(values_ptr), address<int64_t>(count_ptr));
@@ -136,18 +147,18 @@ class SharedSearch {
 
   void sample(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
               int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-              int64_t mask_inner, int64_t n_cells, uint64_t seed) {
+              int64_t mask_inner, uint64_t compact_ptr, int64_t mask_first, int64_t n_cells, uint64_t seed) {
     const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
-                                 mask_outer, mask_n, mask_inner, 64);
+                                 mask_outer, mask_n, mask_inner, compact_ptr, mask_first, 64);
     nb::gil_scoped_release released;
     absorb(search->sample(block, n_cells, seed));
   }
 
   void sift(uint64_t data_ptr, uint64_t mask_ptr, int dtype, int64_t outer, int64_t n, int64_t inner,
             int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-            int64_t mask_inner) {
+            int64_t mask_inner, uint64_t compact_ptr, int64_t mask_first) {
     const Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
-                                 mask_outer, mask_n, mask_inner, 64);
+                                 mask_outer, mask_n, mask_inner, compact_ptr, mask_first, 64);
     nb::gil_scoped_release released;
     absorb(search->sift(block));
   }
@@ -209,16 +220,22 @@ class Numbers {
     const int64_t outer = size(), n = size();
     return operand(ptr, outer, n, size());
   }
+  Operand mask() {
+    Operand made = strided();
+    made.compact_ptr = address<const Compact>(next()), made.first = size();
+    return made;
+  }
 
  private:
   PyObject* given_ptr;
   Py_ssize_t at = 0;
 };
 
-// (data, mask, dtype, outer, n, inner, leaf), of an operand its address and three strides.
+// (data, mask, dtype, outer, n, inner, leaf): of an operand its address and three strides, of a mask also a Compact and
+// where it begins.
 Block block_of(Numbers& numbers) {
   Block block;
-  block.data = numbers.strided(), block.mask = numbers.strided();
+  block.data = numbers.strided(), block.mask = numbers.mask();
   block.dtype = dtype_of(numbers.dtype());
   block.outer = numbers.size(), block.n = numbers.size(), block.inner = numbers.size(), block.leaf = numbers.size();
   check(block.leaf == 64 || block.leaf == 4096, "leaf is 64 or 4096 cells");
@@ -302,6 +319,12 @@ bool rows_alike(uint64_t mask_ptr, int64_t rows, int64_t n, uint64_t first_ptr) 
                                               address<unsigned char>(first_ptr));
 }
 
+void spread_mask(uint64_t cells_ptr, uint64_t compact_ptr, int64_t first, int64_t n, uint64_t out_ptr) {
+  nb::gil_scoped_release released;
+  maskserve::pull_variant().spread_mask(mask_operand(cells_ptr, 0, 0, 1, compact_ptr, first), 0, n,
+                                        address<unsigned char>(out_ptr));
+}
+
 constexpr uintptr_t huge_page = uintptr_t{1} << 21;
 
 // Huge pages for memory that is about to be written as a whole, where the system leaves that to programs.
@@ -373,7 +396,8 @@ constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as 
 int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t data_ptr, uint64_t mask_ptr,
            int dtype, int64_t outer, int64_t n,
            int64_t inner, int64_t data_outer, int64_t data_n, int64_t data_inner, int64_t mask_outer, int64_t mask_n,
-           int64_t mask_inner, int64_t leaf, int64_t min_count, double needs, int result, uint64_t values_ptr,
+           int64_t mask_inner, uint64_t compact_ptr, int64_t mask_first, int64_t leaf, int64_t min_count,
+           double needs, int result, uint64_t values_ptr,
            uint64_t valid_ptr, int64_t leading_stride) {
   check(kernel >= 0 && kernel < maskserve::n_lifts + maskserve::n_selections,
         "kernel is an index into LIFTS + SELECTIONS");
@@ -381,7 +405,7 @@ int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t 
   check(n_held >= 1 && n_held <= maskserve::n_parts + 1, "a state has a count and up to five parts");
   Block block = block_of(options, data_ptr, mask_ptr, dtype, outer, n, inner, data_outer, data_n, data_inner,
                          mask_outer, mask_n,
-                         mask_inner, leaf);
+                         mask_inner, compact_ptr, mask_first, leaf);
   const Dtype result_dtype = dtype_of(result);
   const int64_t cell_bytes = maskserve::cell_bytes(block.dtype);
   nb::gil_scoped_release released;
@@ -397,7 +421,8 @@ int reduce(int kernel, int finish, const Options& options, int n_held, uint64_t 
     for (int64_t c = 0; c < inner; c += width) {
       block.outer = std::min(height, outer - o), block.inner = std::min(width, inner - c);
       block.data.cells_ptr = all.data.cells_ptr + (o * data_outer + c * data_inner) * cell_bytes;
-      if (all.mask.cells_ptr) block.mask.cells_ptr = all.mask.cells_ptr + o * mask_outer + c * mask_inner;
+      block.mask = all.mask;
+      block.mask.move_on(o * mask_outer + c * mask_inner);
       const int64_t n_results = block.outer * block.inner;
       Parts parts;
       maskserve::States states{n_results, parts.count_ptr = room.get(), {}};
@@ -508,6 +533,7 @@ NB_MODULE(_native, m) {
   m.def("spread_rows", &spread_rows);
   m.def("hide_rows", &hide_rows);
   m.def("rows_alike", &rows_alike);
+  m.def("spread_mask", &spread_mask);
   m.def("will_write", &will_write);
   m.def("read_runs", &read_runs);
   m.def("map_range", &map_range);

@@ -13,12 +13,31 @@ constexpr int64_t cell_bytes(Dtype dtype) {
   return sizes[static_cast<int>(dtype)];
 }
 
+// How a mask that has no byte for each cell says which count: of each `row` cells, side by side in a row-major tensor,
+// as many from the first on as its length (int64) times `step`; or those whose bits are 1, the lowest bit of a byte first,
+// `pitch` bits a row.
+struct Compact {
+  int64_t are_bits;  // else lengths
+  int64_t row, pitch, step;
+};
+
 // A tensor seen as (outer, n, inner). Strides are in elements, never negative; 0 repeats.
 struct Operand {
   const unsigned char* cells_ptr = nullptr;  // null: no mask, every cell counts
   int64_t stride_outer = 0;
   int64_t stride_n = 0;
   int64_t stride_inner = 0;
+  const Compact* compact_ptr = nullptr;  // of a mask: `cells_ptr` are its lengths or bits, and strides count cells of it
+  int64_t first = 0;                     // where it then begins
+
+  // A mask some cells on.
+  __attribute__((always_inline)) void move_on(int64_t n_cells) {
+    if (compact_ptr) {
+      first += n_cells;
+    } else if (cells_ptr) {
+      cells_ptr += n_cells;
+    }
+  }
 };
 
 constexpr int n_parts = 5;  // beside the count, at most
@@ -32,7 +51,7 @@ struct States {
 
 struct Block {
   Operand data;
-  Operand mask;  // bytes 0 or 1
+  Operand mask;  // bytes 0 or 1, or compact
   Operand weights;  // null: each cell counts once
   Dtype dtype = Dtype::f32;
   Dtype weights_dtype = Dtype::f32;

@@ -49,6 +49,12 @@ void leaf_means_of_doubles(const Leaf& leaf, const int64_t* count, double* mean)
 
 // ---- tiles.cpp: what all kernels gather and write, compiled once for each instruction set ---------------------------
 
+// The bytes of `n` cells of a compact mask, side by side from one on.
+void spread_mask(const Operand& mask, int64_t at, int64_t n, unsigned char* out);
+
+// Whether lengths say that no cell of a window counts, as far as that is told at a glance.
+bool is_beyond(const Operand& mask, const Window& w);
+
 // The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
 const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr);
 
@@ -95,6 +101,14 @@ ALWAYS_INLINE int64_t first_cell(const Operand& operand, const Window& w) {
 }
 ALWAYS_INLINE const unsigned char* window_ptr(const Operand& operand, const Window& w, int64_t cell_bytes) {
   return operand.cells_ptr + first_cell(operand, w) * cell_bytes;
+}
+
+// Whether a cell of a mask counts.
+ALWAYS_INLINE unsigned char mask_cell(const Operand& mask, int64_t at) {
+  if (!mask.compact_ptr) return mask.cells_ptr[at];
+  unsigned char cell;
+  spread_mask(mask, at, 1, &cell);
+  return cell;
 }
 
 #include "states.hpp"

@@ -48,10 +48,31 @@ int64_t find_along(const unsigned char* keep_ptr, int64_t n) {
   return -1;
 }
 
+// The same of a compact mask: some rows of bytes at a time, until each lane has one.
+template <bool is_last>
+void find_in_compact(const Block& block, const Window& given, int64_t* at) {
+  alignas(64) unsigned char keep[n_tile];
+  const int64_t lanes = given.lanes(), most_rows = n_tile / lanes < 64 ? n_tile / lanes : 64;
+  Window w = given;
+  int64_t missing = lanes;
+  for (int64_t l = 0; l < lanes; ++l) at[l] = -1;
+  for (int64_t done = 0; done < block.n && missing; done += w.rows) {
+    w.rows = least(most_rows, block.n - done), w.i = is_last ? block.n - done - w.rows : done;
+    const unsigned char* const keep_ptr = gather_mask(block.mask, w, keep);
+    for (int64_t r = 0; r < w.rows; ++r) {
+      const unsigned char* const row_ptr = keep_ptr + (is_last ? w.rows - 1 - r : r) * lanes;
+      for (int64_t l = 0; l < lanes; ++l) at[l] = at[l] < 0 && row_ptr[l] ? done + r : at[l];
+    }
+    missing = 0;
+    for (int64_t l = 0; l < lanes; ++l) missing |= at[l] < 0;
+  }
+}
+
 // How many rows lie before the first valid one, or after the last one.
 template <bool is_last>
 void find_ends(const Block& block, const Window& w, int64_t* at) {
   const Operand& mask = block.mask;
+  if (mask.compact_ptr) return find_in_compact<is_last>(block, w, at);
   if (!mask.cells_ptr) {
     for (int64_t l = 0; l < w.lanes(); ++l) at[l] = block.n > 0 ? 0 : -1;
     return;

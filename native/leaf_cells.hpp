@@ -69,7 +69,7 @@ struct LeafCellsRoom {
                           (w.rows <= 1 || data.stride_n == w.columns);
     const bool are_rows = !is_dense && w.groups == 1 && data.stride_inner == 1 && w.columns >= 16;
     const bool is_direct = block.dtype == (is_narrow ? Dtype::f32 : Dtype::f64) && (is_dense || are_rows);
-    const bool are_bytes = mask.cells_ptr && mask.stride_inner == 1 && !block.omits_nan;
+    const bool are_bytes = mask.cells_ptr && !mask.compact_ptr && mask.stride_inner == 1 && !block.omits_nan;
     const bool in_place = walks_mask && is_direct && are_rows && are_bytes;
     keep_ptr = in_place ? window_ptr(mask, w, 1) : gather_keep(block, w, keep);
     if (is_direct) {

@@ -77,7 +77,9 @@ struct BlockWalk {
 
   void walk_leaf(const Window& tile, LeafTree<State>& tree) {
     Leaf leaf{walk, block.leaf, tile, block.data, Operand()};
-    leaf.data.cells_ptr = window_ptr(block.data, tile, cell_bytes(block.dtype));
+    // of cells that do not count any others will do: those that every group of tiles begins with are in the cache
+    const Window read = is_beyond(block.mask, tile) ? Window{tile.o, tile.groups, 0, tile.rows, 0, tile.columns} : tile;
+    leaf.data.cells_ptr = window_ptr(block.data, read, cell_bytes(block.dtype));
     if (gathered) leaf.data = gather_tile(leaf);
     const bool is_first = tile.i == 0;
     int64_t* const count = is_first ? tree.count.count : counts.count;
@@ -142,7 +144,7 @@ bool walk_route(const Block& given, const Parts& given_parts) {
   const int64_t n_results = route.block.outer * route.block.inner;
   for (int64_t r = 0; r < route.repeats; ++r) {
     walk_block<LeafKernel>(route.block, route.walk, parts);
-    if (route.block.mask.cells_ptr) route.block.mask.cells_ptr += route.mask_repeat;
+    route.block.mask.move_on(route.mask_repeat);
     route.block.data.cells_ptr += route.data_repeat * cell_bytes(given.dtype);
     parts.count_ptr += n_results;
     for (void*& part_ptr : parts.part_ptr) {

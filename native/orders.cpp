@@ -242,7 +242,7 @@ struct Line {
   template <class T>
   ALWAYS_INLINE void set(int64_t r, T value, bool is_valid) const {
     std::memcpy(values_ptr + 8 * r * stride, &value, 8);
-    mask_ptr[r * stride] = is_valid;
+    if (mask_ptr) mask_ptr[r * stride] = is_valid;
   }
 };
 
@@ -257,7 +257,7 @@ class Lines {
   Line line(int64_t o, int64_t c) const {
     if (columns > 1) return {values.items + c % columns * pitch * 8, keep.items + c % columns * pitch, 1};
     const int64_t first = first_of(o, c);
-    return {filled.values_ptr + 8 * first, filled.mask_ptr + first, filled.values.stride_n};
+    return {filled.values_ptr + 8 * first, filled.mask_ptr ? filled.mask_ptr + first : nullptr, filled.values.stride_n};
   }
 
   void written(int64_t o, int64_t c) const {
@@ -267,7 +267,7 @@ class Lines {
       const int64_t first = first_of(o, c - n + 1) + r * filled.values.stride_n;
       for (int64_t k = 0; k < n; ++k) {
         std::memcpy(filled.values_ptr + 8 * (first + k * step), values.items + 8 * (k * pitch + r), 8);
-        filled.mask_ptr[first + k * step] = keep.items[k * pitch + r];
+        if (filled.mask_ptr) filled.mask_ptr[first + k * step] = keep.items[k * pitch + r];
       }
     }
   }

@@ -258,7 +258,7 @@ class OrderSearch final : public Search {
           if (block.omits_nan && key == order.nan_key) continue;
         }
         sampled.items[sampled.size] = key;
-        sampled.size += mask.cells_ptr ? mask.cells_ptr[r * mask.stride_n + l * mask.stride_inner] : 1;
+        sampled.size += mask.cells_ptr ? mask_cell(mask, r * mask.stride_n + l * mask.stride_inner) : 1;
       }
     }
     return found;

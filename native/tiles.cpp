@@ -1,5 +1,9 @@
 // What all kernels gather from any layout and dtype, and write back: compiled here and nowhere else.
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 #include "common.hpp"
 
 namespace maskserve {
@@ -63,10 +67,95 @@ bool narrow_tile(const Filled& filled, const Window& w, const double* cells, con
   return any != 0;
 }
 
+// ---- compact masks --------------------------------------------------------------------------------------------------
+
+// Eight bits to bytes at a time: bit k is left alone in byte k, and what is not 0 there becomes 1.
+NEVER_INLINE void spread_bytes(const unsigned char* __restrict bits_ptr, int64_t n_bytes, unsigned char* __restrict out) {
+  int64_t done = 0;
+#ifdef __AVX512BW__  // where bits are masks as they are
+  for (; done + 8 <= n_bytes; done += 8) {
+    uint64_t bits;
+    std::memcpy(&bits, bits_ptr + done, sizeof bits);
+    _mm512_storeu_si512(out + 8 * done, _mm512_maskz_set1_epi8(bits, 1));
+  }
+#endif
+#pragma GCC ivdep
+  for (int64_t k = done; k < n_bytes; ++k) {
+    const uint64_t apart = (bits_ptr[k] * 0x0101010101010101u) & 0x8040201008040201u;
+    const uint64_t bytes = ((apart + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
+    std::memcpy(out + 8 * k, &bytes, sizeof bytes);
+  }
+}
+
+void spread_bits(const unsigned char* bits_ptr, int64_t first, int64_t n, unsigned char* out) {
+  const auto some = [&](int64_t count) {
+    for (int64_t j = 0; j < count; ++j, ++first) *out++ = bits_ptr[first >> 3] >> (first & 7) & 1;
+    n -= count;
+  };
+  some(least(n, -first & 7));
+  const int64_t n_bytes = n / 8;
+  spread_bytes(bits_ptr + (first >> 3), n_bytes, out);
+  first += 8 * n_bytes, out += 8 * n_bytes, n -= 8 * n_bytes;
+  some(n);
+}
+
+int64_t length_of(const Operand& mask, int64_t row) {
+  int64_t length;
+  std::memcpy(&length, mask.cells_ptr + row * static_cast<int64_t>(sizeof length), sizeof length);
+  return length * mask.compact_ptr->step;
+}
+
+// A window of a compact mask, as gather_mask() gives it.
+void spread_window(const Operand& mask, const Window& w, unsigned char* copy_ptr) {
+  if (is_run(mask, w)) {
+    alignas(64) unsigned char cells[n_tile];
+    spread_mask(mask, first_cell(mask, w), w.cells(), cells);
+    return turn(cells, w, copy_ptr);
+  }
+  each_run(mask, w, [&](int64_t first, int64_t at, int64_t n, int64_t stride, int64_t tile_stride) {
+    if (stride == 1 && tile_stride == 1) return spread_mask(mask, first, n, copy_ptr + at);
+    for (int64_t j = 0; j < n; ++j) copy_ptr[at + j * tile_stride] = mask_cell(mask, first + j * stride);
+  });
+}
+
 }  // namespace
+
+void spread_mask(const Operand& mask, int64_t at, int64_t n, unsigned char* out) {
+  const Compact& how = *mask.compact_ptr;
+  const int64_t from = mask.first + at;
+  if (how.are_bits && how.pitch == how.row) return spread_bits(mask.cells_ptr, from, n, out);  // rows end with their bytes
+  int64_t row = from / how.row, cell = from - row * how.row;
+  for (; n > 0; ++row, cell = 0) {
+    const int64_t some = least(n, how.row - cell);
+    if (how.are_bits) {
+      spread_bits(mask.cells_ptr, row * how.pitch + cell, some, out);
+    } else {
+      const int64_t left = length_of(mask, row) - cell, kept = left < 0 ? 0 : least(left, some);
+      std::memset(out, 1, static_cast<size_t>(kept));
+      std::memset(out + kept, 0, static_cast<size_t>(some - kept));
+    }
+    out += some, n -= some;
+  }
+}
+
+bool is_beyond(const Operand& mask, const Window& w) {
+  if (!mask.compact_ptr || mask.compact_ptr->are_bits || !w.cells()) return false;
+  const int64_t n_row = mask.compact_ptr->row, first_of_all = mask.first + first_cell(mask, w);
+  const int64_t n_behind = (w.rows - 1) * mask.stride_n + (w.columns - 1) * mask.stride_inner;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t first = first_of_all + g * mask.stride_outer;
+    int64_t row = first / n_row;
+    if (first - row * n_row < length_of(mask, row)) return false;
+    for (const int64_t last = (first + n_behind) / n_row; row < last;) {
+      if (length_of(mask, ++row)) return false;
+    }
+  }
+  return true;
+}
 
 const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr) {
   if (!mask.cells_ptr) return nullptr;
+  if (mask.compact_ptr) return spread_window(mask, w, copy_ptr), copy_ptr;
   const unsigned char* dense_ptr = nullptr;
   if (is_run(mask, w)) {
     turn(window_ptr(mask, w, 1), w, copy_ptr);

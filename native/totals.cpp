@@ -149,9 +149,27 @@ bool total(const Block& given, const Options&, const Parts& parts) {
   }
 }
 
+namespace {
+
+// The counts of a leaf's mask, and no look at its cells.
+struct LeafCount {
+  using State = CountState;
+  static constexpr Dtype dtype = Dtype::boolean;
+  void operator()(const Leaf& leaf, const int64_t* count, State& state) {
+    copy_lanes(count, leaf.tile.lanes(), state.count);
+  }
+};
+
+}  // namespace
+
 // The count is the sum of the mask's own bytes; without a mask it is n.
 bool count(const Block& block, const Options&, const Parts& parts) {
   if (block.omits_nan) return count_numbers(block, parts);
+  if (block.mask.compact_ptr) {
+    Block mask_alone = block;
+    mask_alone.dtype = Dtype::boolean, mask_alone.data = {nullptr, block.n * block.inner, block.inner, 1};
+    return walk_route<LeafCount>(mask_alone, parts);
+  }
   if (!block.mask.cells_ptr) {
     for (int64_t j = 0; j < block.outer * block.inner; ++j) parts.count_ptr[j] = block.n;
     return true;

@@ -37,6 +37,7 @@ namespace maskserve {
   void spread_rows(const unsigned char*, int64_t, int64_t, unsigned char*);                                   \
   void hide_rows(unsigned char*, const unsigned char*, int64_t, int64_t);                                     \
   bool rows_alike(const unsigned char*, int64_t, int64_t, unsigned char*);                                    \
+  void spread_mask(const Operand&, int64_t, int64_t, unsigned char*);                                         \
   const Variant table{#isa,                                                                                   \
                       {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},                                                   \
                       {MASKSERVE_FILLS(MASKSERVE_ADDRESS)},                                                   \
@@ -47,7 +48,7 @@ namespace maskserve {
                       {MASKSERVE_MERGES(MASKSERVE_MERGER)}};                                                  \
   const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)},                                               \
                           ties, keep, keep_reached, to_reach, to_mask, are_bools, spread_rows, hide_rows,     \
-                          rows_alike};                                                                        \
+                          rows_alike, spread_mask};                                                           \
   }
 
 MASKSERVE_VARIANT(baseline)

@@ -63,9 +63,39 @@ inline Leaf leaf_of_tile(const Window& w, const void* cells, const unsigned char
           {static_cast<const unsigned char*>(cells), w.cells(), lanes, 1}, {keep_ptr, w.cells(), lanes, 1}};
 }
 
+// The bytes of a tile of a compact mask, group by group and row by row, in as long runs as can be.
+inline void spread_tile(const Operand& mask, const Window& tile, unsigned char* to_ptr) {
+  const int64_t n_group = tile.rows * tile.columns, first = first_cell(mask, tile);
+  const bool are_rows = tile.columns == 1 || mask.stride_inner == 1;
+  const bool are_groups = are_rows && (tile.rows == 1 || mask.stride_n == tile.columns);
+  if (are_groups && (tile.groups == 1 || mask.stride_outer == n_group)) {
+    return spread_mask(mask, first, tile.cells(), to_ptr);
+  }
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    const int64_t group = first + g * mask.stride_outer;
+    if (are_groups) {
+      spread_mask(mask, group, n_group, to_ptr);
+      to_ptr += n_group;
+      continue;
+    }
+    for (int64_t i = 0; i < tile.rows; ++i, to_ptr += tile.columns) {
+      const int64_t row = group + i * mask.stride_n;
+      if (are_rows) {
+        spread_mask(mask, row, tile.columns, to_ptr);
+        continue;
+      }
+      for (int64_t c = 0; c < tile.columns; ++c) to_ptr[c] = mask_cell(mask, row + c * mask.stride_inner);
+    }
+  }
+}
+
 // The mask of a tile, walkable as the data are; where its strides differ (a broadcast mask), copied out.
 inline Operand tile_mask(const Block& block, Walk walk, const Window& tile, unsigned char* copy_ptr) {
   Operand mask = block.mask;
+  if (mask.compact_ptr) {
+    spread_tile(mask, tile, copy_ptr);
+    return {copy_ptr, tile.rows * tile.columns, tile.columns, 1};
+  }
   mask.cells_ptr = window_ptr(mask, tile, 1);
   const bool walkable = walk == Walk::columns ? mask.stride_inner == 1 : is_dense(block, mask);
   if (walkable) return mask;

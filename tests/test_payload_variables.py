@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskserve.compact import Bits, Lengths
 from maskserve.dtypes import BY_CODE
 from maskserve.errors import (
     AmbiguousMaskError,
@@ -55,7 +56,7 @@ def masks(variables: Variables) -> dict[str, str | None]:
     return {v.name: v.mask.info.name if v.mask else None for v in variables}
 
 
-def mask_of(sent: BytesPayload, name: str, **request: Any) -> torch.Tensor:
+def mask_of(sent: BytesPayload, name: str, **request: Any) -> Any:
     mask = load(sent, resolve(sent.header, **request)[name])[1]
     assert mask is not None
     return mask
@@ -271,7 +272,9 @@ def test_lengths_are_a_valid_prefix(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
     lengths = torch.tensor(data.draw(st.lists(of, min_size=n, max_size=n)), dtype=dtype).reshape(shape[:dim])
     sent = payload({"maskserve.mask_means": "missing"}, x=torch.zeros(shape), x__lengths=lengths)
-    mask = mask_of(sent, "x").expand(shape)
+    held = mask_of(sent, "x")
+    assert isinstance(held, Lengths)
+    mask = held.bools().expand(shape)
     for index in np.ndindex(*shape):
         assert bool(mask[index]) == (index[dim] < int(lengths[index[:dim]]))
 
@@ -296,7 +299,9 @@ def test_a_bitmask_is_read_lowest_bit_first(data: st.DataObject) -> None:
     if shape[1] % 8 and junk.size:
         junk[:, -1] |= 0xFF << (shape[1] % 8) & 0xFF
     sent = payload(x=torch.zeros(shape), x__bitmask=torch.from_numpy(junk))
-    assert np.array_equal(mask_of(sent, "x").numpy(), valid.reshape(shape))
+    held = mask_of(sent, "x")
+    assert isinstance(held, Bits)
+    assert np.array_equal(held.bools().numpy(), valid.reshape(shape))
 
 
 @pytest.mark.parametrize("dtype", BY_CODE.values(), ids=lambda dtype: dtype.name)

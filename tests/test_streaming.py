@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskserve import answers, dtypes, engine, region_states, regions, requests, room, sources, states, streaming
+from maskserve.compact import as_bools
 from maskserve.dtypes import DType
 from maskserve.errors import (
     DimError,
@@ -216,7 +217,7 @@ def test_masks_of_every_form_are_read_in_windows(
             else:
                 assert part is not None
                 assert variable.mask is not None
-                own = load_mask(payload, variable.info, variable.mask).expand(shape)
+                own = as_bools(load_mask(payload, variable.info, variable.mask)).expand(shape)
                 assert torch.equal(valid, own if fill is None else own & (rain != fill)), kind
                 assert torch.equal(part, valid[where]), kind
                 assert want.data == torch.where(valid, rain.double(), 0).sum().float() or not valid.any(), kind

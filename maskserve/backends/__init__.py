@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from maskserve.compact import Part
 from maskserve.errors import BackendError, nearest
 from maskserve.plan import Plan
 
@@ -28,10 +29,12 @@ class Backend(Protocol):
     """How many times the bytes of a request's cells it may hold at once while it computes."""
     omits_nan: bool
     """Whether it passes over a NaN by itself where nan="omit"; else the engine masks it."""
+    reads_compact: bool
+    """Whether it reads the lengths and bits of compact masks; else the engine spreads them out, a block at a time."""
 
     def why_not(self, plan: Plan) -> str | None: ...
 
-    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Parts: ...
+    def lift(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None = None) -> Parts: ...
 
     def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]: ...
 
@@ -39,11 +42,11 @@ class Backend(Protocol):
 class Search(Protocol):
     """A selection from a few long slices side by side, in rounds: sample all blocks, bracket, sift all blocks, settle."""
 
-    def sample(self, data: Tensor, mask: Tensor | None, n_cells: int, seed: int) -> None: ...
+    def sample(self, data: Tensor, mask: Tensor | Part | None, n_cells: int, seed: int) -> None: ...
 
     def bracket(self) -> None: ...
 
-    def sift(self, data: Tensor, mask: Tensor | None) -> None: ...
+    def sift(self, data: Tensor, mask: Tensor | Part | None) -> None: ...
 
     def settle(self) -> bool: ...
 
@@ -69,15 +72,15 @@ class Finisher(Backend, Protocol):
         self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None: ...
 
-    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool: ...
+    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor) -> bool: ...
 
     def fill(
         self,
         plan: Plan,
         data: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Part | None,
         values: Tensor,
-        valid: Tensor,
+        valid: Tensor | None,
         places: Tensor | None = None,
         states: Parts | None = None,
     ) -> str: ...
@@ -89,7 +92,7 @@ class Finisher(Backend, Protocol):
 class Selector(Finisher, Protocol):
     """A finisher that also selects from whole slices: medians and their like."""
 
-    def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    def select(self, plan: Plan, data: Tensor, mask: Tensor | Part | None) -> tuple[Tensor, Tensor]: ...
 
     def search(self, plan: Plan, lanes: int) -> Search | None: ...
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel as reference
 from maskserve.backends.reference import lift as lift_as_reference
+from maskserve.compact import Part, spread_part
 from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, f64, i64
 from maskserve.ops import passes
 from maskserve.ops.rows import Normalization, Ordering, Reduction, Scan
@@ -28,7 +29,8 @@ from maskserve.plan import as_floats
 if TYPE_CHECKING:
     from maskserve.plan import Plan
 
-NO_MASK = (0, 0, 0)
+NO_STRIDES = (0, 0, 0)
+NOT_COMPACT = (0, 0)
 NO_STATES = (0, 0, 0, 0)
 """Instead of the count and the parts that a normalization reads."""
 SIGN = 1 << 63
@@ -186,7 +188,15 @@ def lift_kernel(pass_name: str, dtype_name: str) -> tuple[int, int, tuple[tuple[
 
 def strided(cells: Tensor | None) -> tuple[int, ...]:
     """Address and strides of a block's operand."""
-    return (0, *NO_MASK) if cells is None else (cells.data_ptr(), *cells.stride())
+    return (0, *NO_STRIDES) if cells is None else (cells.data_ptr(), *cells.stride())
+
+
+def strided_mask(mask: Tensor | Part | None) -> tuple[int, ...]:
+    """The same of a block's mask; then how a compact one says what counts, and where it begins."""
+    if isinstance(mask, Part):
+        said, cells = mask.form
+        return (cells.data_ptr(), *mask.strides, said.data_ptr(), mask.first)
+    return (*strided(mask), *NOT_COMPACT)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -273,6 +283,7 @@ class CpuBackend:
     name = "cpu"
     widths_held = 0
     omits_nan = True
+    reads_compact = True
     block_cells = 1 << 22  # a call costs some 10 us in Python; the kernel tiles for the caches by itself
     runs_whole = False
     threads_inside = False
@@ -330,7 +341,7 @@ class CpuBackend:
         status = how.call(*how.before, data.data_ptr(), mask_ptr, *how.after, *results_ptr, *how.strides, *places_ptr)
         return (values, valid) if STATUS[status] == "done" else None
 
-    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool:
+    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor) -> bool:
         """Whole slices (outer, n, inner) reduced to `values` and `valid`, (leading, outer, inner); False: not served.
 
         One result of every slice is dense.
@@ -338,7 +349,7 @@ class CpuBackend:
         how = finishing(plan)
         if how is None:
             return False
-        mask_ptr, *mask_strides = strided(mask)
+        mask_ptr, *mask_strides = strided_mask(mask)
         status: int = native().reduce(
             reduce_kernel(plan), how.kernel, options(plan), len(how.parts), data.data_ptr(), mask_ptr,
             number_of(plan.dtype.name), *data.shape, *data.stride(), *mask_strides, plan.leaf,
@@ -346,14 +357,16 @@ class CpuBackend:
         )  # fmt: skip
         return STATUS[status] == "done"
 
-    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> dict[str, Tensor]:
+    def lift(
+        self, plan: Plan, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The named parts of a block's only pass: (outer, n, inner) -> (outer, inner) of each."""
         outer, n, inner = data.shape
         kernel, dtype, part_dtypes = lift_kernel(plan.passes[0].name, plan.dtype.name)
         parts = {name: torch.empty((outer, inner), dtype=dtype) for name, dtype in part_dtypes}
         parts_ptr = [part.data_ptr() for part in parts.values()]
         parts_ptr += [0] * (N_PARTS - len(parts_ptr))
-        mask_ptr, *mask_strides = strided(mask)
+        mask_ptr, *mask_strides = strided_mask(mask)
         weights_ptr, *weights_strides = strided(weights)
         weights_dtype = dtype if weights is None else number_of(plan.params["weights"].name)
         lift = native().lift
@@ -369,11 +382,11 @@ class CpuBackend:
         if walked(data):
             return parts
         if weights is not None:  # one of them is negative
-            return lift_as_reference(plan, plan.passes[0], data, mask, weights)
+            return lift_as_reference(plan, plan.passes[0], data, spread_part(mask), weights)
         if len(part_dtypes) == 1:  # a count reads the mask alone
             assert mask is not None
-            mask = mask.contiguous()
-            mask_ptr, *mask_strides = strided(mask)
+            mask = mask if isinstance(mask, Part) else mask.contiguous()
+            mask_ptr, *mask_strides = strided_mask(mask)
         dense = data.contiguous()  # neither n nor a kept dim was dense
         fits = walked(dense)
         assert fits, "dense cells have a walk"
@@ -391,37 +404,38 @@ class CpuBackend:
         self,
         plan: Plan,
         data: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Part | None,
         values: Tensor,
-        valid: Tensor,
+        valid: Tensor | None,
         places: Tensor | None = None,
         states: dict[str, Tensor] | None = None,
     ) -> str:
         """A normalization or scan of whole slices, written to `values` and, with a mask, `valid`, hidden cells 0.
 
-        A picking row writes the cells, and to `places`, at the strides of `values`, where they stood. A normalization
-        that is given the slices' `states`, (outer, inner), takes any part of the slices.
+        `valid` is None where it is not asked for. A picking row writes the cells, and to `places`, at the strides of
+        `values`, where they stood. A normalization that is given the slices' `states`, (outer, inner), takes any part of
+        the slices.
         "done", "overflowed" where a finite value became inf, or "refused": the reference has to do this block.
         """
         kernel, result = fill_kernel(plan)
-        mask_ptr, *mask_strides = strided(mask)
+        mask_ptr, *mask_strides = strided_mask(mask)
         held = [] if states is None else [states[name].contiguous() for name in state_parts(plan)]
         states_ptr = (*(part.data_ptr() for part in held), *NO_STATES[len(held) :])
         status: int = native().fill(
             kernel, options(plan), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), *data.shape,
             *data.stride(), *mask_strides, plan.leaf, *states_ptr,
-            values.data_ptr(), valid.data_ptr(), result, *values.stride(),
+            values.data_ptr(), 0 if valid is None else valid.data_ptr(), result, *values.stride(),
             0 if places is None else places.data_ptr(),
         )  # fmt: skip
         return STATUS[status]
 
-    def select(self, plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def select(self, plan: Plan, data: Tensor, mask: Tensor | Part | None) -> tuple[Tensor, Tensor]:
         """(values, count) of whole slices: (outer, n, inner) -> (leading, outer, inner) and (outer, inner)."""
         outer, n, inner = data.shape
         wide = torch.int64 if plan.result.is_integral else torch.float64
         values = torch.empty((len(plan.labels or (0,)), outer, inner), dtype=wide)
         count = torch.empty((outer, inner), dtype=torch.int64)
-        mask_ptr, *mask_strides = strided(mask)
+        mask_ptr, *mask_strides = strided_mask(mask)
         native().select(
             select_kernel(plan), options(plan), data.data_ptr(), mask_ptr, number_of(plan.dtype.name), outer, n, inner,
             *data.stride(), *mask_strides, values.data_ptr(), count.data_ptr(),
@@ -462,7 +476,7 @@ class Search:
         self.shape = (len(plan.labels or (0,)), lanes)
         self.number = number_of(plan.dtype.name)
 
-    def sample(self, data: Tensor, mask: Tensor | None, n_cells: int, seed: int) -> None:
+    def sample(self, data: Tensor, mask: Tensor | Part | None, n_cells: int, seed: int) -> None:
         """`n_cells` of each slice, by chance: they make the round short, and change no result."""
         self.of.sample(*self.operands(data, mask), n_cells, seed)
 
@@ -470,7 +484,7 @@ class Search:
         """After the samples: what to look for in the blocks."""
         self.of.bracket()
 
-    def sift(self, data: Tensor, mask: Tensor | None) -> None:
+    def sift(self, data: Tensor, mask: Tensor | Part | None) -> None:
         """A block counted."""
         self.of.sift(*self.operands(data, mask))
 
@@ -485,8 +499,8 @@ class Search:
         self.of.write(values.data_ptr(), count.data_ptr())
         return values, count
 
-    def operands(self, data: Tensor, mask: Tensor | None) -> tuple[int, ...]:
-        mask_ptr, *mask_strides = strided(mask)
+    def operands(self, data: Tensor, mask: Tensor | Part | None) -> tuple[int, ...]:
+        mask_ptr, *mask_strides = strided_mask(mask)
         return (data.data_ptr(), mask_ptr, self.number, *data.shape, *data.stride(), *mask_strides)
 
 
@@ -518,7 +532,7 @@ def direct(plan: Plan) -> Direct | None:
         return Direct(
             call=native().fill,
             before=(kernel, options(plan)),
-            after=(number, *plan.fold, *dense, *dense, plan.leaf, *NO_STATES),
+            after=(number, *plan.fold, *dense, *dense, *NOT_COMPACT, plan.leaf, *NO_STATES),
             strides=(result, size * inner, inner, 1),
             dtype=getattr(torch, plan.result.torch),
             takes_places=True,
@@ -530,7 +544,7 @@ def direct(plan: Plan) -> Direct | None:
     return Direct(
         call=native().reduce,
         before=(reduce_kernel(plan), how.kernel, options(plan), len(how.parts)),
-        after=(number, *plan.fold, *dense, *dense, plan.leaf, how.min_count, how.needs, how.number),
+        after=(number, *plan.fold, *dense, *dense, *NOT_COMPACT, plan.leaf, how.min_count, how.needs, how.number),
         strides=(plan.fold[0] * inner,),
         dtype=how.dtype,
         takes_places=False,

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from maskserve.backends.cpu import missing, native, number_of, options
+from maskserve.backends.cpu import NOT_COMPACT, missing, native, number_of, options, strided_mask
+from maskserve.compact import Part
 from maskserve.dtypes import FLOATING, DType
 from maskserve.ops import passes
 from maskserve.ops.rows import Pass, Reduction
@@ -132,11 +133,15 @@ def strided(cells: Tensor | None) -> tuple[int, ...]:
     return (cells.data_ptr(), outer, n if cells.shape[1] > 1 else 0, inner)
 
 
+def of_mask(mask: Tensor | Part | None) -> tuple[int, ...]:
+    return strided_mask(mask) if isinstance(mask, Part) else (*strided(mask), *NOT_COMPACT)
+
+
 def numbers(
-    plan: Plan, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], dtype: DType, parts: Sequence[Tensor]
+    plan: Plan, data: Tensor, mask: Tensor | Part | None, above: Sequence[Tensor], dtype: DType, parts: Sequence[Tensor]
 ) -> list[int]:
     """A block and what comes from above (g, gate, result), as kernels read it."""
-    made = [*strided(data), *strided(mask), number_of(plan.dtype.name), *data.shape, plan.leaf]
+    made = [*strided(data), *of_mask(mask), number_of(plan.dtype.name), *data.shape, plan.leaf]
     for cells in above:
         made += strided(cells)
     made.append(number_of(dtype.name))
@@ -146,7 +151,7 @@ def numbers(
 
 
 def pull_block(
-    how: Launch, data: Tensor, mask: Tensor | None, above: Sequence[Tensor], parts: Sequence[Tensor],
+    how: Launch, data: Tensor, mask: Tensor | Part | None, above: Sequence[Tensor], parts: Sequence[Tensor],
     gradient: Tensor, reach: Tensor | None,
 ) -> bool:  # fmt: skip
     """The gradient of a block, and where it has reached, of the strides of `gradient`; False: it needs the formula."""
@@ -156,7 +161,9 @@ def pull_block(
     return status == 0
 
 
-def count_ties(how: Launch, data: Tensor, mask: Tensor | None, found: Tensor, dtype: DType, count: Tensor) -> None:
+def count_ties(
+    how: Launch, data: Tensor, mask: Tensor | Part | None, found: Tensor, dtype: DType, count: Tensor
+) -> None:
     """How many cells of each slice equal what was found in it, (outer, 1, inner): into (outer, inner) of `count`, dense."""
     given = numbers(how.states, data, mask, (found,) * 3, dtype, ())
     native().ties(how.pull.of_sizes, (*given, count.data_ptr()))

@@ -50,6 +50,7 @@ class TritonBackend:
 
     name = "triton"
     block_cells = sys.maxsize
+    reads_compact = False
     """Kernels cut by themselves."""
     runs_whole = True
     threads_inside = True

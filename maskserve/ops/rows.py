@@ -159,6 +159,12 @@ class Sliced(Row):
     vjp_reads_cells: bool = True
     """Whether that kernel looks at the data; the gradient of a sum does not."""
     reach: Reach = Reach.SLICE
+    is_valid_where_given: ClassVar[bool] = False
+    """Whether the same cells are valid in its results, unless the parameters say otherwise."""
+
+    def keeps_mask(self, params: Params) -> bool:
+        """Whether the same cells are valid in its result."""
+        return self.is_valid_where_given and self.needs is None and params.get("nan") != "omit"
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -208,6 +214,7 @@ class Normalization(Sliced):
 
     kind = "normalization"
     verb: str | None = "softmax"
+    is_valid_where_given = True
 
     passes: tuple[Pass, ...]
     apply: str
@@ -221,6 +228,7 @@ class Scan(Sliced):
 
     kind = "scan"
     verb: str | None = "scan"
+    is_valid_where_given = True
 
     scan: str
     reach: Reach = Reach.BEFORE
@@ -235,6 +243,7 @@ class Fill(Scan):
 
     kind = "fill"
     verb: str | None = "fill"
+    is_valid_where_given = False
 
     reach: Reach = Reach.PICKED
 
@@ -245,6 +254,7 @@ class Ordering(Scan):
 
     kind = "ordering"
     verb: str | None = None
+    is_valid_where_given = False
 
     reach: Reach = Reach.SLICE
 
@@ -482,6 +492,8 @@ class Move(Row):
     layout: Rule | None = None
     copies: bool = False
     """Whether its result may have memory of its own."""
+    keeps_places: bool = False
+    """Whether every cell stays where it is."""
 
     on_patterns: str = ""
     """What moves the positions of a sparse tensor; none where the row is of strided tensors alone."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from maskserve.compact import Bits, Lengths, Mask, as_bools
 from maskserve.dtypes import BY_TORCH, DType, boolean
 from maskserve.errors import DataError, DtypeError, MaskDtypeError, MaskError, PayloadError, TooLargeError
 from maskserve.patterns import CSR, Pattern
@@ -25,8 +26,9 @@ FEW = 1 << 22
 """Cells up to which numpy looks at them: as fast as torch, which begins later and then waits for all of its own threads."""
 
 
-def load(payload: Payload, variable: Variable) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tensor of `variable` and its mask: bool, True = valid, as many dims (size 1 broadcasts); None = all valid.
+def load(payload: Payload, variable: Variable) -> tuple[torch.Tensor, Mask | None]:
+    """The tensor of `variable` and its mask: bool, True = valid, as many dims (size 1 broadcasts); lengths and bits stay compact;
+    None = all valid.
 
     Both may share the memory of the payload: they are read, never written to.
     """
@@ -50,7 +52,11 @@ def load_sparse(payload: Payload, variable: Variable) -> tuple[Pattern, torch.Te
             pattern, values = from_coo(first.long(), values, shape, is_sorted=True)
     except DataError as error:
         raise PayloadError(f"{shown(variable.name)}: {error.message}", parameter=shown(variable.name)) from None
-    return pattern, values, None if variable.mask is None else load_mask(payload, stored.values, variable.mask)
+    return (
+        pattern,
+        values,
+        None if variable.mask is None else as_bools(load_mask(payload, stored.values, variable.mask)),
+    )
 
 
 def spread_out(payload: Payload, variable: Variable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,17 +118,17 @@ def _viewed(raw: torch.Tensor, dtype: torch.dtype, shape: Shape) -> torch.Tensor
     return aligned.view(dtype).reshape(shape)
 
 
-def load_mask(payload: Payload, of: TensorInfo, mask: MaskSource) -> torch.Tensor:
-    """The mask of the tensor `of` as bool, True = valid; its shape broadcasts to the tensor's."""
+def load_mask(payload: Payload, of: TensorInfo, mask: MaskSource) -> Mask:
+    """The mask of the tensor `of`, True = valid: bool, whose shape broadcasts to the tensor's, or as its lengths or bits."""
     cells = tensor_of(payload.read(mask.info.name), mask.info.dtype, mask.info.shape)
     match mask.kind:
         case MaskKind.LENGTHS:
-            valid = _from_lengths(cells, of, mask.info.name)
+            return _from_lengths(cells, of, mask.info.name)
         case MaskKind.BITMASK:
-            valid = _from_bits(cells, of)
+            return Bits(~cells if mask.means == "missing" else cells, torch.Size(of.shape))
         case MaskKind.BOOL:
             valid = _checked(cells, mask.info.name)
-    return ~valid if mask.means == "missing" else valid
+            return ~valid if mask.means == "missing" else valid
 
 
 def output(name: str, tensor: torch.Tensor) -> Output:
@@ -164,8 +170,8 @@ def _has_other_bytes(cells: torch.Tensor) -> bool:
     return int(raw.numpy().max(initial=0)) > 1 if raw.numel() <= FEW else bool(raw.amax() > 1)
 
 
-def _from_lengths(lengths: torch.Tensor, of: TensorInfo, name: str) -> torch.Tensor:
-    """(B,) lengths of a (B, T, D) tensor -> (B, T, 1): the first cells along T are valid."""
+def _from_lengths(lengths: torch.Tensor, of: TensorInfo, name: str) -> Lengths:
+    """(B,) lengths of a (B, T, D) tensor: the first cells along T are valid."""
     dim = lengths.dim()
     n = of.shape[dim]
     if lengths.numel() and (bool(lengths.amin() < 0) or bool(lengths.amax() > n)):
@@ -173,11 +179,4 @@ def _from_lengths(lengths: torch.Tensor, of: TensorInfo, name: str) -> torch.Ten
             f"{shown(name)} holds a length outside 0 to {n}, the size of dim {dim} of {shown(of.name)}",
             parameter=shown(name),
         )
-    valid = torch.arange(n) < lengths.unsqueeze(-1)
-    return valid.reshape(*valid.shape, *(1 for _ in of.shape[dim + 1 :]))
-
-
-def _from_bits(packed: torch.Tensor, of: TensorInfo) -> torch.Tensor:
-    """(..., ceil(n / 8)) bytes -> (..., n) bools, the lowest bit first; what pads the last byte is not looked at."""
-    rows = np.unpackbits(packed.numpy(), axis=-1, count=of.shape[-1], bitorder="little")
-    return torch.from_numpy(rows.view(np.bool_))
+    return Lengths(lengths.long(), dim, torch.Size(of.shape))

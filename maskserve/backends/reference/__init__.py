@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import Parts, join
+from maskserve.compact import Part, spread_part
 from maskserve.ops.rows import Pass, kernel_name
 from maskserve.plan import Plan
 
@@ -35,13 +36,14 @@ class ReferenceBackend:
     widths_held = 9
     """Those of normalize of complex cells; most hold blocks alone."""
     omits_nan = False
+    reads_compact = False
 
     def why_not(self, plan: Plan) -> str | None:
         return None
 
-    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Parts:
+    def lift(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None = None) -> Parts:
         """The one state of a block (outer, n, inner): parts of shape (outer, inner)."""
-        return lift(plan, plan.passes[0], data, mask, weights)
+        return lift(plan, plan.passes[0], data, spread_part(mask), weights)
 
     def merge(self, plan: Plan) -> Merge:
         """What joins two of its states."""
