@@ -12,9 +12,9 @@ from maskserve.tensor import SPARSE, MaskedTensor
 
 
 def from_foreign(value: Any) -> Any:
-    """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked, sparse tensors of torch and scipy, nested ones as ours.
+    """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked, sparse tensors of torch and scipy as ours.
 
-    So are torch's PackedSequences. Anything else stays as it is.
+    So are torch's nested tensors and PackedSequences. Anything else stays as it is.
     NaN is how xarray and pandas say missing, and there it is masked.
     """
     kind, home = type(value), type(value).__module__

@@ -28,6 +28,7 @@ from maskserve.backends.triton_tables import (
     reducing,
     serves_row,
 )
+from maskserve.compact import Part, spread_part
 from maskserve.dtypes import FLOATING, f64, i64
 from maskserve.ops.rows import Normalization, Reduction, Scan
 
@@ -38,11 +39,12 @@ Parts = dict[str, Tensor]
 Masked = tuple[Tensor, Tensor]
 
 
-def on_plans(plan: Plan, data: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A block in the memory of the plan's device: what is read from a file is in the CPU's."""
+def on_plans(plan: Plan, data: Tensor, mask: Tensor | Part | None) -> tuple[Tensor, Tensor | None]:
+    """A block in the memory of the plan's device, its mask as bools: what is read from a file is in the CPU's memory."""
+    own = spread_part(mask)
     if plan.device == "cpu":
-        return data, mask
-    return data.to(plan.device), None if mask is None else mask.to(plan.device)
+        return data, own
+    return data.to(plan.device), None if own is None else own.to(plan.device)
 
 
 class TritonBackend:
@@ -50,8 +52,8 @@ class TritonBackend:
 
     name = "triton"
     block_cells = sys.maxsize
-    reads_compact = False
     """Kernels cut by themselves."""
+    reads_compact = False
     runs_whole = True
     threads_inside = True
     widths_held = 0
@@ -100,11 +102,11 @@ class TritonBackend:
             return (values, valid) if status == "done" else None
         return (values, valid) if self.reduced(plan, plan.fold, cells, own, values, valid, (inner, 1)) else None
 
-    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor) -> bool:
+    def reduce(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor) -> bool:
         """Whole slices (outer, n, inner) reduced to `values` and `valid`, (1, outer, inner); False: not served."""
         fold = (data.shape[0], data.shape[1], data.shape[2])
-        data, mask = on_plans(plan, data, mask)
-        return self.reduced(plan, fold, data, mask, values, valid, (values.stride(1), values.stride(2)))
+        data, own = on_plans(plan, data, mask)
+        return self.reduced(plan, fold, data, own, values, valid, (values.stride(1), values.stride(2)))
 
     def reduced(
         self, plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor,
@@ -119,12 +121,12 @@ class TritonBackend:
         ended(plan, fold, data, mask, (values, valid, wrong), strides, how)
         return not how.constants["CHECKS"] or not wrong.item()
 
-    def lift(self, plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Parts:
+    def lift(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None = None) -> Parts:
         """The named parts of a block: (outer, n, inner) -> (outer, inner) of each."""
         outer, n, inner = data.shape
-        data, mask = on_plans(plan, data, mask)
+        data, own = on_plans(plan, data, mask)
         parts = states_of(plan, outer * inner, data.device)
-        ended(plan, (outer, n, inner), data, mask, tuple(parts), (inner, 1), None)
+        ended(plan, (outer, n, inner), data, own, tuple(parts), (inner, 1), None)
         return {name: part.view(outer, inner) for name, part in zip(reducing(plan).names, parts, strict=True)}
 
     def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]:
@@ -149,7 +151,7 @@ class TritonBackend:
     # -- a result for each cell -----------------------------------------------------------------------------------
 
     def fill(
-        self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor, places: Tensor | None = None,
+        self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor, places: Tensor | None = None,
         states: Parts | None = None,
     ) -> str:  # fmt: skip
         """A normalization or scan of whole slices, written to `values` and `valid`, hidden cells 0.
@@ -157,12 +159,12 @@ class TritonBackend:
         A normalization that is given the slices' `states`, (outer, inner), takes any part of the slices.
         "done", "overflowed" where a finite value became inf, or "refused": the reference has to do this block.
         """
-        data, mask = on_plans(plan, data, mask)
+        data, own = on_plans(plan, data, mask)
         wrong = torch.zeros(1, dtype=torch.int32, device=data.device)
         if isinstance(plan.row, Normalization):
-            normalize(plan, data, mask, (values, valid, wrong), self.known(plan, data, mask, states))
+            normalize(plan, data, own, (values, valid, wrong), self.known(plan, data, own, states))
             return "overflowed" if wrong.item() else "done"
-        scan(plan, data, mask, (values, valid, wrong))
+        scan(plan, data, own, (values, valid, wrong))
         return "refused" if wrong.item() else "done"
 
     def known(self, plan: Plan, data: Tensor, mask: Tensor | None, states: Parts | None) -> Parts | None:
