@@ -23,8 +23,10 @@ Region: TypeAlias = tuple[slice, ...]
 
 BLOCK = 1 << 20
 """Cells that a thread reads at a time: few enough for the cache, and many enough that a read is no call too many."""
-WIDE = 1 << 14
+WIDE = 1 << 15
 """Columns that are read side by side at least, where rows are wider: so that a row's part is more than a few pages."""
+SEEN = 1 << 22
+"""Cells of a block that a thread sees where it lies: none is copied, and each block costs some calls of Python."""
 LEAST_SEEN = 1 << 17
 """Cells of a block from which it is seen where it lies: a smaller one is copied in the time that this takes."""
 FETCHED = 1 << 24
@@ -103,7 +105,7 @@ class SourceCells(Cells):
             where = (moved(outer, self.first), *last)
             if not isinstance(source, Stored):
                 return source.window(where)
-            is_seen = self.is_seen and n_cells(where) >= LEAST_SEEN and lies_apart(source.shape, where)
+            is_seen = self.is_seen and n_cells(where) >= LEAST_SEEN
             return (source.seen(where) if is_seen else None) or source.read(where, pages)
         box, sizes, exact = covering(self.sizes[:-2], (self.shape[0],), (outer,))
         starts = [s.start for s in self.region[:-2]]
@@ -130,9 +132,9 @@ def is_run(shape: Sequence[int], region: Region) -> bool:
     return True
 
 
-def lies_apart(shape: Sequence[int], where: Window) -> bool:
-    """Whether a window is several pieces of a file: one piece is copied as fast as its pages are found."""
-    return not is_run(shape, where)
+def is_shown(plan: Plan, source: Source) -> bool:
+    """Whether blocks are computed on where they lie: a file shows them, and nothing is made of them before."""
+    return isinstance(source, Stored) and source.lies is not None and plan.as_stored and not plan.weighted
 
 
 def flat_index(shape: Sequence[int], index: Sequence[int]) -> int:

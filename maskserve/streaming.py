@@ -46,7 +46,8 @@ def run(plan: Plan, source: Source, weights: Source | None, budget: int) -> tupl
 def block_cells(plan: Plan, source: Source, budget: int) -> int:
     """The cells that each thread reads at a time: fewer where each takes much memory while it is made."""
     fit = budget // (BLOCKS_SHARE * n_threads() * source.cell_bytes)
-    return min(backend_of(plan).block_cells, regions.BLOCK, max(fit, LEAST_BLOCK))
+    most = regions.SEEN if regions.is_shown(plan, source) else regions.BLOCK
+    return min(backend_of(plan).block_cells, most, max(fit, LEAST_BLOCK))
 
 
 def assembled(shape: tuple[int, ...], dtype: torch.dtype, made: Iterator[Piece]) -> tuple[Tensor, Tensor]:

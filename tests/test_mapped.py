@@ -44,14 +44,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(sources.Lies, "seen", noted)
     monkeypatch.setattr(regions, "BLOCK", 1 << 9)
+    monkeypatch.setattr(regions, "SEEN", 1 << 9)
     see_all(monkeypatch)
     return found
 
 
 def see_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has every block seen where it lies, however small and even if in one piece."""
+    """Has every block seen where it lies, however small."""
     monkeypatch.setattr(regions, "LEAST_SEEN", 0)
-    monkeypatch.setattr(regions, "lies_apart", lambda *_: True)
 
 
 def written(folder: Path, data: Tensor, mask: Tensor | None) -> Path:

@@ -62,6 +62,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, leaves of states and long slices at sizes that tests can have many of."""
     monkeypatch.setattr(regions, "BLOCK", 1 << 9)
     monkeypatch.setattr(regions, "WIDE", 1 << 4)
+    monkeypatch.setattr(regions, "SEEN", 1 << 10)
     monkeypatch.setattr(regions, "LEAST_SEEN", 1 << 4)
     monkeypatch.setattr(region_states, "MOST_STATES", 1 << 6)
     monkeypatch.setattr(engine, "LONG", 1 << 6)
