@@ -157,6 +157,8 @@ class FoldedCompact:
 
     def window(self, where: Where) -> Tensor:
         """The bools of a block."""
+        if 0 in self.shape:
+            return torch.empty([along.stop - along.start for along in where], dtype=torch.bool, device=self.mask.device)
         box, sizes, exact = covering(tuple(self.mask.shape[dim] for dim in self.order), self.shape, where)
         own = [slice(0, 0)] * len(box)
         for dim, along in zip(self.order, box, strict=True):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from maskserve.errors import MaskError
+from maskserve.tracing import in_transform
 
 Box: TypeAlias = Sequence[slice]
 
@@ -79,6 +80,10 @@ class Compact(ABC):
     @abstractmethod
     def met(self, other: Compact) -> Compact | None:
         """Valid where both are, of one shape; None where that is no compact mask."""
+
+    def clone(self) -> Compact:
+        """The same of its own, without what a slice leaves out."""
+        return self.holding(self.cells.clone())
 
     @abstractmethod
     def at(self, index: tuple[Any, ...], shape: torch.Size) -> Compact | None:
@@ -294,9 +299,14 @@ def one_a_dim(index: Any, n_dims: int) -> tuple[Any, ...] | None:
 # -- bits ---------------------------------------------------------------------------------------------------------
 
 
+def is_numpys(cells: Tensor) -> bool:
+    """Whether numpy can read the cells."""
+    return cells.device.type == "cpu" and not in_transform()
+
+
 def unpacked(packed: Tensor) -> Tensor:
     """(..., n) bytes -> (..., 8 n) bools, the lowest bit first."""
-    if packed.device.type == "cpu":
+    if is_numpys(packed):
         return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, bitorder="little").view(np.bool_))
     places = torch.arange(BYTE, dtype=torch.uint8, device=packed.device)
     bits: Tensor = packed.unsqueeze(-1) >> places & 1
@@ -305,7 +315,7 @@ def unpacked(packed: Tensor) -> Tensor:
 
 def packed(valid: Tensor) -> Tensor:
     """(..., n) bools -> (..., ceil(n / 8)) bytes, the lowest bit first, 0 behind the last."""
-    if valid.device.type == "cpu":
+    if is_numpys(valid):
         return torch.from_numpy(np.packbits(valid.numpy(), axis=-1, bitorder="little"))
     n_bytes = -(-valid.shape[-1] // BYTE)
     whole = torch.nn.functional.pad(valid.to(torch.uint8), (0, n_bytes * BYTE - valid.shape[-1]))
@@ -342,6 +352,8 @@ def as_lengths(mask: Mask, dim: int, shape: torch.Size) -> Lengths:
         return mask
     valid = as_bools(mask)
     assert valid is not None
+    if not prod(shape[dim + 1 :]):
+        return Lengths(torch.zeros(shape[:dim], dtype=torch.int64, device=valid.device), dim, shape)
     first = valid
     for behind in range(dim + 1, len(shape)):
         first = first.narrow(behind, 0, min(1, first.shape[behind]))

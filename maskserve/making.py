@@ -13,6 +13,7 @@ from maskserve.compact import Lengths, Mask, as_bits, as_bools, as_lengths
 from maskserve.errors import DimError, DtypeError, MaskedValueError, MaskError, ParameterError
 from maskserve.foreign import from_foreign
 from maskserve.tensor import MaskedTensor
+from maskserve.torch_dtypes import dtype_of
 from maskserve.tracing import in_transform
 
 MASK_LAYOUTS = ("none", "bool", "lengths", "packed")
@@ -79,7 +80,7 @@ def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
     if isinstance(tensor, MaskedTensor):
         return as_masked_tensor(tensor, from_lengths(tensor._data.detach(), lengths, dim)._mask)
     counts = tensor_of(lengths)
-    if not isinstance(counts, Tensor) or not isinstance(dim, int):
+    if not isinstance(counts, Tensor) or not isinstance(dim, int) or isinstance(dim, bool):
         _refuse("lengths are whole numbers and dim is one dim number", "lengths")
     counts = counts.to(tensor.device)
     if not -tensor.ndim <= dim < tensor.ndim:
@@ -92,7 +93,9 @@ def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
             "they must be equal",
             "lengths",
         )
-    if counts.dtype not in (torch.int64, torch.int32) or bool(((counts < 0) | (counts > n)).any()):
+    if counts.dtype not in (torch.int64, torch.int32):
+        _refuse(f"lengths are {dtype_of(counts).name}; they must be i32 or i64: lengths.to(torch.int64)", "lengths")
+    if bool(((counts < 0) | (counts > n)).any()):
         _refuse(f"lengths must be whole numbers from 0 to {n}, the size of dim {along}", "lengths")
     mask = Lengths(counts.to(torch.int64, copy=True), along, tensor.shape)
     return MaskedTensor._of(tensor, mask.bools() if in_transform() else mask)

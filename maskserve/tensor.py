@@ -258,7 +258,7 @@ class MaskedTensor(History):
         from maskserve.engine import hidden_as_zero
 
         mask = None if self._held is None else self._full_mask()
-        held = self._held if isinstance(self._held, Compact) else mask if mask is None else mask.clone()
+        held = self._held.clone() if isinstance(self._held, Compact) else mask if mask is None else mask.clone()
         return _unpickled, (hidden_as_zero(self._data.detach(), mask).clone(), held, self.requires_grad)
 
     def pin_memory(self) -> MaskedTensor:

@@ -40,7 +40,7 @@ def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
         return False
     if in_transform():  # where tensors have none
         return a is b
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def primal(data: Tensor) -> Tensor:

@@ -517,3 +517,66 @@ def test_a_compact_mask_stands_for_its_shape_alone() -> None:
     assert mask.expanded(torch.Size((2, 3, 9))) is not None
     assert mask.expanded(torch.Size((2, 2, 4))) is None
     assert mask.met(Bits(torch.zeros(2, 3, 1, dtype=torch.uint8), torch.Size((2, 3, 4)))) is None
+
+
+# -- tensors of no cells, transforms, copies ----------------------------------------------------------------------
+
+
+@named([row for row in SLICED if dtypes.f32 in row.accepts])
+def test_tensors_of_no_cells_have_the_results_of_bools(row: Row) -> None:
+    for shape in ((0, 2), (3, 0, 2), (0, 1, 2), (2, 3, 0)):
+        data, lengths = torch.zeros(shape), torch.zeros(shape[:1], dtype=torch.int64)
+        prefixes = ms.from_lengths(data, lengths, 1)
+        for dim in (0, 1):
+            found: list[Any] = []
+            for form in (prefixes.to_mask_layout("bool"), prefixes, prefixes.to_mask_layout("packed")):
+                try:
+                    found.append(getattr(ms, row.name)(form, **given_of(row, dim)))
+                except MaskserveError as error:
+                    found.append(str(error))
+            for one in found[1:]:
+                if isinstance(found[0], str):
+                    assert one == found[0]
+                else:
+                    same(one, found[0], (shape, dim))
+
+
+@pytest.mark.parametrize("layout", ["bool", "lengths", "packed"])
+def test_transforms_that_look_on_read_every_form(layout: str) -> None:
+    x = torch.randn(2, 9)
+    masked = ms.from_lengths(x, torch.tensor([3, 9]), 1).to_mask_layout(layout)
+    gradient = torch.func.grad(lambda z: ms.sum(masked * z).to_tensor(0))(x)
+    assert torch.equal(gradient, masked.to_tensor(0.0))
+
+
+def test_a_dim_of_no_cells_behind_has_any_lengths() -> None:
+    empty = ms.from_lengths(torch.zeros(2, 3, 0), torch.zeros(2, dtype=torch.int64), 1)
+    again = empty.to_mask_layout("packed").to_mask_layout("lengths", dim=1)
+    assert again.mask_layout == "lengths"
+    assert again.lengths.shape == (2,)
+
+
+def test_a_pickle_of_a_slice_of_bits_has_its_bits_alone() -> None:
+    whole = ms.masked_tensor(torch.randn(1000, 1000)).to_mask_layout("packed")
+    assert len(pickle.dumps(whole[0:1])) < 8000
+
+
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+def test_a_copy_of_no_cells_is_no_view(layout: str) -> None:
+    made = ms.from_lengths(torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64), 1).to_mask_layout(layout).clone()
+    made[...] = None
+    assert made.shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dim", "message"),
+    [
+        (torch.tensor([1, 2], dtype=torch.uint8), 1, "lengths are u8; they must be i32 or i64"),
+        (torch.tensor([1.0, 2.0]), 1, "lengths are f32; they must be i32 or i64"),
+        (torch.tensor([1, 2]), True, "lengths are whole numbers and dim is one dim number"),
+        (torch.tensor([1, 4]), 1, "lengths must be whole numbers from 0 to 3"),
+    ],
+)
+def test_lengths_that_are_none_are_refused_in_one_line(lengths: Tensor, dim: int, message: str) -> None:
+    with pytest.raises(MaskserveError, match=message):
+        ms.from_lengths(torch.zeros(2, 3), lengths, dim)
