@@ -323,7 +323,7 @@ def test_a_side_input_reaches_the_engine_laid_over_its_variable(monkeypatch: pyt
         return engine.run(plan, data, mask)
 
     monkeypatch.setattr(variable_steps, "plan", plan)
-    monkeypatch.setattr(variable_steps, "engine", SimpleNamespace(run=run, hidden_as_zero=engine.hidden_as_zero))
+    monkeypatch.setattr(variable_steps, "engine", SimpleNamespace(run_held=run, expanded=engine.expanded))
     dims = {"maskserve.dims": json.dumps({"x": ["time", "lat"], "w": ["lat"]})}
     file = payload(dims, x=X, w=np.array([1, 2, 3], "f8"), w__mask=np.array([True, False, True]))
     answer = answers.run(request, BytesPayload(file))

@@ -38,6 +38,7 @@ def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    assert " passed" in ran.stdout, ran.stdout[-4000:] + ran.stderr[-2000:]
 
 
 # -- machine code without a device ----------------------------------------------------------------------------------
