@@ -148,8 +148,9 @@ def of_cells(plan: Plan, source: Source, weights: Source | None, region: Region,
     """What `make` makes of the cells of a region, of which it keeps none; far ones are fetched at once."""
     cells_of = fetched_cells if source.is_far else lifted_cells
     made = make(cells_of(plan, source, weights, region))
-    if isinstance(source, Stored):
-        source.refuse_spoilt()
+    for read in (source, weights):
+        if isinstance(read, Stored):
+            read.refuse_spoilt()
     return made
 
 
