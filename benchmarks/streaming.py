@@ -110,7 +110,7 @@ def ratios(path: Path, runs: int, clock: Callable[[], float]) -> Iterator[str]:
 
 
 def read_alone(of: Plan, source: sources.Source) -> None:
-    """Blocks of a million cells as a reduction gets them, by as many threads: mapped, their masks looked at and not their cells."""
+    """Blocks of a million cells as a reduction gets them, by as many threads: mapped, their masks looked at, not their cells."""
     cells = regions.lifted_cells(of, source, None, regions.whole(of))
     blocks = cut(of, cells.shape, regions.BLOCK, narrow=regions.WIDE)
     tasks = [partial(cells.block, *(rows, run, columns)) for rows, columns in blocks.tiles for run in blocks.runs]
