@@ -17,7 +17,7 @@ from maskserve.making import tensor_of
 from maskserve.reach import Cross, applied, channel, narrowed
 from maskserve.sparse import SparseTensor, aligned
 from maskserve.tensor import MaskedTensor
-from maskserve.tracing import is_followed
+from maskserve.tracing import in_transform, is_followed
 
 Function = Callable[..., Any]
 
@@ -39,7 +39,7 @@ def backward(
     cotangents = [None] * len(outputs) if given is None else listed(given)
     roots, seeds = seeded(outputs, cotangents)
     leaves = None if inputs is None else [part for leaf in listed(inputs) for part in followed_parts(leaf)]
-    torch.autograd.backward(roots, seeds, retain_graph=retain_graph, create_graph=create_graph, inputs=leaves)
+    walked_back(roots, seeds, leaves, retain_graph=retain_graph, create_graph=create_graph, into_leaves=True)
 
 
 def grad_by(
@@ -60,9 +60,7 @@ def grad_by(
     roots, seeds = seeded(wanted, [None] * len(wanted) if grad_outputs is None else listed(grad_outputs))
     parts = [followed_parts(source) for source in sources]
     flat = [part for own in parts for part in own]
-    found = iter(
-        torch.autograd.grad(roots, flat, seeds, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True)
-    )
+    found = iter(walked_back(roots, seeds, flat, retain_graph=retain_graph, create_graph=create_graph))
     made = [gradient_of(source, [next(found) for _ in own]) for source, own in zip(sources, parts, strict=True)]
     return tuple(
         checked_use(
@@ -70,6 +68,30 @@ def grad_by(
         )
         for source, gradient in zip(sources, made, strict=True)
     )
+
+
+def walked_back(
+    roots: Sequence[Tensor], seeds: Sequence[Tensor], leaves: Sequence[Tensor] | None, *, retain_graph: bool | None,
+    create_graph: bool, into_leaves: bool = False,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """The gradients by `leaves`, None where one is not used; `into_leaves`: added to their grad, by default of all there are.
+
+    By torch's engine itself: torch's functions check the seeds' shapes, as `seeded` did, and import sympy for that, 0.7 s.
+    """
+    engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
+    tensors = [*roots, *seeds, *(leaves or ())]
+    if engine is None or in_transform() or leaves == [] or torch.overrides.has_torch_function(tensors):
+        if not into_leaves:
+            return torch.autograd.grad(
+                roots, leaves, seeds, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            )
+        torch.autograd.backward(roots, seeds, retain_graph=retain_graph, create_graph=create_graph, inputs=leaves)
+        return ()
+    keeps = create_graph if retain_graph is None else retain_graph
+    found: Sequence[Tensor | None] = engine(
+        tuple(roots), tuple(seeds), keeps, create_graph, tuple(leaves or ()), True, accumulate_grad=into_leaves
+    )
+    return found
 
 
 def listed(value: Any) -> list[Any]:

@@ -307,3 +307,26 @@ def test_a_gradient_is_scaled_where_it_is() -> None:
     assert x.grad.get_data().tolist() == [2, 0, 0]
     with pytest.raises(MaskError):
         x.grad[1] = 1.0
+
+
+def test_a_first_gradient_imports_no_sympy() -> None:
+    """Torch's own functions import it to compare shapes, 0.7 s in which nobody else is served."""
+    code = (
+        "import sys, torch, maskserve as ms\n"
+        "x = ms.masked_tensor([1.0, None, 3.0], requires_grad=True)\n"
+        "(x * x).mean().backward()\n"
+        "(by,) = torch.autograd.grad(x.exp(), x, torch.ones(3), create_graph=True)\n"
+        "(second,) = torch.autograd.grad(by.sum(), x)\n"
+        "print(x.grad.tolist(), second.get_mask().tolist(), 'sympy' in sys.modules)"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert made.stdout == "[1.0, None, 3.0] [True, False, True] False\n", made.stderr
+
+
+def test_a_torch_without_its_engine_at_hand_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.autograd.graph, "_engine_run_backward")
+    x, unused = (ms.masked_tensor([1.0, None, 3.0], requires_grad=True) for _ in range(2))
+    assert torch.autograd.grad([x.square().sum()], [x, unused], allow_unused=True)[1] is None
+    x.square().sum().backward(inputs=[x])
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, None, 6]
