@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from maskserve.backends.reference.cells import select
+from maskserve.compiling import uncompiled
 from maskserve.errors import GradientError
 from maskserve.gates import DTYPE, as_cotangent, kept
 from maskserve.making import tensor_of
@@ -83,7 +84,7 @@ def walked_back(
     if engine is None or in_transform() or leaves == [] or torch.overrides.has_torch_function(tensors):
         if not into_leaves:
             return torch.autograd.grad(
-                roots, leaves, seeds, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+                roots, leaves or (), seeds, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
             )
         torch.autograd.backward(roots, seeds, retain_graph=retain_graph, create_graph=create_graph, inputs=leaves)
         return ()
@@ -182,6 +183,7 @@ def checked_use(source: Any, gradient: Any, *, allow_unused: bool, materialize: 
 # -- torch.func's words -------------------------------------------------------------------------------------------
 
 
+@uncompiled
 def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
     """A function that gives the gradient of `function`, whose result is one cell, by its arguments `argnums`.
 
@@ -190,6 +192,7 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
     """
     both = value_and_grad(function, argnums, has_aux)
 
+    @uncompiled
     @wraps(function)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         value, found = both(*args, **kwargs)
@@ -198,10 +201,12 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
     return gradient
 
 
+@uncompiled
 def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
     """A function that gives (value, gradient); with has_aux ((value, what else the function gave), gradient)."""
     places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
+    @uncompiled
     @wraps(function)
     def both(*args: Any, **kwargs: Any) -> Any:
         if any(not -len(args) <= place < len(args) for place in places):
@@ -227,6 +232,7 @@ def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_a
     return both
 
 
+@uncompiled
 def vjp(function: Function, *primals: Any, has_aux: bool = False) -> tuple[Any, ...]:
     """(what the function gives, a function from gradients of that to gradients by each primal), as torch.func.vjp.
 
@@ -238,6 +244,7 @@ def vjp(function: Function, *primals: Any, has_aux: bool = False) -> tuple[Any, 
     flat, pull, extra = made
     value, aux = opened.closed(flat, extra)
 
+    @uncompiled
     def pulled(cotangents: Any) -> tuple[Any, ...]:
         leaves = paired(
             "what the function gives", tree_leaves(value), "the gradient from above", tree_leaves(cotangents)
@@ -247,6 +254,7 @@ def vjp(function: Function, *primals: Any, has_aux: bool = False) -> tuple[Any, 
     return (value, pulled, aux) if has_aux else (value, pulled)
 
 
+@uncompiled
 def jvp(
     function: Function, primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False
 ) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
 from maskserve.blocks import counting
 from maskserve.compact import Compact, as_bools
+from maskserve.compiling import uncompiled
 from maskserve.engine import run_held, run_held_with_indices
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.foreign import from_foreign
@@ -373,7 +374,7 @@ def build(row: Row) -> Function:
     function: Function = names[row.name]
     function.__doc__ = docstring(row)
     function.__module__ = "maskserve"
-    return function
+    return uncompiled(function)
 
 
 _SLICED = """\

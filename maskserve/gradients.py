@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import select
+from maskserve.compiling import uncompiled
 from maskserve.gates import as_cotangent, is_reached, kept
 from maskserve.reach import Memory, Operand, applied, channel
 from maskserve.tracing import differentiable_again, in_forward_mode, primal
@@ -105,6 +106,7 @@ def apply(operation: Operation, *operands: Operand) -> tuple[Operand, Tensor | N
     return Operand(values, valid, reach if asked else None), aside[0] if aside else None
 
 
+@uncompiled
 class Compute(torch.autograd.Function):
     """(operation, n, data of n operands, their masks, their reaches) -> (values, valid, reach[, aside])."""
 

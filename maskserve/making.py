@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskserve.compact import Lengths, Mask, as_bits, as_bools, as_lengths
+from maskserve.compiling import uncompiled
 from maskserve.errors import DimError, DtypeError, MaskedValueError, MaskError, ParameterError
 from maskserve.foreign import from_foreign
 from maskserve.tensor import MaskedTensor
@@ -47,6 +48,7 @@ def mapped(cells: list[Any], change: Callable[[Any], Any]) -> list[Any]:
     return [mapped(cell, change) if isinstance(cell, list) else change(cell) for cell in cells]
 
 
+@uncompiled
 def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -> MaskedTensor:
     """A new MaskedTensor with memory of its own, like torch.tensor.
 
@@ -64,6 +66,7 @@ def masked_tensor(data: Any, mask: Any = None, *, requires_grad: bool = False) -
     return made.requires_grad_() if requires_grad else made
 
 
+@uncompiled
 def as_masked_tensor(data: Any, mask: Any = None) -> MaskedTensor:
     """A MaskedTensor on the same data, like torch.as_tensor; of a MaskedTensor the masks are intersected. Copies the mask."""
     return MaskedTensor(tensor_of(data), mask)
@@ -74,6 +77,7 @@ def operand(given: Any) -> MaskedTensor:
     return given if isinstance(given, MaskedTensor) else as_masked_tensor(given)
 
 
+@uncompiled
 def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
     """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
     tensor = tensor_of(data)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import select
+from maskserve.compiling import uncompiled
 from maskserve.gates import DTYPE, as_cotangent, is_reached, kept, kept_where_reached
 from maskserve.tracing import differentiable_again, in_forward_mode, in_transform
 
@@ -76,6 +77,7 @@ class Memory:
         return now if before is None else now | before
 
 
+@uncompiled
 class Through(torch.autograd.Function):
     """Operands of one shape into an op of the same shape, and its result's reach.
 
@@ -146,6 +148,7 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor | None:
     return total
 
 
+@uncompiled
 class Exit(torch.autograd.Function):
     """Data on its way to a plain tensor: there every valid cell counts as reached, and masked cells have no say."""
 
@@ -173,6 +176,7 @@ class Exit(torch.autograd.Function):
         return select(data, ctx.saved_tensors[0])
 
 
+@uncompiled
 class Cross(torch.autograd.Function):
     """The reach of a gradient, from that of its input: a second derivative is specified where both first ones are."""
 

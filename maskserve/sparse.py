@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import BITS, select
+from maskserve.compiling import uncompiled
 from maskserve.errors import (
     DtypeError,
     MaskDtypeError,
@@ -41,6 +42,7 @@ def refused(what: str, shape: torch.Size) -> UncoveredFunctionError:
     )
 
 
+@uncompiled
 class SparseTensor(MaskedTensor):
     """A MaskedTensor in COO or CSR: `_cells` are the stored ones, (n,), `_pattern` says where they are.
 

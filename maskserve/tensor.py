@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskserve import batches, masks
 from maskserve.compact import Compact, Mask, as_bools
+from maskserve.compiling import uncompiled
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError, UncoveredFunctionError
 from maskserve.formatting import nested, text_of
@@ -475,4 +476,6 @@ def _conversions() -> None:
 
 attach(MaskedTensor)
 _conversions()
+for part in MaskedTensor.__mro__[:-1]:
+    uncompiled(part)
 batches.register(MaskedTensor)
