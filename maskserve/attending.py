@@ -18,7 +18,7 @@ from torch.nn import functional
 from maskserve import gradients
 from maskserve.backends.reference.cells import select
 from maskserve.compact import Compact, Mask
-from maskserve.gates import as_cotangent, hidden, hide_rows, kept, rows_alike
+from maskserve.gates import as_cotangent, hidden, hide_rows, kept, once, repeated, rows_alike
 from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result
 from maskserve.operations import OfProduct
 from maskserve.reach import Operand
@@ -53,13 +53,15 @@ def attended(
     words = [Words(x._data, valid) for x in given if (valid := whole_words(x)) is not None]
     if len(words) < len(given) or (met := meetings(words, masks)) is None:
         return None
-    n_words, lengths = k.shape[-2], Lengths.of(tuple(of.cells for of in words))
-    if not torch.equal(words[1].valid, words[2].valid) or not lengths.are_bounded(q._data, scale, n_words):
+    are_alike = torch.equal(words[1].valid, words[2].valid)
+    lengths = bounded([of.cells for of in words], scale) if are_alike else None
+    if lengths is None:
         words = [Words(without_junk(x), of.valid) for x, of in zip(given, words, strict=True)]
-        lengths = Lengths.of(tuple(of.cells for of in words))
-        if not lengths.are_bounded(q._data, scale, n_words):
+        lengths = bounded([of.cells for of in words], scale)
+        if lengths is None:
             return None
-    how = OfAttention(met, scale, tuple(of.valid for of in words), lengths)
+    queries, keys, values = (of.valid for of in words)
+    how = OfAttention(met, scale, (queries, keys, keys if are_alike else values), lengths)
     if not any(is_followed(of.cells) for of in words):
         made = how.compute(tuple(of.cells for of in words), ())
         return MaskedTensor._of(made.values, held_as(q, words[0], made.valid[..., :1]))
@@ -95,12 +97,11 @@ def meetings(words: Sequence[Words], masks: Sequence[Tensor | None]) -> Tensor |
     """(..., i or 1, j), which keys a query meets; None where a mask does not broadcast to that."""
     q, keys = words[0].cells, words[1].valid
     scores = (*q.shape[:-1], keys.shape[-1])
-    if keys.ndim == 3 and torch.equal(keys, keys[:, :1].expand(keys.shape)):
+    given = [mask for mask in masks if mask is not None]
+    if given and keys.ndim == 3 and torch.equal(keys, keys[:, :1].expand(keys.shape)):
         keys = keys[:, :1]  # the same for all heads
     met = keys.unsqueeze(-2)
-    for mask in masks:
-        if mask is None:
-            continue
+    for mask in given:
         sizes = zip(mask.shape[::-1], scores[::-1], strict=False)
         if mask.ndim > len(scores) or any(n not in (1, m) for n, m in sizes):
             return None
@@ -115,15 +116,11 @@ def without_junk(x: MaskedTensor) -> Tensor:
 
 
 class Lengths(NamedTuple):
-    """Of the longest query, key and value, whether valid or not: what bounds all that kernels compute of them."""
+    """No less than those of the longest query, key and value, valid or not: what bounds all that kernels compute of them."""
 
     q: float
     k: float
     v: float
-
-    @staticmethod
-    def of(operands: Cells) -> Lengths:
-        return Lengths(*map(longest, operands))
 
     def are_bounded(self, like: Tensor, scale: float, n_words: int) -> bool:
         """Whether no score and no mean can be inf or NaN: by Cauchy and Schwarz."""
@@ -133,12 +130,32 @@ class Lengths(NamedTuple):
         """Whether scores that are found again are the same, and nothing that is multiplied with `g` overflows."""
         if not self.q * self.k * abs(scale) * torch.finfo(wide(g)).eps <= STEADY:
             return False
-        return longest(g) * g.shape[-2] * max(self.v, 1) < most(g)
+        return any(measure(g) * g.shape[-2] * max(self.v, 1) < most(g) for measure in (together, longest))
+
+
+def bounded(operands: Sequence[Tensor], scale: float) -> Lengths | None:
+    """The lengths, where they bound what is computed; where that will do, and is quicker, those of all words together."""
+    for measure in (longest,) if any(map(is_followed, operands)) else (together, longest):
+        lengths = Lengths(*map(measure, operands))
+        if lengths.are_bounded(operands[0], scale, operands[1].shape[-2]):
+            return lengths
+    return None
 
 
 def longest(x: Tensor) -> float:
     """The length of the longest word; NaN where any is."""
     return float(torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide(x)).amax())
+
+
+def together(x: Tensor) -> float:
+    """The length of all words as one, which none is longer than; NaN where any is, and inf perhaps where none is."""
+    x, n = x.detach(), repeated(x)
+    if n:
+        return float(torch.linalg.vector_norm(once(x, n), dtype=wide(x))) * math.sqrt(math.prod(x.shape[-n:]))
+    if x.is_contiguous() and x.dtype is wide(x) and x.device.type == "cpu":
+        cells = x.view(-1)
+        return math.sqrt(torch.dot(cells, cells))  # in half the time of a norm
+    return float(torch.linalg.vector_norm(x, dtype=wide(x)))
 
 
 def most(x: Tensor) -> float:
@@ -164,8 +181,9 @@ class OfAttention(Operation):
 
     def compute(self, operands: Cells, masks: Masks) -> Result:
         made, sums = fused(operands, self.bias(operands[0]), self.scale)
-        queries, _, values = self.words
-        valid = (self.met & values.unsqueeze(-2)).any(-1) & queries
+        queries, keys, values = self.words
+        met = self.met if values is keys else self.met & values.unsqueeze(-2)
+        valid = met.any(-1) & queries
         hide_rows(made, valid)
         return Result(made, valid.unsqueeze(-1).expand(made.shape), sums)
 
@@ -185,7 +203,7 @@ class OfAttention(Operation):
             operands = tuple(
                 kept(x, at.unsqueeze(-1).expand(x.shape)) for x, at in zip(operands, self.words, strict=True)
             )
-            if not Lengths.of(operands).allow_back(g, self.scale):
+            if not Lengths(*map(longest, operands)).allow_back(g, self.scale):
                 return super().gradients(given, above, reached)
             made, sums = fused(operands, bias, self.scale)
         return fused_back(g, operands, made, sums, bias, self.scale)

@@ -22,6 +22,9 @@ NARROW = 512
 """Columns side by side from which rows are read at full speed."""
 
 
+WHOLE = 1 << 20
+"""Cells of a mask up to which it is spread out at once, and not in each block for itself."""
+
 Where: TypeAlias = tuple[slice, ...]
 Block: TypeAlias = tuple[Tensor, Tensor | Part | None]
 
@@ -115,7 +118,8 @@ class Folded:
         try:
             self.view: Tensor | None = self.tensor.view(shape)
         except RuntimeError:
-            self.view = None
+            is_small = repeats_last(self.tensor) and tensor.numel() <= WHOLE
+            self.view = spread(self.tensor).view(shape) if is_small else None
 
     def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
         if self.view is not None:
@@ -130,9 +134,14 @@ class Folded:
         """A copy of the block."""
         box, sizes, exact = covering(tuple(self.tensor.shape), self.shape, slices)
         part = self.tensor[box]
-        if part.dtype is torch.bool and part.ndim and part.stride(-1) == 0 and part.numel():
+        if repeats_last(part):
             part = spread(part)
         return part.reshape(sizes)[exact]
+
+
+def repeats_last(tensor: Tensor) -> bool:
+    """Whether it is a mask that says one thing all along its last dim."""
+    return tensor.dtype is torch.bool and tensor.ndim > 0 and tensor.stride(-1) == 0 and tensor.numel() > 0
 
 
 class FoldedCompact:

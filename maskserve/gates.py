@@ -28,6 +28,8 @@ SPREAD = 1 << 17
 
 def kept(cells: Tensor, mask: Tensor | None) -> Tensor:
     """`cells` where the mask is True, else 0. Without a mask they are the cells themselves: never write into them."""
+    if mask is not None and (n := repeated(cells, mask)):
+        return kept(once(cells, n), once(mask, n)).expand(cells.shape)
     if mask is None or not are_dense(cells, mask := laid_out(mask)):
         return select(cells, mask)
     return walked(cells, mask, of_reach=False)
@@ -63,13 +65,17 @@ def hidden(cells: Tensor, mask: Compact, *, in_place: bool) -> Tensor:
 
 def kept_where_reached(cells: Tensor, reach: Tensor) -> Tensor:
     """`cells` where the reach is above 0, else 0."""
-    if not are_dense(cells, reach):
+    if n := repeated(cells, reach):
+        return kept_where_reached(once(cells, n), once(reach, n)).expand(cells.shape)
+    if not are_dense(cells, reach := laid_out(reach)):
         return select(cells, is_reached(reach))
     return walked(cells, reach, of_reach=True)
 
 
 def as_cotangent(mask: Tensor) -> Tensor:
     """1 where the mask is True, else 0."""
+    if n := repeated(mask):
+        return as_cotangent(once(mask, n)).expand(mask.shape)
     if not are_dense(mask := laid_out(mask)):
         return mask.to(DTYPE)
     made = empty(mask.shape, DTYPE)
@@ -79,11 +85,31 @@ def as_cotangent(mask: Tensor) -> Tensor:
 
 def is_reached(reach: Tensor) -> Tensor:
     """Where a reach is above 0."""
+    if n := repeated(reach):
+        return is_reached(once(reach, n)).expand(reach.shape)
     if reach.dtype is not DTYPE or not are_dense(reach):
         return reach > 0
     made = empty(reach.shape, torch.bool)
     in_runs(reach.numel(), lambda at, n: native().to_mask(reach.data_ptr() + 2 * at, n, made.data_ptr() + at))
     return made
+
+
+def repeated(*tensors: Tensor) -> int:
+    """Along how many of their last dims tensors of one shape repeat one cell, as `expand` makes them; 0 as a rule."""
+    first = tensors[0]
+    if any(x.is_contiguous() or x.shape != first.shape or is_followed(x) or not has_memory(x) for x in tensors):
+        return 0
+    n, n_cells = 0, 1
+    for size, *steps in zip(reversed(first.shape), *(reversed(x.stride()) for x in tensors), strict=True):
+        if size > 1 and any(steps):
+            break
+        n, n_cells = n + 1, n_cells * size
+    return n if n_cells > 1 else 0
+
+
+def once(tensor: Tensor, n: int) -> Tensor:
+    """The tensor with size 1 along its last n dims, which repeat."""
+    return tensor.as_strided((*tensor.shape[: tensor.ndim - n], *(1,) * n), tensor.stride())
 
 
 def laid_out(mask: Tensor) -> Tensor:
@@ -117,8 +143,8 @@ def spread(mask: Tensor) -> Tensor:
 
 def rows_alike(mask: Tensor) -> Tensor | None:
     """(..., n) -> (...): what each row of a mask says of all its cells; None where one says two things."""
-    if mask.shape[-1] == 1:
-        return mask.squeeze(-1)
+    if mask.shape[-1] == 1 or repeated(mask):
+        return mask[..., 0]
     if 0 in mask.shape or not are_dense(mask):
         first = mask[..., :1]
         return first.squeeze(-1) if mask.shape[-1] and torch.equal(mask, first.expand(mask.shape)) else None

@@ -17,10 +17,11 @@ from maskserve.backends.cpu import empty
 from maskserve.backends.pulls import N_PARTS, Launch, count_ties, launch, pull_block
 from maskserve.backends.reference.cells import Parts
 from maskserve.blocks import Cells, Folded, cut
-from maskserve.compact import Mask, Part, as_bools, spread_part
+from maskserve.compact import Compact, Mask, Part, as_bools, spread_part
 from maskserve.engine import joined
 from maskserve.execution import backend_of, execution, in_parallel
-from maskserve.gates import DTYPE
+from maskserve.gates import DTYPE, as_cotangent, kept, once, repeated
+from maskserve.masks import intersection
 from maskserve.plan import Plan, reduced_shape
 from maskserve.tracing import has_memory
 
@@ -56,10 +57,28 @@ def pulled(
     how = launch(plan) if execution().backend in (None, "cpu") else None
     if how is None:
         return None
+    if how.pull.is_even and not isinstance(mask, Compact) and how.states.params["nan"] == "propagate":
+        parts = [spread_out(plan, part) for part in (g, gate)] + ([] if mask is None else [mask.expand(plan.shape)])
+        if n := repeated(*parts):
+            return evenly(plan, data.dtype, [once(part, n) for part in parts], wants_reach=wants_reach)
     made = Pulled(empty(plan.shape, data.dtype), empty(plan.shape, DTYPE) if wants_reach else None)
     if made.gradient.numel() and not Walk(how, data, mask, (g, gate, values), made)():
         return None
     return made
+
+
+def evenly(plan: Plan, dtype: torch.dtype, parts: Sequence[Tensor], *, wants_reach: bool) -> Pulled:
+    """The same where a cell's gradient is g of its slice: from g, gate and mask, as far as they differ from cell to cell."""
+    g, *gates = parts
+    reached = intersection(gates)
+    assert reached is not None
+    gradient = kept(g.to(dtype), reached).expand(plan.shape)
+    return Pulled(gradient, as_cotangent(reached).expand(plan.shape) if wants_reach else None)
+
+
+def spread_out(plan: Plan, result: Tensor) -> Tensor:
+    """A result of a reduction, or what belongs to it, at the cells that it is of."""
+    return result.reshape(reduced_shape(plan.shape, plan.dims, keepdim=True)).expand(plan.shape)
 
 
 class Walk:
@@ -83,11 +102,7 @@ class Walk:
 
     def folded(self, result: Tensor) -> Folded:
         """A result, or what belongs to it, in the folded shape of the data."""
-        if self.how.reduces:
-            result = result.reshape(reduced_shape(self.plan.shape, self.plan.dims, keepdim=True)).expand(
-                self.plan.shape
-            )
-        return Folded(result, self.cells.shape)
+        return Folded(spread_out(self.plan, result) if self.how.reduces else result, self.cells.shape)
 
     def __call__(self) -> bool:
         """Whether every block was served."""

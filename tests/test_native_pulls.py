@@ -265,6 +265,42 @@ def test_a_gate_is_a_selection(kind: torch.dtype, n: int) -> None:
     assert_same_bits((gates.kept(cells, mask), gates.kept_where_reached(cells, reach)), (expected, expected), n)
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 1, 1), (3, 1, 1, 1), (1, 1, 1, 1), (3, 4, 5, 1), (3, 4, 5, 6)], ids=str)
+def test_a_gate_of_what_repeats_gives_what_its_copy_gives(kind: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    cells = torch.randn(shape, generator=generator).to(kind).expand(3, 4, 5, 6)[::2]
+    mask = (torch.rand(shape, generator=generator) < 0.5).expand(3, 4, 5, 6)[::2]
+    reach = gates.as_cotangent(mask)
+    found = (gates.kept(cells, mask), gates.kept_where_reached(cells, reach), reach, gates.is_reached(reach))
+    expected = select(cells.contiguous(), mask.contiguous())
+    assert_same_bits(
+        tuple(part.contiguous() for part in found),
+        (expected, expected, mask.to(torch.bfloat16), mask.contiguous()),
+        shape,
+    )
+
+
+@pytest.mark.parametrize("dim", [None, 1, (0, 2), (1, 2), 2], ids=str)
+@pytest.mark.parametrize("kept_dims", [(3, 4, 1), (3, 1, 1), (1, 1, 1), None], ids=str)
+def test_a_sum_under_a_mask_that_repeats_has_the_gradient_of_any_other(
+    dim: Any, kept_dims: tuple[int, ...] | None
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    data = torch.randn(3, 4, 5, generator=generator)
+    mask = None if kept_dims is None else (torch.rand(kept_dims, generator=generator) < 0.6).expand(3, 4, 5)
+    plan = plan_of(OPS["sum"], data, dim=dim)
+    values = torch.zeros(plan.out_shape)
+    g, gate = torch.randn(plan.out_shape, generator=generator), torch.rand(plan.out_shape, generator=generator) < 0.7
+    found, expected = (
+        pulled(plan, data, own, values, select(g, gate), gate, wants_reach=True)
+        for own in (mask, torch.ones(3, 4, 5, dtype=torch.bool) if mask is None else mask.contiguous())
+    )
+    assert found is not None
+    assert expected is not None
+    assert_same_bits([part.contiguous() for part in found if part is not None], expected, dim)
+
+
 # -- instruction sets ---------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,8 @@ class Pull:
     """Whether ties are of |cells|."""
     spares_zeros: bool = False
     """Whether its states leave out cells of 0, and their count is of those."""
+    is_even: bool = False
+    """Whether each cell's gradient is g of its slice, whatever the cells are."""
     of_slices: bool = False
     """Whether it reads slices whole: each cell's gradient depends on g of the others."""
     serves: Callable[[Params], bool] = lambda params: True
@@ -60,7 +62,7 @@ def is_extreme(params: Params) -> bool:
 RESULT = ("result",)
 # by the name of the reference's formula; the first that serves
 PULLS = {
-    ".gradients:total": (Pull(kernel="pull_total"),),
+    ".gradients:total": (Pull(kernel="pull_total", is_even=True),),
     ".gradients:mean": (Pull(kernel="pull_mean", step=passes.COUNT),),
     ".gradients:var": (Pull(kernel="pull_var", step=passes.MOMENTS),),
     ".gradients:std": (Pull(kernel="pull_std", step=passes.MOMENTS),),
