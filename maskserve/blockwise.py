@@ -24,12 +24,12 @@ from maskserve.dtypes import WIDE, DType, u64
 from maskserve.errors import MaskserveError
 from maskserve.execution import in_parallel
 from maskserve.expression import placed
-from maskserve.gates import kept, kept_in_place
+from maskserve.gates import hide_few, kept, kept_in_place
 from maskserve.masks import Policy, parse_policy
 from maskserve.ops.rows import Beyond, Elementwise, MaskRule
 from maskserve.reach import Operand
 from maskserve.tensor import MaskedTensor
-from maskserve.tracing import same_memory
+from maskserve.tracing import lies_in, same_memory
 
 T = TypeVar("T", Tensor, MaskedTensor)
 Shape: TypeAlias = tuple[int, ...]
@@ -176,10 +176,37 @@ class Chain(NamedTuple):
 
     ops: tuple[Op, ...]
     is_plain: bool
+    calls: Callable[..., Tensor] | None
+    """Where it is plain, the last op's cells of those of the leaves: one call of torch after the other."""
+    gives_own: bool
+    """Whether the result never lies in a leaf's memory: a function that takes `out` makes a new tensor without it."""
 
     @staticmethod
-    def of(ops: Sequence[Op]) -> Chain:
-        return Chain(tuple(ops), all(step.is_plain and step.function for step in ops))
+    def of(ops: Sequence[Op], n_leaves: int) -> Chain:
+        is_plain = all(step.is_plain and step.function for step in ops)
+        calls = calls_of(ops, n_leaves) if is_plain else None
+        return Chain(tuple(ops), is_plain, calls, gives_own=ops[-1].reuses is not None)
+
+
+def calls_of(ops: Sequence[Op], n_leaves: int) -> Callable[..., Tensor]:
+    """The calls as a function of the leaves' cells, whose lines are made here: no word of a request is in them."""
+    names: dict[str, Any] = {}
+
+    def told(operand: Slot | int | float | None) -> str:
+        if isinstance(operand, Slot):
+            return f"cells{operand.n}"
+        names[number := f"number{len(names)}"] = operand
+        return number
+
+    lines = [f"def calls({', '.join(f'cells{n}' for n in range(n_leaves))}):"]
+    for n, step in enumerate(ops):
+        names[f"function{n}"] = (
+            partial(step.function, **step.params) if step.function and step.params else step.function
+        )
+        lines.append(f"    cells{n_leaves + n} = function{n}({', '.join(map(told, step.operands))})")
+    exec("\n".join([*lines, f"    return cells{n_leaves + len(ops) - 1}"]), names)
+    calls: Callable[..., Tensor] = names["calls"]
+    return calls
 
 
 def run(chain: Chain, leaves: Sequence[Cells]) -> Cells:
@@ -226,18 +253,32 @@ def spare(step: Op, between: Sequence[Tensor], leaves: Sequence[Cells]) -> list[
     return [x for x in between if x.numel() >= FEW and not any(same_memory(x, leaf.data) for leaf in leaves)]
 
 
+def of_few(chain: Chain, data: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Cells | None:
+    """The cells of a plain stage that gives its own; None where an op refuses: which, and where it stands, at_once tells.
+
+    Where cells are few, what stands between the calls counts.
+    """
+    assert chain.calls is not None
+    try:
+        made = chain.calls(*data)
+    except REFUSALS:
+        return None
+    mask = together(masks)
+    if mask is None:
+        return Cells(made, None)
+    return Cells(hide_few(made, mask), mask.clone() if any(mask is own for own in masks) else mask)
+
+
 def at_once(chain: Chain, leaves: Sequence[Cells]) -> Cells:
     """The cells of a stage, in memory of their own."""
     data, mask = run(chain, leaves)
-    is_own = not any(same_memory(data, leaf.data) for leaf in leaves)
+    is_own = not lies_in(data, [leaf.data for leaf in leaves])
     if mask is None:
         return Cells(data if is_own else data.clone(), None)
-    if is_own and data.numel() < FEW and data.is_floating_point() and data.itemsize > 1:  # torch fills no fp8
-        data.masked_fill_(~mask, 0)  # in a quarter of the time that it takes to begin the kernel
-    else:
-        full = mask.expand(data.shape)
-        data = kept_in_place(data, full) if is_own else kept(data, full)
-    return Cells(data, mask.clone() if any(same_memory(mask, leaf.mask) for leaf in leaves) else mask)
+    full = mask if mask.shape == data.shape else mask.expand(data.shape)
+    data = kept_in_place(data, full) if is_own else kept(data.contiguous(), full)
+    own = [leaf.mask for leaf in leaves if leaf.mask is not None]
+    return Cells(data, mask.clone() if lies_in(mask, own) else mask)
 
 
 def in_blocks(chain: Chain, leaves: Sequence[Cells], shape: Shape, sample: Cells) -> Cells:

@@ -15,8 +15,8 @@ import torch
 from maskserve import blockwise, engine
 from maskserve.alignment import dim_numbers, laid_over, laid_together
 from maskserve.backends import Choice, choose
-from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, in_blocks, laid, lies_along, op
-from maskserve.compact import common
+from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, in_blocks, laid, lies_along, of_few, op
+from maskserve.compact import Compact, common
 from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run_held
@@ -32,8 +32,8 @@ from maskserve.outlines import Outline, outline
 from maskserve.payload.variables import Dims
 from maskserve.plan import Plan, plan
 from maskserve.tensor import MaskedTensor
-from maskserve.torch_dtypes import dtype_of
-from maskserve.tracing import is_followed
+from maskserve.torch_dtypes import dtype_of, known
+from maskserve.tracing import are_followed
 
 Shape: TypeAlias = tuple[int, ...]
 Index: TypeAlias = tuple[slice, ...]
@@ -363,32 +363,37 @@ def of_numbers(node: Call, operands: Mapping[str, Any]) -> int | float:
 
 def of_tensors(text: str, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
     """The value of an expression on tensors by name; where any of them is followed, so is the result."""
-    declared = tuple((name, declared_of(tensor)) for name, tensor in variables.items())
-    return evaluated(remembered(text, declared, torch.get_default_dtype()), variables)
+    headers = [(name, (x._data.shape, x._data.dtype, x._held is not None)) for name, x in variables.items()]
+    return evaluated(remembered(text, torch.get_default_dtype(), *headers), variables)
 
 
 @lru_cache(maxsize=256)
-def remembered(text: str, declared: tuple[tuple[str, Declared], ...], _default: torch.dtype) -> Term:
-    """The plan of a text on variables with these headers: the same each time, as torch's default dtype is the same."""
-    return planned(parse(text).root, dict(declared))
+def remembered(text: str, _default: torch.dtype, *headers: tuple[str, tuple[torch.Size, torch.dtype, bool]]) -> Term:
+    """The plan of a text on variables of such names, shapes, dtypes and masks: the same as long as torch's default dtype is."""
+    return planned(parse(text).root, {name: declared(*header) for name, header in headers})
+
+
+def declared(shape: torch.Size, dtype: torch.dtype, is_masked: bool) -> Declared:
+    return Declared(shape=tuple(shape), dtype=known(dtype), is_masked=is_masked)
 
 
 def declared_of(tensor: MaskedTensor) -> Declared:
-    return Declared(shape=tuple(tensor._data.shape), dtype=dtype_of(tensor._data), is_masked=tensor._held is not None)
+    return declared(tensor._data.shape, tensor._data.dtype, tensor._held is not None)
 
 
 def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
     """The cells of the term."""
     if isinstance(term.node, Name):
         return variables[term.node.name] if term.node.name else term.sample
-    inputs = program(term).leaves if is_elementwise(term) else tuple(term.terms)
+    made = program(term) if is_elementwise(term) else None
+    inputs = made.leaves if made else tuple(term.terms)
     values = [evaluated(leaf, variables) for leaf, _ in inputs]
-    if any(is_followed(value._data) for value in values):
+    if are_followed([value._data for value in values]):
         known = {leaf_key(leaf, axes): value for (leaf, axes), value in zip(inputs, values, strict=True)}
         return called(term, {leaf: known[leaf_key(leaf, axes)] for leaf, axes in term.leaves.items()})
     if term.outline is not None:
         return called(term, dict(zip((leaf for leaf, _ in inputs), values, strict=True)))
-    return elementwise(term, values) if is_elementwise(term) else sliced(term, values)
+    return elementwise(term, made, values) if made else sliced(term, values)
 
 
 def called(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
@@ -419,14 +424,17 @@ def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
         return MaskedTensor._of(*run_held(term.plan, *data[:2], *weighed))
 
 
-def elementwise(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
+def elementwise(term: Term, made: Program, values: Sequence[MaskedTensor]) -> MaskedTensor:
     """Adjacent elementwise ops: block by block where there are many cells."""
-    made = program(term)
     if made.chain.is_plain and made.lie_along and parse_policy(None) is Policy.INTERSECT:
-        kept = common([v._held for v in values], torch.Size(term.shape))
-        if kept is not None:
-            plain = elementwise(term, [MaskedTensor._of(v._data, None) for v in values])
-            return MaskedTensor._of(hidden(plain._data, kept, in_place=True), kept)
+        masks: list[Any] = [v._held for v in values]
+        if any(isinstance(mask, Compact) for mask in masks):
+            kept = common(masks, torch.Size(term.shape))
+            if kept is not None:
+                plain = elementwise(term, made, [MaskedTensor._of(v._data, None) for v in values])
+                return MaskedTensor._of(hidden(plain._data, kept, in_place=True), kept)
+        elif made.are_few and (found := of_few(made.chain, [v._data for v in values], masks)):
+            return MaskedTensor._of(*found)
     cells = [Cells(v._data, v._mask) for v in values]
     if not made.lie_along:
         n_dims = len(term.shape)
@@ -447,6 +455,8 @@ class Program(NamedTuple):
     lie_along: bool
     """Whether torch broadcasts all leaves as they are."""
     is_small: bool
+    are_few: bool
+    """Whether its cells are few, and in memory of their own."""
 
 
 @lru_cache(maxsize=256)
@@ -475,9 +485,10 @@ def program(stage: Term) -> Program:
 
     slot_of(stage, tuple(range(len(stage.shape))))
     leaves = tuple(found.values())
+    chain, n_cells = Chain.of(ops, len(slots)), prod(stage.shape)
     return Program(
-        leaves, Chain.of(ops), all(lies_along(axes, len(stage.shape)) for _, axes in leaves),
-        prod(stage.shape) <= blockwise.SMALL,
+        leaves, chain, all(lies_along(axes, len(stage.shape)) for _, axes in leaves), n_cells <= blockwise.SMALL,
+        n_cells < blockwise.FEW and chain.gives_own,
     )  # fmt: skip
 
 

@@ -187,7 +187,9 @@ def without_junk(term: Term, value: MaskedTensor, given: Iterable[MaskedTensor])
     data, mask = value._data, value._full_mask()
     if is_elementwise(term) or term.plan is not None:
         return data
-    return kept(data, mask) if any(same_memory(data, x._data) for x in given) else kept_in_place(data, mask)
+    return (
+        kept(data.contiguous(), mask) if any(same_memory(data, x._data) for x in given) else kept_in_place(data, mask)
+    )
 
 
 # -- before a cell is read ----------------------------------------------------------------------------------------

@@ -270,6 +270,7 @@ def loss(row: Loss, given: Any, target: Any, params: dict[str, Any]) -> MaskedTe
     return made
 
 
+@cache
 def implementation(row: Formula | Loss | Layer) -> Function:
     """What computes a row that is made of other rows: it calls these functions."""
     module, _, name = row.function.partition(":")

@@ -16,7 +16,7 @@ from maskserve.backends.cpu import empty, missing, native
 from maskserve.backends.reference.cells import BITS, select
 from maskserve.compact import Compact
 from maskserve.execution import in_parallel
-from maskserve.tracing import has_memory, is_followed
+from maskserve.tracing import are_followed, has_memory, is_followed
 
 DTYPE = torch.bfloat16
 """Counts in it saturate, and neither cancel nor vanish."""
@@ -40,6 +40,17 @@ def kept_in_place(cells: Tensor, mask: Tensor) -> Tensor:
     if not are_dense(cells, mask := laid_out(mask)):
         return select(cells, mask)
     return walked(cells, mask, of_reach=False, made=cells)
+
+
+def hide_few(cells: Tensor, mask: Tensor) -> Tensor:
+    """The same where the cells are few and new, and nobody follows them: asking who does takes longer than this."""
+    shape = cells.shape
+    is_walked = cells.is_cpu and mask.is_cpu and cells.is_contiguous() and mask.is_contiguous() and mask.shape == shape
+    if not is_walked or cells.itemsize not in BITS or missing() is not None:
+        return kept_in_place(cells, mask.expand(shape))
+    at = cells.data_ptr()
+    native().keep(False, at, mask.data_ptr(), cells.itemsize, cells.numel(), at)
+    return cells
 
 
 def hidden(cells: Tensor, mask: Compact, *, in_place: bool) -> Tensor:
@@ -165,11 +176,11 @@ def are_dense(*tensors: Tensor) -> bool:
     """Whether kernels can walk them side by side."""
     shape = tensors[0].shape
     for tensor in tensors:
-        if tensor.device.type != "cpu" or tensor.shape != shape or not tensor.is_contiguous():
+        if not tensor.is_cpu or tensor.shape != shape or not tensor.is_contiguous():
             return False
-        if tensor.itemsize not in BITS or not has_memory(tensor) or is_followed(tensor):
+        if tensor.itemsize not in BITS or not has_memory(tensor):
             return False
-    return missing() is None
+    return missing() is None and not are_followed(tensors)
 
 
 def walked(cells: Tensor, keep: Tensor, *, of_reach: bool, made: Tensor | None = None) -> Tensor:

@@ -13,8 +13,13 @@ DTYPES: dict[torch.dtype, DType] = {getattr(torch, dtype.torch): dtype for dtype
 
 def dtype_of(data: Tensor) -> DType:
     """Our name of a tensor's dtype; DtypeError where it has none."""
-    found = DTYPES.get(data.dtype)
+    return DTYPES.get(data.dtype) or known(data.dtype)
+
+
+def known(dtype: torch.dtype) -> DType:
+    """Our name of a dtype; DtypeError where it has none."""
+    found = DTYPES.get(dtype)
     if found is None:
-        name = str(data.dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         raise DtypeError(f"{name} is not supported: give one of {', '.join(BY_TORCH)}", parameter="dtype")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,37 +10,52 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+innermost: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+"""Of torch.func's transforms, None outside them all."""
+
 
 def is_followed(data: Tensor) -> bool:
     """Whether what is computed from `data` must leave a trace, and cannot be read by its memory."""
-    return (
-        (data.requires_grad and torch.is_grad_enabled())
-        or in_transform()
-        or torch._C._functorch.is_legacy_batchedtensor(data)
-    )
+    return (data.requires_grad and torch.is_grad_enabled()) or in_transform() or is_batched(data)
+
+
+def are_followed(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them is."""
+    if in_transform():
+        return bool(tensors)
+    is_recorded = torch.is_grad_enabled()
+    for tensor in tensors:  # noqa: SIM110 - any() takes as long again, and each op of few cells asks several times
+        if (is_recorded and tensor.requires_grad) or is_batched(tensor):
+            return True
+    return False
 
 
 def has_memory(data: Tensor) -> bool:
     """Whether a kernel can read the cells where `data_ptr` says: no wrapper of a transform, and no sign left to take."""
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(data) or data._is_zerotensor() or data.is_neg()
-    return not wrapped
+    return not (is_wrapped(data) or data._is_zerotensor() or data.is_neg())
 
 
 def in_transform() -> bool:
     """Whether torch.func looks on (tensors have no memory of their own there), or forward mode."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or in_forward_mode()
+    return innermost() is not None or in_forward_mode()
 
 
 def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return False
+def lies_in(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether a tensor has the memory of one of the others."""
     if in_transform():  # where tensors have none
-        return a is b
-    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        return any(tensor is other for other in others)
+    own = tensor.untyped_storage().data_ptr()
+    return tensor.numel() > 0 and any(own == x.untyped_storage().data_ptr() and x.numel() > 0 for x in others)
+
+
+def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and lies_in(a, [b])
 
 
 def primal(data: Tensor) -> Tensor:

@@ -309,3 +309,15 @@ def test_blocks_cover_every_cell_once(shape: tuple[int, ...]) -> None:
         assert seen[index].numel() <= BLOCK
         seen[index] += 1
     assert bool((seen == 1).all())
+
+
+@pytest.mark.parametrize("text", ["+x", "x + 0", "abs(x)"])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True], [False], [True]])], ids=["none", "rows"])
+def test_a_result_of_few_cells_has_memory_of_its_own(text: str, mask: torch.Tensor | None) -> None:
+    x = ms.as_masked_tensor(torch.tensor([[1.0], [torch.nan], [3.0]]).expand(3, 4), mask)
+    made = ms.eval(text, x=x)
+    made[2, 1] = None
+    made[0] = 7.0
+    assert x.tolist()[0] == [1] * 4
+    assert x.get_mask()[2].all()
+    assert made.tolist()[::2] == [[7] * 4, [3, None, 3, 3]]
