@@ -374,7 +374,9 @@ def remembered(text: str, declared: tuple[tuple[str, Declared], ...], _default: 
 
 
 def declared_of(tensor: MaskedTensor) -> Declared:
-    return Declared(shape=tuple(tensor._data.shape), dtype=dtype_of(tensor._data), is_masked=tensor._held is not None)
+    cells = tensor._cells
+    is_masked = cells is not tensor or cells._held is not None
+    return Declared(shape=tuple(tensor.shape), dtype=dtype_of(cells._data), is_masked=is_masked)
 
 
 def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
@@ -383,7 +385,7 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
         return variables[term.node.name] if term.node.name else term.sample
     inputs = program(term).leaves if is_elementwise(term) else tuple(term.terms)
     values = [evaluated(leaf, variables) for leaf, _ in inputs]
-    if any(is_followed(value._data) for value in values):
+    if any(value._cells is not value or is_followed(value._data) for value in values):  # sparse, or followed
         known = {leaf_key(leaf, axes): value for (leaf, axes), value in zip(inputs, values, strict=True)}
         return called(term, {leaf: known[leaf_key(leaf, axes)] for leaf, axes in term.leaves.items()})
     if term.outline is not None:
@@ -392,7 +394,7 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
 
 
 def called(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
-    """The term of its leaves by the public functions, which leave a trace for autograd."""
+    """The term of its leaves by the public functions, which leave a trace for autograd and know sparse tensors."""
     assert isinstance(term.node, Call)
     operands: dict[str, Any] = {}
     for word, operand in term.operands.items():

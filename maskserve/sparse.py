@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import BITS, select
+from maskserve.compact import is_strided
 from maskserve.errors import (
     DtypeError,
     MaskDtypeError,
@@ -99,6 +100,11 @@ class SparseTensor(MaskedTensor):
     def is_sparse(self) -> bool:
         """Whether it is COO, as torch means it."""
         return self.layout is COO
+
+    @property
+    def mask_layout(self) -> str:
+        """How the mask of the stored cells is held."""
+        return self._cells.mask_layout
 
     @property
     def ndim(self) -> int:
@@ -312,8 +318,13 @@ class SparseTensor(MaskedTensor):
 
 
 def _unpickled(is_csr: bool, shape: tuple[int, ...], positions: Tensor, cells: MaskedTensor) -> SparseTensor:
+    is_shape = isinstance(shape, tuple) and all(type(size) is int for size in shape)
+    if not is_shape or not is_strided(positions) or type(cells) is not MaskedTensor or positions.device != cells.device:
+        raise ShapeError("what was pickled is no sparse tensor: it was not written by maskserve")
+    if positions.is_meta:
+        raise refused("a load to the meta device", torch.Size(shape))
     checked_positions(positions, checked_shape(shape), "the file")
-    if len(positions) != cells.numel():
+    if positions.shape != cells.shape:
         raise ShapeError(f"the file has {len(positions)} positions and {cells.numel()} cells; they must be as many")
     pattern = Pattern(layout=COO, shape=torch.Size(shape), positions=positions)
     return SparseTensor._on(pattern.in_layout(CSR if is_csr else COO), cells)

@@ -349,16 +349,15 @@ def windows(rows: Tensor, slices: Slices, index: Tensor, width: int) -> Iterator
     at_once = spans(len(rows), max(1, BLOCK_CELLS // max(width, 1)))
     if len(rows) == slices.m:  # all of them: what is stored lies side by side
         for span in in_turn(at_once):
-            at = slice(int(begins[span.start]), int(begins[span.stop]))
-            yield Window(rows[span], at, (slices.of[at] - span.start) * width + index[at])
+            some = slice(int(begins[span.start]), int(begins[span.stop]))
+            yield Window(rows[span], some, (slices.of[some] - span.start) * width + index[some])
         return
     for span in in_turn(at_once):
-        some = rows[span]
-        counts = slices.counts[some]
-        where = torch.arange(len(some), device=rows.device).repeat_interleave(counts)
+        counts = slices.counts[rows[span]]
+        where = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
         first = counts.cumsum(0) - counts
-        at = begins[some][where] + torch.arange(len(where), device=rows.device) - first[where]
-        yield Window(some, at, where * width + index[at])
+        at = begins[rows[span]][where] + torch.arange(len(where), device=rows.device) - first[where]
+        yield Window(rows[span], at, where * width + index[at])
 
 
 def joined(merge: Merge, parts: Parts, outer: Tensor, index: Tensor, size: int) -> Parts:
