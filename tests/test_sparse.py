@@ -596,6 +596,18 @@ def test_what_takes_every_cell_says_which_tensor_is_sparse(maskserve: Maskserve)
     assert "w is sparse, and weights takes a tensor with every cell: to_dense() makes one" in ran.err
 
 
+@pytest.mark.parametrize("form", ["csr", "coo"])
+def test_info_and_head_show_sparse_variables(form: str, maskserve: Maskserve) -> None:
+    made = ms.masked_tensor([[None, 1.0, 3.0], [2.0, None, -5.0], [None, None, None]])
+    ms.save({"x": made.to_sparse_csr() if form == "csr" else made.to_sparse(), "y": made}, "x.safetensors")
+    seen, strided = json.loads(maskserve("head", "-n", "2", "--json", "x.safetensors").out)[::-1]
+    assert {**seen, "name": "y"} == strided
+    assert seen["values"] == [None, 1.0, 3.0, 2.0, None, -5.0]
+    told = {one["name"]: one for one in json.loads(maskserve("info", "--json", "x.safetensors").out)["variables"]}
+    assert [(told[name]["layout"], told[name]["n_stored"]) for name in "xy"] == [(form, 4), ("strided", None)]
+    assert f"(3, 3), 4 stored ({form.upper()})" in maskserve("info", "x.safetensors").text
+
+
 def test_the_losses_and_layers_of_the_page_are_those_that_work() -> None:
     x, plain, classes = (
         ms.as_masked_tensor(torch.eye(3).to_sparse()),
