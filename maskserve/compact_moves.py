@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maskserve.compact import Compact, Rows, Steps
+from maskserve.tracing import in_transform
 
 Move = Callable[[Any], Any]
 
@@ -57,19 +58,26 @@ def seen(mask: Compact, probe: Tensor, view: Tensor) -> Compact | None:
 
 def picked(mask: Compact, index: Any, shape: torch.Size) -> Compact | None:
     """The mask of torch's index, a tensor of `shape`: by tensors and lists where those take whole rows alone."""
+    if in_transform():
+        return None
     parts = index if isinstance(index, tuple) else (index,)
     if not any(isinstance(part, Tensor | list) for part in parts):
         found: Compact | None = viewed(mask, lambda cells: cells[index])
         return found
     parts = parts[:-1] if parts[-1] is ... else parts
-    taken = [1 if type(part) in (int, slice, list) else part.ndim if isinstance(part, Tensor) else -1 for part in parts]
-    widths = [
-        n if part.dtype is torch.bool else 1 for part, n in zip(parts, taken, strict=True) if isinstance(part, Tensor)
-    ]
-    n_dims = sum(n for part, n in zip(parts, taken, strict=True) if not isinstance(part, Tensor)) + sum(widths)
-    if -1 in taken or n_dims > mask.dim:
+    widths = [width_of(part) for part in parts]
+    if 0 in widths or sum(widths) > mask.dim:
         return None
     return mask.of_rows(mask.cells[parts], shape)
+
+
+def width_of(part: Any) -> int:
+    """How many dims a part of an index takes; 0 for what does not say so at a glance."""
+    if isinstance(part, Tensor):
+        return part.ndim if part.dtype in (torch.bool, torch.uint8) else 1
+    if isinstance(part, list):
+        return int(all(type(one) in (int, bool) for one in part))
+    return int(type(part) in (int, slice))
 
 
 def joined(

@@ -22,7 +22,7 @@ from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
 from maskserve.sparse_moves import first_sparse
 from maskserve.tensor import MaskedTensor
-from maskserve.tracing import is_followed, same_memory
+from maskserve.tracing import in_transform, is_followed, same_memory
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -71,7 +71,7 @@ def by_torch(row: Move, args: Arguments, kwargs: Keywords) -> Any:
 def in_form(row: Move, go: Callable[[list[Tensor]], Any], sources: Sequence[MaskedTensor], data: Any) -> Any:
     """The masks of the results in the compact form of the sources' masks; None where they have none."""
     held = [source._held for source in sources]
-    if any(isinstance(mask, Tensor) for mask in held) or row.zeros:
+    if any(isinstance(mask, Tensor) for mask in held) or row.zeros or in_transform():
         return None
     compact = [mask for mask in held if isinstance(mask, Compact)]
     if row.cells is Cells.LIST:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -194,7 +195,10 @@ def test_an_index_that_leaves_no_prefix_or_no_whole_bytes_gives_bools() -> None:
     of_lengths = ms.from_lengths(x, torch.tensor([4, 9]), 1)
     of_bits, bools = of_lengths.to_mask_layout("packed"), of_lengths.to_mask_layout("bool")
     for index in [(0, 3), (slice(None), 3), (..., slice(None, None, 2)), (slice(None), slice(None, None, 2)), (..., 5),
-                  (..., slice(3, 20)), None, torch.tensor([1, 0]), (slice(None), slice(2, 7)), (1, slice(-3, None))]:  # fmt: skip
+                  (..., slice(3, 20)), None, torch.tensor([1, 0]), (slice(None), slice(2, 7)), (1, slice(-3, None)),
+                  [True, False], torch.tensor(1), ([],), True,
+                  (torch.tensor([1]), ...), (torch.tensor([1]), None), torch.ones(2, 9, dtype=torch.bool), (0, [1, 2]),
+                  (torch.tensor([[0], [1]]), torch.tensor([2, 3])), np.array([1, 0])]:  # fmt: skip
         for tensor in (of_lengths, of_bits):
             assert torch.equal(tensor[index].get_mask(), bools[index].get_mask()), index
     assert of_lengths[:, 2:7].lengths.tolist() == [2, 5]
