@@ -26,6 +26,33 @@ SPREAD_AT_ONCE = 1 << 20
 BYTE = 8
 
 
+class Rows(NamedTuple):
+    """Some rows of a mask, in dims of their own: sizes, and strides in rows, from row `first` on."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+
+    def of(self, cells: Tensor, n_dims: int) -> Tensor:
+        """What rows of `cells`, of which so many dims say which row, hold; a view."""
+        own = cells.contiguous()
+        width = prod(own.shape[n_dims:])
+        strides = (*(width * step for step in self.strides), *own.stride()[n_dims:])
+        return own.as_strided((*self.sizes, *own.shape[n_dims:]), strides, own.storage_offset() + width * self.first)
+
+
+class Steps(NamedTuple):
+    """Some cells of a row: n of them, `step` apart, from `start` on; step 0: one and the same."""
+
+    start: int
+    step: int
+    n: int
+
+    @property
+    def last(self) -> int:
+        return self.start + (self.n - 1) * self.step
+
+
 class Form(NamedTuple):
     """How kernels find a cell of a compact mask (native/block.hpp): its Compact, and the cells of that."""
 
@@ -41,6 +68,11 @@ class Part(NamedTuple):
     first: int
     spread: Callable[[], Tensor]
     """Its bools, for what knows no other."""
+
+
+def is_strided(cells: Any) -> bool:
+    """Whether it is a plain tensor of torch's."""
+    return isinstance(cells, Tensor) and cells.layout is torch.strided
 
 
 def spread_part(mask: Tensor | Part | None) -> Tensor | None:
@@ -81,13 +113,41 @@ class Compact(ABC):
     def met(self, other: Compact) -> Compact | None:
         """Valid where both are, of one shape; None where that is no compact mask."""
 
+    def written(self) -> Tensor:
+        """What a file holds of it."""
+        return self.cells
+
     def clone(self) -> Compact:
         """The same of its own, without what a slice leaves out."""
         return self.holding(self.cells.clone())
 
+    dim: int
+    """Along which its rows lie, one for each index of the dims before."""
+
+    @property
     @abstractmethod
-    def at(self, index: tuple[Any, ...], shape: torch.Size) -> Compact | None:
-        """What an index of ints and slices, one a dim, leaves of it; None where that is no compact mask."""
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of the cells that hold a row."""
+
+    @abstractmethod
+    def of_rows(self, cells: Tensor, shape: torch.Size) -> Compact:
+        """The same of other rows, for a tensor of `shape`."""
+
+    @abstractmethod
+    def part(self, rows: Rows, places: Steps, shape: torch.Size) -> Compact | None:
+        """Some cells of some rows, as a tensor of `shape` whose dims are those of the rows, their own and the rest."""
+
+    @abstractmethod
+    def all_valid(self, shape: torch.Size) -> Compact:
+        """Another one in this form, which hides nothing of a tensor whose rows are as long."""
+
+    def valid_first(self, dim: int, shape: torch.Size) -> Compact | None:
+        """That of a tensor of `shape`, where the valid cells of each slice along a dim stand first; None: no compact one."""
+        return None
+
+    def laid(self) -> Tensor:
+        """Its cells in as many dims as the tensor has."""
+        return self.cells.reshape((*self.shape[: self.dim], *(self.row_shape or (1,) * (len(self.shape) - self.dim))))
 
     @property
     @abstractmethod
@@ -112,11 +172,6 @@ class Compact(ABC):
 
     def to(self, device: torch.device | str) -> Compact:
         return self if self.cells.device == torch.device(device) else self.holding(self.cells.to(device))
-
-    def indexed(self, index: Any, shape: torch.Size) -> Compact | None:
-        """What torch's index leaves of it, a tensor of `shape`; None where that is no compact mask."""
-        plain = one_a_dim(index, len(self.shape))
-        return None if plain is None else self.at(plain, shape)
 
     def equals(self, other: Compact) -> bool:
         """Whether they say the same in the same form."""
@@ -161,23 +216,39 @@ class Lengths(Compact):
             return None
         return self if self.equals(other) else self.holding(torch.minimum(self.lengths, other.lengths))
 
-    def at(self, index: tuple[Any, ...], shape: torch.Size) -> Lengths | None:
-        along = index[self.dim]
-        if not isinstance(along, slice) or along.step not in (None, 1):
-            return None
-        start, stop, _ = along.indices(self.shape[self.dim])
-        lengths = (self.lengths[index[: self.dim]] - start).clamp(min=0, max=max(stop - start, 0))
-        return Lengths(lengths, lengths.ndim, shape)
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return ()
+
+    def of_rows(self, cells: Tensor, shape: torch.Size) -> Lengths:
+        return Lengths(cells, cells.ndim, shape)
+
+    def part(self, rows: Rows, places: Steps, shape: torch.Size) -> Lengths:
+        left = rows.of(self.lengths, self.dim) - places.start
+        if places.step:
+            kept = (left + (places.step - 1)).div(places.step, rounding_mode="floor").clamp(min=0, max=places.n)
+        else:  # one cell of each, for all cells of what is now a row
+            kept = (left > 0) * places.n
+        return self.of_rows(kept, shape)
+
+    def valid_first(self, dim: int, shape: torch.Size) -> Lengths | None:
+        return self.of_rows(self.lengths.clamp(max=shape[self.dim]), shape) if dim >= self.dim else None
+
+    def all_valid(self, shape: torch.Size) -> Lengths:
+        sizes = shape[: len(shape) - len(self.shape) + self.dim]
+        return self.of_rows(self.lengths.new_full(sizes, self.shape[self.dim]), shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lengths, (self.lengths, self.dim, self.shape)
 
     @property
     def is_sound(self) -> bool:
-        if type(self.dim) is not int or not 0 <= self.dim < len(self.shape) or self.lengths.dtype is not torch.int64:
+        if not isinstance(self.shape, torch.Size) or not is_strided(self.lengths) or type(self.dim) is not int:
             return False
-        n, fits = self.shape[self.dim], self.lengths.shape == self.shape[: self.dim]
-        return fits and not bool(((self.lengths < 0) | (self.lengths > n)).any())
+        is_dim = 0 <= self.dim < len(self.shape) and self.lengths.shape == self.shape[: self.dim]
+        if not is_dim or self.lengths.dtype is not torch.int64:
+            return False
+        return self.lengths.is_meta or not bool(((self.lengths < 0) | (self.lengths > self.shape[self.dim])).any())
 
     def rows(self) -> Tensor | None:
         n_dims = len(self.shape)
@@ -224,21 +295,34 @@ class Bits(Compact):
             return None
         return self if self.cells is other.cells else self.holding(self.packed & other.packed)
 
-    def at(self, index: tuple[Any, ...], shape: torch.Size) -> Bits | None:
-        last = index[-1]
-        if not isinstance(last, slice) or last.step not in (None, 1):
+    @property
+    def dim(self) -> int:  # type: ignore[override]  # always the last one
+        return len(self.shape) - 1
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (-(-self.shape[-1] // BYTE),)
+
+    def of_rows(self, cells: Tensor, shape: torch.Size) -> Bits:
+        return Bits(cells, shape)
+
+    def part(self, rows: Rows, places: Steps, shape: torch.Size) -> Bits | None:
+        if places.step != 1 or places.start % BYTE or len(rows.sizes) + 1 != len(shape):
             return None
-        start, stop, _ = last.indices(self.shape[-1])
-        if start % BYTE:
-            return None
-        return Bits(self.packed[*index[:-1], start // BYTE : -(-max(stop, start) // BYTE)], shape)
+        whole = rows.of(self.packed, self.packed.ndim - 1)
+        return Bits(whole[..., places.start // BYTE : places.last // BYTE + 1], shape)
+
+    def all_valid(self, shape: torch.Size) -> Bits:
+        return Bits(self.packed.new_full((*shape[:-1], self.packed.shape[-1]), 255), shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Bits, (self.packed, self.shape)
 
     @property
     def is_sound(self) -> bool:
-        if not self.shape or self.packed.dtype is not torch.uint8:
+        if not isinstance(self.shape, torch.Size) or not self.shape or not is_strided(self.packed):
+            return False
+        if self.packed.dtype is not torch.uint8:
             return False
         return self.packed.shape == (*self.shape[:-1], -(-self.shape[-1] // BYTE))
 
@@ -246,11 +330,18 @@ class Bits(Compact):
         n = self.shape[-1]
         if not n:
             return None
-        whole = torch.full(self.packed.shape[-1:], 255, dtype=torch.uint8, device=self.device)
-        whole[-1] >>= -n % BYTE
-        bits = self.packed & whole
+        whole, bits = self.last_bytes(), self.written()
         valid = (bits == whole).all(-1)
         return valid if bool((valid | (bits == 0).all(-1)).all()) else None
+
+    def last_bytes(self) -> Tensor:
+        """(bytes of a row,) with each bit that is a cell's."""
+        whole = torch.full(self.packed.shape[-1:], 255, dtype=torch.uint8, device=self.device)
+        whole[-1:] >>= -self.shape[-1] % BYTE
+        return whole
+
+    def written(self) -> Tensor:
+        return self.packed & self.last_bytes()
 
     def form(self) -> Form:
         return Form(torch.tensor([1, self.shape[-1], BYTE * self.packed.shape[-1], 0]), self.packed.contiguous())
@@ -279,21 +370,6 @@ def common(masks: Sequence[Mask | None], shape: torch.Size) -> Compact | None:
 
 def sizes_of(box: Box) -> list[int]:
     return [along.stop - along.start for along in box]
-
-
-def one_a_dim(index: Any, n_dims: int) -> tuple[Any, ...] | None:
-    """An int or a slice for each dim; None where torch's index has anything else.
-
-    >>> one_a_dim((0, ...), 3), one_a_dim(None, 1)
-    ((0, slice(None, None, None), slice(None, None, None)), None)
-    """
-    given = index if isinstance(index, tuple) else (index,)
-    if any(type(part) not in (int, slice, type(...)) for part in given) or sum(part is ... for part in given) > 1:
-        return None
-    places = [i for i, part in enumerate(given) if part is ...]
-    at = places[0] if places else len(given)
-    missing = n_dims - len(given) + len(places)
-    return (*given[:at], *[slice(None)] * missing, *given[at + 1 :])
 
 
 # -- bits ---------------------------------------------------------------------------------------------------------

@@ -114,9 +114,21 @@ def compute(
     plan: Plan, data: Tensor, mask: Mask | None, weights: Weights | None = None, *, places: Tensor | None = None
 ) -> Held:
     """(values, mask) of the plan; a compact mask that the result has too is kept."""
-    if isinstance(mask, Compact) and plan.row.keeps_mask(plan.params):
-        return in_memory(plan, data, mask, weights, places=places, writes_mask=False)[0], mask
-    return in_memory(plan, data, mask, weights, places=places)
+    kept = form_of(plan, mask)
+    if kept is None:
+        return in_memory(plan, data, mask, weights, places=places)
+    return in_memory(plan, data, mask, weights, places=places, writes_mask=False)[0], kept
+
+
+def form_of(plan: Plan, mask: Mask | None) -> Compact | None:
+    """The compact mask of the plan's result; None where it has none."""
+    if not isinstance(mask, Compact):
+        return None
+    if plan.row.keeps_mask(plan.params):
+        return mask
+    if plan.row.masked_last and plan.params.get("nan") != "omit":
+        return mask.valid_first(plan.dims[0], torch.Size(plan.out_shape))
+    return None
 
 
 def in_memory(

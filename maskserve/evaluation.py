@@ -363,7 +363,7 @@ def of_numbers(node: Call, operands: Mapping[str, Any]) -> int | float:
 
 def of_tensors(text: str, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
     """The value of an expression on tensors by name; where any of them is followed, so is the result."""
-    headers = [(name, (x._data.shape, x._data.dtype, x._held is not None)) for name, x in variables.items()]
+    headers = [(name, header_of(x)) for name, x in variables.items()]
     return evaluated(remembered(text, torch.get_default_dtype(), *headers), variables)
 
 
@@ -378,7 +378,13 @@ def declared(shape: torch.Size, dtype: torch.dtype, is_masked: bool) -> Declared
 
 
 def declared_of(tensor: MaskedTensor) -> Declared:
-    return declared(tensor._data.shape, tensor._data.dtype, tensor._held is not None)
+    return declared(*header_of(tensor))
+
+
+def header_of(tensor: MaskedTensor) -> tuple[torch.Size, torch.dtype, bool]:
+    """Shape, dtype, and whether there is a mask, as there is where cells are stored by their places."""
+    cells = tensor._cells
+    return tensor.shape, cells._data.dtype, cells is not tensor or cells._held is not None
 
 
 def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor:
@@ -388,7 +394,7 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
     made = program(term) if is_elementwise(term) else None
     inputs = made.leaves if made else tuple(term.terms)
     values = [evaluated(leaf, variables) for leaf, _ in inputs]
-    if are_followed([value._data for value in values]):
+    if any(value._cells is not value for value in values) or are_followed([value._data for value in values]):
         known = {leaf_key(leaf, axes): value for (leaf, axes), value in zip(inputs, values, strict=True)}
         return called(term, {leaf: known[leaf_key(leaf, axes)] for leaf, axes in term.leaves.items()})
     if term.outline is not None:
@@ -397,7 +403,7 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
 
 
 def called(term: Term, leaves: Mapping[Term, MaskedTensor]) -> MaskedTensor:
-    """The term of its leaves by the public functions, which leave a trace for autograd."""
+    """The term of its leaves by the public functions, which leave a trace for autograd and know sparse tensors."""
     assert isinstance(term.node, Call)
     operands: dict[str, Any] = {}
     for word, operand in term.operands.items():

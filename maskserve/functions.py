@@ -21,7 +21,7 @@ from maskserve.backends.reference.moves import Masked
 from maskserve.blocks import counting
 from maskserve.compact import Compact, as_bools
 from maskserve.compiling import uncompiled
-from maskserve.engine import run_held, run_held_with_indices
+from maskserve.engine import form_of, run_held, run_held_with_indices
 from maskserve.errors import DtypeError, ParameterError, ShapeError
 from maskserve.foreign import from_foreign
 from maskserve.making import as_masked_tensor, operand, tensor_of
@@ -121,12 +121,12 @@ def traced(planned: Plan, operands: Sequence[Operand]) -> MaskedTensor | Pair:
     else:
         data = data._replace(mask=None)
     result, indices = gradients.apply(operations.OfSlices(planned, held), data, *operands[1:])
-    kept = result.mask if held is None or not row.keeps_mask(planned.params) else held
-    made = MaskedTensor._of(result.value, kept, result.reach)
+    form = form_of(planned, held)
+    made = MaskedTensor._of(result.value, result.mask if form is None else form, result.reach)
     if isinstance(fill, int | float):
         return cast(MaskedTensor, public("fill")(made, fill))
     if indices is not None and row.indices and planned.params["dim"] is not None:
-        return Pair(made, MaskedTensor._of(indices, made.get_mask()))
+        return Pair(made, MaskedTensor._of(indices, made.get_mask() if form is None else form))
     return made
 
 

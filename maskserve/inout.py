@@ -9,8 +9,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from maskserve.answers import Answer, run
+from maskserve.compact import Bits, Compact, Lengths
 from maskserve.engine import hidden_as_zero
 from maskserve.errors import ConversionWarning, OutputError, ParameterError, UnknownOpError, nearest
+from maskserve.gates import hidden
 from maskserve.making import as_masked_tensor
 from maskserve.opening import open_any
 from maskserve.ops import verbs
@@ -26,6 +28,9 @@ from maskserve.requests import build
 from maskserve.sparse import SparseTensor
 from maskserve.tensor import MaskedTensor
 from maskserve.version import version
+
+COMPANIONS = {Lengths.layout: MaskKind.LENGTHS, Bits.layout: MaskKind.BITMASK}
+"""What the masks of a payload are called, by how they are held."""
 
 Source = StrPath | bytes | bytearray | memoryview
 Dims = Mapping[str, Sequence[str]]
@@ -81,6 +86,7 @@ def save(
 ) -> bool:
     """Write tensors as safetensors, each with its mask as NAME.mask; hidden cells are written as 0.
 
+    A mask that is held as lengths or as bits is written so, as NAME.lengths or NAME.bitmask, and comes back so.
     dims: names of the dims of each tensor, {"rain": ("time", "lat")}; a 1-D tensor named like its dim is a coordinate.
     exists: what to do where the file is there already: "error", "replace" or "skip" (then the result is False).
     """
@@ -97,15 +103,25 @@ def save(
             values = hidden_as_zero(cells.get_data().detach(), own)
             outputs += sparse_outputs(name, f"{name}.{MASK}", tensor._pattern, values, own)
             continue
-        outputs.append(
-            output(name, hidden_as_zero(tensor.get_data(), None if tensor._held is None else tensor._full_mask()))
-        )
-        if named.get(name) != (name,) or tensor._held is not None:  # a coordinate has a mask only if it needs one
-            outputs.append(output(f"{name}.{MASK}", tensor.get_mask()))
+        outputs += tensor_outputs(name, tensor, is_coordinate=named.get(name) == (name,))
     kept = dict(metadata if metadata is not None else getattr(tensors, "metadata", {}))
     return save_bytes(
         path, encode(outputs, with_shapes(answer_metadata(kept, named, None, version()), shapes)), exists=exists
     )
+
+
+def tensor_outputs(name: str, tensor: MaskedTensor, *, is_coordinate: bool) -> list[Output]:
+    """The tensor with what it hides as 0, and its mask in the form in which it is held."""
+    data, held = tensor.get_data().detach().resolve_conj().resolve_neg(), tensor._held
+    if isinstance(held, Compact) and not is_coordinate:
+        return [
+            output(name, hidden(data, held, in_place=False)),
+            output(f"{name}.{COMPANIONS[held.layout]}", held.written()),
+        ]
+    whole = output(name, hidden_as_zero(data, None if held is None else tensor._full_mask()))
+    if is_coordinate and held is None:  # it has a mask only if it needs one
+        return [whole]
+    return [whole, output(f"{name}.{MASK}", tensor.get_mask())]
 
 
 def check_save(tensors: Mapping[str, Any], path: StrPath, exists: Exists) -> None:

@@ -139,6 +139,10 @@ def embedding(
     scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> MaskedTensor:  # fmt: skip
     """Rows of a plain table; its gradient is dense, and 0 for a row that only masked indices meant."""
+    if isinstance(weight, MaskedTensor):
+        raise UncoveredFunctionError(
+            "embedding takes a plain table, and this one has a mask: table[index] gives rows with their masks"
+        )
     index = operand(input)
     if index._data.is_floating_point() or index._data.is_complex() or index._data.dtype is torch.bool:
         raise DtypeError(f"embedding: indices are whole numbers, not {index.dtype}")

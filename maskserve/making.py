@@ -13,6 +13,8 @@ from maskserve.compact import Lengths, Mask, as_bits, as_bools, as_lengths
 from maskserve.compiling import uncompiled
 from maskserve.errors import DimError, DtypeError, MaskedValueError, MaskError, ParameterError
 from maskserve.foreign import from_foreign
+from maskserve.masks import intersection
+from maskserve.reach import narrowed
 from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import dtype_of
 from maskserve.tracing import in_transform
@@ -82,7 +84,9 @@ def from_lengths(data: Any, lengths: Any, dim: int) -> MaskedTensor:
     """The first `lengths` cells along `dim` are valid; lengths have the shape of the dims before it: (B,) for (B, T, D)."""
     tensor = tensor_of(data)
     if isinstance(tensor, MaskedTensor):
-        return as_masked_tensor(tensor, from_lengths(tensor._data.detach(), lengths, dim)._mask)
+        own = from_lengths(tensor._data.detach(), lengths, dim)._held
+        reach = narrowed(tensor._reach, as_bools(own))
+        return MaskedTensor._of(tensor._data, intersection([tensor._held, own]), reach)
     counts = tensor_of(lengths)
     if not isinstance(counts, Tensor) or not isinstance(dim, int) or isinstance(dim, bool):
         _refuse("lengths are whole numbers and dim is one dim number", "lengths")

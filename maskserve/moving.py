@@ -14,6 +14,7 @@ from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.moves import Masked
 from maskserve.cellwise import HOMES
 from maskserve.compact import Compact
+from maskserve.compact_moves import joined, viewed
 from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.gates import hidden
 from maskserve.making import tensor_of
@@ -21,7 +22,7 @@ from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
 from maskserve.sparse_moves import first_sparse
 from maskserve.tensor import MaskedTensor
-from maskserve.tracing import is_followed, same_memory
+from maskserve.tracing import in_transform, is_followed, same_memory
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -61,8 +62,27 @@ def by_torch(row: Move, args: Arguments, kwargs: Keywords) -> Any:
         return placed(data, None, reach, sources)
     if row.keeps_places and isinstance(sources[0]._held, Compact):
         return placed(data, sources[0]._held, reach, sources)
+    if (compact := in_form(row, go, sources, data)) is not None:
+        return placed(data, compact, reach, sources)
     masks = [source._full_mask() for source in sources]
     return placed(data, ones_beside(go, masks) if row.zeros else the_same_way(go, masks), reach, sources)
+
+
+def in_form(row: Move, go: Callable[[list[Tensor]], Any], sources: Sequence[MaskedTensor], data: Any) -> Any:
+    """The masks of the results in the compact form of the sources' masks; None where they have none."""
+    held = [source._held for source in sources]
+    if any(isinstance(mask, Tensor) for mask in held) or row.zeros or in_transform():
+        return None
+    compact = [mask for mask in held if isinstance(mask, Compact)]
+    if row.cells is Cells.LIST:
+        together = [None if isinstance(mask, Tensor) else mask for mask in held]
+        return joined(together, [source._data.shape for source in sources], go, data.shape)
+    first = data if isinstance(data, Tensor) else next(iter(data), None)
+    if (
+        len(sources) > 1 or first is None or not same_memory(first, sources[0]._data)
+    ):  # copies would be made of masks too
+        return None
+    return viewed(compact[0], lambda probe: go([probe]))
 
 
 def asked(sources: Sequence[MaskedTensor]) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 A MaskedTensor parameter moves as if each of its cells were a torch parameter of its own, whose `.grad` is None in the
 steps where the cell's gradient is masked: weight decay, momentum, counts of steps and bias correction are per cell, and
-what lies under the parameter's mask stays as it is. Plain parameters are torch.optim's, in the same list.
+what lies under the parameter's mask stays as it is. Of a sparse parameter the stored cells are parameters, and the pattern
+stays. Plain parameters are torch.optim's, in the same list.
 
 `param_groups` and `state_dict()` hold plain tensors, so that torch's schedulers, GradScaler and clip_grad_norm_ (over
 `param_groups[i]["params"]`) work. torch.optim's own checkpoints load: their one count of steps is each cell's.
@@ -72,6 +73,7 @@ class PerCell(torch.optim.Optimizer):
                 return param[0], plain(param[1])
             if not isinstance(param, MaskedTensor):
                 return param
+            param = param._cells  # of a sparse one those that are stored, which is where it has a gradient
             found[leaf_of(param)] = param
             return param._data
 

@@ -100,9 +100,15 @@ def unravelled(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
     [[0, 1], [2, 2]]
     """
     parts: list[Tensor] = []
-    for size in reversed(shape):
-        parts.append(positions % max(size, 1))
-        positions = positions // max(size, 1)
+    first = next((dim for dim, size in enumerate(shape) if size > 1), 0)
+    for dim in reversed(range(len(shape))):
+        size = shape[dim]
+        if size <= 1 or dim == first:
+            parts.append(positions if dim == first else torch.zeros_like(positions))
+            continue
+        rest = positions // size  # a division takes longer than all else here
+        parts.append(positions - rest * size)
+        positions = rest
     return tuple(reversed(parts))
 
 

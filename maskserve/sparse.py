@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import BITS, select
+from maskserve.compact import is_strided
 from maskserve.compiling import uncompiled
 from maskserve.errors import (
     DtypeError,
@@ -101,6 +102,11 @@ class SparseTensor(MaskedTensor):
     def is_sparse(self) -> bool:
         """Whether it is COO, as torch means it."""
         return self.layout is COO
+
+    @property
+    def mask_layout(self) -> str:
+        """How the mask of the stored cells is held."""
+        return self._cells.mask_layout
 
     @property
     def ndim(self) -> int:
@@ -314,8 +320,13 @@ class SparseTensor(MaskedTensor):
 
 
 def _unpickled(is_csr: bool, shape: tuple[int, ...], positions: Tensor, cells: MaskedTensor) -> SparseTensor:
+    is_shape = isinstance(shape, tuple) and all(type(size) is int for size in shape)
+    if not is_shape or not is_strided(positions) or type(cells) is not MaskedTensor or positions.device != cells.device:
+        raise ShapeError("what was pickled is no sparse tensor: it was not written by maskserve")
+    if positions.is_meta:
+        raise refused("a load to the meta device", torch.Size(shape))
     checked_positions(positions, checked_shape(shape), "the file")
-    if len(positions) != cells.numel():
+    if positions.shape != cells.shape:
         raise ShapeError(f"the file has {len(positions)} positions and {cells.numel()} cells; they must be as many")
     pattern = Pattern(layout=COO, shape=torch.Size(shape), positions=positions)
     return SparseTensor._on(pattern.in_layout(CSR if is_csr else COO), cells)
@@ -353,8 +364,8 @@ def densified(pattern: Pattern, cells: MaskedTensor) -> MaskedTensor:
         reshaped: MaskedTensor = public("reshape")(spread, pattern.shape)
         return reshaped
     own = cells._full_mask()
-    in_bits(data)[pattern.positions] = in_bits(select(cells._data.detach(), own))
-    mask[pattern.positions] = own
+    put_at(data, pattern.positions, select(cells._data.detach(), own))
+    put_at(mask, pattern.positions, own)
     return MaskedTensor._of(data.reshape(pattern.shape), mask.reshape(pattern.shape))
 
 
@@ -384,8 +395,13 @@ def in_bits(cells: Tensor) -> Tensor:
 
 
 def taken_at(cells: Tensor, at: Tensor) -> Tensor:
-    """The cells at indices of their only dim."""
-    return in_bits(cells)[at].view(cells.dtype)
+    """The cells at indices of their only dim, in the shape of those."""
+    return in_bits(cells).index_select(0, at.reshape(-1)).view(cells.dtype).reshape(at.shape)
+
+
+def put_at(cells: Tensor, at: Tensor, given: Tensor) -> None:
+    """Cells written at indices of their only dim: by scatter_, which takes a quarter of an index's time."""
+    in_bits(cells).scatter_(0, at, in_bits(given))
 
 
 def reshaped(tensor: MaskedTensor, shape: tuple[int, ...]) -> MaskedTensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from maskserve import batches, masks
-from maskserve.compact import Compact, Mask, as_bools
+from maskserve.compact import Compact, Mask, as_bools, is_strided
+from maskserve.compact_moves import picked
 from maskserve.compiling import uncompiled
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError, UncoveredFunctionError
@@ -368,7 +369,7 @@ class MaskedTensor(History):
         index = plain_index(index)
         data, mask = self._data[index], self._held
         if isinstance(mask, Compact):
-            mask = mask.indexed(index, data.shape) or self._full_mask()[index]
+            mask = picked(mask, index, data.shape) or self._full_mask()[index]
         elif mask is not None:
             mask = mask.expand(self._data.shape)[index]
         reach = None if self._reach is None or not torch.is_grad_enabled() else self._reach[index]
@@ -424,12 +425,18 @@ class MaskedTensor(History):
             raise GradientError(
                 "an operation in place on or with a tensor that requires grad: write m = m + ..., not m += ..."
             )
-        if not same_mask or self._held is None:
+        own, given = self._held, result._held
+        both = (own, given) if isinstance(own, Compact) and isinstance(given, Compact) else None
+        takes_form = both is not None and not self._is_view  # who sees the cells has a compact mask of its own
+        same_mask |= both is not None and both[0].equals(both[1])
+        if own is None or not (same_mask or takes_form):
             self[...] = result
         elif _overlaps(self._data):
             raise ShapeError("writing into an expanded tensor would write several cells at once; clone() it first")
         else:  # through a view too, whose mask could not be written: a hidden cell here may be valid in another tensor
-            self._data.copy_(torch.where(self._full_mask(), result._data.to(self.dtype), self._data))
+            valid = result._full_mask() if takes_form else self._full_mask()
+            self._data.copy_(torch.where(valid, result._data.to(self.dtype), self._data))
+            self._held = given if takes_form else own
 
     def copy_(self, source: Any) -> MaskedTensor:
         """Every cell takes the value and the validity of the source."""
@@ -442,10 +449,22 @@ def _overlaps(cells: Tensor) -> bool:
 
 
 def _unpickled(data: Tensor, mask: Mask | None, requires_grad: bool = False) -> MaskedTensor:
-    if isinstance(mask, Compact) and (mask.shape != data.shape or not mask.is_sound):
+    if not _are_parts(data, mask):
         raise MaskError("what was pickled has a mask that does not fit its cells: it was not written by maskserve")
     made = MaskedTensor._of(data, mask)
     return made.requires_grad_() if requires_grad else made
+
+
+def _are_parts(data: Any, mask: Any) -> bool:
+    """Whether the two are what one MaskedTensor is made of: what is unpickled may be anything."""
+    if not is_strided(data):
+        return False
+    if isinstance(mask, Compact):
+        return mask.is_sound and mask.shape == data.shape and mask.device == data.device
+    if mask is None or not is_strided(mask):
+        return mask is None
+    fits = mask.ndim == data.ndim and all(m in (1, n) for m, n in zip(mask.shape, data.shape, strict=True))
+    return mask.dtype is torch.bool and mask.device == data.device and fits
 
 
 torch.serialization.add_safe_globals([_unpickled])  # torch.load(weights_only=True): it takes data, mask and a bool

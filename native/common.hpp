@@ -52,8 +52,12 @@ void leaf_means_of_doubles(const Leaf& leaf, const int64_t* count, double* mean)
 // The bytes of `n` cells of a compact mask, side by side from one on.
 void spread_mask(const Operand& mask, int64_t at, int64_t n, unsigned char* out);
 
-// Whether lengths say that no cell of a window counts, as far as that is told at a glance.
-bool is_beyond(const Operand& mask, const Window& w);
+// How many of `n` cells of a compact mask count, side by side from one on.
+int64_t count_run(const Operand& mask, int64_t at, int64_t n);
+
+// What the cells of a window say together: `some` may be said of any window.
+enum class Kept { none, some, all };
+Kept kept_of(const Operand& mask, const Window& w);
 
 // The mask of a window as dense bytes: where they lie, or copied to `copy_ptr`; null without a mask.
 const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr);
@@ -101,6 +105,23 @@ ALWAYS_INLINE int64_t first_cell(const Operand& operand, const Window& w) {
 }
 ALWAYS_INLINE const unsigned char* window_ptr(const Operand& operand, const Window& w, int64_t cell_bytes) {
   return operand.cells_ptr + first_cell(operand, w) * cell_bytes;
+}
+
+// visit(first cell, cells) for runs of a window's cells, group by group and row by row, in as long ones as can be, until
+// one is answered with false; false where neighbours do not lie side by side.
+template <class Visit>
+ALWAYS_INLINE bool each_dense_run(const Operand& mask, const Window& w, const Visit& visit) {
+  if (w.columns != 1 && mask.stride_inner != 1) return false;
+  const int64_t first = first_cell(mask, w), n_group = w.rows * w.columns;
+  const bool are_groups = w.rows == 1 || mask.stride_n == w.columns;
+  if (are_groups && (w.groups == 1 || mask.stride_outer == n_group)) return visit(first, w.cells()), true;
+  const int64_t n_runs = are_groups ? 1 : w.rows, n = are_groups ? n_group : w.columns;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    for (int64_t i = 0; i < n_runs; ++i) {
+      if (!visit(first + g * mask.stride_outer + i * mask.stride_n, n)) return true;
+    }
+  }
+  return true;
 }
 
 // Whether a cell of a mask counts.

@@ -76,22 +76,37 @@ struct BlockWalk {
   }
 
   void walk_leaf(const Window& tile, LeafTree<State>& tree) {
-    Leaf leaf{walk, block.leaf, tile, block.data, Operand()};
-    // of cells that do not count any others will do: those that every group of tiles begins with are in the cache
-    const Window read = is_beyond(block.mask, tile) ? Window{tile.o, tile.groups, 0, tile.rows, 0, tile.columns} : tile;
-    leaf.data.cells_ptr = window_ptr(block.data, read, cell_bytes(block.dtype));
-    if (gathered) leaf.data = gather_tile(leaf);
     const bool is_first = tile.i == 0;
     int64_t* const count = is_first ? tree.count.count : counts.count;
-    if (block.is_masked()) {
-      leaf.keep = tile_keep(block, walk, tile, keep_copy.get());
-      count_leaf(leaf, count);
+    const Kept kept = kept_of(block.mask, tile);
+    if (kept == Kept::none) {
+      std::memset(count, 0, static_cast<size_t>(tile.lanes()) * sizeof *count);
+      tree.next().clear(tile.lanes());
     } else {
-      for (int64_t l = 0; l < tile.lanes(); ++l) count[l] = tile.rows;
+      Leaf leaf{walk, block.leaf, tile, block.data, Operand()};
+      leaf.data.cells_ptr = window_ptr(block.data, tile, cell_bytes(block.dtype));
+      if (gathered) leaf.data = gather_tile(leaf);
+      if (block.is_masked()) leaf.keep = tile_keep(block, walk, tile, kept, keep_copy.get());
+      count_tile(leaf, count);
+      kernel(leaf, count, tree.next());
     }
-    kernel(leaf, count, tree.next());
     if (!is_first) tree.count.join(counts, tile.lanes());
     tree.push(tile.lanes());
+  }
+
+  // How many cells of each lane count.
+  void count_tile(const Leaf& leaf, int64_t* count) const {
+    const Window& tile = leaf.tile;
+    const Operand& mask = block.mask;
+    if (!leaf.keep.cells_ptr) {
+      for (int64_t l = 0; l < tile.lanes(); ++l) count[l] = tile.rows;
+    } else if (mask.compact_ptr && !block.omits_nan && tile.columns == 1 && mask.stride_n == 1) {
+      for (int64_t g = 0; g < tile.groups; ++g) {
+        count[g] = count_run(mask, first_cell(mask, tile) + g * mask.stride_outer, tile.rows);
+      }
+    } else {
+      count_leaf(leaf, count);
+    }
   }
 
   // The cells as the walk goes, group by group, or all at once where they are one run.

@@ -93,9 +93,10 @@ constexpr Layout layouts[] = {
     {"dense", {0, 1, 2}, 1}, {"turned", {2, 1, 0}, 1}, {"columns", {0, 2, 1}, 1}, {"strided", {0, 1, 2}, 3},
 };
 
-enum class Masks { none, some, dense, sparse, all, nothing, broadcast };
+enum class Masks { none, some, dense, sparse, all, nothing, broadcast, prefixes, bits };
 constexpr Masks every_mask[] = {Masks::none, Masks::some, Masks::dense, Masks::sparse, Masks::all, Masks::nothing,
-                                Masks::broadcast};
+                                Masks::broadcast, Masks::prefixes, Masks::bits};
+bool is_compact(Masks masks) { return masks == Masks::prefixes || masks == Masks::bits; }
 
 struct Tensor {
   std::vector<unsigned char> room;  // one byte longer than its cells, which end where it ends
@@ -133,13 +134,18 @@ void each_cell(const Shape& shape, const Visit& visit) {
 
 struct Case {
   Tensor data, mask, weights;
+  std::unique_ptr<Compact> compact;
   Block block;
 
   Case() = default;
   Case(const Shape& shape, Dtype dtype, const Layout& layout, Masks masks, bool wild, Random& random) {
     const int64_t bytes = cell_bytes(dtype);
     lay(data, shape, layout, bytes);
-    if (masks != Masks::none) lay(mask, shape, layout, 1);
+    if (is_compact(masks)) {
+      begin_compact(shape, masks == Masks::bits, random);
+    } else if (masks != Masks::none) {
+      lay(mask, shape, layout, 1);
+    }
     each_cell(shape, [&](int64_t o, int64_t i, int64_t c) {
       bool valid = true;
       switch (masks) {
@@ -150,8 +156,11 @@ struct Case {
         case Masks::sparse: valid = random.one_in(100); break;
         case Masks::nothing: valid = false; break;
         case Masks::broadcast: valid = (i * 7 + 3) % 5 < 3; break;  // of n alone
+        case Masks::prefixes: valid = i < length_of(o); break;
+        case Masks::bits: valid = (o + i / 64) % 3 == 0 || random.next() % 10 < 7; break;  // all of some rows
       }
-      if (masks != Masks::none) *cell_ptr(mask, o, i, c, 1) = valid;
+      if (masks == Masks::bits && valid) set_bit((o * shape.n + i) * shape.inner + c);
+      if (masks != Masks::none && !compact) *cell_ptr(mask, o, i, c, 1) = valid;
       const Kind kind = !valid ? Kind::junk : wild && random.one_in(50) ? Kind::wild : Kind::tame;
       const uint64_t bits = bits_of(dtype, kind, random);
       std::memcpy(cell_ptr(data, o, i, c, bytes), &bits, static_cast<size_t>(bytes));
@@ -169,10 +178,36 @@ struct Case {
       const uint64_t bits = bits_of(Dtype::f32, Kind::tame, random) & 0x7fffffffu;
       std::memcpy(cell_ptr(weights, o, i, c, 4), &bits, 4);
     });
+    if (compact) {
+      block.mask = {mask.room.data() + 1, shape.n * shape.inner, shape.inner, 1, compact.get(), 0};
+    }
     block.weights = weights.operand, block.weights_dtype = Dtype::f32;
     block.omits_nan = wild && is_float(dtype) && random.one_in(2);
     block.dtype = dtype, block.outer = shape.outer, block.n = shape.n, block.inner = shape.inner;
     block.leaf = shape.inner == 1 ? 4096 : 64;
+  }
+
+  // Lengths of the outer dim, or no bit yet: rows of them end with a byte.
+  void begin_compact(const Shape& shape, bool are_bits, Random& random) {
+    const int64_t n_row = are_bits ? (shape.inner > 1 ? shape.inner : shape.n) : shape.n * shape.inner;
+    compact.reset(new Compact{are_bits, n_row > 0 ? n_row : 1, (n_row + 7) / 8 * 8, shape.inner});
+    const int64_t n_bytes = are_bits ? shape.cells() / compact->row * compact->pitch / 8 : 8 * shape.outer;
+    mask.room.assign(static_cast<size_t>(n_bytes + 1), 0);
+    for (int64_t o = 0; o < shape.outer && !are_bits; ++o) {
+      const uint64_t length = random.next() % static_cast<uint64_t>(shape.n + 1);
+      std::memcpy(mask.room.data() + 1 + 8 * o, &length, sizeof length);
+    }
+  }
+
+  int64_t length_of(int64_t o) const {
+    int64_t length;
+    std::memcpy(&length, mask.room.data() + 1 + 8 * o, sizeof length);
+    return length;
+  }
+
+  void set_bit(int64_t cell) {
+    const int64_t bit = cell / compact->row * compact->pitch + cell % compact->row;
+    mask.room[static_cast<size_t>(1 + bit / 8)] |= static_cast<unsigned char>(1 << bit % 8);
   }
 };
 
@@ -288,7 +323,7 @@ void run_fill_by_states(int kernel, const Case& given, Hash& hash) {
     some.states_ptr = &states;
     some.n = block.n - i < step ? block.n - i : step;
     some.data.cells_ptr += i * block.data.stride_n * bytes;
-    if (some.mask.cells_ptr) some.mask.cells_ptr += i * block.mask.stride_n;
+    some.mask.move_on(i * block.mask.stride_n);
     Filled filled;
     filled.values_ptr = values.data() + i * block.inner * result_bytes;
     filled.mask_ptr = valid.data() + i * block.inner;
@@ -327,7 +362,7 @@ void run_search(int kernel, const Case& given, Hash& hash) {
       Block some = block;
       some.n = block.n - i < step ? block.n - i : step;
       some.data.cells_ptr += i * block.data.stride_n * bytes;
-      if (some.mask.cells_ptr) some.mask.cells_ptr += i * block.mask.stride_n;
+      some.mask.move_on(i * block.mask.stride_n);
       const std::unique_ptr<Search::Found> found(visit(some));
       search->absorb(*found);
     }

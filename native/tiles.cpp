@@ -99,10 +99,44 @@ void spread_bits(const unsigned char* bits_ptr, int64_t first, int64_t n, unsign
   some(n);
 }
 
-int64_t length_of(const Operand& mask, int64_t row) {
-  int64_t length;
-  std::memcpy(&length, mask.cells_ptr + row * static_cast<int64_t>(sizeof length), sizeof length);
-  return length * mask.compact_ptr->step;
+// visit(up to 64 bits, as many ones) for bits side by side, the first one lowest; false where one was answered with it.
+template <class Visit>
+ALWAYS_INLINE bool each_word(const unsigned char* bits_ptr, int64_t first, int64_t n, const Visit& visit) {
+  while (n > 0) {
+    const int64_t shift = first & 7, some = least(n, 64 - shift);
+    uint64_t word = 0;
+    if (shift + some == 64) {
+      std::memcpy(&word, bits_ptr + (first >> 3), sizeof word);
+    } else {
+      std::memcpy(&word, bits_ptr + (first >> 3), static_cast<size_t>((shift + some + 7) >> 3));
+    }
+    const uint64_t whole = ~uint64_t{0} >> (64 - some);
+    if (!visit(word >> shift & whole, whole)) return false;
+    first += some, n -= some;
+  }
+  return true;
+}
+
+// visit(first bit, cells, -1) for cells side by side whose bits are, or visit(.., cells, how many of the first ones count);
+// false where one was answered with it.
+template <class Visit>
+ALWAYS_INLINE bool each_mask_part(const Operand& mask, int64_t at, int64_t n, const Visit& visit) {
+  const Compact& how = *mask.compact_ptr;
+  const int64_t from = mask.first + at;
+  if (how.are_bits && how.pitch == how.row) return visit(from, n, int64_t{-1});  // rows end with their bytes
+  int64_t row = from / how.row, cell = from - row * how.row;
+  for (; n > 0; ++row, cell = 0) {
+    const int64_t some = least(n, how.row - cell);
+    int64_t left = -1;
+    if (!how.are_bits) {
+      std::memcpy(&left, mask.cells_ptr + row * static_cast<int64_t>(sizeof left), sizeof left);
+      left = left * how.step - cell;
+      if (left < 0) left = 0;
+    }
+    if (!visit(row * how.pitch + cell, some, left)) return false;
+    n -= some;
+  }
+  return true;
 }
 
 // A window of a compact mask, as gather_mask() gives it.
@@ -121,36 +155,47 @@ void spread_window(const Operand& mask, const Window& w, unsigned char* copy_ptr
 }  // namespace
 
 void spread_mask(const Operand& mask, int64_t at, int64_t n, unsigned char* out) {
-  const Compact& how = *mask.compact_ptr;
-  const int64_t from = mask.first + at;
-  if (how.are_bits && how.pitch == how.row) return spread_bits(mask.cells_ptr, from, n, out);  // rows end with their bytes
-  int64_t row = from / how.row, cell = from - row * how.row;
-  for (; n > 0; ++row, cell = 0) {
-    const int64_t some = least(n, how.row - cell);
-    if (how.are_bits) {
-      spread_bits(mask.cells_ptr, row * how.pitch + cell, some, out);
+  each_mask_part(mask, at, n, [&](int64_t first, int64_t some, int64_t length) {
+    if (length < 0) {
+      spread_bits(mask.cells_ptr, first, some, out);
     } else {
-      const int64_t left = length_of(mask, row) - cell, kept = left < 0 ? 0 : least(left, some);
+      const int64_t kept = least(length, some);
       std::memset(out, 1, static_cast<size_t>(kept));
       std::memset(out + kept, 0, static_cast<size_t>(some - kept));
     }
-    out += some, n -= some;
-  }
+    out += some;
+    return true;
+  });
 }
 
-bool is_beyond(const Operand& mask, const Window& w) {
-  if (!mask.compact_ptr || mask.compact_ptr->are_bits || !w.cells()) return false;
-  const int64_t n_row = mask.compact_ptr->row, first_of_all = mask.first + first_cell(mask, w);
-  const int64_t n_behind = (w.rows - 1) * mask.stride_n + (w.columns - 1) * mask.stride_inner;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t first = first_of_all + g * mask.stride_outer;
-    int64_t row = first / n_row;
-    if (first - row * n_row < length_of(mask, row)) return false;
-    for (const int64_t last = (first + n_behind) / n_row; row < last;) {
-      if (length_of(mask, ++row)) return false;
-    }
-  }
-  return true;
+int64_t count_run(const Operand& mask, int64_t at, int64_t n) {
+  int64_t count = 0;
+  each_mask_part(mask, at, n, [&](int64_t first, int64_t some, int64_t length) {
+    if (length >= 0) return count += least(length, some), true;
+    return each_word(mask.cells_ptr, first, some, [&](uint64_t word, uint64_t) {
+      count += __builtin_popcountll(word);
+      return true;
+    });
+  });
+  return count;
+}
+
+Kept kept_of(const Operand& mask, const Window& w) {
+  if (!mask.compact_ptr || !w.cells()) return Kept::some;
+  bool any = false, all = true;
+  const bool is_dense = each_dense_run(mask, w, [&](int64_t at, int64_t n) {
+    return each_mask_part(mask, at, n, [&](int64_t first, int64_t some, int64_t length) {
+      if (length >= 0) {
+        any |= length > 0, all &= length >= some;
+        return !any || all;
+      }
+      return each_word(mask.cells_ptr, first, some, [&](uint64_t word, uint64_t whole) {
+        any |= word != 0, all &= word == whole;
+        return !any || all;
+      });
+    });
+  });
+  return !is_dense || (any && !all) ? Kept::some : any ? Kept::all : Kept::none;
 }
 
 const unsigned char* gather_mask(const Operand& mask, const Window& w, unsigned char* copy_ptr) {

@@ -165,6 +165,12 @@ struct LeafCount {
 // The count is the sum of the mask's own bytes; without a mask it is n.
 bool count(const Block& block, const Options&, const Parts& parts) {
   if (block.omits_nan) return count_numbers(block, parts);
+  if (block.mask.compact_ptr && block.inner == 1 && block.mask.stride_n == 1) {
+    for (int64_t o = 0; o < block.outer; ++o) {
+      parts.count_ptr[o] = count_run(block.mask, o * block.mask.stride_outer, block.n);
+    }
+    return true;
+  }
   if (block.mask.compact_ptr) {
     Block mask_alone = block;
     mask_alone.dtype = Dtype::boolean, mask_alone.data = {nullptr, block.n * block.inner, block.inner, 1};

@@ -63,27 +63,17 @@ inline Leaf leaf_of_tile(const Window& w, const void* cells, const unsigned char
           {static_cast<const unsigned char*>(cells), w.cells(), lanes, 1}, {keep_ptr, w.cells(), lanes, 1}};
 }
 
-// The bytes of a tile of a compact mask, group by group and row by row, in as long runs as can be.
+// The bytes of a tile of a compact mask, group by group and row by row.
 inline void spread_tile(const Operand& mask, const Window& tile, unsigned char* to_ptr) {
-  const int64_t n_group = tile.rows * tile.columns, first = first_cell(mask, tile);
-  const bool are_rows = tile.columns == 1 || mask.stride_inner == 1;
-  const bool are_groups = are_rows && (tile.rows == 1 || mask.stride_n == tile.columns);
-  if (are_groups && (tile.groups == 1 || mask.stride_outer == n_group)) {
-    return spread_mask(mask, first, tile.cells(), to_ptr);
-  }
+  const bool is_done = each_dense_run(mask, tile, [&](int64_t first, int64_t n) {
+    spread_mask(mask, first, n, to_ptr);
+    to_ptr += n;
+    return true;
+  });
+  if (is_done) return;
   for (int64_t g = 0; g < tile.groups; ++g) {
-    const int64_t group = first + g * mask.stride_outer;
-    if (are_groups) {
-      spread_mask(mask, group, n_group, to_ptr);
-      to_ptr += n_group;
-      continue;
-    }
     for (int64_t i = 0; i < tile.rows; ++i, to_ptr += tile.columns) {
-      const int64_t row = group + i * mask.stride_n;
-      if (are_rows) {
-        spread_mask(mask, row, tile.columns, to_ptr);
-        continue;
-      }
+      const int64_t row = first_cell(mask, tile) + g * mask.stride_outer + i * mask.stride_n;
       for (int64_t c = 0; c < tile.columns; ++c) to_ptr[c] = mask_cell(mask, row + c * mask.stride_inner);
     }
   }
@@ -129,9 +119,10 @@ NEVER_INLINE void keep_numbers(const ToNumber& given, const unsigned char* cells
   }
 }
 
-// Which cells of a tile count: its mask, and no NaN where those are omitted.
-inline Operand tile_keep(const Block& block, Walk walk, const Window& tile, unsigned char* copy_ptr) {
-  const Operand mask = block.mask.cells_ptr ? tile_mask(block, walk, tile, copy_ptr) : Operand();
+// Which cells of a tile count: its mask, unless `all` do, and no NaN where those are omitted.
+inline Operand tile_keep(const Block& block, Walk walk, const Window& tile, Kept kept, unsigned char* copy_ptr) {
+  const bool is_masked = block.mask.cells_ptr && kept != Kept::all;
+  const Operand mask = is_masked ? tile_mask(block, walk, tile, copy_ptr) : Operand();
   if (!block.omits_nan) return mask;
   const int64_t bytes = cell_bytes(block.dtype), run_rows = walk == Walk::columns ? 1 : tile.rows;
   const int64_t run = run_rows * tile.columns;  // cells that lie side by side

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
@@ -25,9 +27,10 @@ from maskserve.ops.parameters import REQUIRED
 from maskserve.ops.rows import Elementwise, Loss, MaskRule, Reduction, Row
 from maskserve.payload.format import to_bytes
 from maskserve.payload.tensors import output
+from maskserve.tensor import _unpickled
 from maskserve_cli.app import main
 from tests.http_service import running
-from tests.samples import ELEMENTWISE, SLICED, as_bits, cells, needed
+from tests.samples import ELEMENTWISE, SLICED, Forged, as_bits, cells, needed
 
 SHAPES = ((3, 70), (4, 9, 13), (3, 2, 130, 5))
 LONG = (6, 4099, 3)
@@ -192,11 +195,74 @@ def test_an_index_that_leaves_no_prefix_or_no_whole_bytes_gives_bools() -> None:
     of_lengths = ms.from_lengths(x, torch.tensor([4, 9]), 1)
     of_bits, bools = of_lengths.to_mask_layout("packed"), of_lengths.to_mask_layout("bool")
     for index in [(0, 3), (slice(None), 3), (..., slice(None, None, 2)), (slice(None), slice(None, None, 2)), (..., 5),
-                  (..., slice(3, 20)), None, torch.tensor([1, 0]), (slice(None), slice(2, 7)), (1, slice(-3, None))]:  # fmt: skip
+                  (..., slice(3, 20)), None, torch.tensor([1, 0]), (slice(None), slice(2, 7)), (1, slice(-3, None)),
+                  [True, False], torch.tensor(1), ([],), True,
+                  (torch.tensor([1]), ...), (torch.tensor([1]), None), torch.ones(2, 9, dtype=torch.bool), (0, [1, 2]),
+                  (torch.tensor([[0], [1]]), torch.tensor([2, 3])), np.array([1, 0])]:  # fmt: skip
         for tensor in (of_lengths, of_bits):
             assert torch.equal(tensor[index].get_mask(), bools[index].get_mask()), index
     assert of_lengths[:, 2:7].lengths.tolist() == [2, 5]
-    assert of_lengths[:, 3].mask_layout == of_bits[..., 3:20].mask_layout == "bool"
+    assert of_bits[..., 3:20].mask_layout == of_lengths[..., 2:5].to_mask_layout("packed")[..., 1].mask_layout == "bool"
+
+
+ROW_MOVES: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda m: m.transpose(1, 2), "lengths"), (lambda m: m.transpose(0, 1), "packed"), (lambda m: m.mT.contiguous(), "lengths"),
+    (lambda m: m.reshape(6, 9, 4, 4), "lengths"), (lambda m: m.reshape(2, 3, 9, 16), "both"),
+    (lambda m: m.flatten(0, 1), "packed"), (lambda m: m.mT.reshape(6, 144), "neither"),
+    (lambda m: m.unsqueeze(0).squeeze(0), "both"), (lambda m: m.unsqueeze(1), "both"), (lambda m: m.expand(2, 6, 9, 16), "both"),
+    (lambda m: torch.cat([m, m]), "both"), (lambda m: torch.cat([m, m], 1), "packed"), (lambda m: torch.stack([m, m], 1), "both"),
+    (lambda m: torch.cat([m, torch.ones(6, 9, 16)]), "both"), (lambda m: torch.vstack([m, m]), "both"),
+    (lambda m: torch.cat([m, ms.MaskedTensor(torch.ones(6, 9, 16), True)]), "neither"), (lambda m: m.chunk(3)[1], "both"),
+    (lambda m: m.split(4, 1)[1], "both"), (lambda m: m.unbind()[2], "both"), (lambda m: m[torch.tensor([3, 0])], "both"),
+    (lambda m: m[torch.tensor([[3, 0], [1, 1]])], "both"), (lambda m: m[[2, 1]], "both"),
+    (lambda m: m[torch.arange(6) > 2], "both"), (lambda m: m[torch.tensor([3, 0]), torch.tensor([1, 8])], "packed"),
+    (lambda m: m[1:5:2], "both"), (lambda m: m[:, 1::3], "both"), (lambda m: m[:, 3], "both"), (lambda m: m[:, 3:4], "both"),
+    (lambda m: m[None, ..., 8:], "both"), (lambda m: m[..., 3], "lengths"),
+    (lambda m: m > 0, "both"), (lambda m: ms.sort(m, 1).values, "lengths"), (lambda m: ms.topk(m, 4, 1).indices, "lengths"),
+    (lambda m: ms.sort(m, 0).values, "neither"), (lambda m: m.flip(1), "neither"), (lambda m: m.diagonal(0, 0, 1), "neither"),
+    (lambda m: m.unfold(1, 3, 2), "neither"), (lambda m: m.reshape(-1), "neither"), (lambda m: m[:0], "neither"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", range(len(ROW_MOVES)))
+def test_a_form_stays_through_moves_of_whole_rows(at: int) -> None:
+    move, kept_by = ROW_MOVES[at]
+    data = torch.randn(6, 9, 16, generator=torch.Generator().manual_seed(at))
+    x = ms.from_lengths(data, torch.tensor([4, 0, 9, 2, 7, 1]), 1)
+    expected = move(x.to_mask_layout("bool"))
+    for tensor in (x, x.to_mask_layout("packed")):
+        made = move(tensor)
+        same(made, expected, tensor.mask_layout)
+        assert made.mask_layout == (tensor.mask_layout if kept_by in (tensor.mask_layout, "both") else "bool")
+        for dim in range(made.ndim):
+            same(ms.sum(made.double(), dim), ms.sum(expected.double(), dim), (tensor.mask_layout, dim))
+
+
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+def test_a_tensor_that_changes_in_place_keeps_its_form(layout: str) -> None:
+    x, y = torch.arange(40.0).reshape(2, 5, 4), torch.ones(2, 5, 4)
+    other = ms.from_lengths(y, torch.tensor([3, 1]), 1).to_mask_layout(layout)
+    same_rows = ms.from_lengths(x, torch.tensor([3, 1]), 1).to_mask_layout(layout).clone()
+    longer = ms.from_lengths(x, torch.tensor([4, 5]), 1).to_mask_layout(layout).clone()
+    for tensor in (same_rows, longer):
+        hidden_before = tensor.get_data()[0, 4].clone()
+        tensor += other
+        assert tensor.mask_layout == layout
+        assert torch.equal(tensor.get_mask(), other.get_mask())
+        assert torch.equal(tensor.to_tensor(0.0), (x + y) * other.get_mask())
+        assert torch.equal(tensor.get_data()[0, 4], hidden_before), "what is hidden may be another tensor's"
+    part = same_rows[:1]
+    part += other[:1]
+    assert (part.mask_layout, same_rows.mask_layout) == (layout, layout)
+    assert torch.equal(same_rows.to_tensor(0.0)[0], (x + 2 * y)[0] * other.get_mask()[0])
+
+
+def test_lengths_of_a_tensor_with_lengths_are_the_shorter_ones() -> None:
+    x = ms.from_lengths(torch.randn(3, 5, 4), torch.tensor([5, 2, 3]), 1)
+    assert ms.from_lengths(x, torch.tensor([4, 4, 0]), 1).lengths.tolist() == [4, 2, 0]
+    assert ms.from_lengths(ms.as_masked_tensor(torch.randn(3, 5)), torch.tensor([4, 4, 0]), 1).mask_layout == "lengths"
+    of_cells = ms.from_lengths(x, torch.full((3, 5), 2), 2)
+    assert torch.equal(of_cells.get_mask(), x.get_mask() & (torch.arange(4) < 2))
 
 
 # -- memory -------------------------------------------------------------------------------------------------------
@@ -293,6 +359,30 @@ REQUESTS = (
     ("scan", {"op": "cumsum", "dim": "1"}), ("fill", {"op": "ffill", "dim": "1"}), ("mask", {"equal": "0"}),
     ("eval", {"expr": "x * 2 + mean(x, dim=2, keepdim=True)"}), ("grad", {"op": "logsumexp", "dim": "1"}),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "companion", "n_bytes"), [("lengths", "lengths", 24), ("packed", "bitmask", 120)])
+def test_save_writes_a_mask_in_the_form_in_which_it_is_held(
+    layout: str, companion: str, n_bytes: int, tmp_path: Path
+) -> None:
+    made = ms.from_lengths(torch.full((3, 20, 11), torch.nan), torch.tensor([20, 0, 7]), 1).to_mask_layout(layout)
+    junk = made._held.cells.clone()
+    if layout == "packed":
+        junk[..., -1] |= 0xF8  # beyond the last cell of a row
+    tensors = {
+        "x": made._view_of(made._data, made._held.holding(junk)),
+        "line": ms.from_lengths(torch.ones(4), torch.tensor(2), 0),
+    }
+    for name in ("a.safetensors", "b.safetensors"):
+        ms.save(tensors, tmp_path / name, dims={"line": ("line",)})
+        tensors = ms.load(tmp_path / name)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert (tensors["x"].mask_layout, tensors["line"].mask_layout) == (layout, "bool")
+    assert torch.equal(tensors["x"].get_mask(), made.get_mask())
+    assert not tensors["x"].get_data()[~made.get_mask()].any(), "what is hidden is not written"
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == {"x", f"x.{companion}", "line", "line.mask"}
+        assert file.get_tensor(f"x.{companion}").nbytes == n_bytes
 
 
 @pytest.fixture
@@ -578,3 +668,28 @@ def test_a_copy_of_no_cells_is_no_view(layout: str) -> None:
 def test_lengths_that_are_none_are_refused_in_one_line(lengths: Tensor, dim: int, message: str) -> None:
     with pytest.raises(MaskserveError, match=message):
         ms.from_lengths(torch.zeros(2, 3), lengths, dim)
+
+
+def test_a_forged_pickle_is_refused_in_one_line() -> None:
+    data, lengths = torch.ones(2, 3), torch.ones(2, dtype=torch.int64)
+    masks = [
+        5, "x", torch.ones(2, 3), torch.ones(5, dtype=torch.bool), torch.ones(1, 2, 3, dtype=torch.bool),
+        torch.ones(2, 3, dtype=torch.bool, device="meta"), torch.eye(2, 3, dtype=torch.bool).to_sparse(),
+        Lengths(lengths.to("meta"), 1, data.shape), Lengths([1, 2], 1, data.shape), Lengths(None, 1, data.shape),
+        Lengths(lengths.float(), 1, data.shape), Lengths(lengths + 3, 1, data.shape), Lengths(lengths, "1", data.shape),
+        Lengths(lengths, 1, (2, 3)), Lengths(lengths, 1, None), Lengths(lengths.to_sparse(), 1, data.shape),
+        Lengths(ms.as_masked_tensor(lengths), 1, data.shape), Bits([1], data.shape), Bits(torch.ones(2, 1), data.shape),
+        Bits(torch.ones(2, 1, dtype=torch.uint8, device="meta"), data.shape), Bits(torch.ones(2, 1, dtype=torch.uint8), "ab"),
+    ]  # fmt: skip
+    forged = [(data, mask) for mask in masks] + [
+        (part, None) for part in (3, None, data.to_sparse(), ms.as_masked_tensor(data))
+    ]
+    for parts in forged:
+        with pytest.raises(MaskError, match="it was not written by maskserve"):
+            pickle.loads(pickle.dumps(Forged(_unpickled, *parts)))
+
+
+def test_a_tensor_with_lengths_is_loaded_to_the_meta_device(tmp_path: Path) -> None:
+    torch.save(ms.from_lengths(torch.randn(2, 5), torch.tensor([2, 5]), 1), tmp_path / "x")
+    made = torch.load(tmp_path / "x", map_location="meta", weights_only=True)
+    assert (made.is_meta, made.mask_layout, made.shape) == (True, "lengths", (2, 5))

@@ -85,6 +85,16 @@ class Draws:
         return self.drawn[self.at - 1]
 
 
+def in_a_form(x: Tensor, mask: Tensor, layout: str) -> tuple[MaskedTensor, Tensor]:
+    """The tensor and its mask: as bits, or as lengths along its middle dim, as many as the mask has there."""
+    if layout == "packed":
+        return MaskedTensor(x, mask).to_mask_layout("packed"), mask
+    dim = x.ndim // 2
+    lengths = mask.reshape(*x.shape[:dim], -1).sum(-1).clamp(max=x.shape[dim])
+    made = ms.from_lengths(x, lengths, dim)
+    return made, made.get_mask()
+
+
 # One line a row: how it is called on a tensor. A move without a line fails the test below.
 ONE: dict[str, Callable[[Any, st.DataObject], Any]] = {
     "reshape": lambda x, d: x.reshape(-1),
@@ -192,6 +202,8 @@ def test_a_move_of_one_tensor_takes_each_cell_with_its_validity(
     assert all(part._mask is None for part in flat(whole))
     broadcast = mask.narrow(0, 0, 1)
     assert_moved(ONE[name](MaskedTensor(x, broadcast), again.anew()), moved, [broadcast.expand(x.shape)])
+    compact, own = in_a_form(x, mask, data.draw(st.sampled_from(["lengths", "packed"])))
+    assert_moved(ONE[name](compact, again.anew()), moved, [own])
 
 
 @pytest.mark.parametrize("name", ZEROS)
@@ -216,6 +228,10 @@ def test_a_move_of_several_tensors_takes_each_cell_with_its_validity(
     assert_moved(MANY[name](MaskedTensor(a, a_mask), b), moved, [a_mask, plain])
     assert_moved(MANY[name](a, MaskedTensor(b, b_mask)), moved, [plain, b_mask])
     assert all(part._mask is None for part in flat(MANY[name](MaskedTensor(a), b)))
+    layout = data.draw(st.sampled_from(["lengths", "packed"]))
+    (one, own), (other, others) = in_a_form(a, a_mask, layout), in_a_form(b, b_mask, layout)
+    assert_moved(MANY[name](one, other), moved, [own, others])
+    assert_moved(MANY[name](a, other), moved, [plain, others])
 
 
 # -- what lies under the mask, who owns a mask --------------------------------------------------------------------

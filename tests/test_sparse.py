@@ -32,6 +32,7 @@ from maskserve.payload.format import BytesPayload, Output, encode
 from maskserve.payload.tensors import output
 from tests.command_line import Maskserve, folder_fixture, maskserve_fixture  # noqa: F401
 from tests.http_service import running
+from tests.samples import Forged
 
 INDICES = torch.tensor([[0, 1, 1], [2, 0, 2]])
 
@@ -595,6 +596,18 @@ def test_what_takes_every_cell_says_which_tensor_is_sparse(maskserve: Maskserve)
     assert "w is sparse, and weights takes a tensor with every cell: to_dense() makes one" in ran.err
 
 
+@pytest.mark.parametrize("form", ["csr", "coo"])
+def test_info_and_head_show_sparse_variables(form: str, maskserve: Maskserve) -> None:
+    made = ms.masked_tensor([[None, 1.0, 3.0], [2.0, None, -5.0], [None, None, None]])
+    ms.save({"x": made.to_sparse_csr() if form == "csr" else made.to_sparse(), "y": made}, "x.safetensors")
+    seen, strided = json.loads(maskserve("head", "-n", "2", "--json", "x.safetensors").out)[::-1]
+    assert {**seen, "name": "y"} == strided
+    assert seen["values"] == [None, 1.0, 3.0, 2.0, None, -5.0]
+    told = {one["name"]: one for one in json.loads(maskserve("info", "--json", "x.safetensors").out)["variables"]}
+    assert [(told[name]["layout"], told[name]["n_stored"]) for name in "xy"] == [(form, 4), ("strided", None)]
+    assert f"(3, 3), 4 stored ({form.upper()})" in maskserve("info", "x.safetensors").text
+
+
 def test_the_losses_and_layers_of_the_page_are_those_that_work() -> None:
     x, plain, classes = (
         ms.as_masked_tensor(torch.eye(3).to_sparse()),
@@ -607,3 +620,70 @@ def test_the_losses_and_layers_of_the_page_are_those_that_work() -> None:
     for refused in (lambda: ms.cross_entropy(x, classes), lambda: ms.nll_loss(x, classes)):
         with pytest.raises(UncoveredFunctionError, match="to_dense"):
             refused()
+
+
+# -- optimizers, expressions, forged pickles ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule", [ms.optim.SGD, ms.optim.Adam, ms.optim.AdamW, ms.optim.Adagrad], ids=lambda r: r.__name__
+)
+def test_an_optimizer_moves_stored_cells_as_those_of_the_strided_tensor(rule: Any) -> None:
+    dense = ms.masked_tensor([[None, 1.0, 3.0], [2.0, None, -5.0]])
+    found = []
+    for make in (lambda m: m.to_sparse_csr(), lambda m: m.clone()):
+        param = make(dense).requires_grad_()
+        moving = rule([param], lr=0.1, weight_decay=0.01)
+        for _ in range(3):
+            moving.zero_grad()
+            (param * param).sum().backward()
+            moving.step()
+        found.append(param.detach().to_dense())
+    assert torch.equal(found[0].get_mask(), dense.get_mask())
+    assert torch.equal(found[0].to_tensor(0.0), found[1].to_tensor(0.0))
+    assert not torch.equal(found[0].to_tensor(0.0), dense.to_tensor(0.0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x * 2", "sum(x, dim=0)", "softmax(x + y, dim=1)", "mean(x)", "matmul(x, z)", "where(x > 2, x, 0)", "mse_loss(x, y)",
+        "transpose(x, dim0=0, dim1=1)", "x * sum(x * 2 + y, dim=1, keepdim=True)", "x",
+    ],
+)  # fmt: skip
+def test_an_expression_of_sparse_tensors_is_that_of_strided_ones(text: str) -> None:
+    dense = ms.masked_tensor([[None, 1.0, 3.0], [2.0, None, -5.0]])
+    others = {"y": ms.masked_tensor([[0.5, None, 1.0], [1.0, 1.0, 2.0]]), "z": torch.ones(3, 2)}
+    given = {name: other for name, other in others.items() if name in text.split("sum")[-1] or name in text}
+    found, expected = (ms.eval(text, x=x, **given) for x in (dense.to_sparse_csr(), dense))
+    assert torch.equal(found.to_dense().get_mask(), expected.get_mask())
+    assert torch.equal(found.to_dense().to_tensor(0.0), expected.to_tensor(0.0))
+    leaf = dense.to_sparse_csr().requires_grad_()
+    assert ms.eval(text, x=leaf, **given).requires_grad
+
+
+def test_what_an_expression_of_sparse_tensors_lacks_is_refused_at_its_column() -> None:
+    x = ms.masked_tensor([[None, 1.0]]).to_sparse()
+    with pytest.raises(UncoveredFunctionError, match=r"^column 5: .*to_dense\(\)"):
+        ms.eval("1 + fill(x, value=0)", x=x)
+    with pytest.raises(UncoveredFunctionError, match="a plain table"):
+        ms.embedding(torch.tensor([0]), x)
+
+
+def test_the_layout_of_a_mask_is_that_of_the_stored_cells() -> None:
+    x = ms.masked_tensor([[None, 1.0]]).to_sparse()
+    assert (x.mask_layout, x.values().mask_layout) == ("bool", "bool")
+    assert ms.as_masked_tensor(torch.eye(2).to_sparse()).mask_layout == "none"
+
+
+def test_a_forged_pickle_of_a_sparse_tensor_is_refused_in_one_line() -> None:
+    cells, at = ms.masked_tensor([1.0, 2.0]), torch.tensor([0, 1])
+    forged = [
+        (True, "ab", at, cells), (True, (2.0, 3), at, cells), (True, (2, 3), [0, 1], cells), (True, (2, 3), at, None),
+        (True, (2, 3), at, torch.ones(2)), (True, (2, 3), at.to("meta"), cells), (True, (2, 3), at, cells.to_sparse()),
+        (True, (2, 3), at, cells.unsqueeze(1)), (True, (2, 3), at.to_sparse(), cells),
+    ]  # fmt: skip
+    for parts in forged:
+        with pytest.raises(ShapeError) as refused:
+            pickle.loads(pickle.dumps(Forged(ms.sparse._unpickled, *parts)))
+        assert "\n" not in str(refused.value)

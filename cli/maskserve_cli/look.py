@@ -42,6 +42,9 @@ class Description:
     mask: str | None
     mask_means: str | None
     n_bytes: int
+    layout: str = "strided"
+    n_stored: int | None = None
+    """How many cells a sparse one stores."""
     counts: Counts | None = None
 
 
@@ -89,6 +92,8 @@ def described(role: str, variable: Variable, counts: Counts | None) -> Descripti
         mask=None if variable.mask is None else variable.mask.info.name,
         mask_means=None if variable.mask is None else variable.mask.means,
         n_bytes=variable.info.n_bytes,
+        layout="strided" if variable.stored is None else "csr" if variable.stored.is_csr else "coo",
+        n_stored=None if variable.stored is None else variable.stored.values.n_cells,
         counts=counts,
     )
 
@@ -145,7 +150,8 @@ def format_of(payload: Payload) -> str:
 def described_words(one: Description) -> list[str]:
     mask = "none, all valid" if one.mask is None else f"{one.mask} (true = {one.mask_means})"
     role = mask if one.role == "variable" else one.role
-    return [one.name, one.dtype, dims_text(one.shape, one.dims), outputs.bytes_text(one.n_bytes), role]
+    cells = "" if one.n_stored is None else f", {one.n_stored} stored ({one.layout.upper()})"
+    return [one.name, one.dtype, dims_text(one.shape, one.dims) + cells, outputs.bytes_text(one.n_bytes), role]
 
 
 def count_words(one: Description) -> list[str]:
@@ -223,6 +229,7 @@ def first_cells(payload: Payload, variable: Variable, rows: int) -> Shown:
     """The first rows of a variable, in its first slab, and the first cells of each."""
     import numpy as np
 
+    from maskserve.payload.beside import Stored
     from maskserve.payload.slices import cells_at, stored, validity
     from maskserve_cli.table import Shown
 
@@ -232,6 +239,11 @@ def first_cells(payload: Payload, variable: Variable, rows: int) -> Shown:
     if 0 not in part:
         n, step = part[-1] if part else 1, info.shape[-1] if part else 1
         starts = [row * step for row in range(prod(part[:-1]))]
+    if 0 not in part and variable.stored is not None:
+        places = np.concatenate([np.arange(start, start + n) for start in starts])
+        cells, own = Stored.of(payload, variable).at(places)
+        cells, valid = cells.reshape(part), None if own is None else own.reshape(part)
+    elif 0 not in part:
         cells = np.concatenate([cells_at(payload, info, start, n) for start in starts]).reshape(part)
         if variable.mask is not None:
             valid_at = validity(payload, info, variable.mask)

@@ -161,6 +161,8 @@ class Sliced(Row):
     reach: Reach = Reach.SLICE
     is_valid_where_given: ClassVar[bool] = False
     """Whether the same cells are valid in its results, unless the parameters say otherwise."""
+    masked_last: ClassVar[bool] = False
+    """Whether the first cells of each slice of its results are valid, as many as were."""
 
     def keeps_mask(self, params: Params) -> bool:
         """Whether the same cells are valid in its result."""
@@ -255,6 +257,7 @@ class Ordering(Scan):
     kind = "ordering"
     verb: str | None = None
     is_valid_where_given = False
+    masked_last = True
 
     reach: Reach = Reach.SLICE
 
