@@ -124,6 +124,19 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Mask
     return of_rows("sum", of_rows("mul", *units), dim)
 
 
+def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> MaskedTensor:
+    difference = of_rows("sub", operand(x1), x2)
+    return of_rows("norm", of_rows("add", difference, eps) if eps else difference, ord=p, dim=-1, keepdim=keepdim)
+
+
+def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "") -> MaskedTensor:
+    """(..., n, cells) and (..., m, cells) -> (..., n, m), by way of all n * m differences."""
+    one, other = operand(x1), operand(x2)
+    if min(one.ndim, other.ndim) < 2 or one.shape[-1] != other.shape[-1]:
+        raise ShapeError(f"cdist takes rows of as many cells: x1 has shape {tuple(one.shape)}, x2 {tuple(other.shape)}")
+    return pairwise_distance(one.unsqueeze(-2), other.unsqueeze(-3), p, 0.0)
+
+
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> MaskedTensor:
     """The valid cells draw as those of a plain tensor of this shape would."""
     x = as_masked_tensor(input)

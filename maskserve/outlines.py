@@ -232,11 +232,8 @@ def of_cells(row: Loss, pair: Operands, sides: Operands, params: Params) -> Loss
         word: laid(operand.sample, axes[word], len(shape)) if word in axes else operand
         for word, operand in {**pair, **sides}.items()
     }
-    if "target" not in tensors:
-        samples["target"] = losses.of_number(samples["target"], samples["input"])
     third = [samples.get(row.third)] if row.third else []
-    own = {p.name: params[p.name] for p in row.cells.parameters}
-    made = functions.elementwise(row.cells, (samples["input"], samples["target"], *third), None, None, own)
+    made = losses.of_cells(row.cells, (*(samples[word] for word in row.operands), *third), params)
     weight = sides.get("weight")
     counts = weight is not None and row.weighs_mean and params["reduction"] == "mean"
     if weight is not None and not counts:
