@@ -408,10 +408,12 @@ class Layer(Row):
     """The function that calls them."""
     operands: tuple[str, ...] = ("input",)
     n_optional: int = 0
+    in_torchs_methods: bool = False
 
     @property
     def is_method(self) -> bool:
-        return False
+        """Whether it is a method of MaskedTensor too, as it is one of torch.Tensor."""
+        return self.in_torchs_methods
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
