@@ -20,7 +20,7 @@ from maskserve import requests
 from maskserve.errors import ExpressionError, MaskserveError, RequestError, nearest
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
-from maskserve.ops.rows import Elementwise, Row
+from maskserve.ops.rows import Contraction, Elementwise, Reduction, Row
 from maskserve.requests import MOST_NAMES
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_CALLS = 2000, 256, 32, 64
@@ -94,9 +94,18 @@ SIGNS = "+ - * / ** < <= > >= == != & | ~"
 QUOTED = "words without quotes, as in nan=omit, and tensors by name; --let gives another name"
 INSTEAD: Mapping[str, str] = MappingProxyType({
     "and": "(a) & (b)", "&&": "(a) & (b)", "or": "(a) | (b)", "||": "(a) | (b)", "not": "~(a)", "!": "~(a)", "^": "a ** b",
-    '"': QUOTED, "'": QUOTED,
+    '"': QUOTED, "'": QUOTED, "[": "select(x, dim=0, index=0), or narrow(x, dim=0, start=0, length=2)",
+    "?": "where(condition, a, b)",
 })  # fmt: skip
 """What is written here for a word of other languages."""
+CALLED: Mapping[str, str] = MappingProxyType(
+    {"//": "floordiv", "%": "mod", "@": "matmul", "<<": "lshift", ">>": "rshift"}
+)
+"""Python's operators that have no sign here: what the rows call them."""
+CONSTANTS: Mapping[str, str] = MappingProxyType({
+    "pi": repr(math.pi), "e": repr(math.e), "inf": "9**999", "nan": "0/0", "True": "1", "False": "0",
+})  # fmt: skip
+"""What is written here for what other languages have names for."""
 
 
 def parse(text: str) -> Expression:
@@ -131,12 +140,24 @@ def check_words(text: str) -> None:
         if word is None or (keyword.iskeyword(word[0]) and word[0] not in ("True", "False")):
             run = RUN.match(text, at)
             assert run is not None  # it matches any character
-            instead = INSTEAD.get(run[0])
+            instead = written_instead(run[0]) or as_call(text[:at], run[0])
             write = f"write {instead}" if instead else f"there are names, numbers, {SIGNS} , and ( )"
             raise refusal(f"{run[0][:40]!r} is no word here: {write}", at + 1)
-        if word.lastgroup == "sign" and text[at : at + 2] in INSTEAD:
-            raise refusal(f"{text[at : at + 2]!r} is no word here: write {INSTEAD[text[at : at + 2]]}", at + 1)
+        if word.lastgroup == "sign" and (instead := written_instead(text[at : at + 2])):
+            raise refusal(f"{text[at : at + 2]!r} is no word here: write {instead}", at + 1)
         at = word.end()
+
+
+def written_instead(word: str) -> str | None:
+    """What is written here for a word of other languages; an operator that has none here is a call."""
+    called = CALLED.get(word)
+    return INSTEAD.get(word) if called is None else f"{operator_rows()[called]}(a, b)"
+
+
+def as_call(before: str, word: str) -> str | None:
+    """What is written for the method in x.mean(): a call of the function."""
+    method, name = word.removeprefix("."), re.search(r"[A-Za-z_]\w*$", before)
+    return f"{method}({name[0]})" if name and method != word and method in functions() else None
 
 
 def refusal(message: str, column: int | None) -> ExpressionError:
@@ -216,7 +237,8 @@ class Builder:
         given: dict[str, Node] = {}
         for argument in node.args:
             if len(given) == len(words):
-                self.refuse(argument, f"{row.name} takes {counted(words)}; parameters have names: {parameters_of(row)}")
+                known = f"parameters have names: {parameters_of(row)}"
+                self.refuse(argument, f"{row.name} takes {counted(words)}{of_two(row, node.func.id)}; {known}")
             given[words[len(given)]] = self.node(argument, depth)
         said: dict[str, ast.expr] = {}
         for name, value in ((k.arg, k.value) for k in node.keywords):
@@ -307,6 +329,21 @@ def functions() -> Mapping[str, Row]:
 @cache
 def by_operator() -> Mapping[str, Row]:
     return {row.operator: row for row in OPS.values() if isinstance(row, Elementwise) and row.operator}
+
+
+@cache
+def operator_rows() -> Mapping[str, str]:
+    """The names of the rows that Python's operators call."""
+    return {
+        row.operator: row.name for row in OPS.values() if isinstance(row, Elementwise | Contraction) and row.operator
+    }
+
+
+def of_two(row: Row, word: str) -> str:
+    """ "; maximum(a, b) is of two" for what torch calls max."""
+    named = [OPS.get(name) for name in (word, *row.aliases)]
+    other = next((one.binary for one in named if isinstance(one, Reduction) and one.binary), "")
+    return f"; {other}(a, b) is of two" if other else ""
 
 
 def counted(words: tuple[str, ...]) -> str:

@@ -272,9 +272,11 @@ def of_classes(row: Loss, pair: Operands, sides: Operands, params: Params) -> Lo
     weight = sides.get("weight")
     if weight is not None and weight.shape != (n_classes,):
         raise ShapeError(f"weight has shape {weight.shape}, and there are {n_classes} classes: give one for each")
-    kinds = {WIDENED.get(g.dtype, g.dtype) for g in (weight, target if of_probabilities else None) if g is not None}
-    if kinds - {WIDENED.get(given.dtype, given.dtype)}:
-        raise DtypeError(f"the input is {given.dtype.name}; weights and probabilities must be the same")
+    for word, side in (("weight", weight), ("target", target if of_probabilities else None)):
+        if side is not None and WIDENED.get(side.dtype, side.dtype) is not WIDENED.get(given.dtype, given.dtype):
+            raise DtypeError(
+                f"{word} is {side.dtype.name}, the input {given.dtype.name}; they must be the same: {AS_F64}"
+            )
     counts = weight is not None and not of_probabilities and params["reduction"] == "mean"
     return Losses(
         shape=samples, dims=None if given.dims is None else without(given.dims, dim), n_cells=prod(given.shape),
@@ -334,6 +336,10 @@ def as_input(row: Layer, given: Operands, params: Params) -> Outline:
     )
 
 
+AS_F64 = "float_power(x, 1) makes f64 of a term"
+"""How an expression widens cells."""
+
+
 def of_one_dtype(row: Layer, given: Operands) -> DType:
     """The dtype that all operands are computed in."""
     first: DType = next(iter(given.values())).dtype
@@ -342,7 +348,9 @@ def of_one_dtype(row: Layer, given: Operands) -> DType:
             raise DtypeError(f"{word} is {g.dtype.name}, and must be of floats: divide it by 1, as in x / 1")
         accept(row, g.dtype)
         if g.dtype is not first:
-            raise DtypeError(f"{word} is {g.dtype.name}, {next(iter(given))} {first.name}; they must be the same")
+            raise DtypeError(
+                f"{word} is {g.dtype.name}, {next(iter(given))} {first.name}; they must be the same: {AS_F64}"
+            )
     return first
 
 
