@@ -268,7 +268,13 @@ def of_classes(row: Loss, pair: Operands, sides: Operands, params: Params) -> Lo
         raise DtypeError(f"targets are classes, whole numbers, not {target.dtype.name}")
     wanted = given.shape if of_probabilities else samples
     if target.shape != wanted:
-        raise ShapeError(f"target has shape {described(target)}, the input {described(given)}; it must be {wanted}")
+        dims = (0, len(given.shape) - 1, *range(1, len(given.shape) - 1))
+        at_the_end = len(dims) > 2 and target.shape == given.shape[:-1]
+        moved = f": where they are last, permute(x, dims={dims}) moves them there" if at_the_end else ""
+        raise ShapeError(
+            f"target has shape {described(target)}, the input {described(given)}; it must be {wanted}, as classes lie along dim "
+            f"{dim}{moved}"
+        )
     weight = sides.get("weight")
     if weight is not None and weight.shape != (n_classes,):
         raise ShapeError(f"weight has shape {weight.shape}, and there are {n_classes} classes: give one for each")

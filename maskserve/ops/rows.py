@@ -387,7 +387,7 @@ class Loss(Row):
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        return () if self.cells is None else self.operands[1:]
+        return self.operands[1:]
 
     @property
     def is_method(self) -> bool:
