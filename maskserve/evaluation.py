@@ -22,7 +22,7 @@ from maskserve.dtypes import DType
 from maskserve.engine import run_held
 from maskserve.errors import DtypeError, MaskserveError, TooLargeError, nearest
 from maskserve.execution import block_cells, n_threads
-from maskserve.expression import MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
+from maskserve.expression import CONSTANTS, MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.gates import hidden
 from maskserve.making import masked_tensor
@@ -321,7 +321,8 @@ def sample_of(shape: Shape, dtype: DType, is_masked: bool) -> MaskedTensor:
 def unknown(name: str, known: tuple[str, ...]) -> str:
     name = brief(name)
     have = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-    return f"{name} is no variable; there {'are ' + have if have else 'is none'}{nearest(name, known)}"
+    instead = f"; write {CONSTANTS[name]}" if name in CONSTANTS else nearest(name, known)
+    return f"{name} is no variable; there {'are ' + have if have else 'is none'}{instead}"
 
 
 def as_term(given: Term | int | float) -> Term:

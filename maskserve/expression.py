@@ -20,7 +20,7 @@ from maskserve import requests
 from maskserve.errors import ExpressionError, MaskserveError, RequestError, nearest
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
-from maskserve.ops.rows import Elementwise, Row
+from maskserve.ops.rows import Contraction, Elementwise, Reduction, Row
 from maskserve.requests import MOST_NAMES
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_CALLS = 2000, 256, 32, 64
@@ -94,9 +94,24 @@ SIGNS = "+ - * / ** < <= > >= == != & | ~"
 QUOTED = "words without quotes, as in nan=omit, and tensors by name; --let gives another name"
 INSTEAD: Mapping[str, str] = MappingProxyType({
     "and": "(a) & (b)", "&&": "(a) & (b)", "or": "(a) | (b)", "||": "(a) | (b)", "not": "~(a)", "!": "~(a)", "^": "a ** b",
-    '"': QUOTED, "'": QUOTED,
+    '"': QUOTED, "'": QUOTED, "[": "select(x, dim=0, index=0), or narrow(x, dim=0, start=0, length=2)",
+    "?": "where(condition, a, b)", "if": "where(condition, a, b)",
 })  # fmt: skip
 """What is written here for a word of other languages."""
+CALLED: Mapping[str, str] = MappingProxyType(
+    {"//": "floordiv", "%": "mod", "@": "matmul", "<<": "lshift", ">>": "rshift"}
+)
+"""Python's operators that have no sign here: what the rows call them."""
+FUNCTIONS: Mapping[str, str] = MappingProxyType(
+    {"ln": "log", "avg": "mean", "average": "mean", "power": "pow", "sd": "std"}
+)
+"""What functions of other languages are called here."""
+SYNONYMS: Mapping[str, str] = MappingProxyType({"axis": "dim", "keepdims": "keepdim", "ddof": "correction"})
+"""What parameters of numpy are called here."""
+CONSTANTS: Mapping[str, str] = MappingProxyType({
+    "pi": repr(math.pi), "e": repr(math.e), "inf": "9**999", "nan": "0/0", "True": "1", "False": "0",
+})  # fmt: skip
+"""What is written here for what other languages have names for."""
 
 
 def parse(text: str) -> Expression:
@@ -131,12 +146,24 @@ def check_words(text: str) -> None:
         if word is None or (keyword.iskeyword(word[0]) and word[0] not in ("True", "False")):
             run = RUN.match(text, at)
             assert run is not None  # it matches any character
-            instead = INSTEAD.get(run[0])
+            instead = written_instead(run[0]) or as_call(text[:at], run[0])
             write = f"write {instead}" if instead else f"there are names, numbers, {SIGNS} , and ( )"
             raise refusal(f"{run[0][:40]!r} is no word here: {write}", at + 1)
-        if word.lastgroup == "sign" and text[at : at + 2] in INSTEAD:
-            raise refusal(f"{text[at : at + 2]!r} is no word here: write {INSTEAD[text[at : at + 2]]}", at + 1)
+        if word.lastgroup == "sign" and (instead := written_instead(text[at : at + 2])):
+            raise refusal(f"{text[at : at + 2]!r} is no word here: write {instead}", at + 1)
         at = word.end()
+
+
+def written_instead(word: str) -> str | None:
+    """What is written here for a word of other languages; an operator that has none here is a call."""
+    called = CALLED.get(word)
+    return INSTEAD.get(word) if called is None else f"{operator_rows()[called]}(a, b)"
+
+
+def as_call(before: str, word: str) -> str | None:
+    """What is written for the method in x.mean(): a call of the function."""
+    method, name = word.removeprefix("."), re.search(r"[A-Za-z_]\w*$", before)
+    return f"{method}({name[0]})" if name and method != word and method in functions() else None
 
 
 def refusal(message: str, column: int | None) -> ExpressionError:
@@ -171,7 +198,8 @@ class Builder:
             self.refuse(node, f"too much: {MOST_NODES} terms and {MOST_DEPTH} levels are the most that are read")
         build = BUILDERS.get(type(node))
         if build is None:
-            self.refuse(node, "this is no term: a term is a name, a number, a call, or terms with an operator")
+            many = "; several values in parentheses are for a parameter, by its name" if type(node) is ast.Tuple else ""
+            self.refuse(node, f"this is no term: a term is a name, a number, a call, or terms with an operator{many}")
         return build(self, node, depth - 1)
 
     def number(self, node: ast.Constant, depth: int) -> Node:
@@ -210,13 +238,13 @@ class Builder:
             self.refuse(node.func, "only functions are called, by their names")
         row = functions().get(node.func.id)
         if row is None:
-            word = brief(node.func.id)
-            self.refuse(node.func, f"there is no function {word}{nearest(word, functions())}")
+            self.refuse(node.func, no_function(brief(node.func.id)))
         words = row.operands
         given: dict[str, Node] = {}
-        for argument in node.args:
-            if len(given) == len(words):
-                self.refuse(argument, f"{row.name} takes {counted(words)}; parameters have names: {parameters_of(row)}")
+        for place, argument in enumerate(node.args):
+            if place == len(words):
+                known = f"parameters have names{as_in(row, argument)}: {parameters_of(row)}"
+                self.refuse(argument, f"{row.name} takes {counted(words)}{of_two(row, node.func.id)}; {known}")
             given[words[len(given)]] = self.node(argument, depth)
         said: dict[str, ast.expr] = {}
         for name, value in ((k.arg, k.value) for k in node.keywords):
@@ -240,9 +268,8 @@ class Builder:
         for name, node in said.items():
             if name not in known:
                 shown = brief(name)
-                self.refuse(
-                    node, f"{row.name} has no parameter {shown}; it has {parameters_of(row)}{nearest(shown, known)}"
-                )
+                meant = f"; write {SYNONYMS[name]}" if SYNONYMS.get(name) in known else nearest(shown, known)
+                self.refuse(node, f"{row.name} has no parameter {shown}; it has {parameters_of(row)}{meant}")
         needed = [p.name for p in row.requestable if p.default is REQUIRED and p.name not in said]
         if needed:
             self.refuse(call, f"{row.name} needs {needed[0]}: {known[needed[0]].help}")
@@ -250,7 +277,9 @@ class Builder:
         for name, node in said.items():
             if known[name].type is Type.TENSOR:
                 if not isinstance(node, ast.Name):
-                    self.refuse(node, f"{name} is a variable, by its name")
+                    self.refuse(
+                        node, f"{name} is a variable, by its name, and no term: put what it is into the payload first"
+                    )
                 params[name] = self.name(node, 0)
             else:
                 params[name] = self.value(node)
@@ -307,6 +336,37 @@ def functions() -> Mapping[str, Row]:
 @cache
 def by_operator() -> Mapping[str, Row]:
     return {row.operator: row for row in OPS.values() if isinstance(row, Elementwise) and row.operator}
+
+
+@cache
+def operator_rows() -> Mapping[str, str]:
+    """The names of the rows that Python's operators call."""
+    return {
+        row.operator: row.name for row in OPS.values() if isinstance(row, Elementwise | Contraction) and row.operator
+    }
+
+
+def no_function(word: str) -> str:
+    """Why a word is called by no expression, and what to call in its place."""
+    row = OPS.get(word)
+    if row is not None:
+        there = f"maskserve {row.verb}" if row.verb else f"maskserve.{word} in Python"
+        return f"{word} is not for expressions: {there} gives {row.summary}"
+    meant = FUNCTIONS.get(word) or next((row.name for row in functions().values() if word in row.torch), None)
+    return f"there is no function {word}{f'; write {meant}' if meant else nearest(word, functions())}"
+
+
+def as_in(row: Row, argument: ast.expr) -> str:
+    """ ", as in dim=time", of what was given without its name."""
+    first = next((p.name for p in row.requestable), None)
+    return f", as in {first}={brief(ast.unparse(argument))}" if first else ""
+
+
+def of_two(row: Row, word: str) -> str:
+    """ "; maximum(a, b) is of two" for what torch calls max."""
+    named = [OPS.get(name) for name in (word, *row.aliases)]
+    other = next((one.binary for one in named if isinstance(one, Reduction) and one.binary), "")
+    return f"; {other}(a, b) is of two" if other else ""
 
 
 def counted(words: tuple[str, ...]) -> str:

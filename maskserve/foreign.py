@@ -43,10 +43,19 @@ def from_foreign(value: Any) -> Any:
     if home.startswith("xarray") and hasattr(kind, "to_masked_array"):
         return from_foreign(value.to_masked_array(copy=False))
     if home.startswith("pandas") and hasattr(kind, "isna") and hasattr(kind, "to_numpy"):
-        missing = value.isna()
-        cells = plain_tensor(value.where(~missing, 0).to_numpy())
-        return MaskedTensor._of(cells, plain_tensor(~missing))
+        return MaskedTensor._of(plain_tensor(pandas_cells(value)), plain_tensor(~value.isna()))
     return value
+
+
+def pandas_cells(value: Any) -> Any:
+    """The array of a pandas object, 0 where a cell is missing: numbers that may be missing keep their own dtype."""
+    import numpy as np
+
+    dtypes = list(value.dtypes) if value.ndim > 1 else [value.dtype]
+    own = [getattr(dtype, "numpy_dtype", dtype) for dtype in dtypes]
+    if not own or any(not isinstance(dtype, np.dtype) or dtype.kind not in "biufc" for dtype in own):
+        return value.to_numpy()
+    return value.to_numpy(dtype=np.result_type(*own), na_value=0)
 
 
 def sparse_tensor(matrix: Any) -> Tensor:

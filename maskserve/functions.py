@@ -265,8 +265,8 @@ def formula(row: Formula, expr: str, variables: dict[str, Any]) -> MaskedTensor:
     return as_masked_tensor(made) if any(made is tensor for tensor in tensors.values()) else made
 
 
-def loss(row: Loss, given: Any, target: Any, params: dict[str, Any]) -> MaskedTensor:
-    made: MaskedTensor = implementation(row)(row, operand(given), target, params)
+def loss(row: Loss, operands: tuple[Any, ...], params: dict[str, Any]) -> MaskedTensor:
+    made: MaskedTensor = implementation(row)(row, (operand(operands[0]), *operands[1:]), params)
     return made
 
 
@@ -409,7 +409,7 @@ def {name}({signature}):
 """
 _LOSS = """\
 def {name}({signature}):
-{tuples}    return _loss(_row, {operands}dict(({given}{tensors})))
+{tuples}    return _loss(_row, ({operands}), dict(({given}{tensors})))
 """
 _LAYER = """\
 def {name}({signature}):

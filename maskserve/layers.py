@@ -77,6 +77,23 @@ def batch_norm(
     return scaled(made, of_channels(weight, x), of_channels(bias, x))
 
 
+def instance_norm(
+    input: Any, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> MaskedTensor:  # fmt: skip
+    """The running statistics move by the mean over the samples that have valid cells."""
+    x = operand(input)
+    if not use_input_stats:
+        return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    if x.ndim < 3:
+        raise ShapeError(f"instance_norm takes (batch, channels, ...); the input has shape {tuple(x.shape)}")
+    dims = tuple(range(2, x.ndim))
+    for running, name in ((running_mean, "mean"), (running_var, "var")):
+        if running is not None:
+            move(running, of_rows("mean", of_rows(name, x.detach(), dims), 0), momentum)
+    return scaled(standardized(x, dims, eps), of_channels(weight, x), of_channels(bias, x))
+
+
 def move(running: Tensor, found: MaskedTensor, momentum: float) -> None:
     """An exponential average, where there is something to add."""
     new = (1 - momentum) * running + momentum * found.get_data().to(running.dtype)
@@ -124,6 +141,19 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Mask
     return of_rows("sum", of_rows("mul", *units), dim)
 
 
+def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> MaskedTensor:
+    difference = of_rows("sub", operand(x1), x2)
+    return of_rows("norm", of_rows("add", difference, eps) if eps else difference, ord=p, dim=-1, keepdim=keepdim)
+
+
+def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "") -> MaskedTensor:
+    """(..., n, cells) and (..., m, cells) -> (..., n, m), by way of all n * m differences."""
+    one, other = operand(x1), operand(x2)
+    if min(one.ndim, other.ndim) < 2 or one.shape[-1] != other.shape[-1]:
+        raise ShapeError(f"cdist takes rows of as many cells: x1 has shape {tuple(one.shape)}, x2 {tuple(other.shape)}")
+    return pairwise_distance(one.unsqueeze(-2), other.unsqueeze(-3), p, 0.0)
+
+
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> MaskedTensor:
     """The valid cells draw as those of a plain tensor of this shape would."""
     x = as_masked_tensor(input)
@@ -157,6 +187,52 @@ def embedding(
         norm_type, scale_grad_by_freq, sparse,
     )  # fmt: skip
     return as_masked_tensor(rows, valid.unsqueeze(-1))
+
+
+def embedding_bag(
+    input: Any, weight: Tensor, offsets: Any = None, max_norm: float | None = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, per_sample_weights: Any = None,
+    include_last_offset: bool = False, padding_idx: int | None = None,
+) -> MaskedTensor:  # fmt: skip
+    """(bags, indices) -> (bags, cells); a bag without a valid index is masked, where torch's is 0."""
+    index = operand(input)
+    if index.ndim != 2 or offsets is not None:
+        raise ShapeError(
+            "embedding_bag takes (bags, indices) with a mask, as from_lengths makes them, and no offsets; the input has shape "
+            f"{tuple(index.shape)}"
+        )
+    if mode not in BAGS:
+        raise ParameterError(f"embedding_bag: mode={mode} must be one of {', '.join(BAGS)}", parameter="mode")
+    if per_sample_weights is not None and mode != "sum":
+        raise ParameterError('embedding_bag: per_sample_weights are for mode="sum"', parameter="per_sample_weights")
+    if padding_idx is not None:
+        index = of_rows("mask", index, valid=index.get_data() != padding_idx % len(weight))
+    rows = embedding(index, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if per_sample_weights is not None:
+        rows = of_rows("mul", rows, per_sample_weights.unsqueeze(-1))
+    return of_rows(BAGS[mode], rows, 1)
+
+
+BAGS = {"mean": "mean", "sum": "sum", "max": "amax"}
+"""torch's words, and the rows that they mean."""
+
+
+# -- along a dim --------------------------------------------------------------------------------------------------
+
+
+def diff(input: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> MaskedTensor:
+    """(..., cells - n): what comes before or after is joined first, as in torch."""
+    x = operand(input)
+    if n < 0:
+        raise ParameterError(f"diff: n is {n}, and must be at least 0", parameter="n")
+    if not x.ndim:
+        raise ShapeError("diff takes cells along a dim; the input has none")
+    beside = [part for part in (prepend, x, append) if part is not None]
+    x = of_rows("cat", [operand(part) for part in beside], dim) if len(beside) > 1 else x
+    op = "logical_xor" if x.dtype is torch.bool else "sub"
+    for _ in range(min(n, x.shape[dim])):
+        x = of_rows(op, x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, 0, x.shape[dim] - 1))
+    return x
 
 
 # -- attention ----------------------------------------------------------------------------------------------------

@@ -7,37 +7,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskserve.backends.reference import kernel
 from maskserve.dtypes import WIDENED
 from maskserve.errors import DataError, DtypeError, ShapeError
 from maskserve.functions import elementwise, public
 from maskserve.making import as_masked_tensor, operand
-from maskserve.ops.rows import Loss
+from maskserve.ops.parameters import Params
+from maskserve.ops.rows import Elementwise, Loss
 from maskserve.params import accept, resolve
 from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import dtype_of
 
 
-def compute(row: Loss, given: MaskedTensor, target: Any, said: dict[str, Any]) -> MaskedTensor:
+def compute(row: Loss, operands: tuple[Any, ...], said: dict[str, Any]) -> MaskedTensor:
     """The loss, or the losses."""
     tensors = {name: value for name, value in said.items() if isinstance(value, Tensor | MaskedTensor)}
     params = resolve(row, {name: value for name, value in said.items() if name not in tensors and value is not None})
     weight = tensors.get("weight")
-    if isinstance(target, int | float):
-        target = of_number(target, given)
     if row.cells is not None:
         third = (tensors.get(row.third),) if row.third else ()
-        own = {p.name: params[p.name] for p in row.cells.parameters}
-        losses = elementwise(row.cells, (given, target, *third), None, None, own)
+        losses = of_cells(row.cells, (*laid(row, operands), *third), params)
     else:
-        losses, weight = of_classes(row, given, target, weight, params)
+        losses, weight = kernel(row.samples)(row, operands, weight, params)
     if weight is None or not row.weighs_mean or params["reduction"] != "mean":
         losses = losses if weight is None else times(losses, weight)
         weight = None
+    if row.is_mean_of_classes:
+        losses = public("mean")(losses, -1)
     return reduced(losses, weight, params["reduction"], params["dim"])
 
 
+def laid(row: Loss, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands: an own value for each row has a last dim of size 1."""
+    if not row.each_row:
+        return operands
+    at, shape = row.operands.index(row.each_row), operands[0].shape
+    rows = operands[at]
+    if isinstance(rows, int | float) or rows.shape == shape or rows.shape != shape[:-1]:
+        return operands
+    return (*operands[:at], rows.unsqueeze(-1), *operands[at + 1 :])
+
+
+def of_cells(cells: Elementwise, operands: tuple[Any, ...], params: Params) -> MaskedTensor:
+    """The loss of each cell."""
+    first, *others = operands
+    others = [of_number(other, first) if isinstance(other, int | float) else other for other in others]
+    return elementwise(cells, (first, *others), None, None, {p.name: params[p.name] for p in cells.parameters})
+
+
 def of_number(target: int | float, given: MaskedTensor) -> Tensor:
-    """A number as a target: in the dtype of the cells, or in that of both together where they are whole and it is not."""
+    """A number beside cells: in their dtype, or in that of both together where they are whole and it is not."""
     cells = given._data
     dtype = torch.result_type(cells, target)
     if isinstance(target, float):
@@ -74,9 +93,10 @@ def spread(weight: Any, losses: MaskedTensor) -> MaskedTensor:
 
 
 def of_classes(
-    row: Loss, given: MaskedTensor, target: Any, weight: Any, params: dict[str, Any]
+    row: Loss, operands: tuple[Any, ...], weight: Any, params: dict[str, Any]
 ) -> tuple[MaskedTensor, MaskedTensor | None]:
     """The loss of each sample, and what it counts for in the mean."""
+    given, target = operands
     accept(row, dtype_of(given._data))
     if not given.ndim:
         raise ShapeError(f"{row.name} takes classes along dim 1, or along the only dim; the input has no dim")
@@ -160,4 +180,61 @@ def indices(row: Loss, logs: MaskedTensor, wanted: MaskedTensor, dim: int, ignor
         )
     safe = torch.where(valid, cells, 0)
     made: MaskedTensor = MaskedTensor._of(safe, valid).unsqueeze(dim)
+    return made
+
+
+# -- of vectors ---------------------------------------------------------------------------------------------------
+
+
+def of_triplets(row: Loss, operands: tuple[Any, ...], weight: Any, params: dict[str, Any]) -> tuple[MaskedTensor, None]:
+    """How much farther than margin allows the anchor is from the positive one than from the negative one.
+
+    Distances are compared, so all are over the coordinates that are valid in the three vectors.
+    """
+    anchor, positive, negative = seen_together(row, operands)
+    measure = {name: params[name] for name in ("p", "eps")}
+    near, far = (public("pairwise_distance")(anchor, other, **measure) for other in (positive, negative))
+    if params["swap"]:
+        far = public("minimum")(far, public("pairwise_distance")(positive, negative, **measure))
+    return above_0(public("add")(public("sub")(near, far), params["margin"])), None
+
+
+def of_angles(row: Loss, operands: tuple[Any, ...], weight: Any, params: dict[str, Any]) -> tuple[MaskedTensor, None]:
+    """1 less the cosine of two vectors where target is 1, and the cosine beyond margin where it is -1."""
+    wanted = operand(operands[2])
+    one, other = seen_together(row, operands[:2])
+    if wanted.ndim != one.ndim - 1:
+        raise ShapeError(
+            f"{row.name}: target has shape {tuple(wanted.shape)}, the vectors {tuple(one.shape)}: give one a vector"
+        )
+
+    squares = [public("add")(public("sum")(times(x, x), -1), LEAST_SQUARE) for x in (one, other)]
+    cosine = public("div")(public("sum")(times(one, other), -1), public("sqrt")(times(*squares)))
+    apart = public("where")(public("eq")(wanted, -1), above_0(public("sub")(cosine, params["margin"])), 0)
+    return public("where")(public("eq")(wanted, 1), public("rsub")(cosine, 1), apart), None
+
+
+LEAST_SQUARE = 1e-12
+"""What torch adds to the squares of lengths."""
+
+
+def seen_together(row: Loss, vectors: tuple[Any, ...]) -> list[MaskedTensor]:
+    """The vectors in one shape, each masked where one of them is."""
+    made = [operand(vector) for vector in vectors]
+    try:
+        shape = torch.broadcast_shapes(*[vector.shape for vector in made])
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(vector.shape)) for vector in made)
+        raise ShapeError(f"{row.name}: shapes {shapes} do not broadcast; sizes must be equal or 1") from None
+    if not shape:
+        raise ShapeError(f"{row.name} takes vectors, which lie along a dim; its operands have none")
+    spread_out: list[MaskedTensor] = [vector.expand(shape) for vector in made]
+    valid = spread_out[0].get_mask()
+    for vector in spread_out[1:]:
+        valid = valid & vector.get_mask()
+    return [public("mask")(vector, valid=valid) for vector in spread_out]
+
+
+def above_0(tensor: MaskedTensor) -> MaskedTensor:
+    made: MaskedTensor = public("clamp")(tensor, min=0)
     return made

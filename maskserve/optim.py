@@ -5,8 +5,8 @@ steps where the cell's gradient is masked: weight decay, momentum, counts of ste
 what lies under the parameter's mask stays as it is. Of a sparse parameter the stored cells are parameters, and the pattern
 stays. Plain parameters are torch.optim's, in the same list.
 
-`param_groups` and `state_dict()` hold plain tensors, so that torch's schedulers, GradScaler and clip_grad_norm_ (over
-`param_groups[i]["params"]`) work. torch.optim's own checkpoints load: their one count of steps is each cell's.
+`param_groups` and `state_dict()` hold plain tensors, so that torch's schedulers and GradScaler work. torch.optim's own
+checkpoints load: their one count of steps is each cell's.
 """
 
 from __future__ import annotations
@@ -247,6 +247,33 @@ def by_count(formula: Callable[[Tensor], Tensor], steps: Tensor, param: Tensor) 
     if n > steps.numel():
         return formula(steps.double()).to(wide)
     return formula(torch.arange(n, dtype=torch.float64, device=steps.device)).to(wide)[steps]
+
+
+# -- clipping -----------------------------------------------------------------------------------------------------
+
+
+def clip_grad_norm_(
+    parameters: Tensor | MaskedTensor | Iterable[Tensor | MaskedTensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all specified gradients together, which are scaled down to `max_norm` where it is larger: torch's own."""
+    return torch.nn.utils.clip_grad_norm_(with_grads(parameters), max_norm, norm_type, error_if_nonfinite, foreach)
+
+
+def clip_grad_value_(
+    parameters: Tensor | MaskedTensor | Iterable[Tensor | MaskedTensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    """Every specified gradient between -clip_value and clip_value: torch's own."""
+    torch.nn.utils.clip_grad_value_(with_grads(parameters), clip_value, foreach)
+
+
+def with_grads(parameters: Tensor | MaskedTensor | Iterable[Tensor | MaskedTensor]) -> list[Tensor]:
+    """The plain tensors whose gradients are those of the parameters, 0 where they are masked."""
+    given = [parameters] if isinstance(parameters, Tensor | MaskedTensor) else list(parameters)
+    return [leaf_of(param) if isinstance(param, MaskedTensor) else param for param in given]
 
 
 # -- mixed precision ----------------------------------------------------------------------------------------------

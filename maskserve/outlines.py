@@ -232,11 +232,8 @@ def of_cells(row: Loss, pair: Operands, sides: Operands, params: Params) -> Loss
         word: laid(operand.sample, axes[word], len(shape)) if word in axes else operand
         for word, operand in {**pair, **sides}.items()
     }
-    if "target" not in tensors:
-        samples["target"] = losses.of_number(samples["target"], samples["input"])
     third = [samples.get(row.third)] if row.third else []
-    own = {p.name: params[p.name] for p in row.cells.parameters}
-    made = functions.elementwise(row.cells, (samples["input"], samples["target"], *third), None, None, own)
+    made = losses.of_cells(row.cells, (*(samples[word] for word in row.operands), *third), params)
     weight = sides.get("weight")
     counts = weight is not None and row.weighs_mean and params["reduction"] == "mean"
     if weight is not None and not counts:
@@ -271,13 +268,21 @@ def of_classes(row: Loss, pair: Operands, sides: Operands, params: Params) -> Lo
         raise DtypeError(f"targets are classes, whole numbers, not {target.dtype.name}")
     wanted = given.shape if of_probabilities else samples
     if target.shape != wanted:
-        raise ShapeError(f"target has shape {described(target)}, the input {described(given)}; it must be {wanted}")
+        dims = (0, len(given.shape) - 1, *range(1, len(given.shape) - 1))
+        at_the_end = len(dims) > 2 and target.shape == given.shape[:-1]
+        moved = f": where they are last, permute(x, dims={dims}) moves them there" if at_the_end else ""
+        raise ShapeError(
+            f"target has shape {described(target)}, the input {described(given)}; it must be {wanted}, as classes lie along dim "
+            f"{dim}{moved}"
+        )
     weight = sides.get("weight")
     if weight is not None and weight.shape != (n_classes,):
         raise ShapeError(f"weight has shape {weight.shape}, and there are {n_classes} classes: give one for each")
-    kinds = {WIDENED.get(g.dtype, g.dtype) for g in (weight, target if of_probabilities else None) if g is not None}
-    if kinds - {WIDENED.get(given.dtype, given.dtype)}:
-        raise DtypeError(f"the input is {given.dtype.name}; weights and probabilities must be the same")
+    for word, side in (("weight", weight), ("target", target if of_probabilities else None)):
+        if side is not None and WIDENED.get(side.dtype, side.dtype) is not WIDENED.get(given.dtype, given.dtype):
+            raise DtypeError(
+                f"{word} is {side.dtype.name}, the input {given.dtype.name}; they must be the same: {AS_F64}"
+            )
     counts = weight is not None and not of_probabilities and params["reduction"] == "mean"
     return Losses(
         shape=samples, dims=None if given.dims is None else without(given.dims, dim), n_cells=prod(given.shape),
@@ -337,6 +342,10 @@ def as_input(row: Layer, given: Operands, params: Params) -> Outline:
     )
 
 
+AS_F64 = "float_power(x, 1) makes f64 of a term"
+"""How an expression widens cells."""
+
+
 def of_one_dtype(row: Layer, given: Operands) -> DType:
     """The dtype that all operands are computed in."""
     first: DType = next(iter(given.values())).dtype
@@ -345,7 +354,9 @@ def of_one_dtype(row: Layer, given: Operands) -> DType:
             raise DtypeError(f"{word} is {g.dtype.name}, and must be of floats: divide it by 1, as in x / 1")
         accept(row, g.dtype)
         if g.dtype is not first:
-            raise DtypeError(f"{word} is {g.dtype.name}, {next(iter(given))} {first.name}; they must be the same")
+            raise DtypeError(
+                f"{word} is {g.dtype.name}, {next(iter(given))} {first.name}; they must be the same: {AS_F64}"
+            )
     return first
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskserve import dtypes, engine, execution, masks
 from maskserve.backends import Parts, choose
-from maskserve.errors import MaskserveError, StateError
+from maskserve.errors import MaskserveError, ParameterError, StateError
 from maskserve.nodes import (
     Lifting,
     Node,
@@ -275,9 +275,10 @@ def merged(partials: Sequence[Partial]) -> Partial:
 
 def check_joins(plan: Plan) -> None:
     if not lifts(plan):
-        raise StateError(
+        raise ParameterError(
             f"{plan.row.name} of {plan.stored.name} has no state that can be merged: its slices are needed whole; reduce all "
-            "at once, without --workers, --engine ray, --shard and --state"
+            "at once, without --workers, --engine ray, --shard and --state",
+            parameter="op",
         )
 
 

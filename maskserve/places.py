@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Sequence
 
 from maskserve import folders
-from maskserve.errors import InputNotFoundError, OutputError
+from maskserve.errors import InputNotFoundError, OutputError, ParameterError
 from maskserve.payload.files import file_state
 from maskserve.payload.header import shown
 from maskserve.stores.addresses import is_address, parse
@@ -28,6 +28,17 @@ def expanded(paths: Sequence[str], tell: Callable[[str], None] | None = None) ->
         else:
             found += meant(path)
     return found
+
+
+def one(path: str) -> str:
+    """The file or object that a path means: itself, or the only one that a folder or a pattern has."""
+    found = data_below(path, lambda _: None) if means_what_is_below(path) else meant(path)
+    if len(found) > 1:
+        raise ParameterError(
+            f"{shown(path)} means {len(found)} files, and one is read: name it, such as {shown(found[0])}",
+            parameter="FILE",
+        )
+    return found[0]
 
 
 def meant(path: str) -> list[str]:

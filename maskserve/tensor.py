@@ -186,9 +186,10 @@ class MaskedTensor(History):
         )  # what we compute nothing on, as complex128, is wide
         kind = bool if dtype is torch.bool else int if known.is_integral else float | int
         if not isinstance(fill, kind) or not (known.holds(fill) or fill != fill):
+            example = "False or True" if kind is bool else "a value that does"
             raise DtypeError(
-                f"fill {fill!r} does not fit {str(dtype).removeprefix('torch.')}; give a value that does, or convert "
-                "first: .to(torch.float64)",
+                f"fill {fill!r} does not fit {str(dtype).removeprefix('torch.')}; give {example}, or convert first: "
+                ".to(torch.float64)",
                 parameter="fill",
             )
         return torch.full((), fill, dtype=dtype, device=self._data.device)

@@ -12,6 +12,7 @@ from maskserve import autograd
 from maskserve.errors import MaskError, MaskserveError, UncoveredFunctionError
 from maskserve.functions import in_torchs_words, method, public
 from maskserve.ops import OPS
+from maskserve.ops.refusals import REFUSALS
 from maskserve.ops.rows import Cells, Contraction, Elementwise, Move, Row
 from maskserve.tensor import plain_index
 
@@ -112,8 +113,9 @@ def name_of(function: Callable[..., Any]) -> str:
 def uncovered(function: Callable[..., Any]) -> UncoveredFunctionError:
     """The error that names the function and a way out."""
     name = name_of(function).removeprefix("torch.")
+    way_out = next((refusal.instead for refusal in REFUSALS if name in refusal.functions), WAY_OUT)
     if getattr(torch.nn.functional, name, None) is function:
-        return UncoveredFunctionError(f"torch.nn.functional.{name} has no rule for a MaskedTensor: {WAY_OUT}")
+        return UncoveredFunctionError(f"torch.nn.functional.{name} has no rule for a MaskedTensor: {way_out}")
     for row in OPS.values():
         if row.differs and name == row.name:
             return UncoveredFunctionError(f"{row.differs}: call maskserve.{row.name}")
@@ -127,4 +129,4 @@ def uncovered(function: Callable[..., Any]) -> UncoveredFunctionError:
             return UncoveredFunctionError(
                 f"torch.{name} means several things; maskserve.{row.name} gives the {row.summary}"
             )
-    return UncoveredFunctionError(f"torch.{name} has no rule for a MaskedTensor: {WAY_OUT}")
+    return UncoveredFunctionError(f"torch.{name} has no rule for a MaskedTensor: {way_out}")

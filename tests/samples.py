@@ -15,7 +15,7 @@ from maskserve.backends.cpu import CpuBackend
 from maskserve.backends.reference.cells import BITS
 from maskserve.dtypes import DType
 from maskserve.ops.parameters import REQUIRED, Type
-from maskserve.ops.rows import Elementwise, Move, Normalization, Reduction, Row, Scan
+from maskserve.ops.rows import Elementwise, Loss, Move, Normalization, Reduction, Row, Scan
 from maskserve.plan import Plan, plan
 
 SIZES = (1, 2, 63, 64, 65, 4095, 4096, 4097, 3 * 4096 + 1)
@@ -155,3 +155,11 @@ class Forged:
 
     def __reduce__(self) -> Any:
         return self.call, self.parts
+
+
+def beside_input(row: Loss, shape: tuple[int, ...]) -> list[Tensor]:
+    """The other operands of a loss whose input has this shape, its classes along dim 1: cells from 0 to 1, or classes."""
+    if len(row.operands) == 2 and row.samples:
+        return [torch.randint(0, shape[1], shape[:1] + shape[2:])]
+    others = [torch.rand(shape) for _ in row.operands[1:]]
+    return [*others[:-1], torch.ones(shape[:-1])] if row.samples and row.operands[-1] == "target" else others

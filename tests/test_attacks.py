@@ -460,6 +460,11 @@ def test_torch_load_takes_a_masked_tensor_without_being_told_to_trust_it(tmp_pat
     assert torch.load(tmp_path / "x.pt", weights_only=True)["x"].tolist() == [1.0, None]
 
 
+def test_a_fill_that_bools_cannot_hold_is_told_of_those_they_can() -> None:
+    with pytest.raises(DtypeError, match="fill 0 does not fit bool; give False or True"):
+        (m([1.0, 2.0], [T, F]) > 1).to_tensor(0)
+
+
 def test_foreign_arrays_of_every_make_come_in() -> None:
     a = np.ma.masked_array(np.arange(6.0).reshape(2, 3), [[0, 1, 0], [0, 0, 1]])
     assert ms.masked_tensor(a[:, ::-1]).tolist() == [[2, None, 0], [None, 4, 3]]
@@ -467,6 +472,19 @@ def test_foreign_arrays_of_every_make_come_in() -> None:
     pd, xr = pytest.importorskip("pandas"), pytest.importorskip("xarray")
     assert ms.masked_tensor(pd.Series([1, None, 3], dtype="Int64")).tolist() == [1, None, 3]
     assert ms.masked_tensor(pd.DataFrame({"a": [1.5, None]})).tolist() == [[1.5], [None]]
+    big = 2**60 + 1  # which float64 does not hold
+    for dtype, cells in (
+        ("Int64", [big, None]),
+        ("Float32", [0.5, None]),
+        ("boolean", [True, None]),
+        ("UInt8", [7, None]),
+    ):
+        array = pd.array(cells, dtype=dtype)
+        found = [ms.masked_tensor(array), ms.as_masked_tensor(pd.DataFrame({"a": array, "b": array})[["a"]]).squeeze(1)]
+        assert [made.tolist() for made in found] == [cells] * 2
+        assert [str(made.dtype) for made in found] == [f"torch.{dtype.lower().replace('boolean', 'bool')}"] * 2
+    with pytest.raises(DtypeError, match="convert it to numbers"):
+        ms.masked_tensor(pd.Series(["a", "b"]))
     assert ms.masked_tensor(xr.DataArray([1.0, math.nan])).tolist() == [1, None]
     with pytest.raises(DtypeError, match="convert it to numbers"):
         ms.masked_tensor(np.array(["2020-01-01"], "M8[D]"))

@@ -319,6 +319,33 @@ def test_a_pipe_in_a_folder_is_not_waited_for(maskserve: Maskserve, path: str) -
     assert (ran.code, one_line(ran)) == (74, expected)
 
 
+def test_a_command_that_reads_one_file_takes_the_only_one_that_a_folder_has(maskserve: Maskserve) -> None:
+    days("one/0.safetensors", "days/0.safetensors", "days/1.safetensors")
+    Path("days/README.txt").write_text("none of data")
+    for command, *more in (("info",), ("head",), ("convert", "out.npz")):
+        assert maskserve(command, "one", *more).code == 0
+        ran = maskserve(command, "days", *more)
+        expected = "maskserve: days means 2 files, and one is read: name it, such as days/0.safetensors"
+        assert (ran.code, one_line(ran)) == (2, expected)
+        assert (
+            one_line(maskserve(command, "days/x*", *more))
+            == "maskserve: days/x* means no file: none is below it, or like it"
+        )
+    ran = maskserve("validate", "days")
+    assert ran.lines == [f"days/{n}.safetensors: ok, 1 variable" for n in (0, 1)]
+    assert one_line(ran).startswith("maskserve: days: passed over README.txt")
+
+
+def test_a_folder_is_told_of_once_whoever_reads_it(maskserve: Maskserve) -> None:
+    days("days/0.safetensors", "days/1.safetensors")
+    Path("days/README.txt").write_text("none of data")
+    assert maskserve("reduce", "--op", "sum", "days", "--workers", "2").err.count("README.txt") == 1
+
+
+def test_a_path_of_nothing_is_shown(maskserve: Maskserve) -> None:
+    assert one_line(maskserve("info", "")) == "maskserve: '' cannot be opened: No such file or directory"
+
+
 def test_names_are_matched_as_a_shell_matches_them(maskserve: Maskserve) -> None:
     days("d/a/b/0", "d/a/1", "d/we[1]rd/2", "d/.h/3", "d/a/.4", "d/b/a/5")
     for pattern, found in (
@@ -330,11 +357,10 @@ def test_names_are_matched_as_a_shell_matches_them(maskserve: Maskserve) -> None
 
 
 @pytest.mark.parametrize("command", ["info", "head", "validate"])
-def test_what_reads_one_file_names_the_folder_that_it_was_given(maskserve: Maskserve, command: str) -> None:
+def test_what_reads_a_file_says_that_a_folder_has_none(maskserve: Maskserve, command: str) -> None:
     Path("days").mkdir()
     ran = maskserve(command, "days")
-    assert ran.code == 2
-    assert "is a folder: name one file of it; reduce, merge and batch take all that lie below it" in ran.err + ran.text
+    assert (ran.code, one_line(ran)) == (66, "maskserve: days means no file: none is below it, or like it")
 
 
 # -- inputs -----------------------------------------------------------------------------------------------------------

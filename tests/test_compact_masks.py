@@ -30,7 +30,7 @@ from maskserve.payload.tensors import output
 from maskserve.tensor import _unpickled
 from maskserve_cli.app import main
 from tests.http_service import running
-from tests.samples import ELEMENTWISE, SLICED, Forged, as_bits, cells, needed
+from tests.samples import ELEMENTWISE, SLICED, Forged, as_bits, beside_input, cells, needed
 
 SHAPES = ((3, 70), (4, 9, 13), (3, 2, 130, 5))
 LONG = (6, 4099, 3)
@@ -303,13 +303,12 @@ def test_no_byte_of_a_mask_of_every_cell_is_made(layout: str, monkeypatch: pytes
 @named([row for row in OPS.values() if isinstance(row, Loss)])
 @pytest.mark.parametrize("wants_gradient", [False, True])
 def test_losses_have_the_bits_of_the_mask_in_bools(row: Loss, wants_gradient: bool) -> None:
-    of_classes = row.cells is None
-    target = torch.randint(0, 9, (4, 5)) if of_classes else torch.rand(4, 9, 5)
+    others = beside_input(row, (4, 9, 5))
     third = {row.third: torch.rand(4, 9, 5)} if row.third else {}
     found = []
     for tensor in forms(dtypes.f64, (4, 9, 5), 3):
         leaf = as_probabilities(tensor).requires_grad_(wants_gradient)
-        made = getattr(ms, row.name)(leaf, *third.values(), target) if third else getattr(ms, row.name)(leaf, target)
+        made = getattr(ms, row.name)(leaf, *others, **third)
         if wants_gradient:
             made.backward()
         found.append(leaf.grad if wants_gradient else made)

@@ -59,6 +59,15 @@ CALLS: Mapping[str, Callable[[Any], Any]] = {
         ms.log_softmax(v.x, 1), v.p, reduction="batchmean"
     ),
     "kl_div(x, y, log_target=True)": lambda v: ms.kl_div(v.x, v.y, log_target=True),
+    "soft_margin_loss(x, sign(y))": lambda v: ms.soft_margin_loss(v.x, ms.sign(v.y)),
+    "hinge_embedding_loss(x, 1, margin=2, reduction=none)": lambda v: ms.hinge_embedding_loss(
+        v.x, 1, 2, reduction="none"
+    ),
+    "margin_ranking_loss(x, y, sign(w), margin=0.5, dim=1)": lambda v: ms.margin_ranking_loss(
+        v.x, v.y, ms.sign(v.w), 0.5, dim=1
+    ),
+    "poisson_nll_loss(x, abs(y), full=True)": lambda v: ms.poisson_nll_loss(v.x, abs(v.y), full=True),
+    "gaussian_nll_loss(x, y, p, eps=0.1)": lambda v: ms.gaussian_nll_loss(v.x, v.y, v.p, eps=0.1),
     "nll_loss(log_softmax(x, dim=1), c, ignore_index=2)": lambda v: ms.nll_loss(
         ms.log_softmax(v.x, 1), v.c, ignore_index=2
     ),
@@ -337,9 +346,9 @@ REFUSED = [
     ("scaled_dot_product_attention(q, k, v, m, is_causal=True)", 1, "not both"),
     ("scaled_dot_product_attention(q, k, v, x)", 1, "attn_mask has shape (4, 5), the scores (2, 4, 3, 3)"),
     ("scaled_dot_product_attention(q, k, v, c)", 1, "attn_mask is i64"),
-    ("einsum(x, y)", 1, "there is no function einsum"),
-    ("dropout(x)", 1, "there is no function dropout"),
-    ("cat(x, y)", 1, "there is no function cat"),
+    ("einsum(x, y)", 1, "einsum is not for expressions: maskserve.einsum in Python"),
+    ("dropout(x)", 1, "dropout is not for expressions: maskserve.dropout in Python"),
+    ("cat(x, y)", 1, "cat is not for expressions: maskserve.cat in Python"),
 ]
 
 

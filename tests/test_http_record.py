@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as metrics
 
 from maskserve.ops import OPS, verbs
 from maskserve_api import logs
+from maskserve_api.jobs.job import Status
 from maskserve_api.trace import STATE_BYTES
 from tests.http_service import JSON, Running, payload, running, wait_until
 from tests.test_http_limits import head, process
@@ -190,3 +191,7 @@ def test_tracestate_is_passed_on_and_bounded(service: Running) -> None:
 def test_a_problem_is_traced_too(service: Running) -> None:
     response = service.post("/v1/reduce?op=zork", QUESTION, traceparent=f"00-{TRACE}-{SPAN}-01")
     assert response.headers["traceparent"].startswith(f"00-{TRACE}-")
+
+
+def test_a_text_log_has_the_word_of_a_status() -> None:
+    assert logs.escaped(None, "info", {"status": Status.SUCCEEDED}) == {"status": "succeeded"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,12 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "batch_norm": (lambda x: F.batch_norm(x, None, None, W, B, training=True), (drawn(4, 6, 5),)),
     "batch_norm as trained": (lambda x: F.batch_norm(x, W, B.exp(), W, B), (drawn(4, 6, 5),)),
     "cosine_similarity": (F.cosine_similarity, (drawn(4, 6), drawn(4, 6, seed=5))),
+    "pairwise_distance": (
+        lambda x, y: F.pairwise_distance(x, y, p=3.0, keepdim=True),
+        (drawn(4, 6), drawn(4, 6, seed=5)),
+    ),
+    "cdist": (torch.cdist, (drawn(2, 4, 6), drawn(2, 3, 6, seed=5))),
+    "cdist of sums": (lambda x, y: torch.cdist(x, y, p=1.0), (drawn(4, 6), drawn(3, 6, seed=5))),
     "attention": (
         F.scaled_dot_product_attention,
         (drawn(2, 3, 5, 6), drawn(2, 3, 7, 6, seed=5), drawn(2, 3, 7, 4, seed=6)),
@@ -124,6 +131,25 @@ def test_running_statistics_move_by_the_valid_cells_and_stay_where_there_are_non
         close(norm.running_mean[c], 0.1 * cells.mean())
         close(norm.running_var[c], 0.9 + 0.1 * cells.var())
     assert (float(norm.running_mean[2]), float(norm.running_var[2])) == (0, 1)
+
+
+def test_distances_are_over_the_cells_that_are_valid_in_both() -> None:
+    x, y, own, others = drawn(4, 6), drawn(3, 6, seed=5), masks(4, 6), masks(3, 6, seed=1)
+    own[2] = False
+    given = leaf(x, own), leaf(y, others, inf)
+    made, plain = torch.cdist(*given), [x.clone().requires_grad_(), y.clone().requires_grad_()]
+    total = torch.tensor(0.0, dtype=torch.float64)
+    for i, j in itertools.product(range(4), range(3)):
+        both = own[i] & others[j]
+        assert bool(made.get_mask()[i, j]) == bool(both.any())
+        if both.any():
+            wanted = F.pairwise_distance(plain[0][i, both], plain[1][j, both], eps=0.0)
+            close(made.get_data()[i, j], wanted)
+            close(F.pairwise_distance(given[0][i], given[1][j], eps=0.0).get_data(), wanted)
+            total = total + wanted
+    got = torch.autograd.grad([made.sum()], given, [torch.ones((), dtype=torch.float64)])
+    for ours, theirs in zip(got, torch.autograd.grad(total, plain), strict=True):
+        close(ours.to_tensor(0.0), theirs)
 
 
 def test_cosines_are_over_the_cells_that_are_valid_in_both() -> None:

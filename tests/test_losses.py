@@ -30,6 +30,8 @@ class Case:
     target: Callable[[Tensor], Tensor] = lambda cells: cells
     options: dict[str, Any] = field(default_factory=dict)
     takes_weight: bool = False
+    constant_target: bool = False
+    """Whether torch has no gradient by the target."""
 
 
 CASES = [
@@ -37,10 +39,14 @@ CASES = [
     Case("l1_loss", takes_weight=True),
     Case("huber_loss", options={"delta": 0.4}, takes_weight=True),
     Case("smooth_l1_loss", options={"beta": 0.4}),
-    Case("binary_cross_entropy", torch.sigmoid, torch.sigmoid, takes_weight=True),
-    Case("binary_cross_entropy_with_logits", target=torch.sigmoid, takes_weight=True),
+    Case("binary_cross_entropy", torch.sigmoid, torch.sigmoid, takes_weight=True, constant_target=True),
+    Case("binary_cross_entropy_with_logits", target=torch.sigmoid, takes_weight=True, constant_target=True),
     Case("kl_div", lambda x: x.log_softmax(-1), lambda x: x.softmax(-1)),
     Case("kl_div", lambda x: x.log_softmax(-1), lambda x: x.log_softmax(-1), {"log_target": True}),
+    Case("soft_margin_loss", target=torch.sign, constant_target=True),
+    Case("hinge_embedding_loss", target=torch.sign, options={"margin": 0.4}, constant_target=True),
+    Case("poisson_nll_loss", target=torch.abs, options={"full": True}),
+    Case("poisson_nll_loss", torch.exp, torch.abs, {"log_input": False, "eps": 1e-3}),
 ]  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{'-'.join(case.options)}")
 
@@ -76,10 +82,9 @@ def test_it_is_torchs_loss_of_the_cells_where_both_are_valid(case: Case, reducti
     function = getattr(F, case.name)
     x, y = leaf(given, own, junk), leaf(target, others, junk)
     loss = function(x, y, reduction=reduction, **case.options)
-    plain = [cells[both].clone().requires_grad_() for cells in (given, target)]
+    plain = [given[both].clone().requires_grad_(), target[both].clone().requires_grad_(not case.constant_target)]
     expected = function(*plain, reduction=reduction, **case.options)
-    wants_target = not case.name.startswith("binary")
-    leaves, plain_leaves = ([x, y], plain) if wants_target else ([x], plain[:1])
+    leaves, plain_leaves = ([x], plain[:1]) if case.constant_target else ([x, y], plain)
     got = loss.get_data()[both] if reduction == "none" else loss.get_data()
     if reduction == "none":
         assert torch.equal(loss.get_mask(), both)
@@ -170,6 +175,106 @@ def test_batchmean_is_by_the_rows_that_have_cells() -> None:
     loss = F.kl_div(leaf(given, own), leaf(target, others), reduction="batchmean")
     both = own & others
     close(loss.get_data().detach(), F.kl_div(given[both], target[both], reduction="sum") / 4)
+
+
+# -- of three operands, and of vectors ----------------------------------------------------------------------------
+
+
+def signs(cells: Tensor) -> Tensor:
+    return torch.where(cells > 0, 1.0, -1.0).double()
+
+
+OF_THREE: list[tuple[str, Callable[[Tensor], Tensor], dict[str, Any]]] = [
+    ("margin_ranking_loss", signs, {"margin": 0.3}), ("gaussian_nll_loss", torch.exp, {"full": True}),
+    ("triplet_margin_loss", torch.sin, {"swap": True}), ("triplet_margin_loss", torch.sin, {"p": 1, "margin": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "third", "options"), OF_THREE, ids=lambda value: value if type(value) is str else "")
+def test_a_loss_of_three_is_torchs_where_all_are_valid(
+    name: str, third: Callable[[Tensor], Tensor], options: dict[str, Any]
+) -> None:
+    generator = torch.Generator().manual_seed(11)
+    cells = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
+    masks = torch.rand(3, 5, 7, generator=generator) > 0.2
+    cells[2] = third(cells[2])
+    masks[0, 0] = False
+    both, function, is_of_vectors = masks.all(0), getattr(F, name), name.startswith("triplet")
+    plain = [c.clone().requires_grad_() for c in cells]
+    expected = torch.stack(
+        [
+            function(
+                *[(c[i : i + 1] if is_of_vectors else c[i])[..., both[i]] for c in plain], reduction="sum", **options
+            )
+            for i in range(1, 5)
+        ]
+    )
+    wanted = gradient(expected, *plain)
+    for junk in JUNK:
+        given = [leaf(c, m, junk) for c, m in zip(cells, masks, strict=True)]
+        loss = function(*given, reduction="none", **options)
+        a_row = loss if is_of_vectors else loss.sum(1)
+        assert a_row.get_mask().tolist() == [False, *[True] * 4]
+        close(a_row.get_data()[1:].detach(), expected.detach())
+        total = function(*given, reduction="sum", **options)
+        for ours, theirs in zip(gradient(total, *given), wanted, strict=True):
+            assert torch.equal(ours.get_mask(), both)
+            close(ours.to_tensor(0.0)[both], theirs[both])
+    close(function(ms.masked_tensor(cells[0]), *cells[1:], **options).get_data(), function(*cells, **options))
+
+
+def test_the_embedding_loss_of_cosines_is_over_cells_that_are_valid_in_both() -> None:
+    generator = torch.Generator().manual_seed(11)
+    x, y = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
+    masks = torch.rand(2, 4, 6, generator=generator) > 0.2
+    target, both = torch.tensor([1, -1, 1, -1]), masks[0] & masks[1]
+    given, plain = [leaf(x, masks[0], inf), leaf(y, masks[1])], [x.clone().requires_grad_(), y.clone().requires_grad_()]
+    loss = F.cosine_embedding_loss(*given, target, margin=-0.5)
+    each = [
+        F.cosine_embedding_loss(*[p[i][both[i]] for p in plain], target[i], margin=-0.5, reduction="sum")
+        for i in range(4)
+    ]
+    expected = torch.stack(each).mean()
+    close(loss.get_data().detach(), expected.detach())
+    for ours, theirs in zip(gradient(loss, *given), gradient(expected, *plain), strict=True):
+        assert torch.equal(ours.get_mask(), both)
+        close(ours.get_data()[both], theirs[both])
+    one = ms.masked_tensor(torch.tensor([1, 1, -1, -1]), torch.tensor([True, False, True, False]))
+    made = F.cosine_embedding_loss(ms.masked_tensor(x), y, one, reduction="none")
+    assert made.get_mask().tolist() == [True, False, True, False]
+
+
+def test_a_sample_of_labels_is_the_mean_over_its_valid_ones() -> None:
+    x, target, mask = torch.randn(4, 3).double(), (torch.rand(4, 3) > 0.5).double(), torch.rand(4, 3) > 0.3
+    mask[2], weight = False, torch.tensor([1.0, 2, 0.5]).double()
+    given, plain = leaf(x, mask), x.clone().requires_grad_()
+    loss = F.multilabel_soft_margin_loss(given, target, weight=weight)
+    each = [
+        F.multilabel_soft_margin_loss(plain[i : i + 1, mask[i]], target[i : i + 1, mask[i]], weight=weight[mask[i]])
+        for i in range(4)
+        if mask[i].any()
+    ]
+    close(loss.get_data().detach(), torch.stack(each).mean().detach())
+    close(gradient(loss, given)[0].to_tensor(0.0), gradient(torch.stack(each).mean(), plain)[0])
+    close(
+        F.multilabel_soft_margin_loss(ms.masked_tensor(x), target).get_data(), F.multilabel_soft_margin_loss(x, target)
+    )
+
+
+@pytest.mark.parametrize("var", [torch.rand(4) + 0.1, torch.rand(4, 1) + 0.1, torch.rand(4, 4) + 0.1, 0.5], ids=str)
+def test_a_variance_may_be_one_a_row_as_in_torch(var: Any) -> None:
+    x, target = torch.randn(4, 4), torch.randn(4, 4)
+    wanted = F.gaussian_nll_loss(x, target, var, reduction="none")
+    made = F.gaussian_nll_loss(ms.masked_tensor(x), target, var, reduction="none")
+    torch.testing.assert_close(made.get_data(), wanted)
+
+
+def test_a_hidden_variance_below_0_raises_nothing() -> None:
+    x, mask = torch.randn(2), torch.tensor([True, False])
+    var = torch.tensor([0.5, -1.0])
+    assert F.gaussian_nll_loss(ms.masked_tensor(x, mask), x, var, reduction="none").get_mask().tolist() == [True, False]
+    with pytest.raises(MaskserveError, match="negative"):
+        F.gaussian_nll_loss(ms.masked_tensor(x), x, var)
 
 
 # -- of classes ---------------------------------------------------------------------------------------------------
@@ -265,6 +370,8 @@ def test_nll_loss_is_torchs(shape: tuple[int, ...]) -> None:
         (lambda x: F.mse_loss(x, x, reduction="average"), "one of none, mean, sum"),
         (lambda x: F.binary_cross_entropy(x + 9, x), "between 0 and 1"),
         (lambda x: F.mse_loss(x, torch.ones(3)), "do not broadcast"),
+        (lambda x: F.triplet_margin_loss(x, x, torch.ones(3)), "do not broadcast"),
+        (lambda x: F.cosine_embedding_loss(x, x, torch.ones(2, 4)), "give one a vector"),
     ],
 )  # fmt: skip
 def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:
@@ -284,7 +391,8 @@ def test_a_hidden_probability_above_1_raises_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [nn.MSELoss(), nn.L1Loss(reduction="sum"), nn.HuberLoss(), nn.SmoothL1Loss(), nn.BCEWithLogitsLoss()],
+    "module", [nn.MSELoss(), nn.L1Loss(reduction="sum"), nn.HuberLoss(), nn.SmoothL1Loss(), nn.BCEWithLogitsLoss(),
+     nn.SoftMarginLoss(), nn.PoissonNLLLoss(), nn.HingeEmbeddingLoss()],
     ids=lambda module: type(module).__name__,
 )  # fmt: skip
 def test_modules_of_torch_take_them(module: nn.Module) -> None:

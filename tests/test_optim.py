@@ -469,3 +469,26 @@ def test_a_scaler_unscales_and_skips_what_overflows(scaler_of: Any) -> None:
     assert (param.tolist(), w.tolist(), scaler.get_scale()) == ([0.5, 1.5, None], [0.5, 1, 0.5], 2)
     step(0.5)
     assert (param.tolist(), w.tolist(), scaler.get_scale()) == ([0, 1, None], [0, 1, 0], 2)
+
+
+def test_gradients_are_clipped_by_the_norm_of_those_that_are_specified() -> None:
+    def grown() -> tuple[MaskedTensor, Tensor, MaskedTensor]:
+        param, w = leaf(1, 2, None), torch.ones(3, requires_grad=True)
+        weights = ms.masked_tensor([3.0, None, 5.0])
+        ((param * weights).sum() + (w * 4.0).sum()).backward()
+        return param, w, leaf(7)
+
+    found = [3.0, 4.0, 4.0, 4.0]  # the second cell of param meets a masked weight
+    param, w, untouched = grown()
+    norm = optim.clip_grad_norm_([param, w, untouched], 2.0)
+    assert norm.item() == pytest.approx(math.hypot(*found))
+    assert param.grad.tolist() == [pytest.approx(3 * 2 / norm.item(), rel=1e-6), None, None]
+    assert w.grad is not None
+    assert w.grad.tolist() == pytest.approx([4 * 2 / norm.item()] * 3, rel=1e-6)
+    assert untouched.grad is None
+    param, w, _ = grown()
+    optim.clip_grad_value_((param, w), 3.5)
+    assert (param.grad.tolist(), w.grad.tolist()) == ([3, None, None], [3.5] * 3)  # type: ignore[union-attr]  # it has one
+    assert optim.clip_grad_norm_(grown()[0], 9.0, norm_type=math.inf).item() == 3
+    with pytest.raises(GradientError, match="does not require grad"):
+        optim.clip_grad_norm_([ms.masked_tensor([1.0])], 1.0)

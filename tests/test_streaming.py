@@ -28,6 +28,7 @@ from maskserve.errors import (
     MaskError,
     MaskserveError,
     OutOfMemoryError,
+    ParameterError,
     PayloadError,
     ShapeError,
     StateError,
@@ -646,7 +647,7 @@ def test_shards_that_do_not_belong_together_are_refused() -> None:
 
 @pytest.mark.parametrize("op", ["median", "mode"])
 def test_a_row_without_states_says_so(op: str) -> None:
-    with pytest.raises(StateError, match=f"{op} of f32 has no state that can be merged"):
+    with pytest.raises(ParameterError, match=f"{op} of f32 has no state that can be merged"):
         shard(0, 2, BytesPayload(bytes_of(rain=torch.ones(30, 3))), op=op)
 
 

@@ -58,7 +58,6 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("weights of cov", lambda: torch.cov(M, fweights=torch.ones(4, dtype=torch.int64)), "fweights"),
     ("unique rows", lambda: torch.unique(M, dim=0), "dim"),
     ("kthvalue", lambda: torch.kthvalue(M, 1), "get_data"),
-    ("histc", lambda: torch.histc(M, 3), "get_data"),
 ]
 
 

@@ -18,6 +18,7 @@ import maskserve as ms
 from maskserve import OPS, MaskedTensor
 from maskserve.errors import UncoveredFunctionError
 from maskserve.ops.rows import Loss
+from tests.samples import beside_input
 
 F64 = torch.float64
 N, WIDE, OUT, STEPS = 7, 4, 3, 20
@@ -187,10 +188,10 @@ def test_gradients_of_batches_add_up() -> None:
 @pytest.mark.parametrize("loss", [row for row in OPS.values() if isinstance(row, Loss)], ids=lambda row: row.name)
 def test_autocast_changes_no_digit_of_a_masked_loss(loss: Loss) -> None:
     x = ms.masked_tensor(torch.rand(4, 3, dtype=torch.bfloat16), torch.rand(4, 3) < 0.8)
-    target = torch.tensor([0, 2, 1, 1]) if loss.name in ("nll_loss", "cross_entropy") else torch.rand(4, 3).bfloat16()
-    expected = getattr(ms, loss.name)(x, target)
+    others = [o.bfloat16() if o.is_floating_point() else o for o in beside_input(loss, (4, 3))]
+    expected = getattr(ms, loss.name)(x, *others)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        made = getattr(ms, loss.name)(x, target)
+        made = getattr(ms, loss.name)(x, *others)
     assert made.dtype is expected.dtype
     assert made.tolist() == expected.tolist()
 

@@ -72,6 +72,7 @@ def collect_again() -> None:
 def one_file(command: str, files: Sequence[str] | None) -> str:
     """The one file that a command reads."""
     from maskserve.errors import ParameterError
+    from maskserve.places import one
 
     if not files:
         raise ParameterError(f"{command} needs a FILE; - is stdin", parameter="FILE")
@@ -79,7 +80,7 @@ def one_file(command: str, files: Sequence[str] | None) -> str:
         raise ParameterError(
             f"{command} reads one FILE, and {len(files)} are given; run it once for each", parameter="FILE"
         )
-    return files[0]
+    return one(files[0])
 
 
 def some_files(command: str, files: Sequence[str] | None, *, of_states: bool = False) -> Sequence[str]:

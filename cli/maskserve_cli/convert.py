@@ -12,7 +12,7 @@ from maskserve.errors import ParameterError, about
 from maskserve.payload.format import Limits, Payload
 from maskserve.payload.header import shown
 from maskserve.payload.metadata import MEANS, Means
-from maskserve.places import check_folder
+from maskserve.places import check_folder, one
 from maskserve_cli import inputs
 from maskserve_cli.command import Config, settings_of
 from maskserve_cli.exits import say
@@ -72,6 +72,7 @@ def convert(
     if target == STDOUT:
         raise ParameterError("convert writes a file: give OUT a name, with the suffix of its format", parameter="OUT")
     said_exists = asked_exists(Wanted(exists=exists, force=force))
+    source = one(source)
     fill, said_means = None if fill_value is None else number(fill_value), means(mask_means)
     row = conversion.target_format(target, to)
     conversion.check_words(row, said_exists, fill)

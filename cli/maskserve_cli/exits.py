@@ -81,6 +81,7 @@ BY_ERRNO: Mapping[int, int] = MappingProxyType(
         errno.EIO: IO_ERROR,
         errno.EAGAIN: TRY_AGAIN,
         errno.EISDIR: USAGE,
+        errno.ESPIPE: USAGE,  # a pipe or a device where only a file is read
         errno.EILSEQ: BAD_DATA,  # a name in a store that no address has
     }
 )

@@ -16,8 +16,10 @@ from maskserve.payload.header import shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.metadata import KEY_HISTORY
 from maskserve.payload.variables import Variable, Variables, resolve
+from maskserve.places import expanded
 from maskserve_cli import exits, inputs, outputs
 from maskserve_cli.command import AsJson, Config, Files, one_file, settings_of
+from maskserve_cli.exits import say
 from maskserve_cli.progress import progress
 from maskserve_cli.table import columns, dims_text
 
@@ -301,7 +303,7 @@ def validate(files: Files = None, as_json: AsJson = False, config: Config = None
         raise ParameterError("validate needs a FILE; - is stdin", parameter="FILE")
     limits = inputs.limits_of(settings_of(config))
     codes = set()
-    for path in files:
+    for path in expanded(files, say):
         found = verdict(path, limits)
         codes.add(found.exit)
         line = json.dumps(asdict(found), ensure_ascii=False) if as_json else f"{found.file}: {found.message}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from maskserve.errors import TooLargeError
+from maskserve.errors import OutOfMemoryError
 from maskserve.payload.format import Encoded, Output, save
 from maskserve.payload.header import shown as printable
 from maskserve.payload.slices import stored
@@ -86,9 +86,9 @@ def refuse_text(steps: Sequence[Step], target: Target, enough: int | None, *, is
 OR_A_FILE = "-o OUT.safetensors, or --memory"
 
 
-def too_large(named: Sequence[tuple[str, Shape, Dims | None]], target: Target, instead: str) -> TooLargeError:
+def too_large(named: Sequence[tuple[str, Shape, Dims | None]], target: Target, instead: str) -> OutOfMemoryError:
     shapes = ", ".join(f"{name} {table.dims_text(shape, dims)}" for name, shape, dims in named)
-    return TooLargeError(f"{shapes} does not fit into --memory as {target.form}; give {instead}")
+    return OutOfMemoryError(f"{shapes} does not fit into --memory as {target.form}; give {instead}")
 
 
 def say_skipped(path: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ def perform(asked: Asked) -> None:
     shards.check_engine(asked)
     request = requests.build(asked.verb, {**asked.words, "device": settings["device"]})
     paths = some_files(asked.verb, asked.files)
+    asked = replace(asked, files=[*paths])  # folders are listed, and told of, once
     if asked.shard is not None or asked.state is not None:
         shards.write_state(asked, request, paths, settings)
         return
@@ -187,13 +188,13 @@ def dry_run(
     memory, who = inputs.memory_of(settings), shards.who(asked, settings)
     steps = answers.explain(request, payload, others)
     looks = [outlook(step, room) for step, room in answers.rooms(steps, memory)]
+    refuse(asked, request, payload, others, target, memory)
     is_json = target.form is Form.JSON and target.path is None
     outputs.write_text(
         [as_json(request, looks, target, asked.engine or LOCAL)]
         if is_json
         else lines(request, looks, target, memory, who)
     )
-    refuse(asked, request, payload, others, target, memory)
 
 
 def refuse(asked: Asked, request: Request, payload: Payload, others: Payloads, target: Target, memory: int) -> None:

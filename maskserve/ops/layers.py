@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from maskserve.ops.families import ANY
 from maskserve.ops.parameters import REQUIRED, Parameter, Type
 from maskserve.ops.rows import Layer
 
@@ -23,6 +24,7 @@ CAUSAL = Parameter(name="is_causal", type=Type.FLAG, default=False, help="whethe
 SCALE = Parameter(
     name="scale", type=Type.REAL, help="what scores are multiplied by; 1 / sqrt(cells of a key) when not given"
 )
+WINDOWED = ((1, "dim"), (2, "2 dims"), (3, "3 dims"))
 
 ROWS = (
     Layer(name="layer_norm", summary="cells less the mean of their slice, by its spread: over the valid cells of the last dims",
@@ -39,6 +41,10 @@ ROWS = (
     Layer(name="cosine_similarity", summary="cosine of the angle between two vectors, over the cells that are valid in both",
           function="maskserve.layers:cosine_similarity",
           outline="maskserve.outlines:cosine", operands=("x1", "x2"), parameters=(VECTORS, LEAST)),
+    Layer(name="pairwise_distance", summary="norm of the difference of two vectors, over the cells that are valid in both",
+          function="maskserve.layers:pairwise_distance"),
+    Layer(name="cdist", summary="distances of each row of x1 from each row of x2, over the cells that are valid in both",
+          function="maskserve.layers:cdist"),
     Layer(name="dropout", summary="cells of which a random part becomes 0 in training, the others by as much larger",
           function="maskserve.layers:dropout"),
     Layer(name="embedding", summary="rows of a table by their indices; a masked index gives a masked row",
@@ -48,6 +54,22 @@ ROWS = (
           function="maskserve.layers:scaled_dot_product_attention",
           outline="maskserve.outlines:attention", operands=("query", "key", "value", "attn_mask"), n_optional=1,
           parameters=(CAUSAL, SCALE)),
+    Layer(name="embedding_bag", summary="sums, means or largest cells of the rows that the valid indices of each bag mean",
+          function="maskserve.layers:embedding_bag"),
+    Layer(name="instance_norm", summary="cells less the mean of their sample's channel, by its spread: over its valid cells",
+          function="maskserve.layers:instance_norm"),
+    Layer(name="diff", summary="each cell less the one before it; masked where one of the two is", accepts=ANY,
+          function="maskserve.layers:diff", in_torchs_methods=True),
+    *(Layer(name=f"max_pool{n}d", summary=f"the largest valid cell of each window along the last {dims}",
+            function=f"maskserve.pooling:max_pool{n}d") for n, dims in WINDOWED),
+    *(Layer(name=f"avg_pool{n}d", summary=f"the mean of the valid cells of each window along the last {dims}",
+            function=f"maskserve.pooling:avg_pool{n}d") for n, dims in WINDOWED),
+    *(Layer(name=f"adaptive_max_pool{n}d", summary=f"the largest valid cell of windows that cover the last {dims}",
+            function=f"maskserve.pooling:adaptive_max_pool{n}d") for n, dims in WINDOWED),
+    *(Layer(name=f"adaptive_avg_pool{n}d", summary=f"the mean of the valid cells of windows that cover the last {dims}",
+            function=f"maskserve.pooling:adaptive_avg_pool{n}d") for n, dims in WINDOWED),
+    Layer(name="interpolate", summary="the nearest cell, masked or valid, at places of another size; or the mean of each area's",
+          function="maskserve.pooling:interpolate"),
     Layer(name="multi_head_attention_forward", summary="what torch.nn.MultiheadAttention computes, and its weights",
           function="maskserve.layers:multi_head_attention_forward"),
 )  # fmt: skip

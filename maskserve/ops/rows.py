@@ -372,8 +372,15 @@ class Loss(Row):
 
     function: str = "maskserve.losses:compute"
     outline: str = "maskserve.outlines:loss"
+    operands: tuple[str, ...] = ("input", "target")
     cells: Elementwise | None = None
-    """The loss of each cell; None: of classes along dim 1, by the index of the right one or by probabilities."""
+    """The loss of each cell."""
+    samples: str = ""
+    """Where cells have none: what gives the loss of each sample, and what it counts for in the mean."""
+    is_mean_of_classes: bool = False
+    """Whether the loss of a sample is the mean of those of its cells along the last dim."""
+    each_row: str = ""
+    """An operand that may lack the last dim: one value for each row."""
     third: str = ""
     """A parameter that is an operand of `cells`."""
     of_logits: bool = False
@@ -382,12 +389,8 @@ class Loss(Row):
     """Whether the mean with weights is by their sum; else by the count."""
 
     @property
-    def operands(self) -> tuple[str, ...]:
-        return ("input", "target")
-
-    @property
     def numbers(self) -> tuple[str, ...]:
-        return ("target",)
+        return self.operands[1:]
 
     @property
     def is_method(self) -> bool:
@@ -408,10 +411,12 @@ class Layer(Row):
     """The function that calls them."""
     operands: tuple[str, ...] = ("input",)
     n_optional: int = 0
+    in_torchs_methods: bool = False
 
     @property
     def is_method(self) -> bool:
-        return False
+        """Whether it is a method of MaskedTensor too, as it is one of torch.Tensor."""
+        return self.in_torchs_methods
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

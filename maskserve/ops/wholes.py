@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskserve.dtypes import NUMERIC, boolean, u64
+from maskserve.dtypes import FLOATING, INTEGRAL, NUMERIC, boolean, u64
 from maskserve.ops.parameters import CORRECTION, NAN, Parameter, Type
 from maskserve.ops.results import floated
 from maskserve.ops.rows import Whole
@@ -14,6 +14,15 @@ RANGE = Parameter(
 DENSITY = Parameter(
     name="density", type=Type.FLAG, default=False, keyword_only=True, help="scale to an integral of 1 over the range"
 )
+EQUAL_BINS = Parameter(name="bins", type=Type.COUNT, default=100, help="how many bins of equal width")
+LOWEST = Parameter(
+    name="min",
+    type=Type.NUMBER,
+    default=0,
+    help="the lower end of the range; the data's where min and max are one number",
+)
+HIGHEST = Parameter(name="max", type=Type.NUMBER, default=0, help="the upper end of the range")
+LENGTH = Parameter(name="minlength", type=Type.COUNT, default=0, help="how many counts there are at least")
 SORTED = Parameter(name="sorted", type=Type.FLAG, default=True, help="torch's word; the values always come in order")
 INVERSE = Parameter(name="return_inverse", type=Type.FLAG, default=False, help="also where each cell's value stands")
 COUNTS = Parameter(name="return_counts", type=Type.FLAG, default=False, help="also how often each value occurs")
@@ -24,6 +33,16 @@ ROWS = (
         summary="how many valid cells fall into each bin, and the edges of the bins",
         parameters=(BINS, RANGE, DENSITY, NAN),
         outputs=("hist", "bin_edges"), accepts=NUMERIC - {boolean}, function=".wholes:histogram",
+    ),
+    Whole(
+        name="histc",
+        summary="how many valid cells fall into each of some equal parts of the range, in the cells' dtype; others are left out",
+        parameters=(EQUAL_BINS, LOWEST, HIGHEST, NAN), outputs=("hist",), accepts=FLOATING, function=".wholes:histc",
+    ),
+    Whole(
+        name="bincount",
+        summary="how often each whole number from 0 occurs among the valid cells",
+        parameters=(LENGTH, NAN), outputs=("counts",), accepts=INTEGRAL - {boolean}, function=".wholes:bincount",
     ),
     Whole(
         name="unique",

@@ -296,7 +296,9 @@ def _open_regular(path: StrPath) -> int:
         os.close(fd)
         if stat.S_ISDIR(mode):
             raise is_a_folder(f"{name} is a folder")
-        raise InputError(f"{name} is {kind_of(mode)}; a payload is read from a regular file")
+        error = InputError(f"{name} is {kind_of(mode)}; a payload is read from a regular file")
+        error.errno = errno.ESPIPE  # it is none however often it is tried
+        raise error
     return fd
 
 

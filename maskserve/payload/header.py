@@ -112,6 +112,11 @@ def shown(text: object, limit: int = ECHO) -> str:
     >>> shown("rain\x1b[31m")
     'rain\\x1b[31m'
 
+    Nothing is shown as such.
+
+    >>> shown("")
+    "''"
+
     Of an address of the web it leaves out what may be a secret: user, password, and the query of one that is signed.
 
     >>> shown("https://me:word@host/rain.safetensors?Signature=abc")
@@ -119,7 +124,9 @@ def shown(text: object, limit: int = ECHO) -> str:
     """
     if isinstance(text, str) and "://" in text:
         text = _QUERY.sub(r"\1\2", _USER.sub(r"\1", text))
-    escaped = repr(text)[1:-1] if isinstance(text, str) and len(text) <= limit else repr(str(text)[:limit])[1:-1]
+    if text == "":
+        return "''"
+    escaped = repr(str(text)[:limit])[1:-1]  # of a member of an enum its word, not its name
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 

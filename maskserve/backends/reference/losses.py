@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def together(given: Tensor, target: Tensor) -> list[Tensor]:
-    """Both in one float dtype and of one shape, which torch warns of where it has to make it."""
-    dtype = torch.result_type(given, target)
+def together(*cells: Tensor) -> list[Tensor]:
+    """All in one float dtype and of one shape, which torch warns of where it has to make it."""
+    dtype = reduce(torch.promote_types, (torch.result_type(cells[0], other) for other in cells[1:]))
     dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
-    pair: list[Tensor] = torch.broadcast_tensors(given.to(dtype), target.to(dtype))
-    return pair
+    made: list[Tensor] = torch.broadcast_tensors(*[each.to(dtype) for each in cells])
+    return made
 
 
 def in_own_dtype(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -72,3 +72,41 @@ def binary_cross_entropy_with_logits(given: Tensor, target: Tensor, pos_weight: 
 def kl_div(given: Tensor, target: Tensor, log_target: bool = False) -> Tensor:
     given, target = together(given, target)
     return functional.kl_div(given, target, reduction="none", log_target=log_target)
+
+
+@in_own_dtype
+def soft_margin_loss(given: Tensor, target: Tensor) -> Tensor:
+    given, target = together(given, target)
+    return functional.soft_margin_loss(given, target, reduction="none")
+
+
+@in_own_dtype
+def hinge_embedding_loss(given: Tensor, target: Tensor, margin: float = 1.0) -> Tensor:
+    given, target = together(given, target)
+    return functional.hinge_embedding_loss(given, target, margin, reduction="none")
+
+
+@in_own_dtype
+def margin_ranking_loss(one: Tensor, other: Tensor, target: Tensor, margin: float = 0.0) -> Tensor:
+    one, other, target = together(one, other, target)
+    return functional.margin_ranking_loss(one, other, target, margin, reduction="none")
+
+
+@in_own_dtype
+def poisson_nll_loss(
+    given: Tensor, target: Tensor, log_input: bool = True, full: bool = False, eps: float = 1e-8
+) -> Tensor:
+    given, target = together(given, target)
+    return functional.poisson_nll_loss(given, target, log_input, full, eps=eps, reduction="none")
+
+
+@in_own_dtype
+def gaussian_nll_loss(given: Tensor, target: Tensor, var: Tensor, full: bool = False, eps: float = 1e-6) -> Tensor:
+    given, target, var = together(given, target, var)
+    return functional.gaussian_nll_loss(given, target, var, full, eps, reduction="none")
+
+
+@in_own_dtype
+def multilabel_soft_margin_loss(given: Tensor, target: Tensor) -> Tensor:
+    given, target = together(given, target)
+    return -(target * functional.logsigmoid(given) + (1 - target) * functional.logsigmoid(-given))

@@ -107,6 +107,25 @@ def unique(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
     return (values, None), (places.view(data.shape), own if own is None else own.view(data.shape)), (counts, None)
 
 
+def histc(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
+    """Counts (bins,) in the cells' dtype, by torch's own function."""
+    cells, bins = valid_cells(data, mask), params["bins"]
+    if bins < 1 or params["min"] > params["max"]:
+        raise ParameterError("histc: bins must be at least 1, and min at most max", parameter="bins")
+    if params["min"] == params["max"] and not bool(cells.isfinite().all()):
+        raise DataError("histc: a valid cell is not finite, and so the range is not: give min and max")
+    wide = cells.float() if cells.itemsize < 4 else cells
+    return ((torch.histc(wide, bins, params["min"], params["max"]).to(data.dtype), None),)
+
+
+def bincount(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
+    """Counts (largest cell + 1,) in int64."""
+    cells = valid_cells(data, mask)
+    if bool((cells < 0).any()):
+        raise DataError("bincount: a valid cell is below 0; unique with return_counts=True counts any values")
+    return ((torch.bincount(cells, minlength=params["minlength"]), None),)
+
+
 def valid_cells(data: Tensor, mask: Tensor | None) -> Tensor:
     """The valid cells in a row."""
     return data.reshape(-1) if mask is None else data.masked_select(mask)

@@ -1,0 +1,167 @@
+"""Pooling, other sizes, bags and differences: torch's own where nothing is masked, and over the valid cells where some are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # as torch's own documentation writes it
+
+import maskserve as ms
+from maskserve import MaskedTensor
+from maskserve.errors import MaskserveError
+
+nan, inf = torch.nan, torch.inf
+SHAPES = {1: (2, 3, 9), 2: (2, 2, 7, 6), 3: (1, 2, 5, 4, 6)}
+WINDOWS: list[dict[str, Any]] = [
+    {"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    {"kernel_size": 4, "stride": 3, "padding": 2, "ceil_mode": True},
+]  # fmt: skip
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def masks(*shape: int, seed: int = 9) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.4
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got.detach(), wanted.detach(), rtol=1e-12, atol=1e-12)
+
+
+PLAIN: dict[str, tuple[Callable[..., Any], Tensor]] = {
+    **{
+        f"{kind}{n} {options}": (
+            lambda x, kind=kind, n=n, o=options: getattr(F, f"{kind}{n}d")(x, **o),
+            drawn(*SHAPES[n]),
+        )
+        for kind in ("max_pool", "avg_pool")
+        for n in (1, 2, 3)
+        for options in WINDOWS
+    },
+    "max_pool dilated": (lambda x: F.max_pool2d(x, (2, 3), 1, dilation=2), drawn(2, 7, 8)),
+    "avg_pool without its padding": (lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), drawn(2, 7, 8)),
+    **{
+        f"adaptive_{kind}{n}": (
+            lambda x, kind=kind, n=n: getattr(F, f"adaptive_{kind}_pool{n}d")(x, (3, 2, 4)[:n]),
+            drawn(*SHAPES[n]),
+        )
+        for kind in ("max", "avg")
+        for n in (1, 2, 3)
+    },
+    "global": (nn.AdaptiveAvgPool2d((1, None)), drawn(2, 3, 4, 5)),
+    "nearest": (lambda x: F.interpolate(x, (5, 13)), drawn(2, 3, 7, 6)),
+    "nearest by a factor": (lambda x: F.interpolate(x, scale_factor=(2.0, 0.7)), drawn(2, 3, 7, 6)),
+    "nearest-exact": (lambda x: F.interpolate(x, 5, mode="nearest-exact"), drawn(2, 3, 7)),
+    "area": (lambda x: F.interpolate(x, scale_factor=0.5, mode="area"), drawn(2, 3, 7, 6)),
+    "instance_norm": (lambda x: F.instance_norm(x, weight=drawn(3)), drawn(2, 3, 7, 6)),
+    "diff": (lambda x: torch.diff(x, n=2, dim=0, prepend=drawn(1, 6)), drawn(7, 6)),
+    "diff as a method": (lambda x: x.diff(dim=-1), drawn(7, 6)),
+}
+
+
+@pytest.mark.parametrize(("function", "given"), PLAIN.values(), ids=PLAIN.keys())
+def test_it_is_torchs_where_nothing_is_masked(function: Callable[..., Any], given: Tensor) -> None:
+    x, plain = ms.masked_tensor(given, requires_grad=True), given.clone().requires_grad_()
+    made, wanted = function(x), function(plain)
+    assert isinstance(made, MaskedTensor)
+    assert bool(made.get_mask().all())
+    close(made.get_data(), wanted)
+    (ours,) = torch.autograd.grad([made.sum()], [x], [torch.ones((), dtype=torch.float64)])
+    (theirs,) = torch.autograd.grad(wanted.sum(), plain)
+    close(ours.to_tensor(0.0), theirs)
+
+
+@pytest.mark.parametrize("junk", [nan, inf, 3e300], ids=str)
+@pytest.mark.parametrize(("name", "op"), [("max_pool2d", Tensor.amax), ("avg_pool2d", Tensor.mean)])
+def test_a_window_is_over_its_valid_cells(name: str, op: Callable[[Tensor], Tensor], junk: float) -> None:
+    cells, own = drawn(3, 6, 8), masks(3, 6, 8)
+    own[0, :3, :4] = False
+    x = ms.masked_tensor(torch.where(own, cells, junk), own, requires_grad=True)
+    made, plain = getattr(F, name)(x, (3, 4)), cells.clone().requires_grad_()
+    wanted = []
+    for place in torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(2)).tolist():
+        a, i, j = place
+        box = (a, slice(3 * i, 3 * i + 3), slice(4 * j, 4 * j + 4))
+        assert bool(made.get_mask()[a, i, j]) == bool(own[box].any())
+        if own[box].any():
+            wanted.append(op(plain[box][own[box]]))
+            close(made.get_data()[a, i, j], wanted[-1])
+    (ours,) = torch.autograd.grad([made.sum()], [x], [torch.ones((), dtype=torch.float64)])
+    assert torch.equal(ours.get_mask(), own)
+    close(ours.to_tensor(0.0), torch.autograd.grad(torch.stack(wanted).sum(), plain)[0])
+
+
+def test_zeros_of_the_padding_count_beside_a_valid_cell_only() -> None:
+    x = ms.masked_tensor([[4.0, None, None, None]])
+    made = F.avg_pool1d(x, 2, 2, 1)
+    assert made.tolist() == [[2, None, None]]
+
+
+def test_the_nearest_cell_may_be_a_masked_one() -> None:
+    x = ms.masked_tensor([[[1.0, None, 3.0]]])
+    assert F.interpolate(x, 6).tolist() == [[[1, 1, None, None, 3, 3]]]
+
+
+def test_a_difference_needs_both_cells() -> None:
+    assert torch.diff(ms.masked_tensor([1.0, 3.0, None, 7.0, 9.0])).tolist() == [2, None, None, 2]
+    assert ms.diff(ms.masked_tensor([True, None, False])).tolist() == [None, None]
+
+
+def test_counts_are_of_the_valid_cells() -> None:
+    cells, mask = torch.tensor([3, 1, -7, 1, 1000]), torch.tensor([True, True, False, True, False])
+    assert torch.bincount(ms.masked_tensor(cells, mask), minlength=6).tolist() == [0, 2, 0, 1, 0, 0]
+    x = ms.masked_tensor(torch.tensor([0.5, nan, 2.5, 9.0, -1.0]), torch.tensor([True, False, True, True, True]))
+    for options in ({"bins": 4}, {"bins": 3, "min": 0, "max": 3}):
+        assert x.histc(**options).tolist() == torch.histc(x.get_data()[x.get_mask()], **options).tolist()
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_a_bag_is_of_its_valid_indices(mode: str) -> None:
+    bags, mask = (
+        torch.tensor([[1, 2, 4], [3, 0, 9], [9, 9, 9]]),
+        torch.tensor([[True] * 3, [True, True, False], [False] * 3]),
+    )
+    module, rows = nn.EmbeddingBag(5, 2, mode=mode).double(), [[1, 2, 4], [3, 0]]
+    made = module(ms.masked_tensor(bags, mask))
+    assert made.get_mask().tolist() == [[True] * 2, [True] * 2, [False] * 2]
+    wanted = torch.cat([module(torch.tensor([row])) for row in rows])
+    close(made.get_data()[:2], wanted)
+    (ours,) = torch.autograd.grad(made.sum().to_tensor(), module.weight)
+    close(ours, torch.autograd.grad(wanted.sum(), module.weight)[0])
+
+
+def test_a_bag_without_padding_and_with_weights_is_torchs() -> None:
+    table, bags, weights = drawn(5, 2), torch.tensor([[1, 2, 4], [3, 0, 4]]), drawn(2, 3)
+    for options in ({"padding_idx": -1, "mode": "mean"}, {"per_sample_weights": weights, "mode": "sum"}):
+        close(
+            F.embedding_bag(ms.masked_tensor(bags), table, **options).get_data(),
+            F.embedding_bag(bags, table, **options),
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: F.max_pool2d(x, 2, return_indices=True), "return_indices=False"),
+        (lambda x: F.max_pool2d(x, 9), "larger than the input"),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
+        (lambda x: F.interpolate(x[None], 3, mode="bilinear"), "nearest, nearest-exact or area"),
+        (lambda x: torch.diff(x, n=-1), "at least 0"),
+        (lambda x: torch.bincount(x.long() - 9), "return_counts=True"),
+        (lambda x: torch.histc(x / 0), "give min and max"),
+        (lambda x: F.conv2d(x, torch.rand(2, 2, 1, 1)), r"convolve m.to_tensor\(0\)"),
+        (lambda x: nn.LSTM(4, 2)(x), "to_packed_sequence"),
+        (lambda x: torch.zeros(2, 4, 4).index_add(0, torch.tensor([0, 1]), x), r"source.to_tensor\(0\)"),
+        (lambda x: F.one_hot(x.long()), r"m.get_mask\(\).unsqueeze\(-1\)"),
+        (lambda x: F.embedding_bag(x.long().flatten(), torch.rand(9, 2), torch.tensor([0])), "from_lengths"),
+    ],
+)  # fmt: skip
+def test_what_has_no_rule_says_what_to_do(call: Callable[[MaskedTensor], Any], says: str) -> None:
+    with pytest.raises(MaskserveError, match=says):
+        call(ms.masked_tensor(torch.rand(2, 4, 4)))
