@@ -102,6 +102,11 @@ class Compact(ABC):
     def form(self) -> Form:
         """What kernels read."""
 
+    def part(self, shape: tuple[int, int, int]) -> Part:
+        """All of it as kernels read it, folded to (outer, n, inner)."""
+        _, n, inner = shape
+        return Part(self.form(), (n * inner, inner, 1), 0, lambda: self.bools().expand(self.shape).reshape(shape))
+
     @property
     def nbytes(self) -> int:
         return self.cells.nbytes

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import maskserve as ms
 from benchmarks import gpu
 from maskserve import OPS, dtypes
 from maskserve.backends import backends, choose
@@ -18,6 +19,7 @@ from maskserve.backends.triton import TritonBackend
 from maskserve.backends.triton_launches import recording
 from maskserve.backends.triton_plans import Stage, stages_of, traffic_of
 from maskserve.backends.triton_tables import interprets, missing, reducing
+from maskserve.compact import Mask
 from maskserve.dtypes import DType
 from maskserve.errors import BackendError
 from maskserve.ops.rows import Reduction, Row
@@ -41,6 +43,14 @@ def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
     assert " passed" in ran.stdout, ran.stdout[-4000:] + ran.stderr[-2000:]
 
 
+def mask_in(layout: str, shape: tuple[int, ...]) -> Mask:
+    """A mask in one of the forms that kernels read."""
+    prefixes = ms.from_lengths(torch.ones(shape), torch.arange(shape[0]) % shape[1], 1)
+    held = prefixes.to_mask_layout(layout)._held
+    assert held is not None
+    return held
+
+
 # -- machine code without a device ----------------------------------------------------------------------------------
 
 
@@ -48,23 +58,25 @@ def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
 @compiles
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("name", "dtype", "shape"),
+    ("name", "dtype", "shape", "layout"),
     [
-        ("sum", dtypes.f32, (9000, 1)),
-        ("var", dtypes.f16, (300, 40)),
-        ("argmax", dtypes.i32, (300, 40)),
-        ("norm", dtypes.bf16, (9000, 1)),
-        ("softmax", dtypes.f32, (300, 40)),
-        ("cumsum", dtypes.i8, (300, 40)),
+        ("sum", dtypes.f32, (9000, 1), "bool"),
+        ("var", dtypes.f16, (300, 40), "bool"),
+        ("argmax", dtypes.i32, (300, 40), "packed"),
+        ("norm", dtypes.bf16, (9000, 1), "bool"),
+        ("softmax", dtypes.f32, (300, 40), "lengths"),
+        ("cumsum", dtypes.i8, (300, 40), "bool"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_kernels_compile_to_machine_code(name: str, dtype: DType, shape: tuple[int, ...], capability: int) -> None:
+def test_kernels_compile_to_machine_code(
+    name: str, dtype: DType, shape: tuple[int, ...], layout: str, capability: int
+) -> None:
     from maskserve.backends.triton_ahead import compile_ahead
 
-    sample = cells(dtype, shape, 1)
+    data = cells(dtype, shape, 1).data
     with recording() as calls:
-        TritonBackend().run(plan_of(OPS[name], sample.data, dim=0), sample.data, sample.mask)
+        TritonBackend().run(plan_of(OPS[name], data, dim=0), data, mask_in(layout, shape))
     made = compile_ahead(calls, capability)
     assert calls
     for kernel in made:
@@ -94,6 +106,21 @@ def test_cells_and_mask_are_read_once_and_results_written_once(row: Row, shape: 
     once = prod(shape) * (cell_bytes + 1) + n_results * (of.result.n_bytes + 1)
     assert moved.launches <= 3
     assert once <= moved.read + moved.written <= once * (1.02 if of.fold[-1] == 1 else 1.4)
+
+
+@needs_triton
+@pytest.mark.parametrize(("layout", "mask_bytes"), [("bool", 300 * 41), ("packed", 300 * 6), ("lengths", 300 * 8)])
+def test_a_mask_is_read_in_the_form_in_which_it_is_held(layout: str, mask_bytes: int) -> None:
+    held, data = mask_in(layout, (300, 41)), torch.ones(300, 41)
+    of = plan_of(OPS["sum"], data, dim=1)
+    with recording() as calls:
+        TritonBackend().run(of, data, held)
+    read = [operand for call in calls for operand in call.args if isinstance(operand, torch.Tensor)]
+    own = held if isinstance(held, torch.Tensor) else held.cells
+    assert {one.data_ptr() for one in read} == {data.data_ptr(), own.data_ptr()}
+    assert held.nbytes == mask_bytes
+    moved = traffic_of(of.fold, of.leaf, cell_bytes=4, mask_bytes=held.nbytes, state_bytes=16, result_bytes=5)
+    assert moved.read == data.nbytes + mask_bytes
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 import maskserve as ms
 from maskserve import OPS, dtypes, engine, execution
 from maskserve.backends.triton_tables import interprets
+from maskserve.blocks import Cells
 from maskserve.dtypes import DType
 from maskserve.errors import IntegerOverflowError
 from maskserve.ops.rows import Reduction, Row
@@ -109,6 +110,45 @@ def test_broadcast_masks_and_strides_change_no_bit(row: Row) -> None:
         assert_agrees(row, data, mask, dim=1)
 
 
+def tails(shape: tuple[int, ...], dim: int) -> ms.MaskedTensor:
+    """Cells whose mask is lengths along `dim`, with an empty row and a full one."""
+    n_rows = math.prod(shape[:dim])
+    lengths = (torch.arange(n_rows) * 7 % (shape[dim] + 1)).reshape(shape[:dim])
+    return ms.from_lengths(torch.randn(shape, generator=torch.Generator().manual_seed(1)).exp(), lengths, dim)
+
+
+@pytest.mark.parametrize("name", ["argmax", "softmax", "cumsum"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_compact_masks_are_read_where_they_lie(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a mask within the columns, of several runs of them, and of several slices."""
+    prefixes = tails((3, 4, 13), (dim + 1) % 3)
+    scattered = ms.as_masked_tensor(prefixes.get_data(), cells(dtypes.f32, (3, 4, 13), 6).mask)
+    for tensor in (prefixes, *(mask.to_mask_layout("packed") for mask in (prefixes, scattered))):
+        expected = by("triton", OPS[name], tensor.get_data(), tensor.get_mask(), dim=dim)
+        monkeypatch.setattr(type(tensor._held), "window", lambda *_: pytest.fail("a compact mask became bools"))
+        with execution.using(backend="triton"):
+            values, mask = engine.run_held(
+                plan_of(OPS[name], tensor.get_data(), dim=dim), tensor.get_data(), tensor._held
+            )
+        monkeypatch.undo()
+        mask = mask if isinstance(mask, Tensor) else mask.bools().expand(values.shape)
+        assert_same_bits((values, mask), expected, (name, dim, tensor.mask_layout))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_blocks_of_a_compact_mask_begin_where_they_lie(dim: int) -> None:
+    for layout in ("lengths", "packed"):
+        tensor = tails((9, 70, 13), (dim + 1) % 3)
+        tensor = tensor if layout == "lengths" else tensor.to_mask_layout(layout)
+        of = plan_of(OPS["argmax"], tensor.get_data(), dim=dim)
+        with execution.using(backend="triton", block_cells=400):
+            whole = engine.run(of, tensor.get_data(), tensor.get_mask())
+            parts = engine.lift_all(
+                of, Cells(of, tensor.get_data(), tensor._held, policy="propagate", reads_compact=True)
+            )
+            assert_same_bits(engine.finish(of, parts), whole, (dim, layout))
+
+
 @every_row
 def test_nan_that_is_omitted_is_masked(row: Row) -> None:
     sample = cells(dtypes.f32, (4, 70), 6, row=row)
@@ -164,6 +204,7 @@ def test_gradients_are_those_of_the_cpu_kernels(name: str, shape: tuple[int, ...
     def gradient(backend: str) -> ms.MaskedTensor:
         with execution.using(backend=backend):
             x = ms.masked_tensor(sample.data.clone(), sample.mask, requires_grad=True)
+            x = x.to_mask_layout("packed") if backend == "triton" and dim else x
             ms.as_masked_tensor(getattr(ms, name)(x, dim), later).backward(above)
         assert x.grad is not None
         return x.grad

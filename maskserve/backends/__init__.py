@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from maskserve.compact import Part
+from maskserve.compact import Mask, Part
 from maskserve.errors import BackendError, nearest
 from maskserve.plan import Plan
 
@@ -69,7 +69,7 @@ class Finisher(Backend, Protocol):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor: ...
 
     def run(
-        self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
+        self, plan: Plan, data: Tensor, mask: Mask | None, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None: ...
 
     def reduce(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor) -> bool: ...
@@ -107,7 +107,7 @@ class Puller(Backend, Protocol):
         self,
         plan: Plan,
         data: Tensor,
-        mask: Tensor | None,
+        mask: Mask | None,
         values: Tensor,
         g: Tensor,
         gate: Tensor,

@@ -28,7 +28,7 @@ from maskserve.backends.triton_tables import (
     reducing,
     serves_row,
 )
-from maskserve.compact import Part, spread_part
+from maskserve.compact import Compact, Mask, Part, spread_part
 from maskserve.dtypes import FLOATING, f64, i64
 from maskserve.ops.rows import Normalization, Reduction, Scan
 
@@ -39,12 +39,19 @@ Parts = dict[str, Tensor]
 Masked = tuple[Tensor, Tensor]
 
 
-def on_plans(plan: Plan, data: Tensor, mask: Tensor | Part | None) -> tuple[Tensor, Tensor | None]:
-    """A block in the memory of the plan's device, its mask as bools: what is read from a file is in the CPU's memory."""
+def on_plans(plan: Plan, data: Tensor, mask: Tensor | Part | None) -> tuple[Tensor, Tensor | Part | None]:
+    """A block in the memory of the plan's device: what is read from a file is in the CPU's memory."""
+    if plan.device == "cpu" or (isinstance(mask, Part) and mask.form.cells.is_cuda):
+        return data.to(plan.device), mask
     own = spread_part(mask)
-    if plan.device == "cpu":
-        return data, own
     return data.to(plan.device), None if own is None else own.to(plan.device)
+
+
+def read_in(mask: Mask | None, plan: Plan, shape: tuple[int, int, int]) -> Tensor | Part | None:
+    """The mask of a whole tensor, folded: a compact one where it lies."""
+    if isinstance(mask, Compact):
+        return mask.part(shape)
+    return None if mask is None else folded(mask.expand(plan.shape), shape)
 
 
 class TritonBackend:
@@ -53,7 +60,7 @@ class TritonBackend:
     name = "triton"
     block_cells = sys.maxsize
     """Kernels cut by themselves."""
-    reads_compact = False
+    reads_compact = True
     runs_whole = True
     threads_inside = True
     widths_held = 0
@@ -87,14 +94,14 @@ class TritonBackend:
 
     # -- reductions -----------------------------------------------------------------------------------------------
 
-    def run(self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None) -> Masked | None:
+    def run(self, plan: Plan, data: Tensor, mask: Mask | None, places: Tensor | None = None) -> Masked | None:
         """(values, mask) of the plan on whole tensors; None where the reference has to do a part of it."""
         if plan.params.get("nan") == "raise" or not math.prod(plan.shape):
             return None
         *outer, n, inner = plan.fold
         shape = (math.prod(outer), n, inner)
         cells = folded(data, shape)
-        own = None if mask is None else folded(mask.expand(plan.shape), shape)
+        own = read_in(mask, plan, shape)
         values = torch.empty(plan.out_shape, dtype=getattr(torch, plan.result.torch), device=data.device)
         valid = torch.empty(plan.out_shape, dtype=torch.bool, device=data.device)
         if not isinstance(plan.row, Reduction):
@@ -109,7 +116,7 @@ class TritonBackend:
         return self.reduced(plan, fold, data, own, values, valid, (values.stride(1), values.stride(2)))
 
     def reduced(
-        self, plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor,
+        self, plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor,
         strides: tuple[int, int],
     ) -> bool:  # fmt: skip
         how = finishing(plan)
@@ -167,7 +174,7 @@ class TritonBackend:
         scan(plan, data, own, (values, valid, wrong))
         return "refused" if wrong.item() else "done"
 
-    def known(self, plan: Plan, data: Tensor, mask: Tensor | None, states: Parts | None) -> Parts | None:
+    def known(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, states: Parts | None) -> Parts | None:
         """The states of slices that no tile holds."""
         outer, n, inner = data.shape
         if states is not None or holding_tile(n, plan.leaf, outer * inner, is_inner=inner == 1) is not None:
@@ -177,13 +184,15 @@ class TritonBackend:
     # -- gradients ------------------------------------------------------------------------------------------------
 
     def pull(
-        self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, g: Tensor, gate: Tensor,
+        self, plan: Plan, data: Tensor, mask: Mask | None, values: Tensor, g: Tensor, gate: Tensor,
         gradient: Tensor, reach: Tensor | None,
     ) -> bool:  # fmt: skip
         """The gradient by `data`, and where it has reached; False: the reference's formula is needed."""
         if not self.pulls(plan) or not math.prod(plan.shape):
             return False
-        pull(plan, data, mask, (values, g, gate), gradient, reach)
+        *outer, n, inner = plan.fold
+        own = read_in(mask, plan, (math.prod(outer), n, inner))
+        pull(plan, data, own, (values, g, gate), gradient, reach)
         return True
 
     def pulls(self, plan: Plan) -> bool:

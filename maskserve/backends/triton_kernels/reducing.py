@@ -32,9 +32,9 @@ def ended(
 
 @triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
 def lift_kernel(
-    data_ptr, mask_ptr, target_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_strides, target_strides, run_stride,
+    data_ptr, mask_ptr, target_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_place, target_strides, run_stride,
     min_count, LIFT: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, LIFT_OPTION: tl.constexpr,
-    OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, OMITS: tl.constexpr,
+    OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr,
     NEGATES: tl.constexpr, READS: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A run of GROUPS leaves of N cells of LANES slices: their state, or where that is all, their results."""
@@ -43,7 +43,7 @@ def lift_kernel(
     lane = lanes_at(program % n_blocks, LANES)
     cell = cells_at(run * (GROUPS * N), GROUPS, N)
     x, keep, _ = read(
-        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, NEGATES, READS
+        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, NEGATES, READS
     )
     parts = joined(LIFT(x, keep, cell, LIFT_OPTION), MERGE)
     moved = ()
