@@ -15,7 +15,7 @@ import torch
 from maskserve import blockwise, engine
 from maskserve.alignment import dim_numbers, laid_over, laid_together
 from maskserve.backends import Choice, choose
-from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, in_blocks, laid, lies_along, op
+from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, by_kernel, in_blocks, laid, lies_along, op
 from maskserve.compact import common
 from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
@@ -420,23 +420,27 @@ def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
 
 
 def elementwise(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
-    """Adjacent elementwise ops: block by block where there are many cells."""
-    made = program(term)
+    """Adjacent elementwise ops: by one kernel, or block by block where there are many cells."""
+    made, kept = program(term), None
     if made.chain.is_plain and made.lie_along and parse_policy(None) is Policy.INTERSECT:
         kept = common([v._held for v in values], torch.Size(term.shape))
-        if kept is not None:
-            plain = elementwise(term, [MaskedTensor._of(v._data, None) for v in values])
-            return MaskedTensor._of(hidden(plain._data, kept, in_place=True), kept)
-    cells = [Cells(v._data, v._mask) for v in values]
+    cells = [Cells(v._data, v._mask if kept is None else None) for v in values]
     if not made.lie_along:
         n_dims = len(term.shape)
         cells = [
             Cells(laid(data, axes, n_dims), None if mask is None else laid(mask, axes, n_dims))
             for (data, mask), (_, axes) in zip(cells, made.leaves, strict=True)
         ]
+    by_one = by_kernel(made.chain, cells, term.shape, kept)
+    if by_one is not None:
+        return MaskedTensor._of(by_one.data, by_one.mask if kept is None else kept)
     if made.is_small or not all(leaf.data.is_cpu for leaf in cells):
-        return MaskedTensor._of(*at_once(made.chain, cells))
-    return MaskedTensor._of(*in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask)))
+        data, mask = at_once(made.chain, cells)
+    else:
+        data, mask = in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask))
+    if kept is None:
+        return MaskedTensor._of(data, mask)
+    return MaskedTensor._of(hidden(data, kept, in_place=True), kept)
 
 
 class Program(NamedTuple):

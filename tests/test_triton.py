@@ -13,19 +13,20 @@ import torch
 
 import maskserve as ms
 from benchmarks import gpu
-from maskserve import OPS, dtypes
-from maskserve.backends import backends, choose
+from maskserve import OPS, dtypes, evaluation
+from maskserve.backends import backends, choose, choose_fuser, triton_trees
 from maskserve.backends.triton import TritonBackend
-from maskserve.backends.triton_launches import recording
+from maskserve.backends.triton_launches import Call, recording
 from maskserve.backends.triton_plans import Stage, stages_of, traffic_of
 from maskserve.backends.triton_tables import interprets, missing, reducing
+from maskserve.blockwise import Cells
 from maskserve.compact import Mask
 from maskserve.dtypes import DType
 from maskserve.errors import BackendError
 from maskserve.ops.rows import Reduction, Row
 from maskserve.plan import Plan, plan
 from tests.samples import cells, plan_of
-from tests.triton_rows import ROWS
+from tests.triton_rows import ROWS, TREES, stages_of_tree, variables
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -85,6 +86,31 @@ def test_kernels_compile_to_machine_code(
         assert "fma.rn.f64" not in kernel.asm["ptx"], "a contracted product rounds otherwise than the reference"
         assert "red.global" not in kernel.asm["ptx"]
         assert "atom.global" not in kernel.asm["ptx"], "atomics add in any order"
+
+
+@needs_triton
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("text", ["-(x * y) / z - abs(x)", "where(x > 0.5, abs(x) / z, -y) * 2 - z"])
+def test_a_tree_compiles_to_one_kernel_that_rounds_each_op(text: str, capability: int) -> None:
+    from maskserve.backends.triton_ahead import compile_ahead
+
+    (made,) = compile_ahead(recorded(text), capability)
+    assert made.asm["cubin"].startswith(b"\x7fELF")
+    assert "fma.rn" not in made.asm["ptx"]
+    assert "div.full" not in made.asm["ptx"], "a division that is off by 2 ulp"
+    assert "div.rn" in made.asm["ptx"]
+
+
+def recorded(text: str) -> list[Call]:
+    """What the last stage of a tree launches."""
+    given = variables(TREES[text])
+    term = stages_of_tree(text, given)[-1]
+    made = evaluation.program(term)
+    leaves = [evaluation.evaluated(leaf, given) for leaf, _ in made.leaves]
+    with recording() as calls:
+        triton_trees.run(made.chain.ops, [Cells(leaf._data, leaf._mask) for leaf in leaves], term.shape, None)
+    return calls
 
 
 # -- launches and bytes ---------------------------------------------------------------------------------------------
@@ -178,6 +204,28 @@ def test_limits_are_told_one_at_a_time() -> None:
     assert why_not(OPS["amax"], dtypes.u64) == "it has no kernel for u64"
     assert why_not(OPS["cumsum"], dtypes.f64) == "it has no kernel for cumsum of f64"
     assert why_not(OPS["sum"], weights=dtypes.f32) == "it has no kernel for sum with weights"
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "reason"),
+    [
+        ("x + exp(x)", dtypes.f32, "exp"),
+        ("x / 3", dtypes.f32, "div by this other"),
+        ("x ** 3", dtypes.f32, "pow by this exponent"),
+        ("x ** x", dtypes.f32, "pow by a tensor as exponent"),
+        ("maximum(x, x * 2)", dtypes.f32, "maximum in f32"),
+        ("x * 0.1", dtypes.f16, "mul with a number that f16 does not hold"),
+        ("abs(x) + 1", dtypes.i32, "abs in i32"),
+        ("x < x / 2", dtypes.i32, "lt of i32 beside f32"),
+        ("add(x, x, alpha=2)", dtypes.f32, "add with alpha"),
+        ("x * 2", dtypes.c64, "mul of c64"),
+    ],
+)
+def test_a_tree_that_torch_may_round_otherwise_says_so(text: str, dtype: DType, reason: str) -> None:
+    term = stages_of_tree(text, {"x": ms.as_masked_tensor(cells(dtype, (3, 2), 1).data)})[-1]
+    chosen = choose_fuser(evaluation.program(term).chain.ops, "cuda:0")
+    assert chosen.fuser is None
+    assert chosen.refusals == (("triton", f"it has no kernel for {reason}"),)
 
 
 def test_without_triton_the_limit_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

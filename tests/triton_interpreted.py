@@ -6,6 +6,7 @@ They say what the kernels mean. What a compiler or a device makes of them is for
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,20 +15,23 @@ from torch import Tensor
 
 import maskserve as ms
 from maskserve import OPS, dtypes, engine, execution
+from maskserve.backends.triton_launches import watching
 from maskserve.backends.triton_tables import interprets
 from maskserve.blocks import Cells
 from maskserve.dtypes import DType
 from maskserve.errors import IntegerOverflowError
 from maskserve.ops.rows import Reduction, Row
 from maskserve.partials import Partial
-from tests.samples import assert_same_bits, cells, plan_of, poisoned, ulps, with_junk
-from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, dims_of, of_row
+from maskserve_cli.app import main
+from tests.samples import as_bits, assert_same_bits, cells, plan_of, poisoned, ulps, with_junk
+from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, TREES, dims_of, of_row, stages_of_tree, variables
 
 if not interprets():
     pytest.skip("in a process of its own, by tests/test_triton.py: TRITON_INTERPRET=1", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*overflows:RuntimeWarning")
 
+SALES = Path(__file__).parent.parent / "examples" / "sales.json"
 OWN = [row for row in ROWS if not row.picks]
 """Those that pick take the cells at the places of argmax and argmin."""
 every_row = pytest.mark.parametrize("row", OWN, ids=lambda row: row.name)
@@ -228,3 +232,43 @@ def test_states_of_parts_give_the_whole_ones_bits(row: Reduction, inner: int) ->
         first = Partial.lift(plan, data[:, :cut], mask[:, :cut], start=0)
         second = Partial.lift(plan, data[:, cut:], mask[:, cut:], start=cut)
         assert_same_bits(first.merge(second).finalize(), whole, row.name)
+
+
+# -- trees of elementwise ops -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TREES)
+def test_a_tree_in_one_kernel_is_the_same_calls_in_torch(text: str) -> None:
+    given = variables(TREES[text])
+    expected = ms.eval(text, **given)
+    with execution.using(backend="triton"), watching() as calls:
+        got = ms.eval(text, **given)
+    n_stages = len(stages_of_tree(text, given))
+    assert [call.name for call in calls] == ["tree_kernel"] * n_stages, "a term that broadcasts is computed once"
+    assert got.dtype is expected.dtype
+    assert torch.equal(got.get_mask(), expected.get_mask())
+    same = as_bits(got.get_data()) == as_bits(expected.get_data())
+    both = torch.isnan(got.get_data()) & torch.isnan(expected.get_data())
+    assert bool((same | both | ~got.get_mask()).all()), (got, expected)
+    assert not got.get_data()[~got.get_mask()].any()
+
+
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+def test_a_tree_of_one_compact_mask_keeps_it_and_reads_no_bools(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = tails((3, 4, 13), 1)
+    x = x if layout == "lengths" else x.to_mask_layout(layout)
+    expected = ms.eval("(x * 2 - 1) / x", x=x)
+    for words in ("window", "bools"):
+        monkeypatch.setattr(type(x._held), words, lambda *_: pytest.fail("a compact mask became bools"))
+    with execution.using(backend="triton"), watching() as calls:
+        got = ms.eval("(x * 2 - 1) / x", x=x)
+    assert len(calls) == 1
+    assert got._held is not None
+    assert got._held.equals(x._held)
+    assert torch.equal(got.get_data(), expected.get_data()), "hidden cells are 0 in both"
+
+
+def test_explain_says_who_computes_a_tree_and_which_op_keeps_torch_at_it(capfd: pytest.CaptureFixture[str]) -> None:
+    for text, said in (("x * 2 - 1", "mul, sub of i64 on cpu by triton"), ("exp(x) - 1", "it has no kernel for exp")):
+        assert main(["eval", "--expr", text, "--backend", "triton", "--explain", str(SALES)]) == 0
+        assert said in capfd.readouterr().err

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from maskserve.backends import triton_trees
 from maskserve.backends.reference import kernel as reference
 from maskserve.backends.triton_launches import ended, folded, join, merged, normalize, pull, scan, states_of
 from maskserve.backends.triton_plans import ending_stage, holding_tile
@@ -33,6 +34,7 @@ from maskserve.dtypes import FLOATING, f64, i64
 from maskserve.ops.rows import Normalization, Reduction, Scan
 
 if TYPE_CHECKING:
+    from maskserve.blockwise import Cells, Op
     from maskserve.plan import Plan
 
 Parts = dict[str, Tensor]
@@ -180,6 +182,22 @@ class TritonBackend:
         if states is not None or holding_tile(n, plan.leaf, outer * inner, is_inner=inner == 1) is not None:
             return states
         return self.lift(plan, data, mask)
+
+    # -- trees of elementwise ops ---------------------------------------------------------------------------------
+
+    def computes_on(self, device: str, name: str | None) -> bool:
+        """Whether it is who computes there; in numpy where it is asked for."""
+        return device.startswith("cuda") or (interprets() and name == self.name)
+
+    def why_not_fused(self, ops: Sequence[Op]) -> str | None:
+        """The first limit that the ops meet; None where one kernel computes them all."""
+        return triton_trees.why_not(ops)
+
+    def fused(
+        self, ops: Sequence[Op], leaves: Sequence[Cells], shape: tuple[int, ...], kept: Compact | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(cells, where they are valid) of the last op."""
+        return triton_trees.run(ops, leaves, shape, kept)
 
     # -- gradients ------------------------------------------------------------------------------------------------
 

@@ -56,17 +56,28 @@ class Call:
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
+_seen: ContextVar[list[Call] | None] = ContextVar("seen", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[list[Call]]:
     """What would be launched inside; nothing is, and results are memory as it was found."""
+    yield from noted(_calls)
+
+
+@contextmanager
+def watching() -> Iterator[list[Call]]:
+    """What is launched inside."""
+    yield from noted(_seen)
+
+
+def noted(into: ContextVar[list[Call] | None]) -> Iterator[list[Call]]:
     calls: list[Call] = []
-    token = _calls.set(calls)
+    token = into.set(calls)
     try:
         yield calls
     finally:
-        _calls.reset(token)
+        into.reset(token)
 
 
 def launch(name: str, module: str, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
@@ -76,6 +87,8 @@ def launch(name: str, module: str, programs: int, device: torch.device, *args: A
     if calls is not None:
         calls.append(call)
     elif programs:
+        if (seen := _seen.get()) is not None:
+            seen.append(call)
         call.run(device)
 
 
