@@ -19,8 +19,9 @@ from maskserve.backends.triton_launches import watching
 from maskserve.backends.triton_tables import interprets
 from maskserve.blocks import Cells
 from maskserve.dtypes import DType
-from maskserve.errors import IntegerOverflowError
+from maskserve.errors import DataError, IntegerOverflowError
 from maskserve.ops.rows import Reduction, Row
+from maskserve.params import names_of
 from maskserve.partials import Partial
 from maskserve_cli.app import main
 from tests.samples import as_bits, assert_same_bits, cells, plan_of, poisoned, ulps, with_junk
@@ -178,6 +179,34 @@ def test_norms_of_every_order_that_is_served(ord: float, dtype: torch.dtype) -> 
     sample = cells(dtypes.f64, (300, 3), 7)
     scale = 1e200 if dtype is torch.float64 else 1.0
     assert_agrees(OPS["norm"], (sample.data * scale).to(dtype), sample.mask, dim=0, ord=ord)
+
+
+@pytest.mark.parametrize("row", [row for row in OWN if "weights" in names_of(row)], ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", [dtypes.f64, dtypes.f32, dtypes.i64])
+def test_cells_count_for_their_weights(row: Row, dtype: DType) -> None:
+    sample, weights = with_junk(cells(dtype, (3, 70, 5), 11)), with_junk(cells(dtypes.f32, (70, 1), 12))
+    weighed = ms.as_masked_tensor(weights.data.abs(), weights.mask)
+    tensor = ms.as_masked_tensor(sample.data, sample.mask)
+    given = {"correction": 0} if "correction" in names_of(row) else {}
+    for dim, w in ((0, weighed), (1, weighed), ((0, 2), weighed), (2, weighed * 0)):
+        made = []
+        for backend in ("reference", "triton"):
+            with execution.using(backend=backend):
+                result = getattr(ms, row.name)(tensor, dim, weights=w, **given)
+            made.append((result.get_data() * result.get_mask(), result.get_mask()))
+        assert_same_bits(made[1], made[0], (row.name, dtype, dim))
+
+
+@pytest.mark.parametrize("name", ["var", "std"])
+def test_a_weight_that_is_negative_is_an_error(name: str) -> None:
+    with execution.using(backend="triton"), pytest.raises(DataError, match="a weight is negative"):
+        getattr(ms, name)(torch.ones(3), 0, correction=0, weights=torch.tensor([1.0, -1.0, 2.0]))
+
+
+def test_a_weighted_sum_that_overflows_on_the_way_comes_out_right() -> None:
+    data = torch.tensor([1.7e308, 1.7e308, -1.7e308], dtype=torch.float64)
+    with execution.using(backend="triton"):
+        assert ms.mean(data, 0, weights=torch.tensor([1.0, 2.0, 2.0])).item() == pytest.approx(1.7e308 / 5)
 
 
 def test_a_float64_sum_that_overflows_on_the_way_comes_out_right() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskserve.backends import triton_trees
 from maskserve.backends.reference import kernel as reference
+from maskserve.backends.reference import lift as lift_as_reference
 from maskserve.backends.triton_launches import ended, folded, join, merged, normalize, pull, scan, states_of
 from maskserve.backends.triton_plans import ending_stage, holding_tile
 from maskserve.backends.triton_tables import (
@@ -31,6 +32,7 @@ from maskserve.backends.triton_tables import (
 )
 from maskserve.compact import Compact, Mask, Part, spread_part
 from maskserve.dtypes import FLOATING, f64, i64
+from maskserve.ops.passes import WEIGHTED_MOMENTS
 from maskserve.ops.rows import Normalization, Reduction, Scan
 
 if TYPE_CHECKING:
@@ -56,6 +58,11 @@ def read_in(mask: Mask | None, plan: Plan, shape: tuple[int, int, int]) -> Tenso
     return None if mask is None else folded(mask.expand(plan.shape), shape)
 
 
+def distinct(tensor: Tensor) -> Tensor:
+    """The cells of a tensor that broadcasts, each once."""
+    return tensor[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
+
+
 class TritonBackend:
     """The Triton kernels on tensors in the memory of a CUDA device."""
 
@@ -75,7 +82,9 @@ class TritonBackend:
             return f"it computes on CUDA devices, and the tensor is on {plan.device}"
         row = plan.row
         if not serves_row(plan):
-            return f"it has no kernel for {row.name}" + (" with weights" if plan.weighted else "")
+            return f"it has no kernel for {row.name}"
+        if plan.weighted and plan.params["weights"] not in SERVED:
+            return f"it has no kernel for weights of {plan.params['weights']}"
         if plan.params.get("ord", 2) not in ORDERS:
             return f"it has no kernel for {row.name} with this ord"
         if plan.dtype not in SERVED or plan.flipped:
@@ -98,7 +107,7 @@ class TritonBackend:
 
     def run(self, plan: Plan, data: Tensor, mask: Mask | None, places: Tensor | None = None) -> Masked | None:
         """(values, mask) of the plan on whole tensors; None where the reference has to do a part of it."""
-        if plan.params.get("nan") == "raise" or not math.prod(plan.shape):
+        if plan.weighted or plan.params.get("nan") == "raise" or not math.prod(plan.shape):
             return None
         *outer, n, inner = plan.fold
         shape = (math.prod(outer), n, inner)
@@ -133,9 +142,12 @@ class TritonBackend:
     def lift(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None = None) -> Parts:
         """The named parts of a block: (outer, n, inner) -> (outer, inner) of each."""
         outer, n, inner = data.shape
+        if weights is not None and plan.passes[0] is WEIGHTED_MOMENTS and bool((distinct(weights) < 0).any()):
+            return lift_as_reference(plan, plan.passes[0], data, spread_part(mask), weights)  # which says what is wrong
         data, own = on_plans(plan, data, mask)
         parts = states_of(plan, outer * inner, data.device)
-        ended(plan, (outer, n, inner), data, own, tuple(parts), (inner, 1), None)
+        weighs = None if weights is None else weights.to(plan.device)
+        ended(plan, (outer, n, inner), data, own, tuple(parts), (inner, 1), None, weighs)
         return {name: part.view(outer, inner) for name, part in zip(reducing(plan).names, parts, strict=True)}
 
     def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]:

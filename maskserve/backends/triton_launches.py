@@ -152,13 +152,13 @@ def states_of(plan: Plan, n: int, device: torch.device) -> tuple[Tensor, ...]:
 
 def ended(
     plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | Part | None, target: tuple[Tensor, ...],
-    strides: tuple[int, int], how: Finishing | None,
+    strides: tuple[int, int], how: Finishing | None, weights: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The launches of a reduction, the last of which writes the `target`: results where it is told how, else states."""
     first, *others = stages_of(fold, plan.leaf)
     held = target if not others else states_of(plan, first.runs * first.lanes, data.device)
     last = how if not others else None
-    lift(plan, first, data, mask, held, strides if not others else (first.inner, 1), last)
+    lift(plan, first, data, mask, weights, held, strides if not others else (first.inner, 1), last)
     for i, stage in enumerate(others, 1):
         is_last = i == len(others)
         made = target if is_last else states_of(plan, stage.runs * stage.lanes, data.device)
@@ -167,14 +167,14 @@ def ended(
 
 
 def lift(
-    plan: Plan, stage: Stage, data: Tensor, mask: Tensor | Part | None, target: tuple[Tensor, ...], strides: tuple[int, int],
-    how: Finishing | None,
+    plan: Plan, stage: Stage, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None, target: tuple[Tensor, ...],
+    strides: tuple[int, int], how: Finishing | None,
 ) -> None:  # fmt: skip
     own = mask_operand(mask, data)
-    tile = stage.tile
+    tile, weighed = stage.tile, (0, 0, 0) if weights is None else strided(weights)
     launch(
-        "lift_kernel", "reducing", stage.programs, data.device, data, own.cells, target, stage.count, stage.inner, stage.lanes,
-        stage.blocks, strided(data), own.place, strides, stage.lanes, how.min_count if how else 0,
+        "lift_kernel", "reducing", stage.programs, data.device, data, own.cells, weights, target, stage.count, stage.inner,
+        stage.lanes, stage.blocks, strided(data), own.place, weighed, strides, stage.lanes, how.min_count if how else 0,
         **own.constants, GROUPS=tile.groups, N=tile.n, LANES=tile.lanes, **reducing(plan).lift,
         **(how.constants if how else UNFINISHED),
     )  # fmt: skip
