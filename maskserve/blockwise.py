@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from maskserve import cellwise
-from maskserve.backends import backends
+from maskserve.backends import backends, choose_fuser
 from maskserve.blocks import spans
+from maskserve.compact import Compact
 from maskserve.dtypes import WIDE, DType, u64
 from maskserve.errors import MaskserveError
-from maskserve.execution import in_parallel
+from maskserve.execution import execution, in_parallel
 from maskserve.expression import placed
 from maskserve.gates import hide_few, kept, kept_in_place
 from maskserve.masks import Policy, parse_policy
@@ -74,6 +75,7 @@ class Op:
     given: Mapping[str, Any]
     kinds: Sequence[DType]
     column: int
+    result: torch.dtype
     function: Callable[..., Tensor] | None
     params: Mapping[str, Any]
     between: tuple[int, ...]
@@ -143,7 +145,7 @@ def op(
     between = tuple(o.n for o in operands if type(o) is Slot and o.n >= n_leaves)
     reuses = result if is_plain and function and writes_into(function, operands, kinds, params, result) else None
     return Op(
-        row=row, operands=operands, given=given, kinds=kinds, column=column, function=function, params=params,
+        row=row, operands=operands, given=given, kinds=kinds, column=column, result=result, function=function, params=params,
         between=between, reuses=reuses, is_plain=is_plain,
     )  # fmt: skip
 
@@ -279,6 +281,25 @@ def at_once(chain: Chain, leaves: Sequence[Cells]) -> Cells:
     data = kept_in_place(data, full) if is_own else kept(data.contiguous(), full)
     own = [leaf.mask for leaf in leaves if leaf.mask is not None]
     return Cells(data, mask.clone() if lies_in(mask, own) else mask)
+
+
+def by_torch(leaf: Tensor) -> bool:
+    """Whether no kernel is asked: on a CPU, unless one is by name."""
+    return leaf.is_cpu and execution().backend is None
+
+
+def by_kernel(chain: Chain, leaves: Sequence[Cells], shape: Shape, kept: Compact | None) -> Cells | None:
+    """The same by one kernel, where the back end of the leaves' device has it; None where torch computes op by op.
+
+    `kept` is the mask of all, where it is a compact one; the leaves then have none.
+    """
+    if by_torch(leaves[0].data):  # before anything that takes time: here are small expressions
+        return None
+    devices = {str(leaf.data.device) for leaf in leaves}
+    if len(devices) > 1 or not prod(shape) or parse_policy(None) is not Policy.INTERSECT:
+        return None
+    fuser = choose_fuser(chain.ops, devices.pop(), execution().backend).fuser
+    return None if fuser is None else Cells(*fuser.fused(chain.ops, leaves, shape, kept))
 
 
 def in_blocks(chain: Chain, leaves: Sequence[Cells], shape: Shape, sample: Cells) -> Cells:

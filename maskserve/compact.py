@@ -134,7 +134,7 @@ class Compact(ABC):
         """The same of other rows, for a tensor of `shape`."""
 
     @abstractmethod
-    def part(self, rows: Rows, places: Steps, shape: torch.Size) -> Compact | None:
+    def taken(self, rows: Rows, places: Steps, shape: torch.Size) -> Compact | None:
         """Some cells of some rows, as a tensor of `shape` whose dims are those of the rows, their own and the rest."""
 
     @abstractmethod
@@ -161,6 +161,11 @@ class Compact(ABC):
     @abstractmethod
     def form(self) -> Form:
         """What kernels read."""
+
+    def part(self, shape: tuple[int, int, int]) -> Part:
+        """All of it as kernels read it, folded to (outer, n, inner)."""
+        _, n, inner = shape
+        return Part(self.form(), (n * inner, inner, 1), 0, lambda: self.bools().expand(self.shape).reshape(shape))
 
     @property
     def nbytes(self) -> int:
@@ -223,7 +228,7 @@ class Lengths(Compact):
     def of_rows(self, cells: Tensor, shape: torch.Size) -> Lengths:
         return Lengths(cells, cells.ndim, shape)
 
-    def part(self, rows: Rows, places: Steps, shape: torch.Size) -> Lengths:
+    def taken(self, rows: Rows, places: Steps, shape: torch.Size) -> Lengths:
         left = rows.of(self.lengths, self.dim) - places.start
         if places.step:
             kept = (left + (places.step - 1)).div(places.step, rounding_mode="floor").clamp(min=0, max=places.n)
@@ -306,7 +311,7 @@ class Bits(Compact):
     def of_rows(self, cells: Tensor, shape: torch.Size) -> Bits:
         return Bits(cells, shape)
 
-    def part(self, rows: Rows, places: Steps, shape: torch.Size) -> Bits | None:
+    def taken(self, rows: Rows, places: Steps, shape: torch.Size) -> Bits | None:
         if places.step != 1 or places.start % BYTE or len(rows.sizes) + 1 != len(shape):
             return None
         whole = rows.of(self.packed, self.packed.ndim - 1)

@@ -53,7 +53,7 @@ def seen(mask: Compact, probe: Tensor, view: Tensor) -> Compact | None:
     if places.last >= n:
         return None
     rows = Rows(tuple(view.shape[:dim]), tuple(steps.get(d, 0) // gap for d in range(dim)), first)
-    return mask.part(rows, places, view.shape)
+    return mask.taken(rows, places, view.shape)
 
 
 def picked(mask: Compact, index: Any, shape: torch.Size) -> Compact | None:

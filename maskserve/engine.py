@@ -169,8 +169,7 @@ def computed(
     walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
     finisher = finisher_of(plan) if plan.as_stored and whole else None
     if finisher and (walked <= SMALL or finisher.runs_whole):
-        own = mask.bools().expand(data.shape).contiguous() if isinstance(mask, Compact) else mask
-        made = finisher.run(plan, data, own, places)
+        made = finisher.run(plan, data, mask, places)
         if made is not None:
             return made
     if weights is not None:

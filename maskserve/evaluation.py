@@ -15,7 +15,20 @@ import torch
 from maskserve import blockwise, engine
 from maskserve.alignment import dim_numbers, laid_over, laid_together
 from maskserve.backends import Choice, choose
-from maskserve.blockwise import Cells, Chain, Op, Slot, at_once, in_blocks, laid, lies_along, of_few, op
+from maskserve.blockwise import (
+    Cells,
+    Chain,
+    Op,
+    Slot,
+    at_once,
+    by_kernel,
+    by_torch,
+    in_blocks,
+    laid,
+    lies_along,
+    of_few,
+    op,
+)
 from maskserve.compact import Compact, common
 from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
@@ -432,26 +445,35 @@ def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
 
 
 def elementwise(term: Term, made: Program, values: Sequence[MaskedTensor]) -> MaskedTensor:
-    """Adjacent elementwise ops: block by block where there are many cells."""
+    """Adjacent elementwise ops: by one kernel, or block by block where there are many cells."""
+    kept = None
     if made.chain.is_plain and made.lie_along and parse_policy(None) is Policy.INTERSECT:
         masks: list[Any] = [v._held for v in values]
         if any(isinstance(mask, Compact) for mask in masks):
             kept = common(masks, torch.Size(term.shape))
-            if kept is not None:
-                plain = elementwise(term, made, [MaskedTensor._of(v._data, None) for v in values])
-                return MaskedTensor._of(hidden(plain._data, kept, in_place=True), kept)
-        elif made.are_few and (found := of_few(made.chain, [v._data for v in values], masks)):
+        elif (
+            made.are_few
+            and by_torch(values[0]._data)
+            and (found := of_few(made.chain, [v._data for v in values], masks))
+        ):
             return MaskedTensor._of(*found)
-    cells = [Cells(v._data, v._mask) for v in values]
+    cells = [Cells(v._data, v._mask if kept is None else None) for v in values]
     if not made.lie_along:
         n_dims = len(term.shape)
         cells = [
             Cells(laid(data, axes, n_dims), None if mask is None else laid(mask, axes, n_dims))
             for (data, mask), (_, axes) in zip(cells, made.leaves, strict=True)
         ]
+    by_one = by_kernel(made.chain, cells, term.shape, kept)
+    if by_one is not None:
+        return MaskedTensor._of(by_one.data, by_one.mask if kept is None else kept)
     if made.is_small or not all(leaf.data.is_cpu for leaf in cells):
-        return MaskedTensor._of(*at_once(made.chain, cells))
-    return MaskedTensor._of(*in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask)))
+        data, mask = at_once(made.chain, cells)
+    else:
+        data, mask = in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask))
+    if kept is None:
+        return MaskedTensor._of(data, mask)
+    return MaskedTensor._of(hidden(data, kept, in_place=True), kept)
 
 
 class Program(NamedTuple):

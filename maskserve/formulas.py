@@ -11,10 +11,10 @@ from torch import Tensor
 
 from maskserve import execution, sources
 from maskserve.above import Above, above_of, differentiable
-from maskserve.backends import refuse_unknown
+from maskserve.backends import choose_fuser, refuse_unknown
 from maskserve.dtypes import boolean
 from maskserve.errors import GradientError, ParameterError, nearest
-from maskserve.evaluation import Declared, Term, evaluated, fused, is_elementwise, planned, stages
+from maskserve.evaluation import Declared, Term, evaluated, fused, is_elementwise, planned, program, stages
 from maskserve.expression import Expression, Name
 from maskserve.gates import kept, kept_in_place
 from maskserve.loading import device_of, on_device, without_fill
@@ -93,10 +93,18 @@ class OfExpression(Step):
     def work(self, stage: Term) -> Work:
         """Who computes a term: a back end, or torch block by block what is elementwise."""
         if stage.plan is None or stage.choice is None:
-            ops = ", ".join(term.op for term in fused(stage))
-            return Work(op=ops, cells=stage.dtype, backend=TORCH, gradient=TORCH if self.wrt else None)
+            return self.torchs(stage)
         gradient = puller(stage.plan, stage.choice) if self.wrt else None
         return work_of(stage.plan, stage.choice, gradient)
+
+    def torchs(self, stage: Term) -> Work:
+        """What torch computes, or a kernel in its place where no gradient is asked for."""
+        ops = ", ".join(term.op for term in fused(stage))
+        if self.wrt or not is_elementwise(stage):
+            return Work(op=ops, cells=stage.dtype, backend=TORCH, gradient=TORCH if self.wrt else None)
+        chosen = choose_fuser(program(stage).chain.ops, self.device, self.backend)
+        backend = TORCH if chosen.fuser is None else chosen.fuser.name
+        return Work(op=ops, cells=stage.dtype, backend=backend, refused=dict(chosen.refusals))
 
     @property
     def dims_alive(self) -> Dims:

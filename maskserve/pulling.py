@@ -52,7 +52,7 @@ def pulled(
     if isinstance(backend, Puller):
         gradient = torch.empty(plan.shape, dtype=data.dtype, device=data.device)
         reach = torch.empty(plan.shape, dtype=DTYPE, device=data.device) if wants_reach else None
-        served = backend.pull(plan, data, as_bools(mask), values, g, gate, gradient, reach)
+        served = backend.pull(plan, data, mask, values, g, gate, gradient, reach)
         return Pulled(gradient, reach) if served else None
     how = launch(plan) if execution().backend in (None, "cpu") else None
     if how is None:

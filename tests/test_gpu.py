@@ -15,7 +15,7 @@ from maskserve.errors import OutOfMemoryError
 from maskserve.ops.rows import Reduction, Row
 from maskserve.plan import plan
 from tests.samples import SLICED, assert_same_bits, cells, ulps, with_junk
-from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, of_row
+from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, TREES, of_row, variables
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,6 +114,17 @@ def test_kernels_give_the_bits_of_the_reference_on_the_cpu(row: Row, dtype: DTyp
             assert_same_bits(got[1:], expected[1:])
             near = (got[0].double() - expected[0].double()).abs() <= 1e-15
             assert ulps(torch.where(near, expected[0], got[0]), expected[0], got[0].dtype) <= 1, (row.name, shape, dim)
+
+
+@needs_triton
+@pytest.mark.parametrize("text", TREES)
+def test_a_tree_in_one_kernel_has_the_bits_of_torch_op_by_op(text: str) -> None:
+    given = {name: tensor.to("cuda") for name, tensor in variables(TREES[text]).items()}
+    got = ms.eval(text, **given)
+    with execution.using(backend="reference"):
+        expected = ms.eval(text, **given)
+    assert torch.equal(got.get_mask(), expected.get_mask())
+    assert torch.equal(got.to_tensor(0).nan_to_num(9), expected.to_tensor(0).nan_to_num(9))
 
 
 @needs_triton

@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import maskserve as ms
 from benchmarks import gpu
-from maskserve import OPS, dtypes
-from maskserve.backends import backends, choose
+from maskserve import OPS, dtypes, evaluation
+from maskserve.backends import backends, choose, choose_fuser, triton_trees
 from maskserve.backends.triton import TritonBackend
-from maskserve.backends.triton_launches import recording
+from maskserve.backends.triton_launches import Call, recording
 from maskserve.backends.triton_plans import Stage, stages_of, traffic_of
 from maskserve.backends.triton_tables import interprets, missing, reducing
+from maskserve.blockwise import Cells
+from maskserve.compact import Mask
 from maskserve.dtypes import DType
 from maskserve.errors import BackendError
 from maskserve.ops.rows import Reduction, Row
 from maskserve.plan import Plan, plan
 from tests.samples import cells, plan_of
-from tests.triton_rows import ROWS
+from tests.triton_rows import ROWS, TREES, stages_of_tree, variables
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -41,6 +44,14 @@ def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
     assert " passed" in ran.stdout, ran.stdout[-4000:] + ran.stderr[-2000:]
 
 
+def mask_in(layout: str, shape: tuple[int, ...]) -> Mask:
+    """A mask in one of the forms that kernels read."""
+    prefixes = ms.from_lengths(torch.ones(shape), torch.arange(shape[0]) % shape[1], 1)
+    held = prefixes.to_mask_layout(layout)._held
+    assert held is not None
+    return held
+
+
 # -- machine code without a device ----------------------------------------------------------------------------------
 
 
@@ -48,23 +59,25 @@ def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
 @compiles
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("name", "dtype", "shape"),
+    ("name", "dtype", "shape", "layout"),
     [
-        ("sum", dtypes.f32, (9000, 1)),
-        ("var", dtypes.f16, (300, 40)),
-        ("argmax", dtypes.i32, (300, 40)),
-        ("norm", dtypes.bf16, (9000, 1)),
-        ("softmax", dtypes.f32, (300, 40)),
-        ("cumsum", dtypes.i8, (300, 40)),
+        ("sum", dtypes.f32, (9000, 1), "bool"),
+        ("var", dtypes.f16, (300, 40), "bool"),
+        ("argmax", dtypes.i32, (300, 40), "packed"),
+        ("norm", dtypes.bf16, (9000, 1), "bool"),
+        ("softmax", dtypes.f32, (300, 40), "lengths"),
+        ("cumsum", dtypes.i8, (300, 40), "bool"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_kernels_compile_to_machine_code(name: str, dtype: DType, shape: tuple[int, ...], capability: int) -> None:
+def test_kernels_compile_to_machine_code(
+    name: str, dtype: DType, shape: tuple[int, ...], layout: str, capability: int
+) -> None:
     from maskserve.backends.triton_ahead import compile_ahead
 
-    sample = cells(dtype, shape, 1)
+    data = cells(dtype, shape, 1).data
     with recording() as calls:
-        TritonBackend().run(plan_of(OPS[name], sample.data, dim=0), sample.data, sample.mask)
+        TritonBackend().run(plan_of(OPS[name], data, dim=0), data, mask_in(layout, shape))
     made = compile_ahead(calls, capability)
     assert calls
     for kernel in made:
@@ -73,6 +86,31 @@ def test_kernels_compile_to_machine_code(name: str, dtype: DType, shape: tuple[i
         assert "fma.rn.f64" not in kernel.asm["ptx"], "a contracted product rounds otherwise than the reference"
         assert "red.global" not in kernel.asm["ptx"]
         assert "atom.global" not in kernel.asm["ptx"], "atomics add in any order"
+
+
+@needs_triton
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("text", ["-(x * y) / z - abs(x)", "where(x > 0.5, abs(x) / z, -y) * 2 - z"])
+def test_a_tree_compiles_to_one_kernel_that_rounds_each_op(text: str, capability: int) -> None:
+    from maskserve.backends.triton_ahead import compile_ahead
+
+    (made,) = compile_ahead(recorded(text), capability)
+    assert made.asm["cubin"].startswith(b"\x7fELF")
+    assert "fma.rn" not in made.asm["ptx"]
+    assert "div.full" not in made.asm["ptx"], "a division that is off by 2 ulp"
+    assert "div.rn" in made.asm["ptx"]
+
+
+def recorded(text: str) -> list[Call]:
+    """What the last stage of a tree launches."""
+    given = variables(TREES[text])
+    term = stages_of_tree(text, given)[-1]
+    made = evaluation.program(term)
+    leaves = [evaluation.evaluated(leaf, given) for leaf, _ in made.leaves]
+    with recording() as calls:
+        triton_trees.run(made.chain.ops, [Cells(leaf._data, leaf._mask) for leaf in leaves], term.shape, None)
+    return calls
 
 
 # -- launches and bytes ---------------------------------------------------------------------------------------------
@@ -94,6 +132,21 @@ def test_cells_and_mask_are_read_once_and_results_written_once(row: Row, shape: 
     once = prod(shape) * (cell_bytes + 1) + n_results * (of.result.n_bytes + 1)
     assert moved.launches <= 3
     assert once <= moved.read + moved.written <= once * (1.02 if of.fold[-1] == 1 else 1.4)
+
+
+@needs_triton
+@pytest.mark.parametrize(("layout", "mask_bytes"), [("bool", 300 * 41), ("packed", 300 * 6), ("lengths", 300 * 8)])
+def test_a_mask_is_read_in_the_form_in_which_it_is_held(layout: str, mask_bytes: int) -> None:
+    held, data = mask_in(layout, (300, 41)), torch.ones(300, 41)
+    of = plan_of(OPS["sum"], data, dim=1)
+    with recording() as calls:
+        TritonBackend().run(of, data, held)
+    read = [operand for call in calls for operand in call.args if isinstance(operand, torch.Tensor)]
+    own = held if isinstance(held, torch.Tensor) else held.cells
+    assert {one.data_ptr() for one in read} == {data.data_ptr(), own.data_ptr()}
+    assert held.nbytes == mask_bytes
+    moved = traffic_of(of.fold, of.leaf, cell_bytes=4, mask_bytes=held.nbytes, state_bytes=16, result_bytes=5)
+    assert moved.read == data.nbytes + mask_bytes
 
 
 @pytest.mark.parametrize(
@@ -150,7 +203,29 @@ def test_limits_are_told_one_at_a_time() -> None:
     assert why_not(OPS["norm"], ord=3) == "it has no kernel for norm with this ord"
     assert why_not(OPS["amax"], dtypes.u64) == "it has no kernel for u64"
     assert why_not(OPS["cumsum"], dtypes.f64) == "it has no kernel for cumsum of f64"
-    assert why_not(OPS["sum"], weights=dtypes.f32) == "it has no kernel for sum with weights"
+    assert why_not(OPS["sum"], weights=dtypes.u64) == "it has no kernel for weights of u64"
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "reason"),
+    [
+        ("x + exp(x)", dtypes.f32, "exp"),
+        ("x / 3", dtypes.f32, "div by this other"),
+        ("x ** 3", dtypes.f32, "pow by this exponent"),
+        ("x ** x", dtypes.f32, "pow by a tensor as exponent"),
+        ("maximum(x, x * 2)", dtypes.f32, "maximum in f32"),
+        ("x * 0.1", dtypes.f16, "mul with a number that f16 does not hold"),
+        ("abs(x) + 1", dtypes.i32, "abs in i32"),
+        ("x < x / 2", dtypes.i32, "lt of i32 beside f32"),
+        ("add(x, x, alpha=2)", dtypes.f32, "add with alpha"),
+        ("x * 2", dtypes.c64, "mul of c64"),
+    ],
+)
+def test_a_tree_that_torch_may_round_otherwise_says_so(text: str, dtype: DType, reason: str) -> None:
+    term = stages_of_tree(text, {"x": ms.as_masked_tensor(cells(dtype, (3, 2), 1).data)})[-1]
+    chosen = choose_fuser(evaluation.program(term).chain.ops, "cuda:0")
+    assert chosen.fuser is None
+    assert chosen.refusals == (("triton", f"it has no kernel for {reason}"),)
 
 
 def test_without_triton_the_limit_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from maskserve.backends.triton_launches import Call, recording
 from maskserve.backends.triton_tables import PULLS
 from maskserve.dtypes import DType
 from maskserve.ops.rows import Row
-from tests.samples import cells, plan_of
+from maskserve.params import names_of
+from tests.samples import Masked, cells, plan_of
 from tests.triton_rows import PAIRS, of_row
 
 SHAPES = (((300, 40), 0), ((9000,), 0), ((40, 70), 1))
@@ -38,6 +39,19 @@ def calls_of(row: Row, dtype: DType) -> Iterator[Call]:
                 above = (sample.data, sample.data, sample.mask)
                 TritonBackend().pull(of, sample.data, sample.mask, *above, torch.empty_like(sample.data), reach)
         yield from calls
+        yield from weighed(row, sample, dim)
+
+
+def weighed(row: Row, sample: Masked, dim: int) -> Iterator[Call]:
+    """What would be launched for the states of cells with weights, where the row takes them."""
+    if "weights" not in names_of(row):
+        return
+    given = {"correction": 0} if "correction" in names_of(row) else {}
+    of = plan_of(row, sample.data, dim=dim, weights=dtypes.f32, **given)
+    data, mask = sample.data.reshape(of.fold), sample.mask.reshape(of.fold)
+    with recording() as calls:
+        TritonBackend().lift(of, data, mask, torch.ones(of.fold))
+    yield from calls
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

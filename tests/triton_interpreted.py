@@ -6,6 +6,7 @@ They say what the kernels mean. What a compiler or a device makes of them is for
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +15,24 @@ from torch import Tensor
 
 import maskserve as ms
 from maskserve import OPS, dtypes, engine, execution
+from maskserve.backends.triton_launches import watching
 from maskserve.backends.triton_tables import interprets
+from maskserve.blocks import Cells
 from maskserve.dtypes import DType
-from maskserve.errors import IntegerOverflowError
+from maskserve.errors import DataError, IntegerOverflowError
 from maskserve.ops.rows import Reduction, Row
+from maskserve.params import names_of
 from maskserve.partials import Partial
-from tests.samples import assert_same_bits, cells, plan_of, poisoned, ulps, with_junk
-from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, dims_of, of_row
+from maskserve_cli.app import main
+from tests.samples import as_bits, assert_same_bits, cells, plan_of, poisoned, ulps, with_junk
+from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, TREES, dims_of, of_row, stages_of_tree, variables
 
 if not interprets():
     pytest.skip("in a process of its own, by tests/test_triton.py: TRITON_INTERPRET=1", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*overflows:RuntimeWarning")
 
+SALES = Path(__file__).parent.parent / "examples" / "sales.json"
 OWN = [row for row in ROWS if not row.picks]
 """Those that pick take the cells at the places of argmax and argmin."""
 every_row = pytest.mark.parametrize("row", OWN, ids=lambda row: row.name)
@@ -109,6 +115,45 @@ def test_broadcast_masks_and_strides_change_no_bit(row: Row) -> None:
         assert_agrees(row, data, mask, dim=1)
 
 
+def tails(shape: tuple[int, ...], dim: int) -> ms.MaskedTensor:
+    """Cells whose mask is lengths along `dim`, with an empty row and a full one."""
+    n_rows = math.prod(shape[:dim])
+    lengths = (torch.arange(n_rows) * 7 % (shape[dim] + 1)).reshape(shape[:dim])
+    return ms.from_lengths(torch.randn(shape, generator=torch.Generator().manual_seed(1)).exp(), lengths, dim)
+
+
+@pytest.mark.parametrize("name", ["argmax", "softmax", "cumsum"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_compact_masks_are_read_where_they_lie(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a mask within the columns, of several runs of them, and of several slices."""
+    prefixes = tails((3, 4, 13), (dim + 1) % 3)
+    scattered = ms.as_masked_tensor(prefixes.get_data(), cells(dtypes.f32, (3, 4, 13), 6).mask)
+    for tensor in (prefixes, *(mask.to_mask_layout("packed") for mask in (prefixes, scattered))):
+        expected = by("triton", OPS[name], tensor.get_data(), tensor.get_mask(), dim=dim)
+        monkeypatch.setattr(type(tensor._held), "window", lambda *_: pytest.fail("a compact mask became bools"))
+        with execution.using(backend="triton"):
+            values, mask = engine.run_held(
+                plan_of(OPS[name], tensor.get_data(), dim=dim), tensor.get_data(), tensor._held
+            )
+        monkeypatch.undo()
+        mask = mask if isinstance(mask, Tensor) else mask.bools().expand(values.shape)
+        assert_same_bits((values, mask), expected, (name, dim, tensor.mask_layout))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_blocks_of_a_compact_mask_begin_where_they_lie(dim: int) -> None:
+    for layout in ("lengths", "packed"):
+        tensor = tails((9, 70, 13), (dim + 1) % 3)
+        tensor = tensor if layout == "lengths" else tensor.to_mask_layout(layout)
+        of = plan_of(OPS["argmax"], tensor.get_data(), dim=dim)
+        with execution.using(backend="triton", block_cells=400):
+            whole = engine.run(of, tensor.get_data(), tensor.get_mask())
+            parts = engine.lift_all(
+                of, Cells(of, tensor.get_data(), tensor._held, policy="propagate", reads_compact=True)
+            )
+            assert_same_bits(engine.finish(of, parts), whole, (dim, layout))
+
+
 @every_row
 def test_nan_that_is_omitted_is_masked(row: Row) -> None:
     sample = cells(dtypes.f32, (4, 70), 6, row=row)
@@ -134,6 +179,34 @@ def test_norms_of_every_order_that_is_served(ord: float, dtype: torch.dtype) -> 
     sample = cells(dtypes.f64, (300, 3), 7)
     scale = 1e200 if dtype is torch.float64 else 1.0
     assert_agrees(OPS["norm"], (sample.data * scale).to(dtype), sample.mask, dim=0, ord=ord)
+
+
+@pytest.mark.parametrize("row", [row for row in OWN if "weights" in names_of(row)], ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", [dtypes.f64, dtypes.f32, dtypes.i64])
+def test_cells_count_for_their_weights(row: Row, dtype: DType) -> None:
+    sample, weights = with_junk(cells(dtype, (3, 70, 5), 11)), with_junk(cells(dtypes.f32, (70, 1), 12))
+    weighed = ms.as_masked_tensor(weights.data.abs(), weights.mask)
+    tensor = ms.as_masked_tensor(sample.data, sample.mask)
+    given = {"correction": 0} if "correction" in names_of(row) else {}
+    for dim, w in ((0, weighed), (1, weighed), ((0, 2), weighed), (2, weighed * 0)):
+        made = []
+        for backend in ("reference", "triton"):
+            with execution.using(backend=backend):
+                result = getattr(ms, row.name)(tensor, dim, weights=w, **given)
+            made.append((result.get_data() * result.get_mask(), result.get_mask()))
+        assert_same_bits(made[1], made[0], (row.name, dtype, dim))
+
+
+@pytest.mark.parametrize("name", ["var", "std"])
+def test_a_weight_that_is_negative_is_an_error(name: str) -> None:
+    with execution.using(backend="triton"), pytest.raises(DataError, match="a weight is negative"):
+        getattr(ms, name)(torch.ones(3), 0, correction=0, weights=torch.tensor([1.0, -1.0, 2.0]))
+
+
+def test_a_weighted_sum_that_overflows_on_the_way_comes_out_right() -> None:
+    data = torch.tensor([1.7e308, 1.7e308, -1.7e308], dtype=torch.float64)
+    with execution.using(backend="triton"):
+        assert ms.mean(data, 0, weights=torch.tensor([1.0, 2.0, 2.0])).item() == pytest.approx(1.7e308 / 5)
 
 
 def test_a_float64_sum_that_overflows_on_the_way_comes_out_right() -> None:
@@ -164,6 +237,7 @@ def test_gradients_are_those_of_the_cpu_kernels(name: str, shape: tuple[int, ...
     def gradient(backend: str) -> ms.MaskedTensor:
         with execution.using(backend=backend):
             x = ms.masked_tensor(sample.data.clone(), sample.mask, requires_grad=True)
+            x = x.to_mask_layout("packed") if backend == "triton" and dim else x
             ms.as_masked_tensor(getattr(ms, name)(x, dim), later).backward(above)
         assert x.grad is not None
         return x.grad
@@ -187,3 +261,43 @@ def test_states_of_parts_give_the_whole_ones_bits(row: Reduction, inner: int) ->
         first = Partial.lift(plan, data[:, :cut], mask[:, :cut], start=0)
         second = Partial.lift(plan, data[:, cut:], mask[:, cut:], start=cut)
         assert_same_bits(first.merge(second).finalize(), whole, row.name)
+
+
+# -- trees of elementwise ops -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TREES)
+def test_a_tree_in_one_kernel_is_the_same_calls_in_torch(text: str) -> None:
+    given = variables(TREES[text])
+    expected = ms.eval(text, **given)
+    with execution.using(backend="triton"), watching() as calls:
+        got = ms.eval(text, **given)
+    n_stages = len(stages_of_tree(text, given))
+    assert [call.name for call in calls] == ["tree_kernel"] * n_stages, "a term that broadcasts is computed once"
+    assert got.dtype is expected.dtype
+    assert torch.equal(got.get_mask(), expected.get_mask())
+    same = as_bits(got.get_data()) == as_bits(expected.get_data())
+    both = torch.isnan(got.get_data()) & torch.isnan(expected.get_data())
+    assert bool((same | both | ~got.get_mask()).all()), (got, expected)
+    assert not got.get_data()[~got.get_mask()].any()
+
+
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+def test_a_tree_of_one_compact_mask_keeps_it_and_reads_no_bools(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = tails((3, 4, 13), 1)
+    x = x if layout == "lengths" else x.to_mask_layout(layout)
+    expected = ms.eval("(x * 2 - 1) / x", x=x)
+    for words in ("window", "bools"):
+        monkeypatch.setattr(type(x._held), words, lambda *_: pytest.fail("a compact mask became bools"))
+    with execution.using(backend="triton"), watching() as calls:
+        got = ms.eval("(x * 2 - 1) / x", x=x)
+    assert len(calls) == 1
+    assert got._held is not None
+    assert got._held.equals(x._held)
+    assert torch.equal(got.get_data(), expected.get_data()), "hidden cells are 0 in both"
+
+
+def test_explain_says_who_computes_a_tree_and_which_op_keeps_torch_at_it(capfd: pytest.CaptureFixture[str]) -> None:
+    for text, said in (("x * 2 - 1", "mul, sub of i64 on cpu by triton"), ("exp(x) - 1", "it has no kernel for exp")):
+        assert main(["eval", "--expr", text, "--backend", "triton", "--explain", str(SALES)]) == 0
+        assert said in capfd.readouterr().err

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from maskserve import dtypes
+import maskserve as ms
+from maskserve import dtypes, evaluation
 from maskserve.backends.triton_tables import SERVED, serves_row
 from maskserve.dtypes import DType
+from maskserve.evaluation import Term
+from maskserve.expression import parse
 from maskserve.ops.rows import Reduction, Row
 from maskserve.params import names_of
-from tests.samples import SLICED, cells, plan_of
+from tests.samples import SLICED, cells, plan_of, with_junk
 
 EXPONENTIAL = {"logsumexp", "softmax", "log_softmax", "softmin"}
 """Rows with exp or log, whose bits are the back ends' own."""
@@ -36,3 +39,33 @@ def dims_of(row: Row, ndim: int) -> Iterator[dict[str, Any]]:
         yield {}
         if ndim > 2:
             yield {"dim": (0, ndim - 1)}
+
+
+TREES = {
+    "(x - y) / (x * x + 1) < z": dtypes.f32,
+    "where(x > 0.5, abs(x) / z, -y) * 2 - z": dtypes.f32,
+    "where(x > 0.5, z, 3) + square(y) / 8": dtypes.f64,
+    "-(x - 0.1) ** 2 / (1 + y)": dtypes.f32,
+    "x * y - (1 - x) / z + 0.5": dtypes.f16,
+    "-(x * y) / z - abs(x)": dtypes.bf16,
+    "maximum(x, y) - minimum(y, 3) * -z": dtypes.i32,
+    "(x & y) | ~z": dtypes.u8,
+    "(x == y) & (x <= 3) | ~(y != z)": dtypes.i64,
+    "x / y + x ** 2": dtypes.i16,
+    "~(x & y) | z": dtypes.boolean,
+    "where(x > 1, isnan(y), ~(z < 0))": dtypes.f32,
+}
+
+
+def variables(dtype: DType) -> dict[str, ms.MaskedTensor]:
+    """x, y and z, of which the second broadcasts along the first dim, and the third has no mask and other strides."""
+    made = [with_junk(cells(dtype, shape, seed)) for seed, shape in enumerate(((3, 5, 70), (5, 1), (3, 70, 5)))]
+    x, y = (ms.as_masked_tensor(sample.data, sample.mask) for sample in made[:2])
+    return {"x": x, "y": y, "z": ms.as_masked_tensor(cells(dtype, (3, 70, 5), 2).data.transpose(1, 2))}
+
+
+def stages_of_tree(text: str, given: Mapping[str, ms.MaskedTensor]) -> list[Term]:
+    """The terms of an expression that are held whole, before a cell is read."""
+    declared = {name: evaluation.declared_of(tensor) for name, tensor in given.items()}
+    term = evaluation.planned(parse(text).root, declared)
+    return list(evaluation.stages(term))

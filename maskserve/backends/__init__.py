@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from maskserve.compact import Part
+from maskserve.compact import Compact, Mask, Part
 from maskserve.errors import BackendError, nearest
 from maskserve.plan import Plan
+
+if TYPE_CHECKING:
+    from maskserve.blockwise import Cells, Op
 
 Parts = dict[str, Tensor]
 log = logging.getLogger("maskserve")
@@ -69,7 +72,7 @@ class Finisher(Backend, Protocol):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor: ...
 
     def run(
-        self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
+        self, plan: Plan, data: Tensor, mask: Mask | None, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None: ...
 
     def reduce(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor) -> bool: ...
@@ -107,13 +110,34 @@ class Puller(Backend, Protocol):
         self,
         plan: Plan,
         data: Tensor,
-        mask: Tensor | None,
+        mask: Mask | None,
         values: Tensor,
         g: Tensor,
         gate: Tensor,
         gradient: Tensor,
         reach: Tensor | None,
     ) -> bool: ...
+
+
+@runtime_checkable
+class Fuser(Backend, Protocol):
+    """A back end that computes adjacent elementwise ops at once, with the bits of torch, on tensors of one device."""
+
+    def computes_on(self, device: str, name: str | None) -> bool: ...
+
+    def why_not_fused(self, ops: Sequence[Op]) -> str | None: ...
+
+    def fused(
+        self, ops: Sequence[Op], leaves: Sequence[Cells], shape: tuple[int, ...], kept: Compact | None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FuserChoice:
+    """Who computes a tree of elementwise ops on a device; None: torch, op by op, because of the refusals."""
+
+    fuser: Fuser | None
+    refusals: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,3 +191,20 @@ def choose(plan: Plan, name: str | None = None) -> Choice:
         refusals.append((backend.name, reason))
         say_once(backend.name, reason)
     raise BackendError(f"back end {name} cannot serve {plan.row.name}: {refusals[0][1]}", parameter="backend")
+
+
+def choose_fuser(ops: Sequence[Op], device: str, name: str | None = None) -> FuserChoice:
+    """The first back end that computes on the device and serves the ops. One asked for by name must be it to be used.
+
+    A device of torch's alone needs none, nor do the CPU's blocks: only who computes there refuses.
+    """
+    refusals: list[tuple[str, str]] = []
+    for backend in backends():
+        if not isinstance(backend, Fuser) or name not in (None, backend.name) or not backend.computes_on(device, name):
+            continue
+        reason = backend.why_not_fused(ops)
+        if reason is None:
+            return FuserChoice(fuser=backend)
+        refusals.append((backend.name, reason))
+        say_once(backend.name, reason)
+    return FuserChoice(fuser=None, refusals=tuple(refusals))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel as reference
 from maskserve.backends.reference import lift as lift_as_reference
-from maskserve.compact import Part, spread_part
+from maskserve.compact import Compact, Mask, Part, spread_part
 from maskserve.dtypes import BY_NAME, FLOATING, INTEGRAL, f64, i64
 from maskserve.ops import passes
 from maskserve.ops.rows import Normalization, Ordering, Reduction, Scan
@@ -322,9 +322,10 @@ class CpuBackend:
         return empty(shape, dtype)
 
     def run(
-        self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None
+        self, plan: Plan, data: Tensor, mask: Mask | None, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """(values, mask) of the plan on dense cells in one native call; None where it takes more than that."""
+        mask = mask.bools().expand(data.shape).contiguous() if isinstance(mask, Compact) else mask
         how = direct(plan)
         if how is None or not data.is_contiguous():
             return None

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from maskserve.backends import triton_trees
 from maskserve.backends.reference import kernel as reference
+from maskserve.backends.reference import lift as lift_as_reference
 from maskserve.backends.triton_launches import ended, folded, join, merged, normalize, pull, scan, states_of
 from maskserve.backends.triton_plans import ending_stage, holding_tile
 from maskserve.backends.triton_tables import (
@@ -28,23 +30,37 @@ from maskserve.backends.triton_tables import (
     reducing,
     serves_row,
 )
-from maskserve.compact import Part, spread_part
+from maskserve.compact import Compact, Mask, Part, spread_part
 from maskserve.dtypes import FLOATING, f64, i64
+from maskserve.ops.passes import WEIGHTED_MOMENTS
 from maskserve.ops.rows import Normalization, Reduction, Scan
 
 if TYPE_CHECKING:
+    from maskserve.blockwise import Cells, Op
     from maskserve.plan import Plan
 
 Parts = dict[str, Tensor]
 Masked = tuple[Tensor, Tensor]
 
 
-def on_plans(plan: Plan, data: Tensor, mask: Tensor | Part | None) -> tuple[Tensor, Tensor | None]:
-    """A block in the memory of the plan's device, its mask as bools: what is read from a file is in the CPU's memory."""
+def on_plans(plan: Plan, data: Tensor, mask: Tensor | Part | None) -> tuple[Tensor, Tensor | Part | None]:
+    """A block in the memory of the plan's device: what is read from a file is in the CPU's memory."""
+    if plan.device == "cpu" or (isinstance(mask, Part) and mask.form.cells.is_cuda):
+        return data.to(plan.device), mask
     own = spread_part(mask)
-    if plan.device == "cpu":
-        return data, own
     return data.to(plan.device), None if own is None else own.to(plan.device)
+
+
+def read_in(mask: Mask | None, plan: Plan, shape: tuple[int, int, int]) -> Tensor | Part | None:
+    """The mask of a whole tensor, folded: a compact one where it lies."""
+    if isinstance(mask, Compact):
+        return mask.part(shape)
+    return None if mask is None else folded(mask.expand(plan.shape), shape)
+
+
+def distinct(tensor: Tensor) -> Tensor:
+    """The cells of a tensor that broadcasts, each once."""
+    return tensor[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
 
 
 class TritonBackend:
@@ -53,7 +69,7 @@ class TritonBackend:
     name = "triton"
     block_cells = sys.maxsize
     """Kernels cut by themselves."""
-    reads_compact = False
+    reads_compact = True
     runs_whole = True
     threads_inside = True
     widths_held = 0
@@ -66,7 +82,9 @@ class TritonBackend:
             return f"it computes on CUDA devices, and the tensor is on {plan.device}"
         row = plan.row
         if not serves_row(plan):
-            return f"it has no kernel for {row.name}" + (" with weights" if plan.weighted else "")
+            return f"it has no kernel for {row.name}"
+        if plan.weighted and plan.params["weights"] not in SERVED:
+            return f"it has no kernel for weights of {plan.params['weights']}"
         if plan.params.get("ord", 2) not in ORDERS:
             return f"it has no kernel for {row.name} with this ord"
         if plan.dtype not in SERVED or plan.flipped:
@@ -87,14 +105,14 @@ class TritonBackend:
 
     # -- reductions -----------------------------------------------------------------------------------------------
 
-    def run(self, plan: Plan, data: Tensor, mask: Tensor | None, places: Tensor | None = None) -> Masked | None:
+    def run(self, plan: Plan, data: Tensor, mask: Mask | None, places: Tensor | None = None) -> Masked | None:
         """(values, mask) of the plan on whole tensors; None where the reference has to do a part of it."""
-        if plan.params.get("nan") == "raise" or not math.prod(plan.shape):
+        if plan.weighted or plan.params.get("nan") == "raise" or not math.prod(plan.shape):
             return None
         *outer, n, inner = plan.fold
         shape = (math.prod(outer), n, inner)
         cells = folded(data, shape)
-        own = None if mask is None else folded(mask.expand(plan.shape), shape)
+        own = read_in(mask, plan, shape)
         values = torch.empty(plan.out_shape, dtype=getattr(torch, plan.result.torch), device=data.device)
         valid = torch.empty(plan.out_shape, dtype=torch.bool, device=data.device)
         if not isinstance(plan.row, Reduction):
@@ -109,7 +127,7 @@ class TritonBackend:
         return self.reduced(plan, fold, data, own, values, valid, (values.stride(1), values.stride(2)))
 
     def reduced(
-        self, plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | None, values: Tensor, valid: Tensor,
+        self, plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor,
         strides: tuple[int, int],
     ) -> bool:  # fmt: skip
         how = finishing(plan)
@@ -124,9 +142,12 @@ class TritonBackend:
     def lift(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None = None) -> Parts:
         """The named parts of a block: (outer, n, inner) -> (outer, inner) of each."""
         outer, n, inner = data.shape
+        if weights is not None and plan.passes[0] is WEIGHTED_MOMENTS and bool((distinct(weights) < 0).any()):
+            return lift_as_reference(plan, plan.passes[0], data, spread_part(mask), weights)  # which says what is wrong
         data, own = on_plans(plan, data, mask)
         parts = states_of(plan, outer * inner, data.device)
-        ended(plan, (outer, n, inner), data, own, tuple(parts), (inner, 1), None)
+        weighs = None if weights is None else weights.to(plan.device)
+        ended(plan, (outer, n, inner), data, own, tuple(parts), (inner, 1), None, weighs)
         return {name: part.view(outer, inner) for name, part in zip(reducing(plan).names, parts, strict=True)}
 
     def merge(self, plan: Plan) -> Callable[[Parts, Parts], Parts]:
@@ -167,23 +188,41 @@ class TritonBackend:
         scan(plan, data, own, (values, valid, wrong))
         return "refused" if wrong.item() else "done"
 
-    def known(self, plan: Plan, data: Tensor, mask: Tensor | None, states: Parts | None) -> Parts | None:
+    def known(self, plan: Plan, data: Tensor, mask: Tensor | Part | None, states: Parts | None) -> Parts | None:
         """The states of slices that no tile holds."""
         outer, n, inner = data.shape
         if states is not None or holding_tile(n, plan.leaf, outer * inner, is_inner=inner == 1) is not None:
             return states
         return self.lift(plan, data, mask)
 
+    # -- trees of elementwise ops ---------------------------------------------------------------------------------
+
+    def computes_on(self, device: str, name: str | None) -> bool:
+        """Whether it is who computes there; in numpy where it is asked for."""
+        return device.startswith("cuda") or (interprets() and name == self.name)
+
+    def why_not_fused(self, ops: Sequence[Op]) -> str | None:
+        """The first limit that the ops meet; None where one kernel computes them all."""
+        return triton_trees.why_not(ops)
+
+    def fused(
+        self, ops: Sequence[Op], leaves: Sequence[Cells], shape: tuple[int, ...], kept: Compact | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(cells, where they are valid) of the last op."""
+        return triton_trees.run(ops, leaves, shape, kept)
+
     # -- gradients ------------------------------------------------------------------------------------------------
 
     def pull(
-        self, plan: Plan, data: Tensor, mask: Tensor | None, values: Tensor, g: Tensor, gate: Tensor,
+        self, plan: Plan, data: Tensor, mask: Mask | None, values: Tensor, g: Tensor, gate: Tensor,
         gradient: Tensor, reach: Tensor | None,
     ) -> bool:  # fmt: skip
         """The gradient by `data`, and where it has reached; False: the reference's formula is needed."""
         if not self.pulls(plan) or not math.prod(plan.shape):
             return False
-        pull(plan, data, mask, (values, g, gate), gradient, reach)
+        *outer, n, inner = plan.fold
+        own = read_in(mask, plan, (math.prod(outer), n, inner))
+        pull(plan, data, own, (values, g, gate), gradient, reach)
         return True
 
     def pulls(self, plan: Plan) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskserve.backends.triton_plans import Stage, Tile, holding_tile, pow2, scanning_tile, stages_of
 from maskserve.backends.triton_tables import APPLIES, PULLS, SCANS, UNFINISHED, Finishing, named, needs, omits, reducing
+from maskserve.compact import Part
 from maskserve.dtypes import f64
 from maskserve.ops.rows import Normalization, Scan
 
@@ -55,17 +56,28 @@ class Call:
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
+_seen: ContextVar[list[Call] | None] = ContextVar("seen", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[list[Call]]:
     """What would be launched inside; nothing is, and results are memory as it was found."""
+    yield from noted(_calls)
+
+
+@contextmanager
+def watching() -> Iterator[list[Call]]:
+    """What is launched inside."""
+    yield from noted(_seen)
+
+
+def noted(into: ContextVar[list[Call] | None]) -> Iterator[list[Call]]:
     calls: list[Call] = []
-    token = _calls.set(calls)
+    token = into.set(calls)
     try:
         yield calls
     finally:
-        _calls.reset(token)
+        into.reset(token)
 
 
 def launch(name: str, module: str, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
@@ -75,6 +87,8 @@ def launch(name: str, module: str, programs: int, device: torch.device, *args: A
     if calls is not None:
         calls.append(call)
     elif programs:
+        if (seen := _seen.get()) is not None:
+            seen.append(call)
         call.run(device)
 
 
@@ -87,11 +101,40 @@ def strided(cells: Tensor) -> Strides:
     return outer, n, inner
 
 
-def mask_operand(mask: Tensor | None, data: Tensor) -> tuple[Tensor, Strides, int]:
-    """A mask, its strides and its form: absent, or a byte a cell. Packed bits and lengths are forms too, once they come."""
+class MaskOperand(NamedTuple):
+    """A mask as kernels read it: memory, where in that a cell is found, and constants that say how (tiles.py)."""
+
+    cells: Tensor
+    place: tuple[int, ...]
+    constants: Mapping[str, int]
+
+
+def mask_operand(mask: Tensor | Part | None, data: Tensor) -> MaskOperand:
+    """A mask that is absent, has a byte a cell, or lies as lengths or bits."""
     if mask is None:
-        return data, (0, 0, 0), 0
-    return mask, strided(mask), 1
+        return MaskOperand(data, (0, 0, 0), {"FORM": 0, "ROWS": 0})
+    if isinstance(mask, Part):
+        return compact_operand(mask)
+    return MaskOperand(mask, strided(mask), {"FORM": 1, "ROWS": 0})
+
+
+def compact_operand(mask: Part) -> MaskOperand:
+    """A compact mask: where the block begins, what its rows are made of, and what the form says of a row.
+
+    A row and (n, inner) are made of the last dims both: it lies within the columns, is some runs of them, or some slices.
+    """
+    are_bits, row, pitch, step = mask.form.said.tolist()
+    of_slice, inner, _ = mask.strides
+    start = (mask.first // of_slice, mask.first % of_slice // inner, mask.first % inner)
+    if row <= inner:
+        rows, how = 0, (row, of_slice // row, inner // row)
+    elif row < of_slice:
+        rows, how = 1, (row // inner, of_slice // row, 1)
+    else:
+        rows, how = 2, (row // of_slice, 1, 1)
+    cells = mask.form.cells
+    said = (pitch, 0) if are_bits else (step, cells.numel() - 1)
+    return MaskOperand(cells, (*start, of_slice, inner, *how, *said), {"FORM": 3 if are_bits else 2, "ROWS": rows})
 
 
 def folded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -108,14 +151,14 @@ def states_of(plan: Plan, n: int, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def ended(
-    plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | None, target: tuple[Tensor, ...],
-    strides: tuple[int, int], how: Finishing | None,
+    plan: Plan, fold: tuple[int, ...], data: Tensor, mask: Tensor | Part | None, target: tuple[Tensor, ...],
+    strides: tuple[int, int], how: Finishing | None, weights: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The launches of a reduction, the last of which writes the `target`: results where it is told how, else states."""
     first, *others = stages_of(fold, plan.leaf)
     held = target if not others else states_of(plan, first.runs * first.lanes, data.device)
     last = how if not others else None
-    lift(plan, first, data, mask, held, strides if not others else (first.inner, 1), last)
+    lift(plan, first, data, mask, weights, held, strides if not others else (first.inner, 1), last)
     for i, stage in enumerate(others, 1):
         is_last = i == len(others)
         made = target if is_last else states_of(plan, stage.runs * stage.lanes, data.device)
@@ -124,15 +167,15 @@ def ended(
 
 
 def lift(
-    plan: Plan, stage: Stage, data: Tensor, mask: Tensor | None, target: tuple[Tensor, ...], strides: tuple[int, int],
-    how: Finishing | None,
+    plan: Plan, stage: Stage, data: Tensor, mask: Tensor | Part | None, weights: Tensor | None, target: tuple[Tensor, ...],
+    strides: tuple[int, int], how: Finishing | None,
 ) -> None:  # fmt: skip
-    own, mask_strides, form = mask_operand(mask, data)
-    tile = stage.tile
+    own = mask_operand(mask, data)
+    tile, weighed = stage.tile, (0, 0, 0) if weights is None else strided(weights)
     launch(
-        "lift_kernel", "reducing", stage.programs, data.device, data, own, target, stage.count, stage.inner, stage.lanes,
-        stage.blocks, strided(data), mask_strides, strides, stage.lanes, how.min_count if how else 0,
-        FORM=form, GROUPS=tile.groups, N=tile.n, LANES=tile.lanes, **reducing(plan).lift,
+        "lift_kernel", "reducing", stage.programs, data.device, data, own.cells, weights, target, stage.count, stage.inner,
+        stage.lanes, stage.blocks, strided(data), own.place, weighed, strides, stage.lanes, how.min_count if how else 0,
+        **own.constants, GROUPS=tile.groups, N=tile.n, LANES=tile.lanes, **reducing(plan).lift,
         **(how.constants if how else UNFINISHED),
     )  # fmt: skip
 
@@ -163,7 +206,7 @@ def merged(plan: Plan, a: Parts, b: Parts) -> Parts:
 
 
 def normalize(
-    plan: Plan, data: Tensor, mask: Tensor | None, results: tuple[Tensor, Tensor, Tensor], states: Parts | None
+    plan: Plan, data: Tensor, mask: Tensor | Part | None, results: tuple[Tensor, Tensor, Tensor], states: Parts | None
 ) -> None:
     outer, n, inner = data.shape
     assert isinstance(plan.row, Normalization)
@@ -174,33 +217,33 @@ def normalize(
     of, how = reducing(plan), dict(reducing(plan).lift)
     how.pop("READS")
     known = () if states is None else tuple(states[name].contiguous() for name in of.names)
-    own, mask_strides, form = mask_operand(mask, data)
+    own = mask_operand(mask, data)
     blocks = -(-lanes // tile.lanes)
     option = plan.params.get("eps", plan.params.get("correction"))
     launch(
-        "normalize_kernel", "filling", blocks * -(-n // tile.cells), data.device, data, own, known or (data,), results,
-        n, inner, lanes, blocks, strided(data), mask_strides, (inner, 1), strided(results[0]),
+        "normalize_kernel", "filling", blocks * -(-n // tile.cells), data.device, data, own.cells, known or (data,), results,
+        n, inner, lanes, blocks, strided(data), own.place, (inner, 1), strided(results[0]),
         APPLY=named(APPLIES[plan.row.apply], "filling"), OPTION=None if option is None else float(option),
-        NEEDS=needs(plan), CHECKS=plan.result is not f64, FORM=form, KNOWN=bool(known), GROUPS=tile.groups, N=tile.n,
+        NEEDS=needs(plan), CHECKS=plan.result is not f64, **own.constants, KNOWN=bool(known), GROUPS=tile.groups, N=tile.n,
         LANES=tile.lanes, **how,
     )  # fmt: skip
 
 
-def scan(plan: Plan, data: Tensor, mask: Tensor | None, results: tuple[Tensor, Tensor, Tensor]) -> None:
+def scan(plan: Plan, data: Tensor, mask: Tensor | Part | None, results: tuple[Tensor, Tensor, Tensor]) -> None:
     outer, n, inner = data.shape
     assert isinstance(plan.row, Scan)
     lanes = outer * inner
     tile = scanning_tile(n, lanes, is_inner=inner == 1)
-    own, mask_strides, form = mask_operand(mask, data)
+    own = mask_operand(mask, data)
     launch(
-        SCANS[plan.row.scan], "filling", -(-lanes // tile.lanes), data.device, data, own, results, n, inner, lanes,
-        strided(data), mask_strides, strided(results[0]), IS_FLOAT=plan.result.is_float, CHECKS=plan.result is not f64,
-        FORM=form, OMITS=omits(plan), N=tile.n, LANES=tile.lanes,
+        SCANS[plan.row.scan], "filling", -(-lanes // tile.lanes), data.device, data, own.cells, results, n, inner, lanes,
+        strided(data), own.place, strided(results[0]), IS_FLOAT=plan.result.is_float, CHECKS=plan.result is not f64,
+        **own.constants, OMITS=omits(plan), N=tile.n, LANES=tile.lanes,
     )  # fmt: skip
 
 
 def pull(
-    plan: Plan, data: Tensor, mask: Tensor | None, above: tuple[Tensor, Tensor, Tensor], gradient: Tensor,
+    plan: Plan, data: Tensor, mask: Tensor | Part | None, above: tuple[Tensor, Tensor, Tensor], gradient: Tensor,
     reach: Tensor | None,
 ) -> None:  # fmt: skip
     *outer, n, inner = plan.fold
@@ -208,12 +251,12 @@ def pull(
     lanes = shape[0] * inner
     tile = scanning_tile(n, lanes, is_inner=inner == 1)
     cells, made = folded(data, shape), gradient.view(shape)
-    own, mask_strides, form = mask_operand(None if mask is None else folded(mask.expand(plan.shape), shape), cells)
+    own = mask_operand(mask, cells)
     given = tuple(folded(one, shape) for one in above)
     share, step = PULLS[plan.row.vjp]
     launch(
-        "pull_kernel", "filling", -(-lanes // tile.lanes), data.device, cells, own, *given, made,
-        made if reach is None else reach.view(shape), n, inner, lanes, strided(cells), mask_strides,
-        *map(strided, given), strided(made), SHARE=named(share, "filling"), PULL=named(step, "filling"), FORM=form,
+        "pull_kernel", "filling", -(-lanes // tile.lanes), data.device, cells, own.cells, *given, made,
+        made if reach is None else reach.view(shape), n, inner, lanes, strided(cells), own.place,
+        *map(strided, given), strided(made), SHARE=named(share, "filling"), PULL=named(step, "filling"), **own.constants,
         OMITS=omits(plan), REACHES=reach is not None, N=tile.n, LANES=tile.lanes,
     )  # fmt: skip

@@ -61,6 +61,8 @@ LIFTS: Mapping[Pass, Mapping[str, tuple[str, str]]] = {
     passes.EXPONENTIALS: one("lift_exponentials", "merge_exponentials"),
     passes.PRODUCT: one("lift_product", "merge_product"),
     passes.POWERS: one("lift_powers", "merge_powers"),
+    passes.WEIGHTED_TOTAL: one("lift_weighted_total", "merge_weighted_total"),
+    passes.WEIGHTED_MOMENTS: one("lift_weighted_moments", "merge_weighted_moments"),
 }
 PASSES = {step.name: step for step in LIFTS}
 OF_SUMS = {
@@ -78,6 +80,10 @@ FINISHES = {
     ".reductions:finalize_logsumexp": "finish_logsumexp",
     ".products:finalize_prod": "finish_prod",
     ".norms:finalize_norm": "finish_norm",
+    ".weighted:finalize_sum": "finish_weighted_sum",
+    ".weighted:finalize_mean": "finish_weighted_mean",
+    ".weighted:finalize_var": "finish_weighted_var",
+    ".weighted:finalize_std": "finish_weighted_std",
 }
 APPLIES = {
     ".normalizations:apply_softmax": "apply_softmax",
@@ -156,6 +162,8 @@ LIFT_OPTIONS: Mapping[Pass, Callable[[Plan], Any]] = {
     passes.EXPONENTIALS: exactness,
     passes.PRODUCT: lambda plan: plan.dtype is f64,
     passes.POWERS: lambda plan: float(plan.params["ord"]),
+    passes.WEIGHTED_TOTAL: lambda plan: plan.result is f64,
+    passes.WEIGHTED_MOMENTS: lambda plan: plan.result is f64,
 }
 
 
@@ -177,7 +185,7 @@ def reducing(plan: Plan) -> Reducing:
     option = LIFT_OPTIONS[step](plan) if step in LIFT_OPTIONS else None
     parts = step.parts(plan.dtype)
     nothing = torch.empty((1, 0, 1), dtype=getattr(torch, plan.dtype.torch))
-    of_no_cells = lift_as_reference(plan, step, nothing, None)
+    of_no_cells = lift_as_reference(plan, step, nothing, None, *[nothing] * plan.weighted)
     negates = isinstance(plan.row, Normalization) and plan.row.negates
     return Reducing(
         lift={
@@ -204,7 +212,7 @@ class Finishing:
     min_count: int
 
 
-UNFINISHED: Mapping[str, Any] = {"FINISH": None, "OPTION": None, "NEEDS": -math.inf, "CHECKS": False}
+UNFINISHED: Mapping[str, Any] = {"FINISH": None, "OPTION": None, "NEEDS": -math.inf, "CHECKS": False, "WEIGHS": False}
 
 
 @lru_cache(maxsize=1024)
@@ -227,6 +235,7 @@ def finishing(plan: Plan) -> Finishing | None:
         constants={
             "FINISH": named(name), "OPTION": option, "NEEDS": needs(plan),
             "CHECKS": plan.result is not f64 and (plan.result.is_float or plan.finalize in OF_SUMS or "prod" in name),
+            "WEIGHS": plan.weighted,
         },
         min_count=-1 if row.never_masked else int(params["min_count"]),
     )  # fmt: skip
@@ -239,7 +248,7 @@ def needs(plan: Plan) -> float:
 
 def serves_row(plan: Plan) -> bool:
     row = plan.row
-    known = all(PASSES.get(step.name) is step for step in plan.passes) and not plan.weighted
+    known = all(PASSES.get(step.name) is step for step in plan.passes)
     if isinstance(row, Reduction):
         ends = plan.finalize in OF_SUMS or plan.finalize in FINISHES
         return known and bool(plan.passes) and ends

@@ -13,6 +13,7 @@ from typing import ClassVar, Final, Literal
 
 from maskserve import dtypes
 from maskserve.dtypes import DType
+from maskserve.ops.arithmetic import Arithmetic
 from maskserve.ops.families import ANY
 from maskserve.ops.layouts import Rule
 from maskserve.ops.parameters import NAN, Number, Parameter, Params
@@ -356,6 +357,8 @@ class Elementwise(Row):
     """Operands by which torch has no derivative: they count as constants, and no gradient comes back to them."""
     is_linear: bool = False
     """Its derivative is finite whatever the cells are, and so needs no gate: + - and the choice of cells."""
+    arithmetic: Arithmetic | None = None
+    """What a kernel may compute in the place of torch, for the same bits."""
     as_stored: bool = False
     """It chooses cells and computes none: it takes those of a storage type without widening them."""
 

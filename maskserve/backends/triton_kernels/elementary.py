@@ -139,15 +139,22 @@ def top_half(x):
 
 
 @triton.jit
-def times_pair(a, a_low, b, b_low):
-    """(a + a_low) * (b + b_low) as a pair (Dekker); mantissas are too small to overflow."""
+def two_product(a, b):
+    """(p, e) with p = fl(a * b) and p + e = a * b (Dekker); e is 0 where a half of a or b overflows."""
     product = a * b
     a_top = top_half(a)
     b_top = top_half(b)
     a_rest = a - a_top
     b_rest = b - b_top
     error = ((a_top * b_top - product) + a_top * b_rest + a_rest * b_top) + a_rest * b_rest
-    error = finite_or_zero(error) + (a * b_low + a_low * b)
+    return product, finite_or_zero(error)
+
+
+@triton.jit
+def times_pair(a, a_low, b, b_low):
+    """(a + a_low) * (b + b_low) as a pair; mantissas are too small to overflow."""
+    product, error = two_product(a, b)
+    error = error + (a * b_low + a_low * b)
     total = product + error
     rest = error - (total - product)
     finite = is_finite(product)

@@ -14,7 +14,7 @@ from maskserve.backends.triton_kernels.elementary import (
 )
 from maskserve.backends.triton_kernels.passes import HALF, LIMB, finish_norm, finish_std, raised
 from maskserve.backends.triton_kernels.reducing import as_part
-from maskserve.backends.triton_kernels.tiles import cells_at, joined, kept, lanes_at, narrowed, place_of, read
+from maskserve.backends.triton_kernels.tiles import BYTES, cells_at, joined, kept, lanes_at, narrowed, place_of, read
 
 # -- what a cell becomes, by the state of its slice: (cells, parts, OPTIONs) -> float64 ----------------------------
 
@@ -62,9 +62,9 @@ def write_cells(results_ptr, value, lacks, valid, offsets, inside, CHECKS: tl.co
 
 @triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
 def normalize_kernel(
-    data_ptr, mask_ptr, state_ptr, results_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_strides, state_strides,
+    data_ptr, mask_ptr, state_ptr, results_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_place, state_strides,
     result_strides, LIFT: tl.constexpr, MERGE: tl.constexpr, APPLY: tl.constexpr, LIFT_OPTION: tl.constexpr,
-    OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, OMITS: tl.constexpr,
+    OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr,
     NEGATES: tl.constexpr, KNOWN: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile of cells normalized: of whole slices, read once, or of parts of slices whose states are KNOWN."""
@@ -73,7 +73,7 @@ def normalize_kernel(
     lane = lanes_at(program % n_blocks, LANES)
     cell = cells_at(run * (GROUPS * N), GROUPS, N)
     x, keep, inside = read(
-        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, NEGATES, True
+        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, NEGATES, True
     )
     parts = ()
     if KNOWN:
@@ -116,8 +116,8 @@ def running(x, keep, before, IS_FLOAT: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
 def cumsum_kernel(
-    data_ptr, mask_ptr, results_ptr, n, inner, n_lanes, data_strides, mask_strides, result_strides,
-    IS_FLOAT: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, OMITS: tl.constexpr, N: tl.constexpr,
+    data_ptr, mask_ptr, results_ptr, n, inner, n_lanes, data_strides, mask_place, result_strides,
+    IS_FLOAT: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, N: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The running sums of LANES slices, a tile after the other."""
@@ -131,7 +131,7 @@ def cumsum_kernel(
     for start in range(0, n, N):
         cell = cells_at(tl.full((), start, tl.int64), 1, N)
         x, keep, inside = read(
-            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, False, True
+            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, False, True
         )
         value, lacks, after = running(x, keep, (high, low), IS_FLOAT)
         high = after[0]
@@ -174,7 +174,7 @@ def above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, 
     """(result, its gradient, where that counts) of a tile, in float64; 0 where it does not."""
     lanes = lane[None, None, :]
     inside = (cell < n) & (lanes < n_lanes)
-    gate = kept(gate_ptr, place_of(lanes, cell, inner, gate_strides[0], gate_strides[1], gate_strides[2]), inside, 1)
+    gate = kept(gate_ptr, gate_strides, lanes, cell, inner, inside, BYTES, 0)
     at = place_of(lanes, cell, inner, out_strides[0], out_strides[1], out_strides[2])
     out = tl.load(out_ptr + at, mask=inside, other=0).to(tl.float64)
     at = place_of(lanes, cell, inner, g_strides[0], g_strides[1], g_strides[2])
@@ -186,9 +186,9 @@ def above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, 
     do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "out_ptr", "g_ptr", "gate_ptr", "gradient_ptr", "reach_ptr"]
 )  # see UNALIGNED
 def pull_kernel(
-    data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, n, inner, n_lanes, data_strides, mask_strides,
+    data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, n, inner, n_lanes, data_strides, mask_place,
     out_strides, g_strides, gate_strides, gradient_strides, SHARE: tl.constexpr, PULL: tl.constexpr,
-    FORM: tl.constexpr, OMITS: tl.constexpr, REACHES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, REACHES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of LANES slices: their totals, a tile after the other, then their cells."""
     lane = lanes_at(tl.program_id(0), LANES)
@@ -207,7 +207,7 @@ def pull_kernel(
             out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides
         )
         _, keep, inside = read(
-            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, False, OMITS
+            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, False, OMITS
         )
         reached = keep & (n_reached > 0)
         made, _ = narrowed(tl.where(reached, PULL(g, out, total), 0.0), gradient_ptr.dtype.element_ty)

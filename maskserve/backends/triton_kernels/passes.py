@@ -35,6 +35,7 @@ from maskserve.backends.triton_kernels.elementary import (
     spread,
     times_pair,
     times_power,
+    two_product,
     two_sum,
 )
 
@@ -43,6 +44,7 @@ FARTHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 LEAST = tl.constexpr(-0x8000000000000000)
 HALF = tl.constexpr(1 << 31)
 STEP = tl.constexpr(64)
+HALF_SCALE_DOWN = tl.constexpr(2.0**-64)
 
 
 @triton.jit
@@ -264,6 +266,115 @@ def finish_var(parts, OPTION: tl.constexpr):
 @triton.jit
 def finish_std(parts, OPTION: tl.constexpr):
     value, lacks = finish_var(parts, OPTION)
+    return tl.sqrt(value), lacks
+
+
+# -- with weights: x is (cells, weights), both as float64; OPTION: whether sums are pairs, and no product is rounded ----
+
+
+@triton.jit
+def pair_sum(cells, PAIRS: tl.constexpr):
+    if PAIRS:
+        high, low = halve_pairs(cells, tl.zeros_like(cells))
+        return high, tl.where(is_finite(high), low, 0.0)
+    else:
+        total = halve(cells)
+        return total, tl.zeros_like(total)
+
+
+@triton.jit
+def pair_of_products(a, b, PAIRS: tl.constexpr):
+    if PAIRS:
+        product, error = two_product(a, b)
+        total, low = pair_sum(product, True)
+        return total, tl.where(is_finite(total), low + halve(error), 0.0)
+    else:
+        return pair_sum(a * b, False)
+
+
+@triton.jit
+def lift_weighted_total(x, keep, at, OPTION: tl.constexpr):
+    cells = tl.where(keep, x[0], 0.0)
+    own = tl.where(keep, x[1], 0.0)
+    weight, weight_low = pair_sum(own, True)
+    total, low = pair_of_products(cells, own, OPTION)
+    lost = is_finite(total) == 0
+    exponent = tl.zeros(total.shape, tl.int64)
+    if tl.max(tl.max(lost.to(tl.int32), 1), 0) != 0:
+        again, again_low = pair_of_products(cells * HALF_SCALE_DOWN, own * HALF_SCALE_DOWN, OPTION)
+        total = tl.where(lost, again, total)
+        low = tl.where(lost, again_low, low)
+        exponent = tl.where(lost, exponent + SCALE, exponent)
+    return counted(keep), weight, weight_low, total, low, exponent
+
+
+@triton.jit
+def merge_weighted_total(a, b):
+    weight, error = two_sum(a[1], b[1])
+    weight_low = tl.where(is_finite(weight), (a[2] + b[2]) + error, 0.0)
+    count, total, low, exponent = merge_pair((a[0], a[3], a[4], a[5]), (b[0], b[3], b[4], b[5]))
+    return count, weight, weight_low, total, low, exponent
+
+
+@triton.jit
+def nonzero(weight):
+    """The weight, or 1 where it is 0 and the result is masked."""
+    return tl.where(weight == 0.0, 1.0, weight)
+
+
+@triton.jit
+def finish_weighted_sum(parts, OPTION: tl.constexpr):
+    return times_power(parts[3] + parts[4], parts[5]), never(parts[1])
+
+
+@triton.jit
+def finish_weighted_mean(parts, OPTION: tl.constexpr):
+    return times_power((parts[3] + parts[4]) / nonzero(parts[1] + parts[2]), parts[5]), never(parts[1])
+
+
+@triton.jit
+def settled_sum(cells, PAIRS: tl.constexpr):
+    high, low = pair_sum(cells, PAIRS)
+    return high + low
+
+
+@triton.jit
+def lift_weighted_moments(x, keep, at, OPTION: tl.constexpr):
+    cells = tl.where(keep, x[0], 0.0)
+    own = tl.where(keep, x[1], 0.0)
+    weight = settled_sum(own, OPTION)
+    mean = settled_sum(cells * own, OPTION) / nonzero(weight)
+    deviation = tl.where(keep, cells - spread(mean), 0.0)
+    error = settled_sum(deviation * own, OPTION)
+    low = error / nonzero(weight)
+    m2 = settled_sum(deviation * deviation * own, OPTION) - error * low
+    return counted(keep), weight, mean, low, tl.where(m2 < 0.0, 0.0, m2)
+
+
+@triton.jit
+def merge_weighted_moments(a, b):
+    weight = a[1] + b[1]
+    share = b[1] / nonzero(weight)
+    delta = (b[2] - a[2]) + (b[3] - a[3])
+    mean, low, _ = shifted_mean(a[2], a[3], delta, share)
+    low = tl.where(is_finite(mean), low, 0.0)
+    m2 = (a[4] + b[4]) + delta * delta * share * a[1]
+    no_a = (a[1] == 0.0) & (a[2] == a[2])  # what weighs nothing changes nothing, but for a NaN
+    no_b = (b[1] == 0.0) & (b[2] == b[2])
+    weight = tl.where(no_a, b[1], tl.where(no_b, a[1], weight))
+    mean = tl.where(no_a, b[2], tl.where(no_b, a[2], mean))
+    low = tl.where(no_a, b[3], tl.where(no_b, a[3], low))
+    return a[0] + b[0], weight, mean, low, tl.where(no_a, b[4], tl.where(no_b, a[4], m2))
+
+
+@triton.jit
+def finish_weighted_var(parts, OPTION: tl.constexpr):
+    return parts[4] / nonzero(parts[1]), never(parts[0])
+
+
+@triton.jit
+def finish_weighted_std(parts, OPTION: tl.constexpr):
+    value, lacks = finish_weighted_var(parts, OPTION)
     return tl.sqrt(value), lacks
 
 

@@ -9,6 +9,7 @@ from maskserve.backends.triton_kernels.tiles import (
     lanes_at,
     place_of,
     read,
+    working,
     write_parts,
     write_results,
 )
@@ -17,7 +18,7 @@ from maskserve.backends.triton_kernels.tiles import (
 @triton.jit
 def ended(
     parts, target_ptr, lane, inner, n_lanes, target_strides, min_count,
-    FINISH: tl.constexpr, OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr,
+    FINISH: tl.constexpr, OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, WEIGHS: tl.constexpr,
 ):  # fmt: skip
     """States written, or their results where there is a FINISH."""
     inside = lane < n_lanes
@@ -27,36 +28,42 @@ def ended(
     else:
         value, lacks = FINISH(parts, OPTION)
         enough = (parts[0] >= min_count) & (parts[0].to(tl.float64) > NEEDS)
+        if WEIGHS:
+            enough = enough & (parts[1] != 0.0)
         write_results(target_ptr, value, lacks, enough, offsets, inside, CHECKS)
 
 
-@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
+@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "weight_ptr"])  # see UNALIGNED
 def lift_kernel(
-    data_ptr, mask_ptr, target_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_strides, target_strides, run_stride,
-    min_count, LIFT: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, LIFT_OPTION: tl.constexpr,
-    OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, OMITS: tl.constexpr,
-    NEGATES: tl.constexpr, READS: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+    data_ptr, mask_ptr, weight_ptr, target_ptr, n, inner, n_lanes, n_blocks, data_strides, mask_place, weight_strides,
+    target_strides, run_stride, min_count, LIFT: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr,
+    LIFT_OPTION: tl.constexpr, OPTION: tl.constexpr, NEEDS: tl.constexpr, CHECKS: tl.constexpr, WEIGHS: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, NEGATES: tl.constexpr, READS: tl.constexpr,
+    GROUPS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A run of GROUPS leaves of N cells of LANES slices: their state, or where that is all, their results."""
     program = tl.program_id(0)
     run = (program // n_blocks).to(tl.int64)
     lane = lanes_at(program % n_blocks, LANES)
     cell = cells_at(run * (GROUPS * N), GROUPS, N)
-    x, keep, _ = read(
-        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides, FORM, OMITS, NEGATES, READS
+    x, keep, inside = read(
+        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, NEGATES, READS
     )
+    if weight_ptr is not None:
+        at = place_of(lane[None, None, :], cell, inner, weight_strides[0], weight_strides[1], weight_strides[2])
+        x = (x.to(tl.float64), working(tl.load(weight_ptr + at, mask=inside, other=0)).to(tl.float64))
     parts = joined(LIFT(x, keep, cell, LIFT_OPTION), MERGE)
     moved = ()
     for i in tl.static_range(len(target_ptr)):
         moved = moved + (target_ptr[i] + run * run_stride,)
-    ended(parts, moved, lane, inner, n_lanes, target_strides, min_count, FINISH, OPTION, NEEDS, CHECKS)
+    ended(parts, moved, lane, inner, n_lanes, target_strides, min_count, FINISH, OPTION, NEEDS, CHECKS, WEIGHS)
 
 
 @triton.jit
 def join_kernel(
     state_ptr, target_ptr, m, inner, n_lanes, n_blocks, state_strides, target_strides, run_stride, below, min_count,
     MERGE: tl.constexpr, FINISH: tl.constexpr, NOTHING: tl.constexpr, OPTION: tl.constexpr, NEEDS: tl.constexpr,
-    CHECKS: tl.constexpr, SHIFTS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    CHECKS: tl.constexpr, WEIGHS: tl.constexpr, SHIFTS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A run of GROUPS states of each lane as one. SHIFTS: the third part is a place, `below` further on for each state."""
     program = tl.program_id(0)
@@ -74,7 +81,7 @@ def join_kernel(
     moved = ()
     for i in tl.static_range(len(target_ptr)):
         moved = moved + (target_ptr[i] + run * run_stride,)
-    ended(whole, moved, lane, inner, n_lanes, target_strides, min_count, FINISH, OPTION, NEEDS, CHECKS)
+    ended(whole, moved, lane, inner, n_lanes, target_strides, min_count, FINISH, OPTION, NEEDS, CHECKS, WEIGHS)
 
 
 @triton.jit

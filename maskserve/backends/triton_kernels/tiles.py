@@ -14,6 +14,10 @@ UNALIGNED = tl.constexpr(True)
 first halvings join a thread's own cells. With 16 bytes a thread LLVM took minutes for one kernel."""
 ABSENT = tl.constexpr(0)
 BYTES = tl.constexpr(1)
+LENGTHS = tl.constexpr(2)
+BITS = tl.constexpr(3)
+COLUMNS = tl.constexpr(0)
+RUNS = tl.constexpr(1)
 
 
 @triton.jit
@@ -29,20 +33,50 @@ def working(x):
 
 
 @triton.jit
-def kept(mask_ptr, offsets, inside, FORM: tl.constexpr):
+def place_of(lane, cell, inner, outer_stride, n_stride, inner_stride):
+    return (lane // inner) * outer_stride + cell * n_stride + (lane % inner) * inner_stride
+
+
+@triton.jit
+def kept(mask_ptr, mask_place, lane, cell, inner, inside, FORM: tl.constexpr, ROWS: tl.constexpr):
     """Where cells count, by the form in which the mask lies in memory; every kernel reads masks here and nowhere else.
 
-    A broadcast mask has strides of 0. Forms that take less than a byte a cell, packed bits and lengths, belong here.
+    `mask_place` are the strides of a byte a cell, 0 where it broadcasts; or of what takes less, where its rows lie.
     """
     if FORM == BYTES:
-        return inside & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
+        at = place_of(lane, cell, inner, mask_place[0], mask_place[1], mask_place[2])
+        return inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+    elif FORM == LENGTHS:
+        row, within = row_of(mask_place, lane, cell, inner, ROWS)
+        length = tl.load(mask_ptr + tl.minimum(row, mask_place[9]))  # of no cell, where the last one's will do
+        return inside & (within < length * mask_place[8])
+    elif FORM == BITS:
+        row, within = row_of(mask_place, lane, cell, inner, ROWS)
+        bit = row * mask_place[8] + within
+        byte = tl.load(mask_ptr + (bit >> 3), mask=inside, other=0).to(tl.int32)
+        return inside & ((byte >> (bit & 7).to(tl.int32)) & 1 != 0)
     else:
         return inside
 
 
 @triton.jit
-def place_of(lane, cell, inner, outer_stride, n_stride, inner_stride):
-    return (lane // inner) * outer_stride + cell * n_stride + (lane % inner) * inner_stride
+def row_of(place, lane, cell, inner, ROWS: tl.constexpr):
+    """The row of a compact mask that a cell belongs to, and its place there: rows of columns, of runs of n, of slices.
+
+    What is divided is a lane wherever it can be: a tile has many more cells.
+    """
+    outer = lane // inner + place[0]
+    cell = cell + place[1]
+    column = lane % inner + place[2]
+    n_cells = place[3]
+    width = place[4]
+    divisor = place[5]
+    if ROWS == COLUMNS:
+        return outer * place[6] + cell * place[7] + column // divisor, column % divisor
+    elif ROWS == RUNS:
+        return outer * place[6] + cell // divisor, (cell % divisor) * width + column
+    else:
+        return outer // divisor, (outer % divisor) * n_cells + cell * width + column
 
 
 @triton.jit
@@ -59,16 +93,19 @@ def cells_at(start, GROUPS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def read(
-    data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_strides,
-    FORM: tl.constexpr, OMITS: tl.constexpr, NEGATES: tl.constexpr, READS: tl.constexpr,
+    data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM: tl.constexpr,
+    ROWS: tl.constexpr, OMITS: tl.constexpr, NEGATES: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     """(cells, where they count, where there are any) of a tile."""
     lanes = lane[None, None, :]
     inside = (cell < n) & (lanes < n_lanes)
-    keep = kept(mask_ptr, place_of(lanes, cell, inner, mask_strides[0], mask_strides[1], mask_strides[2]), inside, FORM)
+    keep = kept(mask_ptr, mask_place, lanes, cell, inner, inside, FORM, ROWS)
     if READS:
         offsets = place_of(lanes, cell, inner, data_strides[0], data_strides[1], data_strides[2])
-        x = working(tl.load(data_ptr + offsets, mask=inside, other=0))
+        seen = (
+            keep if FORM == LENGTHS else inside
+        )  # what is behind a length is not read; other masks are not waited for
+        x = working(tl.load(data_ptr + offsets, mask=seen, other=0))
         if NEGATES:
             if x.dtype == tl.int64:
                 x = x.to(tl.float64)
