@@ -16,6 +16,7 @@ from maskserve.cellwise import HOMES
 from maskserve.compact import Compact
 from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.gates import hidden
+from maskserve.health import is_of_device
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
@@ -44,6 +45,8 @@ def moved(row: Move, args: Arguments, kwargs: Keywords) -> Any:
     except IndexError as error:
         raise DimError(f"{row.name}: {str(error).splitlines()[0]}") from error
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        if is_of_device(error):
+            raise
         raise ShapeError(f"{row.name}: {str(error).splitlines()[0]}") from error
 
 

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from maskserve.cgroup import UNLIMITED, cpus
 from maskserve.errors import ParameterError, WorkerLostError
 from maskserve.executors import AHEAD, POLL_S, Job, Limits, Outcome, Queue
+from maskserve.worker import LOST
 
 log = logging.getLogger("maskserve")
 T = TypeVar("T")
@@ -186,6 +187,9 @@ class Crew(Generic[T]):
             return
         if word == "broken":
             raise value
+        if word == LOST:
+            yield from self._buried(worker, how=f"lost its device ({value})")
+            return
         if word == "ready":
             worker.is_ready, self._dead_starts = True, 0
             return
@@ -197,11 +201,11 @@ class Crew(Generic[T]):
         said = {"result": value} if word == "result" else {"error": value}
         yield Outcome(index=job.index, task=job.task, attempts=job.deaths + 1, **said)
 
-    def _buried(self, worker: Worker[T]) -> Iterator[Outcome[T, Any]]:
+    def _buried(self, worker: Worker[T], how: str = "") -> Iterator[Outcome[T, Any]]:
         """A dead worker's tasks, dealt with: only the oldest was run, and can be at fault."""
         worker.end(at_once=True)
         self._workers.remove(worker)
-        how = died_how(worker.process.returncode)
+        how = how or died_how(worker.process.returncode)
         running = worker.jobs.popleft() if worker.jobs and worker.is_ready else None
         for job in reversed(worker.jobs):
             self._queue.give_back(job)

@@ -11,12 +11,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from maskserve.errors import UnknownOpError, nearest
+from maskserve.health import health
 from maskserve.ops import find, verbs
 from maskserve.payload.format import DEFAULT_LIMITS, Limits
 from maskserve_api import fetching, openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
-from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
+from maskserve_api.errors import MethodError, UnknownPathError
 from maskserve_api.forms import bounded
 from maskserve_api.jobs.desk import Jobs
 from maskserve_api.jobs.routes import add_routes
@@ -119,14 +120,12 @@ async def op(request: Request) -> Response:
 
 
 async def livez(request: Request) -> Response:
+    health().refuse_lost()  # which only a new process mends
     return JSONResponse({"status": "alive"})
 
 
 async def readyz(request: Request) -> Response:
-    if request.app.state.service.draining:
-        raise DrainingError("the service is shutting down")
-    if request.app.state.service.jobs is not None:
-        request.app.state.service.jobs.refuse_fault()
+    request.app.state.service.refuse_unready()
     return JSONResponse({"status": "ready"})
 
 

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from maskserve.errors import ParameterError
+from maskserve.health import health
 from maskserve.payload.format import Buffer, Limits
 from maskserve.stores.addresses import Address
 from maskserve_api import coding, fetching, forms, v2_question
@@ -46,6 +47,14 @@ class Service:
     jobs: Jobs | None = None
     """Where requests may be answered later."""
     draining: bool = False
+
+    def refuse_unready(self) -> None:
+        """Raises why requests are not to be sent here, where that is so."""
+        if self.draining:
+            raise DrainingError("the service is shutting down")
+        health().refuse_lost()
+        if self.jobs is not None:
+            self.jobs.refuse_fault()
 
 
 @dataclass(frozen=True, slots=True)
