@@ -1,23 +1,21 @@
-"""CUDA devices: what there is, what fits into their memory, whether they compute right, and how fast they read."""
+"""Devices: whether they compute right, how fast they read, and that what they run first is compiled."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 
 from maskserve import engine, execution
+from maskserve.accelerators import accelerators
 from maskserve.backends import backends
 from maskserve.dtypes import BY_TORCH, DType, f32
-from maskserve.errors import OutOfMemoryError
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
 from maskserve.plan import Plan, SlicedRow, plan
-from maskserve.room import megabytes
 
 DRIVER = Path("/proc/driver/nvidia/version")
 COPIED = 1 << 28
@@ -58,51 +56,18 @@ def triton_version() -> str | None:
         return None
 
 
-def names() -> list[str]:
-    """The CUDA devices that torch sees."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-
-
 def examined(name: str) -> Device:
     """A device after its self-test."""
-    about = torch.cuda.get_device_properties(name)
+    about = accelerators().about(name)
     return Device(
         name=name,
-        model=about.name,
-        capability=f"{about.major}.{about.minor}",
-        memory_bytes=about.total_memory,
-        free_bytes=torch.cuda.mem_get_info(name)[0],
+        model=about.model,
+        capability=about.capability,
+        memory_bytes=about.memory_bytes,
+        free_bytes=accelerators().free_bytes(name),
         self_test=self_test(name),
         copied_bytes_per_s=copy_speed(name),
     )
-
-
-# -- what fits ------------------------------------------------------------------------------------------------------
-
-
-def free_bytes(device: str) -> int:
-    """What can still be had of a device's memory, what torch keeps for later among it."""
-    free, _ = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + kept)
-
-
-def bytes_of(of: Plan, *, has_mask: bool) -> int:
-    """What a plan holds at once: cells, mask, results and their mask."""
-    cells = prod(of.shape) * (of.stored.n_bytes + has_mask)
-    return cells + prod(of.out_shape) * (of.result.n_bytes + 1)
-
-
-def admit(device: str, n_bytes: int) -> None:
-    """Raise where so many bytes do not fit into a device's memory, before any is taken."""
-    if not device.startswith("cuda"):
-        return
-    free = free_bytes(device)
-    if n_bytes > free:
-        raise OutOfMemoryError(
-            f"cells and results take {megabytes(n_bytes)} MB of {device}, and {free // 10**6} MB are free there; give "
-            "device=cpu, or send less"
-        )
 
 
 # -- whether it computes right, and how fast ------------------------------------------------------------------------
@@ -144,16 +109,16 @@ def served_by_kernels(of: Plan) -> bool:
 
 def copy_speed(device: str) -> float:
     """Bytes a second, read and written, of a copy within a device's memory; 0 where there is no room to try."""
-    if free_bytes(device) < 3 * COPIED:
+    if accelerators().free_bytes(device) < 3 * COPIED:
         return 0.0
     source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(ROUNDS):
-        torch.cuda.synchronize(device)
+        accelerators().synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
-        torch.cuda.synchronize(device)
+        accelerators().synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * COPIED / best
 

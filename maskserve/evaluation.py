@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, prod
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -21,7 +21,7 @@ from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run_held
 from maskserve.errors import DtypeError, MaskserveError, TooLargeError, nearest
-from maskserve.execution import block_cells, n_threads
+from maskserve.execution import block_cells, execution, n_threads, within_memory
 from maskserve.expression import MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.gates import hidden
@@ -434,9 +434,16 @@ def elementwise(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
             Cells(laid(data, axes, n_dims), None if mask is None else laid(mask, axes, n_dims))
             for (data, mask), (_, axes) in zip(cells, made.leaves, strict=True)
         ]
-    if made.is_small or not all(leaf.data.is_cpu for leaf in cells):
+    if made.is_small:
         return MaskedTensor._of(*at_once(made.chain, cells))
-    return MaskedTensor._of(*in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask)))
+    by_block = partial(in_blocks, made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask))
+    if all(leaf.data.is_cpu for leaf in cells):
+        return MaskedTensor._of(*by_block())
+
+    def compute() -> Cells:  # on a device all at once, unless that is too much
+        return at_once(made.chain, cells) if execution().block_cells is None else by_block()
+
+    return MaskedTensor._of(*within_memory(term.op, str(cells[0].data.device), compute))
 
 
 class Program(NamedTuple):

@@ -1,44 +1,245 @@
-"""Devices: what does not fit is refused before it is taken, and a device that runs out of memory is tried in blocks.
+"""Devices: one that is lost is not asked again, what does not fit is computed in parts or refused, copies and computing overlap.
 
-Without a GPU: what torch says of a device is said here in its place. `pytest -m gpu` asks a real one.
+Without a GPU: what torch says of a device is said by a stand-in. `pytest -m gpu` asks a real one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import maskserve as ms
-from maskserve import devices, dtypes, engine, execution
-from maskserve.devices import admit, bytes_of, plans, self_test, warm
-from maskserve.errors import OutOfMemoryError
+from maskserve import answers, devices, dtypes, engine, execution, requests, uploads
+from maskserve.devices import plans, self_test, warm
+from maskserve.errors import DeviceLostError, OutOfMemoryError
+from maskserve.health import Health, health, is_full, loss
+from maskserve.loading import device_of
 from maskserve.ops import OPS
-from maskserve.plan import plan
+from maskserve.pages import Pages
+from maskserve.payload.files import open_payload
+from maskserve.payload.format import BytesPayload
+from maskserve.processes import Processes
+from maskserve.uploads import Uploads
+from tests import executor_tasks
 from tests.command_line import Maskserve, folder_fixture, maskserve_fixture  # noqa: F401  # fixtures are found by name
+from tests.http_service import check_problem, payload, running
 from tests.samples import assert_same_bits, cells, plan_of
+from tests.stand_in import ASSERT, LateCopies, StandIn, standing_in
 
 
-def told(monkeypatch: pytest.MonkeyPatch, free: int, kept: int = 0) -> None:
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free, 10**10))
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: kept)
-    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 0)
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    with standing_in(monkeypatch, StandIn()) as devices:
+        yield devices
 
 
-def test_a_plan_says_what_it_holds() -> None:
-    of = plan(OPS["sum"], (("dim", 1),), (1000, 50), dtypes.f32, "cuda:0")
-    assert bytes_of(of, has_mask=True) == 1000 * 50 * 5 + 1000 * 5
-    assert bytes_of(of, has_mask=False) == 1000 * 50 * 4 + 1000 * 5
+SHAPE, N_CELLS = (200, 1500), 300_000
+FREE, ROOM = 1_000_000, 600_000
+"""Bytes of a device that has no room for a variable as a whole, and those that a tensor of it may have then."""
+
+
+@cache
+def sample_payload() -> bytes:
+    """Two variables with junk under their masks, and weights."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=SHAPE).astype(np.float32), rng.normal(size=SHAPE)
+    x_mask, y_mask = rng.random(SHAPE) < 0.7, rng.random((SHAPE[0], 1)) < 0.8
+    x[~x_mask], y[3:5] = np.nan, np.inf
+    return payload(x=x, x__mask=x_mask, y=y, y__mask=y_mask, w=rng.random(SHAPE).astype(np.float32))
+
+
+QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("reduce", {"op": "mean", "dim": "1", "tensor": ["x", "y"]}),
+    ("reduce", {"op": "var", "dim": "0", "weights": "w", "correction": 0}),
+    ("reduce", {"op": "median", "dim": "1", "nan": "omit"}),
+    ("reduce", {"op": "argmax", "dim": "0,1"}),
+    ("softmax", {"op": "normalize", "dim": "1", "tensor": ["x"]}),
+    ("scan", {"op": "cumsum", "dim": "1", "tensor": ["x"]}),
+    ("fill", {"op": "ffill", "dim": "1"}),
+    ("mask", {"inside": "-1,1", "tensor": ["x"]}),
+    ("eval", {"expr": "(x - mean(x, dim=1, keepdim=True)) / (1 + abs(y))"}),
+    ("eval", {"expr": "sum(where(x < y, x, 2), dim=0)"}),
+)
+every_question = pytest.mark.parametrize(("verb", "words"), QUESTIONS, ids=[" ".join(map(str, q)) for q in QUESTIONS])
+
+
+def answered(verb: str, words: dict[str, Any], device: str, memory: int | None = None) -> bytes:
+    request = requests.build(verb, {**words, "device": device, "backend": None if verb == "mask" else "reference"})
+    answer = answers.run(request, BytesPayload(sample_payload()), memory=memory)
+    if not answer.is_streamed:
+        return answer.to_bytes()
+    with TemporaryFile() as file:
+        answer.write(file.fileno(), "the answer")
+        return file.read()
+
+
+# -- which device -----------------------------------------------------------------------------------------------------
+
+
+def test_words_for_devices_become_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch, StandIn(0)):
+        assert [device_of(word) for word in ("auto", "cpu")] == ["cpu", "cpu"]
+        with pytest.raises(ms.errors.DeviceError, match="torch sees 0 GPUs"):
+            device_of("cuda")
+    with standing_in(monkeypatch, StandIn(3)):
+        assert [device_of(word) for word in ("auto", "cpu", "cuda", "cuda:2")] == ["cpu:0", "cpu", "cpu:0", "cpu:2"]
+        with pytest.raises(ms.errors.DeviceError, match="device cuda:3 is not there: torch sees 3 GPUs"):
+            device_of("cuda:3")
+
+
+# -- a device that is lost ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "how"),
+    [
+        (ASSERT, "device-side assert"),
+        ("CUDA error: an illegal memory access was encountered", "illegal memory access"),
+        ("Triton Error [CUDA]: unspecified launch failure", "unspecified launch failure"),
+        ("CUDA error: invalid argument", None),
+        ("CUDA error: no kernel image is available for execution on the device", None),
+        ("CUDA error: out of memory", None),
+        ("an illegal memory access, says somebody who is no device", None),
+    ],
+)
+def test_errors_after_which_every_later_call_fails_are_known(said: str, how: str | None) -> None:
+    assert loss(torch.AcceleratorError(said)) == how
+    wrapped = ValueError("mine")
+    wrapped.__cause__ = RuntimeError(said)
+    assert loss(wrapped) == how
+    assert is_full(wrapped) == ("CUDA error: out of memory" in said)
+    assert loss(ms.errors.DataError(said)) is None, "a message of ours may quote what a client sent"
+
+
+def test_a_lost_device_is_not_asked_again_and_others_are() -> None:
+    known, asked = Health(), list[int]()
+
+    def ask(n: int) -> None:
+        with known.watching("cuda:1"):
+            asked.append(n)
+            raise torch.AcceleratorError(ASSERT)
+
+    for n in range(3):
+        with pytest.raises(DeviceLostError, match=r"cuda:1 was lost in this process \(device-side assert\)"):
+            ask(n)
+    assert asked == [0]
+    with known.watching("cuda:0"):
+        pass
+    known.refuse_lost("cuda:0")
+    with pytest.raises(DeviceLostError):
+        known.refuse_lost()
+    with pytest.raises(ZeroDivisionError), known.watching("cuda:0"):
+        _ = 1 / 0
+
+
+class Failing:
+    """A computation that fails as a device does, the first time."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.n_calls, self.real = error, 0, engine.computed
+
+    def __call__(self, *args: Any, **words: Any) -> Any:
+        self.n_calls += 1
+        if self.n_calls == 1:
+            raise self.error
+        return self.real(*args, **words)
+
+
+def test_a_service_whose_device_is_lost_is_unready_and_not_wrong(one: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed elsewhere in silence: who asks for the CPU by name still gets it."""
+    failing = Failing(torch.AcceleratorError(ASSERT))
+    body, question = payload(data=np.ones((3, 5), np.float32)), "/v1/reduce?op=sum&dim=1"
+    with running() as service:
+        assert service.http.get("/readyz").status_code == 200
+        expected = service.post(f"{question}&device=cpu", body).content
+        assert service.post(f"{question}&device=cuda", body).content == expected
+        monkeypatch.setattr(engine, "computed", failing)
+        first = check_problem(service.post(f"{question}&device=cuda:0", body), 503, "device_lost")
+        assert "cpu:0 was lost in this process (device-side assert)" in first["detail"]
+        for device in ("cuda", "cuda:0", "auto"):
+            told = check_problem(service.post(f"{question}&device={device}", body), 503, "device_lost")
+            assert told["detail"] == first["detail"]
+        assert failing.n_calls == 1
+        for path in ("/readyz", "/livez", "/v2/health/ready", "/v2/health/live", "/v2/models/reduce/ready"):
+            check_problem(service.http.get(path), 503, "device_lost")
+        assert service.post(f"{question}&device=cpu", body).content == expected
+
+
+def test_in_python_too_the_first_error_says_what_the_device_is_worth(
+    one: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "computed", Failing(torch.AcceleratorError(ASSERT)))
+    with pytest.raises(DeviceLostError, match="cpu was lost in this process"):
+        ms.sum(torch.ones(3))
+    assert dict(health().lost) == {"cpu": "device-side assert"}
+
+
+def test_a_worker_whose_device_is_lost_is_replaced(tmp_path: Path) -> None:
+    """Another process does what it had begun; what ends each of them is an error of its own task."""
+    told: list[str] = []
+    executor = Processes(workers=1, retries=1, tell=told.append)
+    tasks = [(str(tmp_path / name), name == "worst") for name in ("a", "b", "worst", "c")]
+    outcomes = {outcome.task[0][-1]: outcome for outcome in executor.run(executor_tasks.on_a_device, tasks)}
+    assert [outcomes[name].result is not None for name in "abc"] == [True] * 3
+    assert len({outcome.result for outcome in outcomes.values() if outcome.result}) >= 2
+    assert "the last one lost its device (cuda:0 was lost" in str(outcomes["t"].error)
+    assert len(told) == 5, "a, b and c once each, the worst one twice"
+    assert all("lost its device" in line and "another one takes its place" in line for line in told)
+
+
+# -- what fits --------------------------------------------------------------------------------------------------------
+
+
+@every_question
+def test_a_device_gives_the_bits_of_the_cpu(verb: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a whole, and in parts where it has no room for that: then nothing larger than its room goes there."""
+    expected = answered(verb, words, "cpu")
+    with standing_in(monkeypatch, StandIn()):
+        assert answered(verb, words, "cuda") == expected
+    with standing_in(monkeypatch, StandIn(free=FREE, room=ROOM)) as small:
+        assert answered(verb, words, "cuda") == expected
+        assert small.copies_of["cpu:0"].log.count("copy") > 2
+        assert answered(verb, words, "cuda", memory=2 * FREE) == expected
+
+
+def test_where_memory_runs_out_all_the_same_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device says that it has free is not there: the whole is tried, then parts of a half, an eighth and so on."""
+    monkeypatch.setattr(uploads, "LEAST_BYTES", 0)
+    for verb, words in (QUESTIONS[4], QUESTIONS[8]):
+        expected = answered(verb, words, "cpu")
+        with standing_in(monkeypatch, StandIn(free=20 * FREE, room=ROOM)):
+            assert answered(verb, words, "cuda") == expected
 
 
 def test_what_does_not_fit_is_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    told(monkeypatch, free=4 * 10**6, kept=10**6)
-    admit("cuda:0", 5 * 10**6)
-    with pytest.raises(OutOfMemoryError, match="take 6 MB of cuda:0, and 5 MB are free there; give device=cpu"):
-        admit("cuda:0", 5 * 10**6 + 1)
-    admit("cpu", 10**15)
+    """A gradient is computed as a whole: refused by its bytes, with nothing copied, and the device still works."""
+    monkeypatch.setattr(uploads, "LEAST_BYTES", 0)
+    with standing_in(monkeypatch, StandIn(free=1000)) as small:
+        with pytest.raises(
+            OutOfMemoryError, match="x takes 4 MB of cpu:0, where 0 MB are free, and is not computed there as"
+        ):
+            answered("grad", {"op": "mean", "dim": 1, "tensor": ["x"]}, "cuda")
+        small.copies_of["cpu:0"].room = 10
+        with pytest.raises(OutOfMemoryError, match="as a whole or in parts; give device=cpu"):
+            answered("reduce", {"op": "mean", "dim": 1}, "cuda")
+        assert not health().lost
+        small.free["cpu:0"] = small.copies_of["cpu:0"].room = 10**12
+        for verb, words in (("grad", {"op": "mean", "dim": 1, "tensor": ["x"]}), QUESTIONS[0]):
+            assert answered(verb, words, "cuda") == answered(verb, words, "cpu")
+
+
+def test_a_device_without_room_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch, StandIn(free=1000, room=10)), running(max_body=8 << 20) as service:
+        check_problem(service.post("/v1/reduce?op=median&dim=1&device=cuda", sample_payload()), 503, "out_of_memory")
+        assert service.http.get("/readyz").status_code == 200
 
 
 class Full:
@@ -71,6 +272,72 @@ def test_a_device_without_room_for_a_block_is_a_clear_error(monkeypatch: pytest.
         OutOfMemoryError, match="sum: cpu is out of memory, in blocks of 1048576 cells too; give device"
     ):
         ms.sum(torch.ones(3))
+
+
+@pytest.mark.parametrize("call", [lambda x: ms.exp(x), lambda x: ms.roll(x, 1)], ids=["exp", "roll"])
+def test_an_op_does_not_blame_the_cells_for_a_full_device(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **words: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("cellwise.called", "moving.by_torch", "moving.by_kernel"):
+        monkeypatch.setattr(f"maskserve.{name}", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(ms.masked_tensor(torch.ones(3), torch.tensor([True, False, True])))
+
+
+# -- copies beside computing ----------------------------------------------------------------------------------------
+
+
+def send_blocks(copies: LateCopies, n: int, *, growing: bool = True) -> list[torch.Tensor]:
+    """Blocks of a cell more each, whose cells are their number, as they arrive on the device."""
+    to = Uploads(copies)
+
+    def read(pages: Pages, i: int) -> tuple[torch.Tensor, None]:
+        return pages.empty("data", (100 + i * growing,), torch.float32).fill_(i), None
+
+    return [to.block(partial(read, i=i))[0] for i in range(n)]
+
+
+def test_no_buffer_is_written_before_its_copy_is_done() -> None:
+    copies = LateCopies()
+    blocks = send_blocks(copies, 5)
+    assert all(torch.equal(data, torch.full((100 + i,), float(i))) for i, data in enumerate(blocks))
+    waits = [said for said in copies.log if said != "joined"]
+    assert waits[:3] == ["copy", "computed", "copy"], "the second block is sent while the first is computed on"
+    assert waits[3:] == ["computed", "waited until copied", "waited until computed", "copy"] * 3
+    assert copies.n_pinned == 5, "blocks that grow take new memory"
+
+
+def test_the_stand_in_would_see_a_buffer_that_is_written_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.stand_in.Late.synchronize", lambda late: None)
+    with pytest.raises(AssertionError, match="written before its copy was done"):
+        send_blocks(LateCopies(), 4, growing=False)
+
+
+def test_a_tensor_goes_to_a_device_a_buffer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "CHUNK_BYTES", 64)
+    copies = LateCopies()
+    for data in (torch.arange(1000.0), torch.randn(30, 7)[:, ::2], torch.rand(5, 9) > 0.5, torch.arange(3).byte()):
+        assert torch.equal(Uploads(copies).whole(data), data)
+    assert copies.log.count("copy") > 60
+
+
+def test_a_file_is_read_by_two_buffers_however_many_blocks_it_has(one: StandIn, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(sample_payload())
+    one.free["cpu:0"] = FREE
+    request = requests.build(
+        "reduce", {"op": "sum", "dim": 0, "device": "cuda", "tensor": ["x"], "backend": "reference"}
+    )
+    expected = answered("reduce", {"op": "sum", "dim": 0, "tensor": ["x"]}, "cpu")
+    with execution.using(threads=1), open_payload(str(path)) as file:
+        assert answers.run(request, file).to_bytes() == expected
+    copies = one.copies_of["cpu:0"]
+    assert copies.log.count("copy") > 8
+    assert copies.n_pinned == 4, "cells and masks, twice each"
+
+
+# -- whether it computes right, and how fast ------------------------------------------------------------------------
 
 
 def test_the_self_test_asks_every_op_that_kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,9 +62,10 @@ def examined() -> Report:
     import torch
 
     from maskserve import devices
+    from maskserve.accelerators import accelerators
     from maskserve.version import version
 
-    gpus = [devices.examined(name) for name in devices.names()]
+    gpus = [devices.examined(name) for name in accelerators().names()]
     return Report(
         maskserve=version(),
         python=sys.version.split()[0],
