@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, TypeVar
 
@@ -69,21 +70,27 @@ def without_fill(data: Tensor, mask: M | None, fill: float | None) -> M | Tensor
 
 DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]?))?")
 """Words for devices; torch wraps an index to 8 bits, and would take cuda:256 for the first GPU."""
-AUTO = "auto"
+AUTO, ANY = "auto", "cuda"
+WORKER = "MASKSERVE_WORKER"
+"""The variable by which a worker process knows its number among its fellows: they share the GPUs."""
 
 
 def device_of(word: str) -> str:
-    """A device torch can compute on, by its own name: "cuda" is the first GPU, "auto" too, or the CPU where there is none.
+    """A device torch can compute on, by its own name: "cuda" is any GPU, "auto" too, or the CPU where there is none.
+
+    That is the first GPU, and of several each worker process has the next one.
 
     >>> device_of("cpu")
     'cpu'
     """
     names = accelerators().names()
-    if word == CPU or (word == AUTO and not names):
+    if word == AUTO and not names:
         return CPU
+    if word == CPU or word in names:
+        return word
     if word != AUTO and not DEVICE.fullmatch(word):
         raise DeviceError(f"device {word[:64]!r} is not known: give auto, cpu, cuda or cuda:N", parameter="device")
-    index = int(word.partition(":")[2] or 0)
+    index = int(word.partition(":")[2] or int(os.environ.get(WORKER, 0)) % max(len(names), 1))
     if index >= len(names):
         raise DeviceError(
             f"device {word} is not there: torch sees {len(names)} GPUs; give auto or cpu", parameter="device"

@@ -62,9 +62,10 @@ class Processes:
 
 
 class Worker(Generic[T]):
-    """One process, the tasks that it has, oldest first, and the socket to it."""
+    """One process, its `number` among those that live, the tasks that it has, oldest first, and the socket to it."""
 
-    def __init__(self, function: bytes, threads: int) -> None:
+    def __init__(self, function: bytes, threads: int, number: int) -> None:
+        self.number = number
         ours, theirs = socket.socketpair()
         with theirs:
             words = PROGRAM.format(
@@ -79,7 +80,12 @@ class Worker(Generic[T]):
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=2 if sys.stderr is not None else subprocess.DEVNULL,
-                env={**os.environ, "MASKSERVE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)},
+                env={
+                    **os.environ,
+                    "MASKSERVE_THREADS": str(threads),
+                    "OMP_NUM_THREADS": str(threads),
+                    "MASKSERVE_WORKER": str(number),
+                },
             )
         self.connection = Connection(ours.detach())
         self.jobs: deque[Job[T]] = deque()
@@ -160,7 +166,9 @@ class Crew(Generic[T]):
             if not self._give(worker, self._queue.take()):
                 return
         while len(self._workers) < self._most and (job := self._queue.take()) is not None:
-            worker = Worker(self._function, max(1, cpus() // self._most))
+            taken = {worker.number for worker in self._workers}
+            number = next(n for n in range(self._most) if n not in taken)  # that of the dead one whose place it takes
+            worker = Worker(self._function, max(1, cpus() // self._most), number)
             self._workers.append(worker)
             self._give(worker, job)
         for worker in [w for w in self._workers if w.is_ready and len(w.jobs) < AHEAD]:

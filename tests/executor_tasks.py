@@ -115,3 +115,9 @@ def on_a_device(task: tuple[str, bool]) -> int:
         Path(path).touch()
         raise DeviceLostError("cuda:0 was lost")
     return os.getpid()
+
+
+def number_on_a_device(task: tuple[str, bool]) -> int:
+    """The worker's number among its fellows, once another has lost its device on the task."""
+    on_a_device(task)
+    return int(os.environ["MASKSERVE_WORKER"])

@@ -6,7 +6,9 @@ Without a GPU: what torch says of a device is said by a stand-in. `pytest -m gpu
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,16 +23,18 @@ from maskserve import answers, devices, dtypes, engine, execution, requests, upl
 from maskserve.devices import plans, self_test, warm
 from maskserve.errors import DeviceLostError, OutOfMemoryError
 from maskserve.health import Health, health, is_full, loss
-from maskserve.loading import device_of
+from maskserve.loading import WORKER, device_of
 from maskserve.ops import OPS
 from maskserve.pages import Pages
 from maskserve.payload.files import open_payload
 from maskserve.payload.format import BytesPayload
 from maskserve.processes import Processes
+from maskserve.requests import Request
 from maskserve.uploads import Uploads
+from maskserve_api.lanes import Lanes
 from tests import executor_tasks
 from tests.command_line import Maskserve, folder_fixture, maskserve_fixture  # noqa: F401  # fixtures are found by name
-from tests.http_service import check_problem, payload, running
+from tests.http_service import check_problem, payload, running, wait_until
 from tests.samples import assert_same_bits, cells, plan_of
 from tests.stand_in import ASSERT, LateCopies, StandIn, standing_in
 
@@ -93,6 +97,56 @@ def test_words_for_devices_become_names(monkeypatch: pytest.MonkeyPatch) -> None
         assert [device_of(word) for word in ("auto", "cpu", "cuda", "cuda:2")] == ["cpu:0", "cpu", "cpu:0", "cpu:2"]
         with pytest.raises(ms.errors.DeviceError, match="device cuda:3 is not there: torch sees 3 GPUs"):
             device_of("cuda:3")
+        monkeypatch.setenv(WORKER, "4")
+        assert [device_of(word) for word in ("auto", "cuda", "cuda:0")] == ["cpu:1", "cpu:1", "cpu:0"], "workers share"
+
+
+def test_workers_have_numbers_and_a_new_one_has_that_of_the_dead_one(tmp_path: Path) -> None:
+    tasks = [(str(tmp_path / str(n)), False) for n in range(6)]
+    outcomes = Processes(workers=2, retries=1, tell=lambda line: None).run(executor_tasks.number_on_a_device, tasks)
+    assert {outcome.result for outcome in outcomes} <= {0, 1}
+
+
+def of_device(word: str) -> Request:
+    return requests.build("reduce", {"op": "sum", "device": word})
+
+
+def test_who_asks_for_any_device_gets_the_one_with_the_least_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch, StandIn(3)):
+        lanes = Lanes(8)
+
+        def chosen(word: str) -> str:
+            lane, request = lanes.placed(of_device(word))
+            assert lane is lanes.of_device[device_of(str(request.running["device"]))]
+            return next(name for name, one in lanes if one is lane)
+
+        assert [chosen(word) for word in ("cpu", "cuda:2", "cuda:0")] == ["cpu", "cpu:2", "cpu:0"]
+        assert {chosen("cuda") for _ in range(3)} == {chosen("auto") for _ in range(3)} == {"cpu:0", "cpu:1", "cpu:2"}
+        lanes.of_device["cpu:0"].n_pending = lanes.of_device["cpu:2"].n_pending = 1
+        assert {chosen("cuda") for _ in range(4)} == {"cpu:1"}
+        health().heard("cpu:1", RuntimeError(ASSERT))
+        assert {chosen("auto") for _ in range(4)} == {"cpu:0", "cpu:2"}
+        for name in ("cpu:0", "cpu:2"):
+            health().heard(name, RuntimeError(ASSERT))
+        assert chosen("auto") != "cpu", "who asks for a GPU is told that none is left"
+        asked = of_device("cuda")
+        monkeypatch.setattr(lanes, "freest", lambda names: "cpu:1")
+        assert lanes.placed(asked)[1] is lanes.placed(asked)[1], "a plan is remembered by its request"
+
+
+def test_devices_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, question = payload(data=np.ones((3, 5), np.float32)), "/v1/reduce?op=sum&dim=1"
+    with standing_in(monkeypatch, StandIn(2)), running() as service, ThreadPoolExecutor(1) as pool:
+        lanes, release = service.service.lanes.of_device, threading.Event()
+        lanes["cpu:0"].submit(partial(release.wait, 30))
+        waiting = pool.submit(service.post, f"{question}&device=cuda:0", body)
+        wait_until(lambda: lanes["cpu:0"].n_pending == 1)
+        for device in ("cuda:1", "cuda", "auto", "cpu"):
+            assert service.post(f"{question}&device={device}", body).status_code == 200
+        assert 'maskserve_queue_depth{device="cpu:0"} 1.0' in service.http.get("/metrics").text
+        assert not waiting.done()
+        release.set()
+        assert waiting.result(30).status_code == 200
 
 
 # -- a device that is lost ----------------------------------------------------------------------------------------

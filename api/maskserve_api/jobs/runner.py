@@ -1,4 +1,4 @@
-"""Computes what waits, so many at once, in the lane of all requests; and records each end, however long a bad disk refuses it."""
+"""Computes what waits, so many at once, in the lanes of all requests; records each end, however long a bad disk refuses it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from maskserve_api.jobs import store
 from maskserve_api.jobs.computing import Made, made, on_disk, opened
 from maskserve_api.jobs.job import BLOCK_BYTES, Job, Result, Status
 from maskserve_api.jobs.spool import File, failure, remove
-from maskserve_api.lane import Lane, Task
+from maskserve_api.lane import Task
+from maskserve_api.lanes import Lanes
 from maskserve_api.logs import traced
 from maskserve_api.problems import problem, status_of, translated
 from maskserve_api.query import request_of
@@ -73,8 +74,8 @@ class Doing:
 class Runner:
     """Runs jobs in the loop in which it is made."""
 
-    def __init__(self, jobs: Jobs, lane: Lane) -> None:
-        self.jobs, self.lane = jobs, lane
+    def __init__(self, jobs: Jobs, lanes: Lanes) -> None:
+        self.jobs, self.lanes = jobs, lanes
         self.doing: dict[int, Doing] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -179,15 +180,15 @@ class Runner:
         job, jobs = doing.job, self.jobs
         body = jobs.store.body(job.seq) if job.is_inline else jobs.spool.body(job.id)
         memory, limits = jobs.job_memory, jobs.limits
+        lane, request = self.lanes.placed(request_of(job.verb, job.query))
 
         def work() -> Made:
-            request = request_of(job.verb, job.query)
             with opened(body, job.body_bytes, job.question, limits) as payload, using(tick=doing.tick):
                 return made(request, payload, job.answer, limits, memory=memory, make=self._file(job))
 
         if doing.is_stopped:
             raise Cancelled
-        doing.task = task = self.lane.submit(work)
+        doing.task = task = lane.submit(work)
         future: Future[Made] = task.future
         done = asyncio.wrap_future(future)
         try:
