@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -19,8 +20,9 @@ import pytest
 import torch
 
 import maskserve as ms
-from maskserve import answers, devices, dtypes, engine, execution, requests, uploads
-from maskserve.devices import plans, self_test, warm
+from maskserve import answers, devices, dtypes, engine, execution, requests, uploads, warming
+from maskserve.backends.triton_tables import interprets, missing
+from maskserve.devices import plans, self_test
 from maskserve.errors import DeviceLostError, OutOfMemoryError
 from maskserve.health import Health, health, is_full, loss
 from maskserve.loading import WORKER, device_of
@@ -33,7 +35,7 @@ from maskserve.requests import Request
 from maskserve.uploads import Uploads
 from maskserve_api.lanes import Lanes
 from tests import executor_tasks
-from tests.command_line import Maskserve, folder_fixture, maskserve_fixture  # noqa: F401  # fixtures are found by name
+from tests.command_line import Maskserve, folder_fixture, maskserve_fixture, process  # noqa: F401  # fixtures are found by name
 from tests.http_service import check_problem, payload, running, wait_until
 from tests.samples import assert_same_bits, cells, plan_of
 from tests.stand_in import ASSERT, LateCopies, StandIn, standing_in
@@ -402,17 +404,6 @@ def test_the_self_test_asks_every_op_that_kernels_serve(monkeypatch: pytest.Monk
     assert self_test("cpu") == "failed: ZeroDivisionError: division by zero"
 
 
-def test_warming_runs_every_op_that_a_verb_serves(maskserve: Maskserve) -> None:
-    names = {of.row.name for of in plans(dtypes.f32, (3, 4), "cpu")}
-    assert {one.op for one in warm("cpu", (dtypes.f32,))} == names
-    assert maskserve("warmup", "--device", "cpu", "--dtypes", "f32").text.startswith(
-        f"warm: {len(names)} ops on cpu in "
-    )
-    said = json.loads(maskserve("warmup", "--device", "cpu", "--dtypes", "f32, i8", "--json").out)
-    assert said["device"] == "cpu"
-    assert said["backends"] == {"cpu": len(names)}
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device there is one to tell of")
 def test_without_a_gpu_doctor_says_so(maskserve: Maskserve) -> None:
     assert maskserve("warmup", "--device", "cuda").code == 2
@@ -421,3 +412,72 @@ def test_without_a_gpu_doctor_says_so(maskserve: Maskserve) -> None:
     assert record["gpus"] == []
     assert {one["name"] for one in record["backends"]} == {"cpu", "triton", "reference"}
     assert "triton: " in maskserve("doctor").text
+
+
+def test_doctor_tells_of_each_device_and_its_exit_code_of_one_that_computes_wrong(
+    maskserve: Maskserve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "COPIED", 1 << 12)
+    with standing_in(monkeypatch, StandIn(2)):
+        ran = maskserve("doctor")
+        assert ran.code == 0
+        for line in ("cpu:1: a stand-in, compute capability 9.0", "cpu:0: self-test ok", "NVIDIA driver: none"):
+            assert line in ran.lines
+        assert all(gpu["copied_bytes_per_s"] > 0 for gpu in json.loads(maskserve("doctor", "--json").out)["gpus"])
+        monkeypatch.setattr(devices, "self_test", lambda device: f"{device} is wrong")
+        ran = maskserve("doctor")
+        assert (ran.code, "cpu:0: self-test cpu:0 is wrong" in ran.lines) == (70, True)
+
+
+# -- before the first request ---------------------------------------------------------------------------------------
+
+
+def test_warming_runs_every_op_that_a_verb_serves(maskserve: Maskserve) -> None:
+    names = {of.row.name for of in plans(dtypes.f32, (3, 4), (0,), "cpu")}
+    assert maskserve("warmup", "--device", "cpu", "--dtypes", "f32").text.startswith(
+        f"warm: {len(names)} ops on cpu in "
+    )
+    said = json.loads(maskserve("warmup", "--device", "cpu", "--dtypes", "f32, i8", "--json").out)
+    assert said["device"] == "cpu"
+    assert said["backends"] == {"cpu": len(names)}
+
+
+def test_warming_takes_ops_and_shapes_by_name(maskserve: Maskserve) -> None:
+    words = ("warmup", "--device", "cpu", "--dtypes", "f32", "--ops", "sum,softmax", "--json")
+    assert json.loads(maskserve(*words, "--shapes", "3x4x5").out)["seconds"].keys() == {"sum", "softmax"}
+    for words, says in (
+        (("--ops", "summ"), "did you mean sum?"),
+        (("--shapes", "3x0"), "such as 8192x8192"),
+        (("--capability", "hopper"), "such as 9.0"),
+    ):
+        ran = maskserve("warmup", *words)
+        assert (ran.code, says in ran.err) == (2, True), ran.err
+
+
+def test_uses_have_every_kind_of_slices_with_a_mask_and_without() -> None:
+    found = warming.uses("cpu", [dtypes.f32, dtypes.i8], [OPS["sum"], OPS["softmax"]])
+    folds = {use.plan.fold for use in found if use.plan.row is OPS["sum"]}
+    assert {(64, 128, 1), (2, 9000, 1), (1, 128, 64), (1, 9000, 40), (6, 300, 40), (1, 72000, 1)} == folds
+    assert len(found) == 4 * len(folds) + 4 * (len(folds) - 1), "softmax takes one dim"
+    own = warming.uses("cpu", [dtypes.f32], [OPS["sum"]], [(3, 4)])
+    assert {(use.plan.fold, use.is_masked) for use in own} == set(
+        product([(1, 3, 4), (3, 4, 1), (1, 12, 1)], [True, False])
+    )
+
+
+@pytest.mark.skipif(missing() is not None or interprets(), reason="only triton compiles ahead")
+def test_kernels_are_compiled_ahead_into_tritons_own_folder(
+    maskserve: Maskserve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process finds them there: none is compiled again."""
+    words = ("warmup", "--capability", "9.0", "--dtypes", "f32", "--ops", "count", "--shapes", "64", "--json")
+    cache = str(tmp_path / "triton")
+    first = json.loads(process(*words, cwd=tmp_path, TRITON_CACHE_DIR=cache).out)
+    assert (first["device"], first["folder"], first["backends"]) == ("sm_90", cache, {"triton": 1})
+    assert first["kernels"] > 0
+    made = {path.name: path.stat().st_mtime_ns for path in Path(cache).rglob("*.cubin")}
+    assert made
+    monkeypatch.setenv("TRITON_CACHE_DIR", cache)
+    again = json.loads(maskserve(*words).out)
+    assert again["kernels"] == first["kernels"]
+    assert {path.name: path.stat().st_mtime_ns for path in Path(cache).rglob("*.cubin")} == made
