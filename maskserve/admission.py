@@ -76,6 +76,17 @@ def rooms(step: Step, free: int, memory: int | None) -> Iterator[int | None]:
             yield room
 
 
+def why_not_whole(step: Step) -> str | None:
+    """Why a step is not computed on its device as a whole, where it is told now; None where it is."""
+    if step.device == CPU:
+        return None
+    free = accelerators().free_bytes(step.device)
+    if step.bytes_in_memory <= free:
+        return None
+    takes = f"it takes {megabytes(step.bytes_in_memory)} MB, and {step.device} has {free // 10**6} MB free"
+    return f"{takes}: " + ("refused" if next(rooms(step, free, None), None) is None else "computed in parts")
+
+
 def full(step: Step, free: int) -> OutOfMemoryError:
     """The error of a step that its device has no room for."""
     kind = "as a whole" if step.is_held else "as a whole or in parts"

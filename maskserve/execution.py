@@ -145,20 +145,29 @@ def block_cells(backend: Backend, shape: tuple[int, ...]) -> int:
 
 def within_memory(what: str, device: str, compute: Callable[[], T]) -> T:
     """What `compute` gives; where the memory of a device does not do, in smaller and smaller blocks, which change no bit."""
-    for cells in (None, *SMALLER):
+    try:
+        return compute()
+    except RuntimeError as error:
+        refuse_other(error, device)
+    for cells in SMALLER:
+        log.info("%s: %s is out of memory; blocks of %d cells are tried", what, device, cells)
         try:
             with using(block_cells=cells):
                 return compute()
         except RuntimeError as error:
-            if not is_full(error):
-                lost = health().heard(device, error)
-                if lost is None:
-                    raise
-                raise lost from error
-            log.info("%s: %s is out of memory; smaller blocks are tried", what, device)
+            refuse_other(error, device)
     raise OutOfMemoryError(
         f"{what}: {device} is out of memory, in blocks of {SMALLER[-1]} cells too; give device=cpu, or send less"
     )
+
+
+def refuse_other(error: RuntimeError, device: str) -> None:
+    """Raise what a device's error says beside that it is out of memory: that it is lost, or the error itself."""
+    lost = health().heard(device, error)
+    if lost is not None:
+        raise lost from error
+    if not is_full(error):
+        raise error
 
 
 def backend_of(plan: Plan) -> Backend:

@@ -36,9 +36,11 @@ from maskserve.uploads import Uploads
 from maskserve_api.lanes import Lanes
 from tests import executor_tasks
 from tests.command_line import Maskserve, folder_fixture, maskserve_fixture, process  # noqa: F401  # fixtures are found by name
-from tests.http_service import check_problem, payload, running, wait_until
+from tests.http_service import check_problem, jobs_in, payload, running, wait_until
 from tests.samples import assert_same_bits, cells, plan_of
 from tests.stand_in import ASSERT, LateCopies, StandIn, standing_in
+from tests.test_jobs import ended, submitted
+from tests.test_jobs_faults import rows
 
 
 @pytest.fixture
@@ -229,6 +231,22 @@ def test_a_service_whose_device_is_lost_is_unready_and_not_wrong(one: StandIn, m
         assert service.post(f"{question}&device=cpu", body).content == expected
 
 
+def test_jobs_of_a_lost_device_wait_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt that lost it counts, as if the process had died of it; those that came too late lose nothing."""
+    body = payload(data=np.ones((3, 5), np.float32))
+    with standing_in(monkeypatch, StandIn()), running(jobs=jobs_in(tmp_path, n_running=1)) as service:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "computed", Failing(torch.AcceleratorError(ASSERT)))
+            words = [f"/v1/reduce?op=sum&dim=1&device={device}" for device in ("cuda", "auto", "cpu")]
+            paths = [submitted(service, path, body) for path in words]
+            assert ended(service, paths[2])["status"] == "succeeded"
+        wait_until(lambda: service.http.get(paths[1]).json()["status"] == "queued")
+        assert service.http.get(paths[0]).json()["status"] == "running"
+    assert rows(tmp_path, "SELECT status, attempts FROM jobs ORDER BY seq")[:2] == [("running", 1), ("queued", 0)]
+    with standing_in(monkeypatch, StandIn()), running(jobs=jobs_in(tmp_path)) as service:
+        assert [ended(service, path)["status"] for path in paths] == ["succeeded"] * 3
+
+
 def test_in_python_too_the_first_error_says_what_the_device_is_worth(
     one: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +314,33 @@ def test_a_device_without_room_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None
     with standing_in(monkeypatch, StandIn(free=1000, room=10)), running(max_body=8 << 20) as service:
         check_problem(service.post("/v1/reduce?op=median&dim=1&device=cuda", sample_payload()), 503, "out_of_memory")
         assert service.http.get("/readyz").status_code == 200
+
+
+def test_explain_says_why_a_step_is_not_computed_as_a_whole(
+    maskserve: Maskserve, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "x.safetensors").write_bytes(sample_payload())
+    words = (
+        "--op",
+        "sum",
+        "--tensor",
+        "x",
+        "--device",
+        "cuda",
+        "--explain",
+        "--dim",
+        "1",
+        "x.safetensors",
+        "-o",
+        "out",
+    )
+    with standing_in(monkeypatch, StandIn(free=FREE)):
+        parts, refused = maskserve("reduce", *words), maskserve("grad", *words, "--force")
+        as_data = maskserve("reduce", *words[:-2], "--json")
+    assert "x: not as a whole: it takes 2 MB, and cpu:0 has 1 MB free: computed in parts\n" in parts.err
+    assert "x: not as a whole: it takes 4 MB, and cpu:0 has 1 MB free: refused\n" in refused.err
+    assert json.loads(as_data.err)["variables"][0]["not_as_a_whole"].endswith("computed in parts")
+    assert (parts.code, refused.code) == (0, 75)
 
 
 class Full:

@@ -12,7 +12,7 @@ from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from maskserve.errors import InputError, OutputError
+from maskserve.errors import DeviceLostError, InputError, OutputError
 from maskserve.execution import using
 from maskserve_api.errors import BusyError, NoSpaceError, ServiceError, SpoolError
 from maskserve_api.jobs import store
@@ -156,6 +156,9 @@ class Runner:
                     await self._pause()
                     self.jobs.waiting.put_back(job.owner, job.seq)
             return
+        except DeviceLostError as lost:
+            await self._left_for_a_new_process(job, lost)
+            return
         n_done = job.n_blocks if outcome.status is Status.SUCCEEDED else doing.n_done
         ended = await self._ended(job, outcome, n_done)
         if not ended and outcome.result is not None:
@@ -163,12 +166,21 @@ class Runner:
             if outcome.result.data is None:
                 remove(self.jobs.spool.result(job.id))
 
+    async def _left_for_a_new_process(self, job: Job, lost: DeviceLostError) -> None:
+        """A job that needs a device that this process has no more waits for the next start.
+
+        One that ran when the device was lost stays as the death of the process would leave it: that attempt counts.
+        """
+        log.warning("job %s waits for the next start: %s", job.id, lost)
+        if lost.__cause__ is None and await self._recorded(store.put_back(job.seq, counts=False)):
+            self.jobs.note_return()
+
     async def _outcome(self, doing: Doing) -> Outcome:
         job = doing.job
         try:
             found = await self._in_lane(doing)
             return Outcome(status=Status.SUCCEEDED, result=await self._published(job, found))
-        except (Cancelled, BusyError):
+        except (Cancelled, BusyError, DeviceLostError):
             raise
         except Exception as error:  # whatever it is, it is this job's end alone
             if is_short(error):
