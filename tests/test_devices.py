@@ -6,13 +6,15 @@ Without a GPU: what torch says of a device is said by a stand-in. `pytest -m gpu
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -29,13 +31,13 @@ from maskserve.loading import WORKER, device_of
 from maskserve.ops import OPS
 from maskserve.pages import Pages
 from maskserve.payload.files import open_payload
-from maskserve.payload.format import BytesPayload
 from maskserve.processes import Processes
 from maskserve.requests import Request
 from maskserve.uploads import Uploads
 from maskserve_api.lanes import Lanes
 from tests import executor_tasks
-from tests.command_line import Maskserve, folder_fixture, maskserve_fixture, process  # noqa: F401  # fixtures are found by name
+from tests.command_line import ROOT, Maskserve, folder_fixture, maskserve_fixture, process  # noqa: F401  # fixtures are found by name
+from tests.far_device import FREE, IN_PARTS, answered, sample_payload
 from tests.http_service import check_problem, jobs_in, payload, running, wait_until
 from tests.samples import assert_same_bits, cells, plan_of
 from tests.stand_in import ASSERT, LateCopies, StandIn, standing_in
@@ -47,46 +49,6 @@ from tests.test_jobs_faults import rows
 def one(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     with standing_in(monkeypatch, StandIn()) as devices:
         yield devices
-
-
-SHAPE, N_CELLS = (200, 1500), 300_000
-FREE, ROOM = 1_000_000, 600_000
-"""Bytes of a device that has no room for a variable as a whole, and those that a tensor of it may have then."""
-
-
-@cache
-def sample_payload() -> bytes:
-    """Two variables with junk under their masks, and weights."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=SHAPE).astype(np.float32), rng.normal(size=SHAPE)
-    x_mask, y_mask = rng.random(SHAPE) < 0.7, rng.random((SHAPE[0], 1)) < 0.8
-    x[~x_mask], y[3:5] = np.nan, np.inf
-    return payload(x=x, x__mask=x_mask, y=y, y__mask=y_mask, w=rng.random(SHAPE).astype(np.float32))
-
-
-QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("reduce", {"op": "mean", "dim": "1", "tensor": ["x", "y"]}),
-    ("reduce", {"op": "var", "dim": "0", "weights": "w", "correction": 0}),
-    ("reduce", {"op": "median", "dim": "1", "nan": "omit"}),
-    ("reduce", {"op": "argmax", "dim": "0,1"}),
-    ("softmax", {"op": "normalize", "dim": "1", "tensor": ["x"]}),
-    ("scan", {"op": "cumsum", "dim": "1", "tensor": ["x"]}),
-    ("fill", {"op": "ffill", "dim": "1"}),
-    ("mask", {"inside": "-1,1", "tensor": ["x"]}),
-    ("eval", {"expr": "(x - mean(x, dim=1, keepdim=True)) / (1 + abs(y))"}),
-    ("eval", {"expr": "sum(where(x < y, x, 2), dim=0)"}),
-)
-every_question = pytest.mark.parametrize(("verb", "words"), QUESTIONS, ids=[" ".join(map(str, q)) for q in QUESTIONS])
-
-
-def answered(verb: str, words: dict[str, Any], device: str, memory: int | None = None) -> bytes:
-    request = requests.build(verb, {**words, "device": device, "backend": None if verb == "mask" else "reference"})
-    answer = answers.run(request, BytesPayload(sample_payload()), memory=memory)
-    if not answer.is_streamed:
-        return answer.to_bytes()
-    with TemporaryFile() as file:
-        answer.write(file.fileno(), "the answer")
-        return file.read()
 
 
 # -- which device -----------------------------------------------------------------------------------------------------
@@ -272,24 +234,21 @@ def test_a_worker_whose_device_is_lost_is_replaced(tmp_path: Path) -> None:
 # -- what fits --------------------------------------------------------------------------------------------------------
 
 
-@every_question
-def test_a_device_gives_the_bits_of_the_cpu(verb: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a whole, and in parts where it has no room for that: then nothing larger than its room goes there."""
-    expected = answered(verb, words, "cpu")
-    with standing_in(monkeypatch, StandIn()):
-        assert answered(verb, words, "cuda") == expected
-    with standing_in(monkeypatch, StandIn(free=FREE, room=ROOM)) as small:
-        assert answered(verb, words, "cuda") == expected
-        assert small.copies_of["cpu:0"].log.count("copy") > 2
-        assert answered(verb, words, "cuda", memory=2 * FREE) == expected
+def test_requests_on_a_device_with_memory_of_its_own_have_the_bits_of_the_cpu() -> None:
+    """In a process of its own: torch keeps the device that stands in there."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/far_device.py"]
+    one_thread = {"OMP_NUM_THREADS": "1", "MASKSERVE_THREADS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | one_thread, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    assert " passed" in ran.stdout
 
 
 def test_where_memory_runs_out_all_the_same_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the device says that it has free is not there: the whole is tried, then parts of a half, an eighth and so on."""
     monkeypatch.setattr(uploads, "LEAST_BYTES", 0)
-    for verb, words in (QUESTIONS[4], QUESTIONS[8]):
+    for verb, words in (of for of in IN_PARTS if of[1].get("op") in (None, "normalize")):
         expected = answered(verb, words, "cpu")
-        with standing_in(monkeypatch, StandIn(free=20 * FREE, room=ROOM)):
+        with standing_in(monkeypatch, StandIn(free=20 * FREE, room=FREE // 2)):
             assert answered(verb, words, "cuda") == expected
 
 
@@ -298,7 +257,7 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(monkeypatch: pytest.Mon
     monkeypatch.setattr(uploads, "LEAST_BYTES", 0)
     with standing_in(monkeypatch, StandIn(free=1000)) as small:
         with pytest.raises(
-            OutOfMemoryError, match="x takes 4 MB of cpu:0, where 0 MB are free, and is not computed there as"
+            OutOfMemoryError, match="x takes 2 MB of cpu:0, where 0 MB are free, and is not computed there as"
         ):
             answered("grad", {"op": "mean", "dim": 1, "tensor": ["x"]}, "cuda")
         small.copies_of["cpu:0"].room = 10
@@ -306,8 +265,8 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(monkeypatch: pytest.Mon
             answered("reduce", {"op": "mean", "dim": 1}, "cuda")
         assert not health().lost
         small.free["cpu:0"] = small.copies_of["cpu:0"].room = 10**12
-        for verb, words in (("grad", {"op": "mean", "dim": 1, "tensor": ["x"]}), QUESTIONS[0]):
-            assert answered(verb, words, "cuda") == answered(verb, words, "cpu")
+        verb, words = IN_PARTS[0]
+        assert answered(verb, words, "cuda") == answered(verb, words, "cpu")
 
 
 def test_a_device_without_room_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,11 +279,11 @@ def test_explain_says_why_a_step_is_not_computed_as_a_whole(
     maskserve: Maskserve, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "x.safetensors").write_bytes(sample_payload())
-    words = (
+    words = [
         "--op",
         "sum",
         "--tensor",
-        "x",
+        "y",
         "--device",
         "cuda",
         "--explain",
@@ -333,12 +292,12 @@ def test_explain_says_why_a_step_is_not_computed_as_a_whole(
         "x.safetensors",
         "-o",
         "out",
-    )
+    ]
     with standing_in(monkeypatch, StandIn(free=FREE)):
         parts, refused = maskserve("reduce", *words), maskserve("grad", *words, "--force")
         as_data = maskserve("reduce", *words[:-2], "--json")
-    assert "x: not as a whole: it takes 2 MB, and cpu:0 has 1 MB free: computed in parts\n" in parts.err
-    assert "x: not as a whole: it takes 4 MB, and cpu:0 has 1 MB free: refused\n" in refused.err
+    assert "y: not as a whole: it takes 1 MB, and cpu:0 has 0 MB free: computed in parts\n" in parts.err
+    assert "y: not as a whole: it takes 2 MB, and cpu:0 has 0 MB free: refused\n" in refused.err
     assert json.loads(as_data.err)["variables"][0]["not_as_a_whole"].endswith("computed in parts")
     assert (parts.code, refused.code) == (0, 75)
 
@@ -426,7 +385,7 @@ def test_a_tensor_goes_to_a_device_a_buffer_at_a_time(monkeypatch: pytest.Monkey
 def test_a_file_is_read_by_two_buffers_however_many_blocks_it_has(one: StandIn, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(sample_payload())
-    one.free["cpu:0"] = FREE
+    one.free["cpu:0"] = FREE // 2
     request = requests.build(
         "reduce", {"op": "sum", "dim": 0, "device": "cuda", "tensor": ["x"], "backend": "reference"}
     )
@@ -434,7 +393,7 @@ def test_a_file_is_read_by_two_buffers_however_many_blocks_it_has(one: StandIn, 
     with execution.using(threads=1), open_payload(str(path)) as file:
         assert answers.run(request, file).to_bytes() == expected
     copies = one.copies_of["cpu:0"]
-    assert copies.log.count("copy") > 8
+    assert copies.log.count("copy") > 4
     assert copies.n_pinned == 4, "cells and masks, twice each"
 
 
