@@ -10,9 +10,9 @@ from types import MappingProxyType
 import torch
 
 from maskserve import sides, sources, streaming, variable_steps
+from maskserve.admission import given
 from maskserve.engine import expanded
 from maskserve.errors import TooLargeError
-from maskserve.execution import execution
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.header import shown
@@ -151,18 +151,11 @@ def kept(request: Request, payload: Payload, prepared: Prepared, memory: int) ->
 
 def computed(request: Request, payload: Payload, prepared: Prepared, memory: int | None) -> list[Result | Streamed]:
     """What each step gives; where memory is bounded, what does not fit is streamed."""
+    give = partial(given, request=request, payload=payload, variables=prepared.variables)
     if memory is None:
-        return [made for step in prepared.steps for made in step.results(request, payload, prepared.variables)]
-    results: list[Result | Streamed] = []
+        return [made for step in prepared.steps for made in give(step, memory=None)]
     refuse_beyond(prepared.steps, memory)
-    tick = execution().tick
-    for step, room in rooms(prepared.steps, memory):
-        is_streamed = step.is_streamed(room)
-        give = partial(step.streamed, memory=room) if is_streamed else step.results
-        results += give(request, payload, prepared.variables)
-        if not is_streamed and tick is not None:  # what is streamed tells of itself, window by window
-            tick(step.bytes_read)
-    return results
+    return [made for step, room in rooms(prepared.steps, memory) for made in give(step, memory=room)]
 
 
 def rooms(planned: Sequence[Step], memory: int) -> Iterator[tuple[Step, int]]:

@@ -304,8 +304,8 @@ def by_kernel(chain: Chain, leaves: Sequence[Cells], shape: Shape, kept: Compact
 
 def in_blocks(chain: Chain, leaves: Sequence[Cells], shape: Shape, sample: Cells) -> Cells:
     """The same without temporaries of its size, on our threads: torch's own wait for each other after each op."""
-    data = torch.empty(shape, dtype=sample.data.dtype)
-    mask = None if sample.mask is None else torch.empty(shape, dtype=torch.bool)
+    empty = partial(torch.empty, shape, device=leaves[0].data.device)
+    data, mask = empty(dtype=sample.data.dtype), None if sample.mask is None else empty(dtype=torch.bool)
 
     def task(index: Index) -> Callable[[], None]:
         def compute_block() -> None:

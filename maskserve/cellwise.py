@@ -16,6 +16,7 @@ from maskserve.compact import Compact, as_bools, common
 from maskserve.dtypes import INFINITIES, WIDE, DType, i64, u64
 from maskserve.errors import DataError, DtypeError, MaskserveError, ParameterError, ShapeError
 from maskserve.gates import hidden
+from maskserve.health import is_of_device
 from maskserve.masks import Policy, check_equal, intersection, union
 from maskserve.ops.parameters import NAN, Type
 from maskserve.ops.rows import OTHER, Beyond, Elementwise, MaskRule
@@ -187,7 +188,9 @@ def refuse(row: Elementwise, kind: DType) -> None:
 
 
 def refused(row: Elementwise, error: Exception, kinds: Sequence[DType]) -> MaskserveError:
-    """torch's error as ours."""
+    """torch's error as ours; a device's own error is none of the op's, and goes on as it is."""
+    if is_of_device(error):
+        raise error
     said = str(error).splitlines()[0]
     if "not implemented for" in said:
         names = " and ".join(dict.fromkeys(kind.name for kind in kinds))

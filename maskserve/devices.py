@@ -1,31 +1,34 @@
-"""CUDA devices: what there is, what fits into their memory, whether they compute right, and how fast they read."""
+"""Devices: what they are, whether they compute right, and how fast they read."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from maskserve import engine, execution
+from maskserve.accelerators import CPU, accelerators
 from maskserve.backends import backends
-from maskserve.dtypes import BY_TORCH, DType, f32
-from maskserve.errors import OutOfMemoryError
+from maskserve.dtypes import DType, f32
 from maskserve.ops import OPS
 from maskserve.ops.parameters import REQUIRED, Type
+from maskserve.ops.rows import Reduction, Row
 from maskserve.plan import Plan, SlicedRow, plan
-from maskserve.room import megabytes
+
+Shape = tuple[int, ...]
+Dims = tuple[int, ...]
 
 DRIVER = Path("/proc/driver/nvidia/version")
 COPIED = 1 << 28
 """Bytes that say how fast a device's memory is."""
 ROUNDS = 10
 TESTED = (3, 5000)
-WARMED = ((64, 128), (2, 9000), (9000, 2), (600, 64))
-"""Shapes whose slices, along either dim, lie in one tile and in several, beside each other and one after the other."""
+OK = "ok"
+"""What a self-test says that found nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,10 @@ class Device:
     free_bytes: int
     self_test: str
     copied_bytes_per_s: float
+
+    @property
+    def is_well(self) -> bool:
+        return self.self_test == OK
 
 
 def driver() -> str | None:
@@ -58,64 +65,31 @@ def triton_version() -> str | None:
         return None
 
 
-def names() -> list[str]:
-    """The CUDA devices that torch sees."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-
-
 def examined(name: str) -> Device:
-    """A device after its self-test."""
-    about = torch.cuda.get_device_properties(name)
+    """A device after its self-test; of one that fails that, no more is asked."""
+    about, found = accelerators().about(name), self_test(name)
+    is_well = found == OK
     return Device(
         name=name,
-        model=about.name,
-        capability=f"{about.major}.{about.minor}",
-        memory_bytes=about.total_memory,
-        free_bytes=torch.cuda.mem_get_info(name)[0],
-        self_test=self_test(name),
-        copied_bytes_per_s=copy_speed(name),
+        model=about.model,
+        capability=about.capability,
+        memory_bytes=about.memory_bytes,
+        free_bytes=accelerators().free_bytes(name) if is_well else 0,
+        self_test=found,
+        copied_bytes_per_s=copy_speed(name) if is_well else 0.0,
     )
-
-
-# -- what fits ------------------------------------------------------------------------------------------------------
-
-
-def free_bytes(device: str) -> int:
-    """What can still be had of a device's memory, what torch keeps for later among it."""
-    free, _ = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + kept)
-
-
-def bytes_of(of: Plan, *, has_mask: bool) -> int:
-    """What a plan holds at once: cells, mask, results and their mask."""
-    cells = prod(of.shape) * (of.stored.n_bytes + has_mask)
-    return cells + prod(of.out_shape) * (of.result.n_bytes + 1)
-
-
-def admit(device: str, n_bytes: int) -> None:
-    """Raise where so many bytes do not fit into a device's memory, before any is taken."""
-    if not device.startswith("cuda"):
-        return
-    free = free_bytes(device)
-    if n_bytes > free:
-        raise OutOfMemoryError(
-            f"cells and results take {megabytes(n_bytes)} MB of {device}, and {free // 10**6} MB are free there; give "
-            "device=cpu, or send less"
-        )
 
 
 # -- whether it computes right, and how fast ------------------------------------------------------------------------
 
 
-def plans(dtype: DType, shape: tuple[int, ...], device: str) -> Iterator[Plan]:
-    """A plan along each dim of every op that needs no parameter but that."""
-    for row in OPS.values():
+def plans(dtype: DType, shape: Shape, dims: Dims, device: str, rows: Iterable[Row] = ()) -> Iterator[Plan]:
+    """A plan along these dims of every op of `rows`, or of all, that takes the dtype and needs no parameter but dims."""
+    for row in rows or OPS.values():
         if isinstance(row, SlicedRow) and row.verb and dtype in row.accepts:
             needed = [p for p in row.requestable if p.default is REQUIRED]
-            if all(p.type is Type.DIM for p in needed):
-                for dim in range(len(shape)):
-                    yield plan(row, (("dim", dim),), shape, dtype, device)
+            if all(p.type is Type.DIM for p in needed) and (len(dims) == 1 or isinstance(row, Reduction)):
+                yield plan(row, (("dim", dims if len(dims) > 1 else dims[0]),), shape, dtype, device)
 
 
 def self_test(device: str) -> str:
@@ -123,19 +97,24 @@ def self_test(device: str) -> str:
     cells = torch.randn(TESTED, generator=torch.Generator().manual_seed(0))
     mask = cells > -1
     try:
-        for there in plans(f32, TESTED, device):
-            if served_by_kernels(there):
-                here = plan(there.row, (("dim", there.dims[0]),), TESTED, f32, "cpu")
-                values, valid = engine.run(there, cells.to(device), mask.to(device))
-                expected, own = engine.run(here, cells, mask)
-                same = torch.equal(valid.cpu(), own)
-                if not (same and torch.allclose(values.cpu(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)):
-                    return f"{there.row.name} along dim {there.dims[0]} is wrong"
+        for dim in range(len(TESTED)):
+            for here, there in zip(*(plans(f32, TESTED, (dim,), where) for where in (CPU, device)), strict=True):
+                if served_by_kernels(there) and not is_right(here, there, cells, mask):
+                    return f"{there.row.name} along dim {dim} is wrong"
     except (
         Exception
     ) as error:  # whatever a device or its compiler can say: it is reported, and nothing is computed there
         return f"failed: {type(error).__name__}: {str(error)[:200]}"
-    return "ok"
+    return OK
+
+
+def is_right(here: Plan, there: Plan, cells: Tensor, mask: Tensor) -> bool:
+    """Whether a plan gives on its device what it gives here."""
+    values, valid = engine.run(there, cells.to(there.device), mask.to(there.device))
+    expected, own = engine.run(here, cells, mask)
+    return torch.equal(valid.cpu(), own) and torch.allclose(
+        values.cpu(), expected, rtol=1e-6, atol=1e-6, equal_nan=True
+    )
 
 
 def served_by_kernels(of: Plan) -> bool:
@@ -144,46 +123,15 @@ def served_by_kernels(of: Plan) -> bool:
 
 def copy_speed(device: str) -> float:
     """Bytes a second, read and written, of a copy within a device's memory; 0 where there is no room to try."""
-    if free_bytes(device) < 3 * COPIED:
+    if accelerators().free_bytes(device) < 3 * COPIED:
         return 0.0
     source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(ROUNDS):
-        torch.cuda.synchronize(device)
+        accelerators().synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
-        torch.cuda.synchronize(device)
+        accelerators().synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * COPIED / best
-
-
-# -- before the first request -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Warmed:
-    """One op that has run, by whom, and how long its first runs took."""
-
-    op: str
-    dtype: str
-    backend: str
-    seconds: float
-
-
-def warm(device: str, dtypes: tuple[DType, ...]) -> Iterator[Warmed]:
-    """Every op once on small cells, so that what is compiled at first use is compiled and kept on disk."""
-    for dtype in dtypes:
-        for shape in WARMED:
-            cells = torch.ones(shape, device=device).to(getattr(torch, dtype.torch))
-            assert BY_TORCH[str(cells.dtype).removeprefix("torch.")] is dtype
-            mask = torch.ones(shape, dtype=torch.bool, device=device)
-            for of in plans(dtype, shape, device):
-                start = time.perf_counter()
-                engine.run(of, cells, mask)
-                yield Warmed(
-                    op=of.row.name,
-                    dtype=dtype.name,
-                    backend=execution.backend_of(of).name,
-                    seconds=time.perf_counter() - start,
-                )

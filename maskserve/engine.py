@@ -5,7 +5,6 @@ Blocks are free (threads, strides and cache decide them); the order of arithmeti
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,25 +22,25 @@ from maskserve.backends.reference.cells import BITS, canonical, rounded, select
 from maskserve.blocks import Cells, as_stored, counting, cut, spans
 from maskserve.compact import Compact, Mask, as_bools, spread_part
 from maskserve.dtypes import Kind, i64
-from maskserve.errors import EmptySliceError, OutOfMemoryError
+from maskserve.errors import EmptySliceError
 from maskserve.execution import (
     BLOCKS_A_THREAD,
     SMALL,
     backend_of,
     block_cells,
+    execution,
     finisher_of,
     in_parallel,
     in_turn,
     n_threads,
     nan_policy,
-    using,
+    within_memory,
 )
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
 from maskserve.trees import Counter
 
-log = logging.getLogger("maskserve")
 Masked = tuple[Tensor, Tensor]
 Held = tuple[Tensor, Mask]
 """Values and their mask, which is compact where the data's was and the same cells are valid."""
@@ -54,8 +53,6 @@ SEARCHED_TOGETHER = 8
 LONG = 1 << 20
 """Cells of a slice beyond which its state is joined from blocks and its cells are normalized by it, on all threads: in
 memory too, so that streamed slices have the same bits."""
-SMALLER = (1 << 24, 1 << 20)
-"""Cells of the blocks in which a device that is out of memory is tried again."""
 SAMPLED = 1 << 15
 """Cells of a long slice that say where in it to look: results between two of them are a 50th of all."""
 
@@ -115,9 +112,9 @@ def compute(
 ) -> Held:
     """(values, mask) of the plan; a compact mask that the result has too is kept."""
     kept = form_of(plan, mask)
-    if kept is None:
-        return in_memory(plan, data, mask, weights, places=places)
-    return in_memory(plan, data, mask, weights, places=places, writes_mask=False)[0], kept
+    compute_by = partial(computed, plan, data, mask, weights, places=places, writes_mask=kept is None)
+    values, valid = within_memory(plan.row.name, plan.device, compute_by)
+    return values, valid if kept is None else kept
 
 
 def form_of(plan: Plan, mask: Mask | None) -> Compact | None:
@@ -131,44 +128,17 @@ def form_of(plan: Plan, mask: Mask | None) -> Compact | None:
     return None
 
 
-def in_memory(
-    plan: Plan,
-    data: Tensor,
-    mask: Mask | None,
-    weights: Weights | None,
-    *,
-    places: Tensor | None,
-    writes_mask: bool = True,
-) -> Masked:
-    """(values, mask) of the plan; where a device's memory does not do, in blocks, which change no bit."""
-    compute_by = partial(computed, plan, data, mask, weights, places=places, writes_mask=writes_mask)
-    try:
-        return compute_by()
-    except torch.OutOfMemoryError:
-        log.info("%s: %s is out of memory; it is tried again in blocks", plan.row.name, plan.device)
-    for cells in SMALLER:
-        try:
-            with using(block_cells=cells):
-                return compute_by(whole=False)
-        except torch.OutOfMemoryError:
-            continue
-    raise OutOfMemoryError(
-        f"{plan.row.name}: {plan.device} is out of memory, in blocks of {SMALLER[-1]} cells too; give device=cpu, or send less"
-    )
-
-
 def computed(
-    plan: Plan, data: Tensor, mask: Mask | None, weights: Weights | None, *, places: Tensor | None,
-    writes_mask: bool = True, whole: bool = True,
-) -> Masked:  # fmt: skip
+    plan: Plan, data: Tensor, mask: Mask | None, weights: Weights | None, *, places: Tensor | None, writes_mask: bool
+) -> Masked:
     """The same by whoever is fastest at its size; `places` are written where a scan picks.
 
     Where it need not write the mask, what it gives of that means nothing.
     """
     reads_cells = mask is not None or not plan.passes or plan.passes[0].reads_cells
     walked = data.numel() if reads_cells or plan.params.get("nan") == "omit" else 0
-    finisher = finisher_of(plan) if plan.as_stored and whole else None
-    if finisher and (walked <= SMALL or finisher.runs_whole):
+    finisher = finisher_of(plan) if plan.as_stored else None
+    if finisher and (walked <= SMALL or (finisher.runs_whole and walked <= (execution().block_cells or walked))):
         made = finisher.run(plan, data, mask, places)
         if made is not None:
             return made

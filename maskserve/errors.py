@@ -38,6 +38,7 @@
     ├── MissingExtraError (ImportError)    extra_not_installed
     ├── WorkerLostError (RuntimeError)     worker_lost
     ├── ClusterError (RuntimeError)        cluster_unavailable
+    ├── DeviceLostError (RuntimeError)     device_lost
     └── OutOfMemoryError (MemoryError)     out_of_memory
 
 The command line maps classes to exit codes and the service to HTTP status, each in one table of its own.
@@ -292,6 +293,12 @@ class ClusterError(MaskserveError, RuntimeError):
     """The Ray cluster does not answer, or has not what the tasks need: the message says what to look at; try again later."""
 
     code = "cluster_unavailable"
+
+
+class DeviceLostError(MaskserveError, RuntimeError):
+    """A device failed so that this process cannot use it any more: try again once a new one runs, or give another `device`."""
+
+    code = "device_lost"
 
 
 class OutOfMemoryError(MaskserveError, MemoryError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, prod
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -34,7 +34,7 @@ from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run_held
 from maskserve.errors import DtypeError, MaskserveError, TooLargeError, nearest
-from maskserve.execution import block_cells, n_threads
+from maskserve.execution import block_cells, execution, n_threads, within_memory
 from maskserve.expression import CONSTANTS, MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
 from maskserve.gates import hidden
@@ -464,16 +464,22 @@ def elementwise(term: Term, made: Program, values: Sequence[MaskedTensor]) -> Ma
             Cells(laid(data, axes, n_dims), None if mask is None else laid(mask, axes, n_dims))
             for (data, mask), (_, axes) in zip(cells, made.leaves, strict=True)
         ]
-    by_one = by_kernel(made.chain, cells, term.shape, kept)
-    if by_one is not None:
-        return MaskedTensor._of(by_one.data, by_one.mask if kept is None else kept)
-    if made.is_small or not all(leaf.data.is_cpu for leaf in cells):
-        data, mask = at_once(made.chain, cells)
-    else:
-        data, mask = in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask))
+    compute = partial(stage, term, made, cells, kept)
+    data, mask = compute() if made.is_small else within_memory(term.op, str(cells[0].data.device), compute)
     if kept is None:
         return MaskedTensor._of(data, mask)
     return MaskedTensor._of(hidden(data, kept, in_place=True), kept)
+
+
+def stage(term: Term, made: Program, cells: Sequence[Cells], kept: Compact | None) -> Cells:
+    """The cells of adjacent elementwise ops; on a device all at once, unless that was too much."""
+    is_whole = execution().block_cells is None
+    by_one = by_kernel(made.chain, cells, term.shape, kept) if is_whole else None
+    if by_one is not None:
+        return by_one
+    if made.is_small or (is_whole and not all(leaf.data.is_cpu for leaf in cells)):
+        return at_once(made.chain, cells)
+    return in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask))
 
 
 class Program(NamedTuple):

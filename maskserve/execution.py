@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,11 @@ from typing import Any, Generic, TypeVar
 
 from maskserve import cgroup
 from maskserve.backends import Backend, Finisher, choose
-from maskserve.errors import SettingsError
+from maskserve.errors import OutOfMemoryError, SettingsError
+from maskserve.health import health, is_full
 from maskserve.plan import Plan
 
+log = logging.getLogger("maskserve")
 T = TypeVar("T")
 SMALL = 1 << 16
 """Cells below which one block in this thread beats handing work out."""
@@ -24,6 +27,8 @@ SMALL = 1 << 16
 
 WAITING = 64
 """Threads for requests with checkpoints, where most of them wait for their turn."""
+SMALLER = (1 << 24, 1 << 20)
+"""Cells of the blocks in which a device that is out of memory is tried again."""
 BLOCKS_A_THREAD = 4
 """So that threads end at about the same time."""
 
@@ -136,6 +141,33 @@ def block_cells(backend: Backend, shape: tuple[int, ...]) -> int:
     """The cells of a block of a tensor of this shape: as many as the back end likes, and some blocks for each thread."""
     share = max(SMALL, prod(shape) // (BLOCKS_A_THREAD * n_threads()))
     return execution().block_cells or min(backend.block_cells, share)
+
+
+def within_memory(what: str, device: str, compute: Callable[[], T]) -> T:
+    """What `compute` gives; where the memory of a device does not do, in smaller and smaller blocks, which change no bit."""
+    try:
+        return compute()
+    except RuntimeError as error:
+        refuse_other(error, device)
+    for cells in SMALLER:
+        log.info("%s: %s is out of memory; blocks of %d cells are tried", what, device, cells)
+        try:
+            with using(block_cells=cells):
+                return compute()
+        except RuntimeError as error:
+            refuse_other(error, device)
+    raise OutOfMemoryError(
+        f"{what}: {device} is out of memory, in blocks of {SMALLER[-1]} cells too; give device=cpu, or send less"
+    )
+
+
+def refuse_other(error: RuntimeError, device: str) -> None:
+    """Raise what a device's error says beside that it is out of memory: that it is lost, or the error itself."""
+    lost = health().heard(device, error)
+    if lost is not None:
+        raise lost from error
+    if not is_full(error):
+        raise error
 
 
 def backend_of(plan: Plan) -> Backend:

@@ -134,8 +134,8 @@ class OfExpression(Step):
         from maskserve.streamed_terms import Terms  # which few expressions need
 
         fill = request.common.get("fill_value")
-        given = {name: sources.stored(payload, variable, fill) for name, variable in self.sources.items()}
-        terms = Terms(given, budget_of(memory))
+        given = {name: sources.onto(sources.stored(payload, v, fill), self.device) for name, v in self.sources.items()}
+        terms = Terms(given, budget_of(memory), self.device)
 
         def pieces() -> Iterator[Piece]:
             with execution.using(backend=self.backend):
@@ -149,13 +149,13 @@ class OfExpression(Step):
 
     @property
     def is_held(self) -> bool:
-        """Whether it is computed in memory alone."""
-        return bool(self.wrt) or self.device != "cpu" or isinstance(self.term.node, Name)
+        """Whether it is computed in memory alone, and never in parts."""
+        return bool(self.wrt) or isinstance(self.term.node, Name)
 
     @property
     def need(self) -> Need | None:
         if self.is_held:
-            what = "the gradient" if self.wrt else "a variable as it is" if self.device == "cpu" else self.device
+            what = "the gradient" if self.wrt else "a variable as it is"
             return Need(memory=self.bytes_in_memory, why=f"{self.name}: {what} holds all in memory")
         from maskserve.streamed_terms import need  # which few expressions need
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, TypeVar
 
@@ -9,24 +10,26 @@ import torch
 from torch import Tensor
 
 from maskserve.above import Above
+from maskserve.accelerators import CPU, accelerators
 from maskserve.compact import Mask, as_bools
 from maskserve.dtypes import DType
-from maskserve.errors import DataError, DeviceError, OutOfMemoryError
+from maskserve.errors import DataError, DeviceError
 from maskserve.payload.format import Payload
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import GRAD_OUTPUT
 from maskserve.sides import Side
 from maskserve.torch_dtypes import dtype_of
+from maskserve.uploads import uploaded
 
 M = TypeVar("M", bound=Mask)
 
 
 def on_device(parts: tuple[Tensor, M | None], device: str) -> tuple[Tensor, Any]:
+    """Cells and mask in the memory of the device; what lies there already is not copied."""
     data, mask = parts
-    try:
-        return data.to(device), None if mask is None else mask.to(device)
-    except torch.OutOfMemoryError as cause:
-        raise OutOfMemoryError(f"{data.nbytes} bytes of cells do not fit into what is free on {device}") from cause
+    if device == CPU:
+        return parts
+    return uploaded(data, device), uploaded(mask, device) if isinstance(mask, Tensor) else mask and mask.to(device)
 
 
 def loaded(side: Side, device: str) -> tuple[Tensor, Tensor | None]:
@@ -67,22 +70,29 @@ def without_fill(data: Tensor, mask: M | None, fill: float | None) -> M | Tensor
 
 DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]?))?")
 """Words for devices; torch wraps an index to 8 bits, and would take cuda:256 for the first GPU."""
+AUTO, ANY = "auto", "cuda"
+WORKER = "MASKSERVE_WORKER"
+"""The variable by which a worker process knows its number among its fellows: they share the GPUs."""
 
 
 def device_of(word: str) -> str:
-    """A device torch can compute on: "auto" is the first GPU, or the CPU where there is none.
+    """A device torch can compute on, by its own name: "cuda" is any GPU, "auto" too, or the CPU where there is none.
+
+    That is the first GPU, and of several each worker process has the next one.
 
     >>> device_of("cpu")
     'cpu'
     """
-    if word == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if not DEVICE.fullmatch(word):
+    names = accelerators().names()
+    if word == AUTO and not names:
+        return CPU
+    if word == CPU or word in names:
+        return word
+    if word != AUTO and not DEVICE.fullmatch(word):
         raise DeviceError(f"device {word[:64]!r} is not known: give auto, cpu, cuda or cuda:N", parameter="device")
-    device = torch.device(word)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    index = int(word.partition(":")[2] or int(os.environ.get(WORKER, 0)) % max(len(names), 1))
+    if index >= len(names):
         raise DeviceError(
-            f"device {word} is not there: torch sees {torch.cuda.device_count()} GPUs; give auto or cpu",
-            parameter="device",
+            f"device {word} is not there: torch sees {len(names)} GPUs; give auto or cpu", parameter="device"
         )
-    return str(device)
+    return names[index]

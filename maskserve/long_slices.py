@@ -134,12 +134,12 @@ def carried(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
     folded, step = source.folded(plan.fold), max(1, budget // (8 * (source.cell_bytes + plan.result.n_bytes + 1)))
     dtype = getattr(torch, plan.stored.torch)
     for kept in kept_tiles(plan, 1, whole(plan)):
-        carry, known = torch.zeros((1, 1, 1), dtype=dtype), torch.zeros((1, 1, 1), dtype=torch.bool)
+        carry, known = (torch.zeros((1, 1, 1), dtype=of, device=plan.device) for of in (dtype, torch.bool))
         for run in reversed(spans(plan.fold[1], step)) if backward else spans(plan.fold[1], step):
             where = put(kept, 1, run)
             n = run.stop - run.start
             data, mask = folded.window(where)
-            mask = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask
+            mask = torch.ones(data.shape, dtype=torch.bool, device=data.device) if mask is None else mask
             cells = torch.cat([data, carry] if backward else [carry, data], 1)
             valid = torch.cat([mask, known] if backward else [known, mask], 1)
             values, own = engine.run(of_sizes(plan, (1, n + 1, 1)), cells, valid)
@@ -170,5 +170,5 @@ def handed_on(plan: Plan, source: Source, budget: int) -> Iterator[Piece]:
         for run in spans(n, step):
             data, mask = cells.block(slice(0, 1), run, slice(0, 1))
             (values, own), carry = scan_on(plan, data, mask, carry)
-            valid = torch.ones(values.shape, dtype=torch.bool) if own is None else own
+            valid = torch.ones(values.shape, dtype=torch.bool, device=values.device) if own is None else own
             yield Piece(where=put(kept, 1, run), values=engine.narrowed(plan, select(values, own)), mask=valid)

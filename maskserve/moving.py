@@ -17,6 +17,7 @@ from maskserve.compact import Compact
 from maskserve.compact_moves import joined, viewed
 from maskserve.errors import DimError, DtypeError, MaskserveError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.gates import hidden
+from maskserve.health import is_of_device
 from maskserve.making import tensor_of
 from maskserve.ops.rows import Cells, Move
 from maskserve.reach import channel
@@ -45,6 +46,8 @@ def moved(row: Move, args: Arguments, kwargs: Keywords) -> Any:
     except IndexError as error:
         raise DimError(f"{row.name}: {str(error).splitlines()[0]}") from error
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        if is_of_device(error):
+            raise
         raise ShapeError(f"{row.name}: {str(error).splitlines()[0]}") from error
 
 

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from maskserve.cgroup import UNLIMITED, cpus
 from maskserve.errors import ParameterError, WorkerLostError
 from maskserve.executors import AHEAD, POLL_S, Job, Limits, Outcome, Queue
+from maskserve.worker import LOST
 
 log = logging.getLogger("maskserve")
 T = TypeVar("T")
@@ -61,9 +62,10 @@ class Processes:
 
 
 class Worker(Generic[T]):
-    """One process, the tasks that it has, oldest first, and the socket to it."""
+    """One process, its `number` among those that live, the tasks that it has, oldest first, and the socket to it."""
 
-    def __init__(self, function: bytes, threads: int) -> None:
+    def __init__(self, function: bytes, threads: int, number: int) -> None:
+        self.number = number
         ours, theirs = socket.socketpair()
         with theirs:
             words = PROGRAM.format(
@@ -78,7 +80,12 @@ class Worker(Generic[T]):
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=2 if sys.stderr is not None else subprocess.DEVNULL,
-                env={**os.environ, "MASKSERVE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)},
+                env={
+                    **os.environ,
+                    "MASKSERVE_THREADS": str(threads),
+                    "OMP_NUM_THREADS": str(threads),
+                    "MASKSERVE_WORKER": str(number),
+                },
             )
         self.connection = Connection(ours.detach())
         self.jobs: deque[Job[T]] = deque()
@@ -159,7 +166,9 @@ class Crew(Generic[T]):
             if not self._give(worker, self._queue.take()):
                 return
         while len(self._workers) < self._most and (job := self._queue.take()) is not None:
-            worker = Worker(self._function, max(1, cpus() // self._most))
+            taken = {worker.number for worker in self._workers}
+            number = next(n for n in range(self._most) if n not in taken)  # that of the dead one whose place it takes
+            worker = Worker(self._function, max(1, cpus() // self._most), number)
             self._workers.append(worker)
             self._give(worker, job)
         for worker in [w for w in self._workers if w.is_ready and len(w.jobs) < AHEAD]:
@@ -186,6 +195,9 @@ class Crew(Generic[T]):
             return
         if word == "broken":
             raise value
+        if word == LOST:
+            yield from self._buried(worker, how=f"lost its device ({value})")
+            return
         if word == "ready":
             worker.is_ready, self._dead_starts = True, 0
             return
@@ -197,11 +209,11 @@ class Crew(Generic[T]):
         said = {"result": value} if word == "result" else {"error": value}
         yield Outcome(index=job.index, task=job.task, attempts=job.deaths + 1, **said)
 
-    def _buried(self, worker: Worker[T]) -> Iterator[Outcome[T, Any]]:
+    def _buried(self, worker: Worker[T], how: str = "") -> Iterator[Outcome[T, Any]]:
         """A dead worker's tasks, dealt with: only the oldest was run, and can be at fault."""
         worker.end(at_once=True)
         self._workers.remove(worker)
-        how = died_how(worker.process.returncode)
+        how = how or died_how(worker.process.returncode)
         running = worker.jobs.popleft() if worker.jobs and worker.is_ready else None
         for job in reversed(worker.jobs):
             self._queue.give_back(job)

@@ -41,6 +41,11 @@ class Gradient:
     reached: Tensor
     valid: Tensor | None
 
+    def at_home(self) -> Gradient:
+        """The same in the CPU's memory."""
+        valid = None if self.valid is None else self.valid.cpu()
+        return Gradient(data=self.data.cpu(), reached=self.reached.cpu(), valid=valid)
+
     @property
     def tally(self) -> Tally:
         n_cells, n_reached = self.data.numel(), int(self.reached.count_nonzero())

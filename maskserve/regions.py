@@ -14,8 +14,9 @@ from maskserve.blocks import Cells, counting, covering, spans
 from maskserve.execution import finisher_of, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Ordering, Reduction
+from maskserve.pages import KeptPages, Pages
 from maskserve.plan import Plan
-from maskserve.sources import KeptPages, Masked, Pages, Source, Stored, Window, n_cells
+from maskserve.sources import Masked, Source, Stored, Window, n_cells
 
 Made = TypeVar("Made")
 Region: TypeAlias = tuple[slice, ...]

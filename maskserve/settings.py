@@ -25,6 +25,7 @@ NOT_SETTINGS: Mapping[str, str] = MappingProxyType(
         f"{PREFIX}DEBUG": "1 shows the traceback of an internal error",
         f"{PREFIX}ISA": "the compiled variant of the native kernels",
         f"{PREFIX}KEY": "the key that the example clients bring",
+        f"{PREFIX}WORKER": "the number of a worker process among its fellows",
     }
 )
 """Environment variables that are ours and stand in no file."""

@@ -15,25 +15,27 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
 from math import prod
-from threading import get_ident
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from maskserve.accelerators import CPU
 from maskserve.blocks import covering
 from maskserve.dtypes import boolean
 from maskserve.errors import InputError
 from maskserve.execution import execution
 from maskserve.gates import are_bools
 from maskserve.loading import without_fill
+from maskserve.pages import Pages
 from maskserve.payload.format import Payload
 from maskserve.payload.header import TensorInfo
 from maskserve.payload.slices import FEW_BYTES, Validity, validity
 from maskserve.payload.tensors import refuse_other_bytes, tensor_of
 from maskserve.payload.variables import DATA, MASK, MaskKind, MaskSource, Variable
 from maskserve.sides import Side
+from maskserve.uploads import uploads_to
 
 Shape: TypeAlias = tuple[int, ...]
 Masked: TypeAlias = tuple[Tensor, Tensor | None]
@@ -72,27 +74,6 @@ class Source(ABC):
 
     def whole(self) -> Masked:
         return self.window(tuple(slice(0, n) for n in self.shape))
-
-
-class Pages:
-    """Memory for windows, each in memory of its own."""
-
-    def empty(self, name: str, sizes: Shape, dtype: torch.dtype) -> Tensor:
-        return torch.empty(sizes, dtype=dtype)
-
-
-class KeptPages(Pages):
-    """Memory that each thread reads its next window into, over the last one: fresh pages cost as much as copying into them."""
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[int, str], Tensor] = {}
-
-    def empty(self, name: str, sizes: Shape, dtype: torch.dtype) -> Tensor:
-        n_bytes, whose = prod(sizes) * dtype.itemsize, (get_ident(), name)
-        kept = self.kept.get(whose)
-        if kept is None or kept.numel() < n_bytes:
-            kept = self.kept[whose] = torch.empty(n_bytes, dtype=torch.uint8)
-        return kept[:n_bytes].view(dtype).view(sizes)
 
 
 class Stored(Source):
@@ -369,3 +350,37 @@ def of_side(side: Side, shape: Shape) -> Source:
     """A side input over a variable of this shape: read where it lies, once where it is small."""
     of = stored(side.payload, side.variable)
     return Laid(Held(*of.whole()) if side.variable.info.n_bytes <= FEW_BYTES else of, side.order, side.shape, shape)
+
+
+# -- on their way to a device ---------------------------------------------------------------------------------------
+
+
+class Uploaded(Source):
+    """A source whose windows are in the memory of a device."""
+
+    def __init__(self, of: Source, device: str) -> None:
+        self.of, self.device = of, device
+        self.shape, self.dtype, self.is_masked, self.is_far = of.shape, of.dtype, of.is_masked, of.is_far
+
+    @property
+    def cell_bytes(self) -> int:
+        return self.of.cell_bytes
+
+    def expect(self, start: int, n: int) -> None:
+        self.of.expect(start, n)
+
+    def folded(self, shape: Shape) -> Source:
+        return Uploaded(self.of.folded(shape), self.device)
+
+    def window(self, where: Window) -> Masked:
+        return uploads_to(self.device).block(partial(read_into, self.of, where))
+
+
+def read_into(source: Source, where: Window, pages: Pages) -> Masked:
+    """A window of a source, in these pages where it can be read into some."""
+    return source.read(where, pages) if isinstance(source, Stored) else source.window(where)
+
+
+def onto(source: Source, device: str) -> Source:
+    """The source with its windows on this device."""
+    return source if device == CPU else Uploaded(source, device)

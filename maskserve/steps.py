@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maskserve import execution
+from maskserve.accelerators import CPU
 from maskserve.dtypes import DType, boolean
 from maskserve.errors import TooLargeError
 from maskserve.loading import loaded_above
@@ -84,6 +85,13 @@ class Result:
         """The valid NaN: what is hidden is 0."""
         return n_nan(self.data)
 
+    def at_home(self) -> Result:
+        """The same in the CPU's memory."""
+        gradient = None if self.gradient is None else self.gradient.at_home()
+        return replace(
+            self, data=self.data.cpu(), mask=None if self.mask is None else self.mask.cpu(), gradient=gradient
+        )
+
     def stored_at(self, pattern: Pattern) -> SparseResult:
         """The sparse variable whose stored cells these are."""
         return SparseResult(
@@ -102,6 +110,10 @@ class SparseResult(Result):
     """A sparse variable of an answer: `data` and `mask` are those of the stored cells."""
 
     pattern: Pattern
+
+    def at_home(self) -> Result:
+        """The same in the CPU's memory."""
+        return replace(Result.at_home(self), pattern=self.pattern.to(torch.device(CPU)))  # type: ignore[call-arg]  # of this class
 
     @property
     def shape(self) -> Shape:
@@ -292,6 +304,11 @@ class Step(ABC):
     def is_streamed(self, memory: int) -> bool:
         """Whether it is read in parts."""
         return self.bytes_in_memory > memory
+
+    @property
+    @abstractmethod
+    def is_held(self) -> bool:
+        """Whether it is computed in memory alone, and never in parts."""
 
     @property
     def need(self) -> Need | None:

@@ -12,6 +12,7 @@ from math import prod
 import torch
 
 from maskserve import regions, sinks, streaming
+from maskserve.accelerators import CPU
 from maskserve.blockwise import Cells, Chain, at_once, laid
 from maskserve.evaluation import Term, called, is_elementwise, program
 from maskserve.expression import Name
@@ -19,7 +20,7 @@ from maskserve.payload.files import open_payload
 from maskserve.payload.variables import MASK, resolve
 from maskserve.regions import Piece
 from maskserve.room import Need, beyond, memory_for
-from maskserve.sources import Folded, Held, Laid, Masked, Shape, Source, Window, stored
+from maskserve.sources import Folded, Held, Laid, Masked, Shape, Source, Window, onto, stored
 from maskserve.steps import Streamed
 from maskserve.temporary import room_for
 from maskserve.tensor import MaskedTensor
@@ -64,8 +65,8 @@ def part(leaf: Source, axes: Shape, where: Window) -> Masked:
 class Terms:
     """The sources of terms, on variables that are sources."""
 
-    def __init__(self, variables: Mapping[str, Source], budget: int) -> None:
-        self.variables, self.budget = variables, budget
+    def __init__(self, variables: Mapping[str, Source], budget: int, device: str = CPU) -> None:
+        self.variables, self.budget, self.device = variables, budget, device
 
     def source(self, term: Term) -> Source:
         """The cells of a term: computed where they are asked for if it is elementwise, else now."""
@@ -98,8 +99,8 @@ class Terms:
         )  # fmt: skip
         if term.n_bytes <= self.budget // RESULT_SHARE:
             result = made.in_memory()
-            return Held(result.data, result.mask)
-        return in_a_file(made)
+            return onto(Held(result.data, result.mask), self.device)
+        return onto(in_a_file(made), self.device)
 
     def fold(self, term: Term) -> Shape:
         """The shape that the pieces of a term lie in."""
@@ -117,7 +118,7 @@ class Terms:
 
         def piece(where: Window) -> Piece:
             data, mask = source.window(where)
-            valid = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask
+            valid = torch.ones(data.shape, dtype=torch.bool, device=data.device) if mask is None else mask
             return Piece(where=where, values=data, mask=valid)
 
         yield from streaming.by_window(source, piece, self.budget)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskserve import engine, execution, regions
+from maskserve.accelerators import CPU
 from maskserve.blocks import spans
 from maskserve.execution import backend_of, finisher_of, n_threads
 from maskserve.long_slices import least_budget, long_slices, need
@@ -46,7 +47,7 @@ def run(plan: Plan, source: Source, weights: Source | None, budget: int) -> tupl
 def block_cells(plan: Plan, source: Source, budget: int) -> int:
     """The cells that each thread reads at a time: fewer where each takes much memory while it is made."""
     fit = budget // (BLOCKS_SHARE * n_threads() * source.cell_bytes)
-    most = regions.SEEN if regions.is_shown(plan, source) else regions.BLOCK
+    most = regions.BLOCK if plan.device == CPU and not regions.is_shown(plan, source) else regions.SEEN
     return min(backend_of(plan).block_cells, most, max(fit, LEAST_BLOCK))
 
 

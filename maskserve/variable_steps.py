@@ -14,7 +14,6 @@ from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, Puller, choose
 from maskserve.backends.reference import ReferenceBackend
 from maskserve.compact import Mask, as_bools
-from maskserve.devices import admit, bytes_of
 from maskserve.dim_names import numbers_of, result_dims
 from maskserve.dtypes import DType
 from maskserve.errors import BackendError, DimError, DtypeError, nearest
@@ -132,8 +131,6 @@ class OfVariable(Step):
         if self.takes_stored:
             yield self.of_stored(request, payload, variables)
             return
-        if self.plan is not None and self.device.startswith("cuda"):
-            admit(self.device, bytes_of(self.plan, has_mask=self.variable.mask is not None))
         data, held = on_device(load(payload, self.variable), self.device)
         held = without_fill(data, held, request.common.get("fill_value"))
         if self.is_gradient:
@@ -152,7 +149,7 @@ class OfVariable(Step):
             }
             data, mask = new_mask(request, others, data, mask)
         elif mask is None:
-            mask = torch.ones(data.shape, dtype=torch.bool)
+            mask = all_valid(data)
         else:
             mask = mask.expand(data.shape)
             data = engine.hidden_as_zero(data, mask)
@@ -186,7 +183,7 @@ class OfVariable(Step):
             return
         fill = request.common.get("fill_value")
         mask_name = answer_mask_name(self.variable, variables)
-        source = sources.stored(payload, self.variable, fill)
+        source = sources.onto(sources.stored(payload, self.variable, fill), self.device)
         (told,) = self.written
         pieces, fold = self.pieces(request, source, memory)
         made = Streamed(
@@ -198,7 +195,10 @@ class OfVariable(Step):
     def pieces(self, request: Request, source: Source, memory: int) -> tuple[Callable[[], Iterator[Piece]], Shape]:
         """The result in parts, and the shape that they lie in."""
         budget = budget_of(memory)
-        laid = {side.parameter.name: (sources.of_side(side, source.shape), side.means) for side in self.sides}
+        laid = {
+            side.parameter.name: (sources.onto(sources.of_side(side, source.shape), self.device), side.means)
+            for side in self.sides
+        }
         backend = request.running.get("backend")
         if self.plan is not None:
             planned = self.plan
@@ -214,7 +214,7 @@ class OfVariable(Step):
         def piece(where: Window) -> Piece:
             data, mask = source.window(where)
             if self.passes_through:
-                valid = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask.expand(data.shape)
+                valid = all_valid(data) if mask is None else mask.expand(data.shape)
                 return Piece(where=where, values=engine.hidden_as_zero(data, valid), mask=valid)
             masks = {name: masking.validity(*of.window(where), means) for name, (of, means) in laid.items()}
             values, new = new_mask(request, masks, data, mask)
@@ -224,13 +224,13 @@ class OfVariable(Step):
 
     @property
     def is_held(self) -> bool:
-        """Whether it is computed in memory alone."""
-        return self.is_gradient or self.device != "cpu" or self.variable.stored is not None
+        """Whether it is computed in memory alone, and never in parts."""
+        return self.is_gradient or self.variable.stored is not None
 
     @property
     def need(self) -> Need | None:
         if self.is_held:
-            what = "the gradient" if self.is_gradient else self.device if self.device != "cpu" else "a sparse tensor"
+            what = "the gradient" if self.is_gradient else "a sparse tensor"
             return Need(memory=self.bytes_in_memory, why=f"{self.name}: {what} holds all in memory")
         if self.plan is None or self.choice is None:
             return None
@@ -384,6 +384,11 @@ def new_mask(
     assert isinstance(request.row, Masking)
     params = {name: value for name, value in request.params.items() if name not in masks}
     return masking.compute(request.row, data, mask, params, masks)
+
+
+def all_valid(data: Tensor) -> Tensor:
+    """A mask of its shape, where it lies."""
+    return torch.ones(data.shape, dtype=torch.bool, device=data.device)
 
 
 def n_masked(data: Tensor, mask: Tensor | None) -> int:

@@ -12,9 +12,11 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
-from maskserve.errors import MaskserveError
+from maskserve.errors import DeviceLostError, MaskserveError
 
 PR_SET_PDEATHSIG = 1
+LOST = "lost"
+"""What a worker says at last whose device is lost."""
 
 
 def main(fd: int, parent: int, is_tied: bool) -> NoReturn:
@@ -37,6 +39,8 @@ def main(fd: int, parent: int, is_tied: bool) -> NoReturn:
             os._exit(0)
         try:
             answer = ("result", function(pickle.loads(message)))
+        except DeviceLostError as error:  # every later task would fail here, and none in a new process
+            answer = (LOST, error)
         except Exception as error:
             answer = ("error", portable(error))
         try:
@@ -45,6 +49,8 @@ def main(fd: int, parent: int, is_tied: bool) -> NoReturn:
             os._exit(0)
         except Exception as error:
             connection.send(("error", portable(error)))
+        if answer[0] == LOST:
+            os._exit(1)
 
 
 def end_with(fd: int, parent: int, is_tied: bool) -> None:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskserve.errors import OutputError
+from maskserve.errors import DeviceLostError, OutputError
 
 
 def square(number: int) -> int:
@@ -106,3 +106,18 @@ class NeverReady:
 
     def __call__(self, number: int) -> int:
         return number
+
+
+def on_a_device(task: tuple[str, bool]) -> int:
+    """The worker's number; the first worker that has a task loses its device, and of the worst one all do."""
+    path, is_worst = task
+    if is_worst or not os.path.exists(path):
+        Path(path).touch()
+        raise DeviceLostError("cuda:0 was lost")
+    return os.getpid()
+
+
+def number_on_a_device(task: tuple[str, bool]) -> int:
+    """The worker's number among its fellows, once another has lost its device on the task."""
+    on_a_device(task)
+    return int(os.environ["MASKSERVE_WORKER"])

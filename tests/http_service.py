@@ -127,7 +127,7 @@ def lane_blocked(service: Running) -> Iterator[None]:
         started.set()
         release.wait(30)
 
-    service.service.lane.submit(occupy)
+    service.service.lanes.cpu.submit(occupy)
     assert started.wait(10)
     try:
         yield

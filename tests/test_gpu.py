@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import maskserve as ms
-from maskserve import devices, dtypes, engine, execution
+from maskserve import accelerators, answers, devices, dtypes, engine, execution, requests, uploads
 from maskserve.backends.triton_tables import missing
 from maskserve.dtypes import DType
-from maskserve.errors import OutOfMemoryError
 from maskserve.ops.rows import Reduction, Row
+from maskserve.payload.format import BytesPayload
 from maskserve.plan import plan
+from tests.http_service import payload
 from tests.samples import SLICED, assert_same_bits, cells, ulps, with_junk
 from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, TREES, of_row, variables
 
@@ -142,6 +145,50 @@ def test_a_device_passes_its_self_test_and_says_what_it_is() -> None:
     assert 0 < about.free_bytes <= about.memory_bytes
 
 
-def test_what_does_not_fit_into_the_device_is_a_clear_error() -> None:
-    with pytest.raises(OutOfMemoryError, match="MB are free there"):
-        devices.admit("cuda:0", devices.free_bytes("cuda:0") + 1)
+# -- requests on a device ---------------------------------------------------------------------------------------------
+
+
+def answered(device: str, verb: str, words: dict[str, str], body: bytes) -> bytes:
+    request = requests.build(verb, {**words, "device": device, "backend": "reference"})
+    return answers.run(request, BytesPayload(body)).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("reduce", {"op": "sum", "dim": "0"}),
+        ("reduce", {"op": "median", "dim": "1"}),
+        ("scan", {"op": "cumsum", "dim": "1"}),
+        ("fill", {"op": "ffill", "dim": "1"}),
+        ("eval", {"expr": "(x - mean(x, dim=1, keepdim=True)) / (1 + abs(x))"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_goes_through_a_device_in_parts_has_the_bits_of_the_cpu(
+    verb: str, words: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pinned buffers, beside computing: a device that says that it has little room free."""
+    sample = cells(dtypes.f32, (2000, 4000), 1)
+    body = payload(x=sample.data.numpy(), x__mask=sample.mask.numpy())
+    expected = answered("cpu", verb, words, body)
+    assert answered("cuda", verb, words, body) == expected
+    monkeypatch.setattr(accelerators.Cuda, "free_bytes", lambda cuda, device: 16 << 20)
+    assert answered("cuda", verb, words, body) == expected
+
+
+def test_a_tensor_that_goes_by_pinned_buffers_arrives_whole() -> None:
+    data = torch.randn(50_000_000)
+    assert torch.equal(uploads.uploaded(data, "cuda:0").cpu(), data)
+
+
+def test_a_device_side_assert_is_a_device_that_is_lost() -> None:
+    """In a process of its own, which cannot use the device any more."""
+    code = (
+        "import torch, maskserve as ms\n"
+        "from maskserve.health import health\n"
+        "x = torch.ones(3, device='cuda')\n"
+        "try:\n    x[torch.tensor([9], device='cuda')]\n    torch.cuda.synchronize()\n"
+        "except RuntimeError as error:\n    print(health().heard('cuda:0', error).code)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stdout == "device_lost\n", ran.stderr[-2000:]

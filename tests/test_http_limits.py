@@ -166,7 +166,7 @@ def test_small_work_does_not_wait_for_the_lane(service: Running) -> None:
 def test_work_that_waits_beyond_its_deadline_is_a_504(service: Running) -> None:
     with lane_blocked(service):
         check_problem(service.post("/v1/reduce?op=sum", LARGE, x_request_timeout="0.3"), 504, "deadline_exceeded")
-    wait_until(lambda: service.service.lane.n_pending == 0)
+    wait_until(lambda: service.service.lanes.cpu.n_pending == 0)
 
 
 async def held_up(service: Running, n: int) -> list[int]:
@@ -178,7 +178,7 @@ async def held_up(service: Running, n: int) -> list[int]:
 
         with lane_blocked(service):
             tasks = [asyncio.ensure_future(ask()) for _ in range(n)]
-            while sum(task.done() for task in tasks) < n - service.service.lane.limit:
+            while sum(task.done() for task in tasks) < n - service.service.lanes.cpu.limit:
                 await asyncio.sleep(0.01)
         responses = await asyncio.gather(*tasks)
     for response in responses:
@@ -192,7 +192,7 @@ def test_a_full_queue_is_a_503(service: Running) -> None:
 
 
 def test_who_goes_away_is_not_computed_for(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    lane, computed = service.service.lane, threading.Event()
+    lane, computed = service.service.lanes.cpu, threading.Event()
     monkeypatch.setattr("maskserve_api.work.Work.reply", lambda self: computed.set())
     with lane_blocked(service):
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
@@ -233,12 +233,12 @@ def test_a_thread_that_outlives_its_deadline_is_counted_until_it_ends_and_no_lon
         )
         assert decoding.is_set()
         assert memory.held_bytes == len(LARGE)
-        assert service.service.lane.n_pending == 1
+        assert service.service.lanes.cpu.n_pending == 1
     finally:
         release.set()
-    wait_until(lambda: memory.held_bytes == service.service.lane.n_pending == 0)
+    wait_until(lambda: memory.held_bytes == service.service.lanes.cpu.n_pending == 0)
     monkeypatch.undo()
-    service.service.lane.submit(lambda: None).future.result(10)  # the thread that was given up has had its turn
+    service.service.lanes.cpu.submit(lambda: None).future.result(10)  # the thread that was given up has had its turn
     assert memory.held_bytes == 0
     assert alive(service)
 

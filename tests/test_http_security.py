@@ -24,7 +24,7 @@ from maskserve.settings import BY_NAME
 from maskserve_api import edge, server
 from maskserve_api.body import Memory
 from maskserve_api.keys import Keys
-from maskserve_api.lane import Lane
+from maskserve_api.lanes import Lanes
 from maskserve_api.metrics import Metrics
 from maskserve_api.problems import MAX_BYTES
 from tests.command_line import (
@@ -133,7 +133,7 @@ def test_the_name_of_the_key_is_there_for_logs_and_the_key_is_not(tmp_path: Path
         seen.append(scope[edge.KEY])
 
     keys = Keys(keys_file(tmp_path, f"alice:{ALICE}\nbob:{BOB}"))
-    metrics = Metrics(Lane(1), Memory(1))
+    metrics = Metrics(Lanes(1), Memory(1))
     scope = {"type": "http", "path": "/x", "method": "GET", "http_version": "1.1"}
     for key in (BOB, ALICE):
         given = {**scope, "headers": [(b"authorization", f"Bearer {key}".encode())]}

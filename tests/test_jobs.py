@@ -435,7 +435,7 @@ def test_a_job_that_runs_is_cancelled_within_a_block(folder: Path) -> None:
         assert service.http.delete(path).json()["status"] == "cancelled"
         wait_until(lambda: not runner.doing)
         assert time.monotonic() - start_s < 2, "a block takes milliseconds"
-        assert service.service.lane.turns.holder is None
+        assert service.service.lanes.cpu.turns.holder is None
         assert ended(service, submitted(service))["status"] == "succeeded"
         check_problem(service.http.get(f"{path}/result"), 410, "job_cancelled")
         assert list((folder / "results").iterdir()) == list((folder / "bodies").iterdir()) == []

@@ -432,7 +432,7 @@ def test_timeout_is_a_deadline_in_microseconds(
     monkeypatch.undo()
     release.set()
     assert client.infer("reduce", inputs, parameters=MEAN, timeout=2**70).as_numpy("x").shape == (400,)
-    wait_until(lambda: service.service.lane.n_pending == 0)
+    wait_until(lambda: service.service.lanes.cpu.n_pending == 0)
 
 
 def test_the_lane_is_for_what_is_not_small(service: Running, client: triton.InferenceServerClient) -> None:

@@ -1,4 +1,4 @@
-"""The application, built by a function: routes from the op table, one outermost layer, one lane."""
+"""The application, built by a function: routes from the op table, one outermost layer, a lane for each device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from maskserve.errors import UnknownOpError, nearest
+from maskserve.health import health
 from maskserve.ops import find, verbs
 from maskserve.payload.format import DEFAULT_LIMITS, Limits
 from maskserve_api import fetching, openapi, pages, swagger, table, v2_models
 from maskserve_api.body import Memory
 from maskserve_api.edge import LOOPBACK_HOSTS, Edge
-from maskserve_api.errors import DrainingError, MethodError, UnknownPathError
+from maskserve_api.errors import MethodError, UnknownPathError
 from maskserve_api.forms import bounded
 from maskserve_api.jobs.desk import Jobs
 from maskserve_api.jobs.routes import add_routes
 from maskserve_api.keys import Keys
-from maskserve_api.lane import Lane
+from maskserve_api.lanes import Lanes
 from maskserve_api.metrics import Metrics
 from maskserve_api.verbs import Service, Verb
 
@@ -52,7 +53,7 @@ def create_app(
         max_body=max_body,
         stores=tuple(stores),
         request_timeout_s=request_timeout,
-        lane=Lane(queue),
+        lanes=Lanes(queue),
         memory=Memory(BODIES_IN_FLIGHT * max_body),
         limits=bounded(limits),
         jobs=jobs,
@@ -61,7 +62,7 @@ def create_app(
     app.state.service = service
     app.state.keys = keys
     app.openapi = partial(openapi.document, jobs=jobs is not None, stores=bool(stores))  # type: ignore[method-assign]  # FastAPI's own way to give another document
-    app.state.metrics = metrics = Metrics(service.lane, service.memory, jobs)
+    app.state.metrics = metrics = Metrics(service.lanes, service.memory, jobs)
     app.add_middleware(Edge, allowed_hosts=allowed_hosts, keys=keys, metrics=metrics)
     app.add_exception_handler(HTTPException, unrouted)
     for verb in verbs():  # first: routes are tried one after the other, at 3 µs each
@@ -119,14 +120,12 @@ async def op(request: Request) -> Response:
 
 
 async def livez(request: Request) -> Response:
+    health().refuse_lost()  # which only a new process mends
     return JSONResponse({"status": "alive"})
 
 
 async def readyz(request: Request) -> Response:
-    if request.app.state.service.draining:
-        raise DrainingError("the service is shutting down")
-    if request.app.state.service.jobs is not None:
-        request.app.state.service.jobs.refuse_fault()
+    request.app.state.service.refuse_unready()
     return JSONResponse({"status": "ready"})
 
 

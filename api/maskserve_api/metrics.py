@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -14,16 +14,16 @@ from maskserve.version import version
 from maskserve_api.body import Memory
 from maskserve_api.jobs.desk import Jobs
 from maskserve_api.jobs.job import ENDED, Status
-from maskserve_api.lane import Lane
+from maskserve_api.lanes import Lanes
 from maskserve_api.record import Record
 
 BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60)
 
 
 class Metrics:
-    """What the service counts, and what it reads off the lane and the memory when it is asked."""
+    """What the service counts, and what it reads off the lanes and the memory when it is asked."""
 
-    def __init__(self, lane: Lane, memory: Memory, jobs: Jobs | None = None) -> None:
+    def __init__(self, lanes: Lanes, memory: Memory, jobs: Jobs | None = None) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -46,8 +46,11 @@ class Metrics:
         self.bytes_out = Counter("maskserve_reply_bytes", "Bytes of reply bodies that were sent", registry=registry)
         self.cells = Counter("maskserve_elements", "Cells of answers, by validity", ["state"], registry=registry)
         self.cells_of = cache(self.cells.labels)
-        depth = Gauge("maskserve_queue_depth", "Requests in the lane, waiting or computed", registry=registry)
-        depth.set_function(lambda: lane.n_pending)
+        depth = Gauge(
+            "maskserve_queue_depth", "Requests in a device's lane, waiting or computed", ["device"], registry=registry
+        )
+        for device, lane in lanes:
+            depth.labels(device).set_function(partial(getattr, lane, "n_pending"))
         held = Gauge("maskserve_held_bytes", "Bytes of the bodies in flight and of their answers", registry=registry)
         held.set_function(lambda: memory.held_bytes)
         if jobs is not None:

@@ -59,6 +59,7 @@ STATUS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.MissingExtraError: 500,
         errors.WorkerLostError: 500,
         errors.ClusterError: 500,  # the service computes by itself
+        errors.DeviceLostError: 503,
         errors.OutOfMemoryError: 503,
         service.ServiceError: 500,
         service.InternalError: 500,

@@ -218,7 +218,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop, self.listeners = asyncio.get_running_loop(), sockets or ()
         if self.service.jobs is not None:
-            self.service.jobs.start(self.service.lane)
+            self.service.jobs.start(self.service.lanes)
         if self.keys is not None and threading.current_thread() is threading.main_thread():
             self.loop.add_signal_handler(signal.SIGHUP, self.reload_keys, self.keys)
         await super().startup(sockets=sockets)

@@ -9,13 +9,14 @@ from starlette.responses import JSONResponse, Response
 from maskserve import requests
 from maskserve.dtypes import boolean, f32
 from maskserve.errors import nearest
+from maskserve.health import health
 from maskserve.ops import verbs
 from maskserve.ops.rows import GRAD
 from maskserve.payload.header import shown
 from maskserve.payload.variables import DATA, GRAD_OUTPUT, MASK
 from maskserve.steps import VALUE
 from maskserve.version import version
-from maskserve_api.errors import DrainingError, NotOfferedError, UnknownPathError
+from maskserve_api.errors import NotOfferedError, UnknownPathError
 from maskserve_api.forms import Form
 from maskserve_api.table import Json
 from maskserve_api.v2_answer import CODES, VERSION
@@ -61,11 +62,12 @@ async def server(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
+    health().refuse_lost()  # which only a new process mends
     return JSONResponse({"live": True})
 
 
 async def ready(request: Request) -> Response:
-    refuse_draining(request)
+    request.app.state.service.refuse_unready()
     return JSONResponse({"ready": True})
 
 
@@ -86,7 +88,7 @@ async def metadata(request: Request) -> Response:
 
 async def model_ready(request: Request) -> Response:
     verb = model_of(request)
-    refuse_draining(request)
+    request.app.state.service.refuse_unready()
     return JSONResponse({"name": verb, "ready": True})
 
 
@@ -151,8 +153,3 @@ def model_of(request: Request) -> str:
             f"{name} has no version {shown(asked, 64)}; give {VERSION}, or none", parameter="version"
         )
     return str(name)
-
-
-def refuse_draining(request: Request) -> None:
-    if request.app.state.service.draining:
-        raise DrainingError("the service is shutting down")

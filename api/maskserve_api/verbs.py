@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from maskserve.errors import ParameterError
+from maskserve.health import health
 from maskserve.payload.format import Buffer, Limits
 from maskserve.stores.addresses import Address
 from maskserve_api import coding, fetching, forms, v2_question
@@ -22,7 +23,7 @@ from maskserve_api.forms import Form
 from maskserve_api.jobs.desk import Jobs
 from maskserve_api.jobs.headers import prefers_async
 from maskserve_api.jobs.submitting import Submission
-from maskserve_api.lane import Lane
+from maskserve_api.lanes import Lanes
 from maskserve_api.query import request_of, words_of
 from maskserve_api.record import record_of
 from maskserve_api.work import Reply, Stages, Work
@@ -38,7 +39,7 @@ class Service:
 
     max_body: int
     request_timeout_s: float
-    lane: Lane
+    lanes: Lanes
     memory: Memory
     limits: Limits
     stores: tuple[str, ...] = ()
@@ -46,6 +47,14 @@ class Service:
     jobs: Jobs | None = None
     """Where requests may be answered later."""
     draining: bool = False
+
+    def refuse_unready(self) -> None:
+        """Raises why requests are not to be sent here, where that is so."""
+        if self.draining:
+            raise DrainingError("the service is shutting down")
+        health().refuse_lost()
+        if self.jobs is not None:
+            self.jobs.refuse_fault()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +146,14 @@ class Verb:
                 raise late(timeout_s, self.service.request_timeout_s) from None
 
     async def replied(self, work: Work, claim: Claim, receive: Receive, deadline_s: float) -> Reply:
-        """The reply, computed here where that is cheaper than a hop to the lane's thread."""
-        if work.decoded_small():
+        """The reply, computed here where that is cheaper than a hop to the CPU's lane; another device may let one wait."""
+        lanes = self.service.lanes
+        is_small = work.decoded_small()
+        if not (is_small or work.is_told()):
+            await lanes.cpu.run(held(claim, work.payload), receive, deadline_s)
+        lane, work.request = lanes.placed(work.asked())
+        if is_small and lane is lanes.cpu:
             return work.small_reply()
-        if not work.is_told():
-            await self.service.lane.run(held(claim, work.payload), receive, deadline_s)
         deadline_s = min(deadline_s, asyncio.get_running_loop().time() + work.timeout_s())
         submitted = time.perf_counter()
 
@@ -149,7 +161,7 @@ class Verb:
             work.stages.seconds["queue"] = time.perf_counter() - submitted
             return work.reply()
 
-        return await self.service.lane.run(held(claim, in_lane), receive, deadline_s)
+        return await lane.run(held(claim, in_lane), receive, deadline_s)
 
 
 def held(claim: Claim, work: Callable[[], T]) -> Callable[[], T]:

@@ -9,12 +9,18 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import typer
 
 from maskserve import cgroup
 from maskserve.settings import Settings
-from maskserve_cli import outputs
+from maskserve_cli import exits, outputs
 from maskserve_cli.command import AsJson, Config, settings_of
 from maskserve_cli.table import columns
+
+if TYPE_CHECKING:
+    from maskserve.devices import Device
 
 ENOUGH_FILES = 4096
 """A connection is an open file: serve raises the soft limit to the hard one, and below this that is little."""
@@ -43,7 +49,7 @@ class Report:
     devices: list[str]
     triton: str | None
     driver: str | None
-    gpus: list[dict[str, object]]
+    gpus: list[Device]
     """What is told of each CUDA device, its self-test and the speed of its memory among it."""
     backends: list[BackendReport]
 
@@ -56,15 +62,18 @@ def doctor(as_json: AsJson = False, config: Config = None) -> None:
         outputs.write_text([json.dumps({**asdict(report), "settings": said}, ensure_ascii=False)])
     else:
         outputs.write_text(lines(report, settings))
+    if not all(gpu.is_well for gpu in report.gpus):
+        raise typer.Exit(exits.INTERNAL)
 
 
 def examined() -> Report:
     import torch
 
     from maskserve import devices
+    from maskserve.accelerators import accelerators
     from maskserve.version import version
 
-    gpus = [devices.examined(name) for name in devices.names()]
+    gpus = [devices.examined(name) for name in accelerators().names()]
     return Report(
         maskserve=version(),
         python=sys.version.split()[0],
@@ -75,7 +84,7 @@ def examined() -> Report:
         devices=["cpu", *(f"{gpu.name} {gpu.model}" for gpu in gpus)],
         triton=devices.triton_version(),
         driver=devices.driver(),
-        gpus=[asdict(gpu) for gpu in gpus],
+        gpus=gpus,
         backends=backend_reports(),
     )
 
@@ -116,12 +125,13 @@ def lines(report: Report, settings: Settings) -> Iterator[str]:
     yield f"devices: {', '.join(report.devices)} ({report.cpus} CPUs)"
     if 0 <= report.open_files < ENOUGH_FILES:
         yield f"open files: at most {report.open_files}, so serve takes few connections; raise it: ulimit -Hn {ENOUGH_FILES}"
-    yield f"triton: {report.triton or 'not installed'}; NVIDIA driver: {report.driver or 'none'}"
+    yield f"triton: {report.triton or 'not installed'}"
+    yield f"NVIDIA driver: {report.driver or 'none'}"
     for gpu in report.gpus:
-        yield (
-            f"{gpu['name']}: compute capability {gpu['capability']}, {gpu['free_bytes']} of {gpu['memory_bytes']} bytes free, "
-            f"self-test {gpu['self_test']}, copies {float(str(gpu['copied_bytes_per_s'])) / 1e9:.0f} GB/s"
-        )
+        yield f"{gpu.name}: {gpu.model}, compute capability {gpu.capability}"
+        yield f"{gpu.name}: {gpu.free_bytes} of {gpu.memory_bytes} bytes free"
+        yield f"{gpu.name}: self-test {gpu.self_test}"
+        yield f"{gpu.name}: copies {gpu.copied_bytes_per_s / 1e9:.0f} GB/s"
     yield ""
     yield "back ends, in order of preference, for f32 on the CPU"
     for backend in report.backends:

@@ -43,7 +43,7 @@ MEANINGS: Mapping[int, str] = MappingProxyType(
         INTERNAL: "internal error",
         CANNOT_CREATE: "the output cannot be made, or exists",
         IO_ERROR: "input or output failed",
-        TRY_AGAIN: "try again: out of memory, or an input was being written",
+        TRY_AGAIN: "try again: no memory, a lost GPU, an input being written",
         NO_PERMISSION: "not permitted",
         BAD_CONFIGURATION: "bad configuration",
         INTERRUPTED: "interrupted",
@@ -67,6 +67,7 @@ BY_CLASS: Mapping[type[MaskserveError], int] = MappingProxyType(
         errors.MissingExtraError: BAD_CONFIGURATION,  # not 69: trying again installs nothing
         errors.WorkerLostError: INTERNAL,  # not 75: it has been tried again by then
         errors.ClusterError: UNAVAILABLE,
+        errors.DeviceLostError: TRY_AGAIN,  # by a new process
         errors.OutOfMemoryError: TRY_AGAIN,
     }
 )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def of_plans(steps: tuple[Step, ...]) -> Iterator[str]:
     """A line for each op of a step: who computes it, and why those before in the list do not."""
+    from maskserve.admission import why_not_whole  # with torch, which is there where steps are
+
     for step in steps:
         if step.passes_through:
             yield f"{step.name}: passes through, it has no such dim"
@@ -21,6 +23,8 @@ def of_plans(steps: tuple[Step, ...]) -> Iterator[str]:
             back = f", its gradient by {work.gradient}" if work.gradient else ""
             what = f"{work.op} of {work.cells.name} on {step.device}"
             yield f"{step.name}: {what} by {work.backend}{' (' + refused + ')' if refused else ''}{back}"
+        if (why := why_not_whole(step)) is not None:
+            yield f"{step.name}: not as a whole: {why}"
 
 
 def of_gradients(answer: Answer) -> Iterator[str]:
@@ -42,6 +46,9 @@ def record(steps: tuple[Step, ...], answer: Answer | None) -> dict[str, Any]:
 
 
 def planned(step: Step, work: Work | None) -> dict[str, Any]:
+    from maskserve.admission import why_not_whole
+
+    why = why_not_whole(step)
     return {
         "name": step.name,
         "passes_through": step.passes_through,
@@ -50,5 +57,6 @@ def planned(step: Step, work: Work | None) -> dict[str, Any]:
         "device": step.device,
         "backend": work.backend if work else None,
         "refused": dict(work.refused) if work else {},
+        **({"not_as_a_whole": why} if why else {}),
         **({"gradient": work.gradient} if work and work.gradient else {}),
     }

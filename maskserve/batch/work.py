@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from maskserve.batch.conversion import CONVERT
 from maskserve.batch.inputs import Version, version_of_object
 from maskserve.batch.ledger import Entry, Failure, remove
-from maskserve.errors import InputChangedError, MaskserveError, OutputError, TooLargeError
+from maskserve.errors import DeviceLostError, InputChangedError, MaskserveError, OutputError, TooLargeError
 from maskserve.payload.files import TEMP_PREFIX, temp_name, temps_of
 from maskserve.payload.format import Payload
 from maskserve.payload.groups import Group
@@ -165,6 +165,10 @@ class _Blockwise:
                 temp, (version, sha256) = "", converted(self.work, item)
             else:
                 version, temp, sha256 = answered(self.work, item, self.group)
+        except (
+            DeviceLostError
+        ):  # no fault of this input's alone: the worker ends, and each is tried by itself in another
+            raise
         except Exception as error:
             self.fail(item, error)
             return

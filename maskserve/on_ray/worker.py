@@ -7,10 +7,12 @@ import io
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from maskserve.errors import DeviceLostError
 from maskserve.version import ORDER_VERSION, version
 from maskserve.worker import portable
 
@@ -49,6 +51,9 @@ def outcome(wanted: Mapping[str, Any], function: bytes, task: bytes, objects: Se
         return "broken", portable(error)
     try:
         return "result", run(pickle.loads(task), *objects)
+    except DeviceLostError as error:  # Ray keeps its workers, and this one can do nothing more
+        print(f"maskserve: {error}", file=sys.__stderr__, flush=True)
+        os._exit(1)
     except Exception as error:
         return "error", portable(error)
 

@@ -27,7 +27,7 @@ from maskserve_api.jobs.runner import Runner
 from maskserve_api.jobs.spool import File, Spool, digest, remove
 from maskserve_api.jobs.store import Change, Store
 from maskserve_api.jobs.waiting import Waiting
-from maskserve_api.lane import Lane
+from maskserve_api.lanes import Lanes
 from maskserve_api.problems import problem
 from maskserve_api.table import Json
 
@@ -161,9 +161,9 @@ class Jobs:
         adopted = f" ({self.n_adopted} had ended unnoticed)" if self.n_adopted else ""
         return f"jobs live in {shown(self.spool.folder)}: {n_queued} came back to be done, {n_kept} are kept{adopted}"
 
-    def start(self, lane: Lane) -> None:
+    def start(self, lanes: Lanes) -> None:
         """Runs what waits; called in the loop that serves."""
-        self.runner = Runner(self, lane)
+        self.runner = Runner(self, lanes)
         self.runner.more()
         self._keeper = asyncio.ensure_future(self._keep())
 

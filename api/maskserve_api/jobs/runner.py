@@ -1,4 +1,4 @@
-"""Computes what waits, so many at once, in the lane of all requests; and records each end, however long a bad disk refuses it."""
+"""Computes what waits, so many at once, in the lanes of all requests; records each end, however long a bad disk refuses it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from maskserve.errors import InputError, OutputError
+from maskserve.errors import DeviceLostError, InputError, OutputError
 from maskserve.execution import using
 from maskserve_api.errors import BusyError, NoSpaceError, ServiceError, SpoolError
 from maskserve_api.jobs import store
 from maskserve_api.jobs.computing import Made, made, on_disk, opened
 from maskserve_api.jobs.job import BLOCK_BYTES, Job, Result, Status
 from maskserve_api.jobs.spool import File, failure, remove
-from maskserve_api.lane import Lane, Task
+from maskserve_api.lane import Task
+from maskserve_api.lanes import Lanes
 from maskserve_api.logs import traced
 from maskserve_api.problems import problem, status_of, translated
 from maskserve_api.query import request_of
@@ -73,8 +74,8 @@ class Doing:
 class Runner:
     """Runs jobs in the loop in which it is made."""
 
-    def __init__(self, jobs: Jobs, lane: Lane) -> None:
-        self.jobs, self.lane = jobs, lane
+    def __init__(self, jobs: Jobs, lanes: Lanes) -> None:
+        self.jobs, self.lanes = jobs, lanes
         self.doing: dict[int, Doing] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -155,6 +156,9 @@ class Runner:
                     await self._pause()
                     self.jobs.waiting.put_back(job.owner, job.seq)
             return
+        except DeviceLostError as lost:
+            await self._left_for_a_new_process(job, lost)
+            return
         n_done = job.n_blocks if outcome.status is Status.SUCCEEDED else doing.n_done
         ended = await self._ended(job, outcome, n_done)
         if not ended and outcome.result is not None:
@@ -162,12 +166,21 @@ class Runner:
             if outcome.result.data is None:
                 remove(self.jobs.spool.result(job.id))
 
+    async def _left_for_a_new_process(self, job: Job, lost: DeviceLostError) -> None:
+        """A job that needs a device that this process has no more waits for the next start.
+
+        One that ran when the device was lost stays as the death of the process would leave it: that attempt counts.
+        """
+        log.warning("job %s waits for the next start: %s", job.id, lost)
+        if lost.__cause__ is None and await self._recorded(store.put_back(job.seq, counts=False)):
+            self.jobs.note_return()
+
     async def _outcome(self, doing: Doing) -> Outcome:
         job = doing.job
         try:
             found = await self._in_lane(doing)
             return Outcome(status=Status.SUCCEEDED, result=await self._published(job, found))
-        except (Cancelled, BusyError):
+        except (Cancelled, BusyError, DeviceLostError):
             raise
         except Exception as error:  # whatever it is, it is this job's end alone
             if is_short(error):
@@ -179,15 +192,15 @@ class Runner:
         job, jobs = doing.job, self.jobs
         body = jobs.store.body(job.seq) if job.is_inline else jobs.spool.body(job.id)
         memory, limits = jobs.job_memory, jobs.limits
+        lane, request = self.lanes.placed(request_of(job.verb, job.query))
 
         def work() -> Made:
-            request = request_of(job.verb, job.query)
             with opened(body, job.body_bytes, job.question, limits) as payload, using(tick=doing.tick):
                 return made(request, payload, job.answer, limits, memory=memory, make=self._file(job))
 
         if doing.is_stopped:
             raise Cancelled
-        doing.task = task = self.lane.submit(work)
+        doing.task = task = lane.submit(work)
         future: Future[Made] = task.future
         done = asyncio.wrap_future(future)
         try:
