@@ -21,6 +21,7 @@ from maskserve import answers, execution, regions, sides, sources, streaming
 from maskserve.answers import Answer, Prepared
 from maskserve.dtypes import boolean
 from maskserve.errors import MaskserveError, ParameterError, StateError, TooLargeError
+from maskserve.health import health
 from maskserve.nodes import HELD_TWICE
 from maskserve.ops.rows import Reduction
 from maskserve.partials import FIELDS, LIMITS, Partial, check_joins, merged, read_partial
@@ -220,9 +221,9 @@ def lifted_of(
     request: Request, step: OfVariable, payload: Payload, prepared: Prepared, shard: Shard, memory: int, room: int
 ) -> Lifted:
     assert step.plan is not None
-    source = sources.stored(payload, step.variable, request.common.get("fill_value"))
-    weights = next((sources.of_side(side, source.shape) for side in step.sides), None)
-    with execution.using(backend=request.running.get("backend")):
+    source = sources.onto(sources.stored(payload, step.variable, request.common.get("fill_value")), step.device)
+    weights = next((sources.onto(sources.of_side(side, source.shape), step.device) for side in step.sides), None)
+    with execution.using(backend=request.running.get("backend")), health().watching(step.device):
         found = Partial.of_shard(step.plan, source, weights, shard, budget_of(memory), room)
     mask_name = answer_mask_name(step.variable, prepared.variables)
     return Lifted(name=step.name, mask_name=mask_name, dims=step.dims, partial=found)

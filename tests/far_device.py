@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import maskserve as ms
-from maskserve import answers, requests
+from maskserve import answers, requests, states
 from maskserve.errors import OutOfMemoryError
 from maskserve.payload.format import BytesPayload
+from maskserve.shards import Shard
 from tests.http_service import payload
 from tests.stand_in import LateCopies, StandIn, standing_in
 
@@ -177,6 +178,16 @@ def test_what_needs_all_at_once_is_computed_there_or_refused(
         pytest.raises(OutOfMemoryError, match="give device=cpu, or send less"),
     ):
         answered(verb, words, "cuda")
+
+
+def test_shards_on_a_device_have_the_bits_of_the_whole_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"op": "var", "dim": "0", "tensor": ["x", "y"]}
+    with standing_in(monkeypatch, FarAway()) as far:
+        request = requests.build("reduce", {**words, "device": "cuda", "backend": "reference"})
+        shards = [states.lift(request, BytesPayload(sample_payload()), {}, Shard(i, 3), 10**9) for i in range(3)]
+        read = [(f"shard {i}", states.read(BytesPayload(state.to_bytes()))) for i, state in enumerate(shards)]
+        assert states.merge(read).answer(10**9).to_bytes() == answered("reduce", words, "cpu")
+        assert far.copies_of[FAR].log.count("copy") > 2
 
 
 def test_in_python_a_device_out_of_memory_computes_an_expression_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
