@@ -15,7 +15,7 @@ from maskserve.blocks import counting
 from maskserve.compact import Compact, as_bools, common
 from maskserve.dtypes import INFINITIES, WIDE, DType, i64, u64
 from maskserve.errors import DataError, DtypeError, MaskserveError, ParameterError, ShapeError
-from maskserve.gates import hidden
+from maskserve.gates import hidden, kept
 from maskserve.health import is_of_device
 from maskserve.masks import Policy, check_equal, intersection, union
 from maskserve.ops.parameters import NAN, Type
@@ -56,9 +56,9 @@ def compute(
     params = resolve(row, given) if row.parameters else {}
     tensors = [operand.value for operand in operands if isinstance(operand.value, Tensor)]
     shape = broadcast_shape(row, tensors)
-    kept: Compact | None = None
+    held: Compact | None = None
     if any(isinstance(operand.mask, Compact) for operand in operands):
-        kept, operands = without_compact(row, operands, shape, policy)
+        held, operands = without_compact(row, operands, shape, policy)
     masks = [None if mask is None else padded(mask, len(shape)) for _, mask, *_ in operands]
     if policy is Policy.STRICT:
         check_equal(row.name, [m for m, operand in zip(masks, operands, strict=True) if operand.is_masked], shape)
@@ -78,26 +78,27 @@ def compute(
         raise DtypeError(f"{row.name} gives {data.dtype}, which is not supported; convert to torch.float32 first")
     if not (data.is_floating_point() or data.is_complex()):
         reach = None
-    if kept is not None:
+    if held is not None:
         return Operand(
-            hidden(data, kept, in_place=not any(same_memory(data, tensor) for tensor in tensors)), kept, reach
+            hidden(data, held, in_place=not any(same_memory(data, tensor) for tensor in tensors)), held, reach
         )
     if mask is None:
         return Operand(data.clone() if any(same_memory(data, tensor) for tensor in tensors) else data, None, reach)
     if any(same_memory(mask, m) for m in masks if m is not None):
         mask = mask.clone()  # a later assignment into the result is none into the operand
-    return Operand(select(data, mask.expand(data.shape)), mask, reach)
+    full = mask if mask.shape == data.shape else mask.expand(data.shape)
+    return Operand(kept(data, full) if data.is_contiguous() else select(data, full), mask, reach)
 
 
 def without_compact(
     row: Elementwise, operands: Sequence[Operand], shape: torch.Size, policy: Policy
 ) -> tuple[Compact | None, Sequence[Operand]]:
     """The compact mask of the result, where it has one, and the operands with masks of bools, or none where it says all."""
-    kept: Compact | None = None
+    held: Compact | None = None
     if policy is Policy.INTERSECT and row.rule is MaskRule.ALL:
-        kept = common([operand.mask for operand in operands], shape)
-    is_asked = kept is None or row.unsafe or row.unsafe_floats
-    return kept, [operand._replace(mask=as_bools(operand.mask) if is_asked else None) for operand in operands]
+        held = common([operand.mask for operand in operands], shape)
+    is_asked = held is None or row.unsafe or row.unsafe_floats
+    return held, [operand._replace(mask=as_bools(operand.mask) if is_asked else None) for operand in operands]
 
 
 def followed(
@@ -379,4 +380,4 @@ def broadcast(*shapes: Sequence[int]) -> torch.Size:
 
 def padded(mask: Tensor, ndim: int) -> Tensor:
     """The mask with leading dims of size 1."""
-    return mask.reshape((1,) * (ndim - mask.ndim) + tuple(mask.shape))
+    return mask if mask.ndim == ndim else mask.reshape((1,) * (ndim - mask.ndim) + tuple(mask.shape))

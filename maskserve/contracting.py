@@ -117,6 +117,8 @@ def contracted(operands: Sequence[Masked], equation: Equation) -> Masked:
         while rest:
             part, *rest = rest
             made = joined(made, part, {*equation.result, *(label for later in rest for label in later.labels)})
+    if made.labels == equation.result:
+        return made.cells.moved(lambda tensor: tensor.contiguous())
     order = [made.labels.index(label) for label in equation.result]
     return made.cells.moved(lambda tensor: tensor.permute(order).contiguous())
 
@@ -148,6 +150,8 @@ def joined(a: Labelled, b: Labelled, needed: Collection[Label]) -> Labelled:
 def without_broadcast(a: Labelled, b: Labelled) -> Labelled:
     """`a` without its dims of size 1 that b has in another size: their one cell meets each of b's."""
     kept = [i for i, label in enumerate(a.labels) if not (label in b.labels and a.size(label) == 1 != b.size(label))]
+    if len(kept) == len(a.labels):
+        return a
     shape = [a.cells.data.shape[i] for i in kept]
     return Labelled(a.cells.moved(lambda tensor: tensor.reshape(shape)), tuple(a.labels[i] for i in kept))
 

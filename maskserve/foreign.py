@@ -10,6 +10,8 @@ from torch import Tensor
 from maskserve.errors import DtypeError
 from maskserve.tensor import SPARSE, MaskedTensor
 
+OURS = frozenset({MaskedTensor, int, float, complex, bool, type(None)})
+
 
 def from_foreign(value: Any) -> Any:
     """numpy arrays (numpy.ma with its mask), xarray, pandas, torch.masked, sparse tensors of torch and scipy as ours.
@@ -18,6 +20,8 @@ def from_foreign(value: Any) -> Any:
     NaN is how xarray and pandas say missing, and there it is masked.
     """
     kind, home = type(value), type(value).__module__
+    if kind in OURS:
+        return value
     if kind is Tensor and not value.is_nested:
         return value if value.layout not in SPARSE else MaskedTensor(value)
     if isinstance(value, Tensor) and value.is_nested:

@@ -5,6 +5,7 @@ The bits are those of `select` and `> 0`, which do it where autograd or a transf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 
@@ -20,6 +21,8 @@ from maskserve.tracing import are_followed, has_memory, is_followed
 
 DTYPE = torch.bfloat16
 """Counts in it saturate, and neither cancel nor vanish."""
+MEASURED = (torch.float32, torch.float64)
+"""Whose rows kernels measure."""
 RUN = 1 << 20
 """Cells that a thread walks at a time."""
 SPREAD = 1 << 17
@@ -170,6 +173,32 @@ def hide_rows(cells: Tensor, valid: Tensor) -> None:
         native().hide_rows(cells.data_ptr(), valid.data_ptr(), valid.numel(), cells.shape[-1] * cells.itemsize)
     else:
         cells.masked_fill_(~valid.unsqueeze(-1), 0)
+
+
+def longest_row(cells: Tensor) -> float | None:
+    """The largest sum of squares of a row, (..., n), NaN where one is; None where kernels do not read the cells.
+
+    In double precision, and without torch's threads: where others use the cores too, these wait milliseconds for each other.
+    """
+    if cells.ndim > 1 and not cells.is_contiguous():
+        cells = cells.transpose(-3, -2) if cells.ndim > 2 else cells  # heads, as layers lay them
+    n = cells.shape[-1] if cells.ndim else 0
+    if not n or cells.dtype not in MEASURED or not are_dense(cells):
+        return None
+    rows, found = cells.numel() // n, []
+    is_wide, first, row_bytes, step = (
+        cells.dtype is torch.float64,
+        cells.data_ptr(),
+        n * cells.itemsize,
+        max(1, RUN // n),
+    )
+
+    def walk(at: int) -> Callable[[], None]:
+        n_rows = min(step, rows - at)
+        return lambda: found.append(native().longest_row(first + at * row_bytes, is_wide, n_rows, n))
+
+    in_parallel(backends()[0], cells.numel() if rows > step else 0, [walk(at) for at in range(0, rows, step)])
+    return max(found) if all(x == x for x in found) else math.nan
 
 
 def are_dense(*tensors: Tensor) -> bool:

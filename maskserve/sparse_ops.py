@@ -43,6 +43,8 @@ def as_sparse(tensor: Any, mask: Any = None) -> SparseTensor | None:
     """The tensor, where it or its mask is sparse."""
     if isinstance(tensor, SparseTensor) and mask is None:
         return tensor
+    if type(tensor) is MaskedTensor and mask is None:
+        return None
     if not any(getattr(part, "layout", None) in SPARSE for part in (tensor, mask)):
         return None
     made = MaskedTensor(tensor, mask)

@@ -319,6 +319,11 @@ bool rows_alike(uint64_t mask_ptr, int64_t rows, int64_t n, uint64_t first_ptr) 
                                               address<unsigned char>(first_ptr));
 }
 
+double longest_row(uint64_t cells_ptr, bool wide, int64_t rows, int64_t n) {
+  nb::gil_scoped_release released;
+  return maskserve::pull_variant().longest_row(address<const unsigned char>(cells_ptr), wide, rows, n);
+}
+
 void spread_mask(uint64_t cells_ptr, uint64_t compact_ptr, int64_t first, int64_t n, uint64_t out_ptr) {
   nb::gil_scoped_release released;
   maskserve::pull_variant().spread_mask(mask_operand(cells_ptr, 0, 0, 1, compact_ptr, first), 0, n,
@@ -533,6 +538,7 @@ NB_MODULE(_native, m) {
   m.def("spread_rows", &spread_rows);
   m.def("hide_rows", &hide_rows);
   m.def("rows_alike", &rows_alike);
+  m.def("longest_row", &longest_row);
   m.def("spread_mask", &spread_mask);
   m.def("will_write", &will_write);
   m.def("read_runs", &read_runs);

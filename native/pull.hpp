@@ -60,6 +60,8 @@ struct PullVariant {
   void (*hide_rows)(unsigned char* cells_ptr, const unsigned char* valid_ptr, int64_t rows, int64_t row_bytes);
   // Whether each of some rows of n bytes, n > 0, has one byte alone; the first of each.
   bool (*rows_alike)(const unsigned char* mask_ptr, int64_t rows, int64_t n, unsigned char* first_ptr);
+  // The largest sum of squares of a row of n floats, `wide` where they are doubles; NaN where one is.
+  double (*longest_row)(const unsigned char* cells_ptr, bool wide, int64_t rows, int64_t n);
   // The bytes of some cells of a compact mask, side by side.
   void (*spread_mask)(const Operand& mask, int64_t at, int64_t n, unsigned char* out);
 };

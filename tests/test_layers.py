@@ -13,6 +13,7 @@ from torch.nn import functional as F  # as torch's own documentation writes it
 
 import maskserve as ms
 from maskserve import MaskedTensor, layers
+from maskserve.attending import longest
 from maskserve.errors import MaskserveError
 from maskserve.gates import rows_alike
 
@@ -276,6 +277,21 @@ def test_rows_of_a_mask_are_alike_or_not(n: int, layout: str) -> None:
         spoilt = mask.clone()
         spoilt[2, 4, at] ^= True
         assert rows_alike(spoilt) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 1), (2, 5, 3, 7), (4, 16), (2, 3, 33), (5, 400_000)], ids=str)
+def test_the_longest_word_bounds_all_of_them(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = drawn(*shape).to(dtype)
+    expected = float(x.double().norm(dim=-1).amax())
+    for laid in (x, x.transpose(-1, -2).contiguous().transpose(-1, -2), x.movedim(0, -2).contiguous().movedim(-2, 0)):
+        assert longest(laid) == pytest.approx(expected, rel=1e-3)
+    assert longest(x[..., :1].expand(*shape[:-1], 9)) == pytest.approx(
+        3 * float(x[..., 0].double().abs().amax()), rel=1e-3
+    )
+    for odd in (nan, inf, -inf):
+        x[(0,) * len(shape)], x[(-1,) * len(shape)] = odd, 1
+        assert not longest(x) < inf
 
 
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e4, 1e5])
