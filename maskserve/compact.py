@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -19,38 +19,14 @@ from torch import Tensor
 from maskserve.errors import MaskError
 from maskserve.tracing import in_transform
 
+if TYPE_CHECKING:
+    from maskserve.compact_moves import Rows, Steps
+
 Box: TypeAlias = Sequence[slice]
 
 SPREAD_AT_ONCE = 1 << 20
 """Cells that are spread out at a time."""
 BYTE = 8
-
-
-class Rows(NamedTuple):
-    """Some rows of a mask, in dims of their own: sizes, and strides in rows, from row `first` on."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    first: int
-
-    def of(self, cells: Tensor, n_dims: int) -> Tensor:
-        """What rows of `cells`, of which so many dims say which row, hold; a view."""
-        own = cells.contiguous()
-        width = prod(own.shape[n_dims:])
-        strides = (*(width * step for step in self.strides), *own.stride()[n_dims:])
-        return own.as_strided((*self.sizes, *own.shape[n_dims:]), strides, own.storage_offset() + width * self.first)
-
-
-class Steps(NamedTuple):
-    """Some cells of a row: n of them, `step` apart, from `start` on; step 0: one and the same."""
-
-    start: int
-    step: int
-    n: int
-
-    @property
-    def last(self) -> int:
-        return self.start + (self.n - 1) * self.step
 
 
 class Form(NamedTuple):

@@ -6,15 +6,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskserve.compact import Compact, Rows, Steps
+from maskserve.compact import Compact
 from maskserve.tracing import in_transform
 
 Move = Callable[[Any], Any]
+
+
+class Rows(NamedTuple):
+    """Some rows of a mask, in dims of their own: sizes, and strides in rows, from row `first` on."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+
+    def of(self, cells: Tensor, n_dims: int) -> Tensor:
+        """What rows of `cells`, of which so many dims say which row, hold; a view."""
+        own = cells.contiguous()
+        width = prod(own.shape[n_dims:])
+        strides = (*(width * step for step in self.strides), *own.stride()[n_dims:])
+        return own.as_strided((*self.sizes, *own.shape[n_dims:]), strides, own.storage_offset() + width * self.first)
+
+
+class Steps(NamedTuple):
+    """Some cells of a row: n of them, `step` apart, from `start` on; step 0: one and the same."""
+
+    start: int
+    step: int
+    n: int
+
+    @property
+    def last(self) -> int:
+        return self.start + (self.n - 1) * self.step
 
 
 def viewed(mask: Compact, go: Move) -> Any:

@@ -4,6 +4,7 @@
 constexpr int64_t n_strip = 1024;  // columns side by side
 constexpr int64_t n_fold_rows = 4;  // rows for each step of what is best so far
 constexpr int64_t n_group_rows = 124;  // a multiple of n_fold_rows whose row numbers fit an int8, and counts a byte
+constexpr int64_t n_spread_rows = 32;  // of a group under a compact mask, whose bytes then stay in L1
 
 // Strides: in cells of the data, in bytes of the mask.
 struct Rows {
@@ -75,18 +76,23 @@ void better_group(Rows rows, int64_t n, int64_t columns, const Key& key, GroupBe
 }
 
 bool are_columns(const Block& block) {
-  const bool mask_fits = !block.mask.cells_ptr || (block.mask.stride_inner == 1 && !block.mask.compact_ptr);
+  const bool mask_fits = !block.mask.cells_ptr || block.mask.stride_inner == 1;
   return block.inner >= 64 && block.data.stride_inner == 1 && mask_fits && !block.omits_nan;
 }
 
 // The first valid cell of a column all of whose valid cells are as bad as masked ones.
 int64_t first_valid(const Block& block, int64_t o, int64_t c) {
-  const unsigned char* keep_ptr = block.mask.cells_ptr;
-  if (!keep_ptr) return 0;
-  keep_ptr += o * block.mask.stride_outer + c;
+  if (!block.mask.cells_ptr) return 0;
   int64_t i = 0;
-  while (i < block.n - 1 && !keep_ptr[i * block.mask.stride_n]) ++i;
+  while (i < block.n - 1 && !mask_cell(block.mask, o * block.mask.stride_outer + i * block.mask.stride_n + c)) ++i;
   return i;
+}
+
+// The mask of some rows of a strip: where it lies, or spread out; null where all of their cells count.
+inline Rows keep_rows(const Operand& mask, const Window& w, Kept kept, unsigned char* copy_ptr) {
+  if (!mask.cells_ptr || kept == Kept::all) return {nullptr, nullptr, 0, 0};
+  if (!mask.compact_ptr) return {nullptr, window_ptr(mask, w, 1), 0, mask.stride_n};
+  return {nullptr, gather_mask(mask, w, copy_ptr), 0, w.columns};
 }
 
 template <bool with_at, class Key>
@@ -99,28 +105,33 @@ NEVER_INLINE bool best_columns(const Block& block, const Parts& parts, const Key
   };
   const std::unique_ptr<Room> room(new Room);
   GroupBest<Key>& group = room->group;
-  const bool is_masked = block.mask.cells_ptr;
+  std::unique_ptr<unsigned char[]> keep_copy;
+  if (block.mask.compact_ptr) keep_copy.reset(new unsigned char[n_spread_rows * n_strip]);
+  const int64_t most_rows = keep_copy ? n_spread_rows : n_group_rows;
   constexpr int64_t cell_bytes = sizeof(typename Key::Raw);
   for (int64_t o = 0; o < block.outer; ++o) {
     for (int64_t c = 0; c < block.inner; c += n_strip) {
       const int64_t columns = least(n_strip, block.inner - c), result = o * block.inner + c;
       int64_t* const count_ptr = parts.count_ptr + result;
       for (int64_t l = 0; l < columns; ++l) {
-        room->best[l] = key.hidden, room->at[l] = -1, count_ptr[l] = is_masked ? 0 : block.n;
+        room->best[l] = key.hidden, room->at[l] = -1, count_ptr[l] = 0;
       }
-      for (int64_t i = 0; i < block.n; i += n_group_rows) {
+      for (int64_t i = 0; i < block.n; i += most_rows) {
+        const Window w{o, 1, i, least(most_rows, block.n - i), c, columns};
+        const Kept kept = kept_of(block.mask, w);
+        if (kept == Kept::none) continue;
         for (int64_t l = 0; l < columns; ++l) group.best[l] = key.hidden, group.row[l] = 0, group.count[l] = 0;
-        Rows rows{block.data.cells_ptr + (o * block.data.stride_outer + i * block.data.stride_n + c) * cell_bytes,
-                  nullptr, block.data.stride_n, block.mask.stride_n};
-        if (is_masked) rows.keep_ptr = block.mask.cells_ptr + o * block.mask.stride_outer + i * block.mask.stride_n + c;
-        better_group<with_at>(rows, least(n_group_rows, block.n - i), columns, key, group);
+        Rows rows = keep_rows(block.mask, w, kept, keep_copy.get());
+        rows.cells_ptr = window_ptr(block.data, w, cell_bytes), rows.stride = block.data.stride_n;
+        const bool is_masked = rows.keep_ptr;
+        better_group<with_at>(rows, w.rows, columns, key, group);
         for (int64_t l = 0; with_at && l < columns; ++l) {
           room->at[l] = level<Key>(group.best[l]) > level<Key>(room->best[l]) ? i + group.row[l] : room->at[l];
         }
         for (int64_t l = 0; l < columns; ++l) {
           room->best[l] = group.best[l] > room->best[l] ? group.best[l] : room->best[l];
         }
-        for (int64_t l = 0; is_masked && l < columns; ++l) count_ptr[l] += group.count[l];
+        for (int64_t l = 0; l < columns; ++l) count_ptr[l] += is_masked ? group.count[l] : w.rows;
       }
       auto* const out = static_cast<typename Key::Raw*>(parts.part_ptr[0]) + result;
       for (int64_t l = 0; l < columns; ++l) out[l] = key.cell(room->best[l]);

@@ -117,6 +117,24 @@ def test_blocks_of_a_long_tensor_read_the_mask_where_it_lies(row: Row) -> None:
                     same(function(tensor, **given), expected, (dim, tensor.mask_layout))
 
 
+@named([row for row in SLICED if isinstance(row, Reduction) and dtypes.f32 in row.accepts and row.passes])
+def test_tiles_that_are_valid_or_masked_as_a_whole_give_the_same_bits(row: Row) -> None:
+    function = getattr(ms, row.name)
+    for shape, lengths in (
+        ((4, 300, 66), [300, 0, 130, 248]),
+        ((600, 7, 16), [7, 0] * 300),
+        ((3, 8200), [8200, 0, 4096]),
+    ):
+        data = cells(dtypes.f32, shape, 7, row=row).data
+        data[1] = torch.nan  # junk: it is hidden
+        prefixes = ms.from_lengths(data, torch.tensor(lengths), 1)
+        bools = prefixes.to_mask_layout("bool")
+        for dim in dims_of(row, len(shape)):
+            expected = function(bools, **given_of(row, dim))
+            for tensor in (prefixes, prefixes.to_mask_layout("packed")):
+                same(function(tensor, **given_of(row, dim)), expected, (shape, dim, tensor.mask_layout))
+
+
 @named([row for row in SLICED if dtypes.f32 in row.accepts])
 def test_the_reference_and_nan_omit_agree(row: Row) -> None:
     function = getattr(ms, row.name)
