@@ -140,8 +140,9 @@ def adapted(name: str, op: str, n: int, x: MaskedTensor, output_size: Any) -> Ma
     return joined
 
 
-def as_list(output_size: Any, n: int) -> list[int | None]:
-    return [output_size] * n if output_size is None or isinstance(output_size, int) else list(output_size)
+def as_list(said: Any, n: int) -> list[Any]:
+    """What was said for each of n dims, or once for all."""
+    return list(said) if isinstance(said, list | tuple) else [said] * n
 
 
 def parts(n: int, n_parts: int) -> Iterable[slice]:
@@ -158,6 +159,8 @@ def interpolate(
     n = x.ndim - 2
     if n < 1:
         raise ShapeError(f"interpolate takes (batch, channels, ...); the input has shape {tuple(x.shape)}")
+    if (size is None) == (scale_factor is None):
+        raise ParameterError("interpolate takes size or scale_factor, one of the two", parameter="size")
     if mode == "area":
         shape = resized(torch.zeros(x.shape[2:], device="meta")[None, None], size, scale_factor, "nearest").shape[2:]
         return adaptive_avg_pool(n, x, shape)

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
+import numpy as np
 import obstore
 import pytest
 from obstore.store import S3Store
+from safetensors.numpy import save_file
 
 from maskserve.stores import calls, client
 
@@ -271,3 +273,17 @@ def stored_fixture(running_store: Stored, monkeypatch: pytest.MonkeyPatch) -> St
     client._client.cache_clear()
     running_store.clear()
     return running_store
+
+
+SIZE = 700_001
+"""Cells of the large sample: some parts of ahead, and a rest."""
+
+
+@pytest.fixture(name="large", scope="session")
+def large_fixture(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """7 MB of cells, their mask and a coordinate."""
+    random = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("large") / "rain.safetensors"
+    cells, mask = random.standard_normal(SIZE * 2).astype("f4"), random.random(SIZE * 2) < 0.7
+    save_file({"rain": cells.reshape(2, SIZE), "rain.mask": mask.reshape(2, SIZE)}, path)
+    return path.read_bytes()

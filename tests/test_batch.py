@@ -345,7 +345,7 @@ def test_the_first_failure_can_end_the_job(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_in_its_code_and_the_next_start_goes_on(tmp_path: Path, number: int, code: int) -> None:
-    make_inputs(tmp_path, 3000)
+    make_inputs(tmp_path, 1500)
     with start(tmp_path) as running:
         wait_for_outputs(tmp_path)
         running.send_signal(number)
@@ -354,16 +354,16 @@ def test_a_signal_ends_in_its_code_and_the_next_start_goes_on(tmp_path: Path, nu
     assert "the same command goes on" in err
     first = summary(tmp_path)
     assert (first["interrupted"], first["exit"]) == (True, code)
-    assert 0 < first["done"] == len(ledger(tmp_path)) < 3000
+    assert 0 < first["done"] == len(ledger(tmp_path)) < 1500
     assert temps(tmp_path) == []
     assert batch(tmp_path).code == 0
     assert summary(tmp_path)["skipped"] == first["done"]
     check_ledger(tmp_path)
-    assert len(outputs(tmp_path)) == 3000
+    assert len(outputs(tmp_path)) == 1500
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    make_inputs(tmp_path, 3000)
+    make_inputs(tmp_path, 1500)
     with start(tmp_path) as running:
         wait_for_outputs(tmp_path)
         running.send_signal(signal.SIGTERM)
@@ -376,7 +376,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     assert summary(tmp_path)["interrupted"] is True
     assert batch(tmp_path).code == 0
     assert temps(tmp_path) == []
-    assert len(outputs(tmp_path)) == 3000
+    assert len(outputs(tmp_path)) == 1500
 
 
 def test_the_same_job_twice_at_once_is_refused(tmp_path: Path) -> None:

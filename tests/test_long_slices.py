@@ -16,7 +16,8 @@ from maskserve import OPS, dtypes, engine, execution
 from maskserve.dtypes import DType
 from maskserve.ops.rows import Normalization
 from tests.samples import assert_same_bits, bits, plan_of, ulps
-from tests.test_native_passes import NORMS, SERVED, both, tame, ulps_of
+from tests.test_native_passes import NORMS, SERVED, both, tame
+from tests.test_native_special_cells import ulps_of
 from tests.test_native_sum import layouts, sample
 
 LONG = 64

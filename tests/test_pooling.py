@@ -57,6 +57,7 @@ PLAIN: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "global": (nn.AdaptiveAvgPool2d((1, None)), drawn(2, 3, 4, 5)),
     "nearest": (lambda x: F.interpolate(x, (5, 13)), drawn(2, 3, 7, 6)),
     "nearest by a factor": (lambda x: F.interpolate(x, scale_factor=(2.0, 0.7)), drawn(2, 3, 7, 6)),
+    "Upsample": (nn.Upsample(scale_factor=2), drawn(2, 3, 3, 4)),
     "nearest-exact": (lambda x: F.interpolate(x, 5, mode="nearest-exact"), drawn(2, 3, 7)),
     "area": (lambda x: F.interpolate(x, scale_factor=0.5, mode="area"), drawn(2, 3, 7, 6)),
     "instance_norm": (lambda x: F.instance_norm(x, weight=drawn(3)), drawn(2, 3, 7, 6)),
@@ -95,6 +96,19 @@ def test_a_window_is_over_its_valid_cells(name: str, op: Callable[[Tensor], Tens
     (ours,) = torch.autograd.grad([made.sum()], [x], [torch.ones((), dtype=torch.float64)])
     assert torch.equal(ours.get_mask(), own)
     close(ours.to_tensor(0.0), torch.autograd.grad(torch.stack(wanted).sum(), plain)[0])
+
+
+def test_what_lies_under_the_mask_changes_no_bit() -> None:
+    for name, (function, given) in PLAIN.items():
+        cells, own = given, masks(*given.shape)
+        found = set()
+        for junk in (nan, inf, -1e300):
+            x = ms.masked_tensor(torch.where(own, cells, junk), own, requires_grad=True)
+            made = function(x)
+            (by,) = torch.autograd.grad([made.sum()], [x], [torch.ones((), dtype=torch.float64)])
+            parts = (made.get_data(), made.get_mask(), by.get_data(), by.get_mask())
+            found.add(tuple(part.detach().numpy().tobytes() for part in parts))
+        assert len(found) == 1, name
 
 
 def test_zeros_of_the_padding_count_beside_a_valid_cell_only() -> None:
@@ -152,6 +166,7 @@ def test_a_bag_without_padding_and_with_weights_is_torchs() -> None:
         (lambda x: F.max_pool2d(x, 9), "larger than the input"),
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
         (lambda x: F.interpolate(x[None], 3, mode="bilinear"), "nearest, nearest-exact or area"),
+        (lambda x: F.interpolate(x), "size or scale_factor"),
         (lambda x: torch.diff(x, n=-1), "at least 0"),
         (lambda x: torch.bincount(x.long() - 9), "return_counts=True"),
         (lambda x: torch.histc(x / 0), "give min and max"),
