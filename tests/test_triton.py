@@ -202,7 +202,6 @@ def test_limits_are_told_one_at_a_time() -> None:
     assert why_not(OPS["median"]) == "it has no kernel for median"
     assert why_not(OPS["norm"], ord=3) == "it has no kernel for norm with this ord"
     assert why_not(OPS["amax"], dtypes.u64) == "it has no kernel for u64"
-    assert why_not(OPS["cumsum"], dtypes.f64) == "it has no kernel for cumsum of f64"
     assert why_not(OPS["sum"], weights=dtypes.u64) == "it has no kernel for weights of u64"
 
 

@@ -1,18 +1,16 @@
-"""Kernels that write a result for each cell: normalizations by the state of their slice, running sums, gradients of both."""
+"""Kernels that write a result for each cell: normalizations by the state of their slice, and their gradients."""
 
 import triton
 import triton.language as tl
 
 from maskserve.backends.triton_kernels.elementary import (
-    LIMB_VALUE,
-    carried,
     exponential,
     halve,
     is_finite,
     logarithm,
     nan_like,
 )
-from maskserve.backends.triton_kernels.passes import HALF, LIMB, finish_norm, finish_std, raised
+from maskserve.backends.triton_kernels.passes import finish_norm, finish_std, raised
 from maskserve.backends.triton_kernels.reducing import as_part
 from maskserve.backends.triton_kernels.tiles import BYTES, cells_at, joined, kept, lanes_at, narrowed, place_of, read
 
@@ -89,55 +87,6 @@ def normalize_kernel(
     value = APPLY(x, parts, LIFT_OPTION, OPTION)
     offsets = place_of(lane[None, None, :], cell, inner, result_strides[0], result_strides[1], result_strides[2])
     write_cells(results_ptr, value, tl.zeros(value.shape, tl.int1), valid, offsets, inside, CHECKS)
-
-
-# -- running sums -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def running(x, keep, before, IS_FLOAT: tl.constexpr):
-    """(values, those without a number, what the next tile has to know) of a tile (1, n, lanes)."""
-    if x.dtype == tl.int64:
-        cells = tl.where(keep, x, 0)
-        high, low = carried(before[0] + tl.cumsum(cells >> 32, 1), before[1] + tl.cumsum(cells & LIMB, 1))
-        next_high, next_low = carried(
-            before[0] + tl.sum(cells >> 32, 1, keep_dims=True), before[1] + tl.sum(cells & LIMB, 1, keep_dims=True)
-        )
-        lacks = (high < -HALF) | (high >= HALF)
-        if IS_FLOAT:
-            return high.to(tl.float64) * LIMB_VALUE + low.to(tl.float64), lacks & (low < 0), (next_high, next_low)
-        else:
-            return (high << 32) + low, lacks, (next_high, next_low)
-    else:
-        cells = tl.where(keep, x, 0.0).to(tl.float64)
-        sums = before[0] + tl.cumsum(cells, 1)
-        return sums, tl.zeros(sums.shape, tl.int1), (before[0] + halve(cells)[:, None, :], before[1])
-
-
-@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
-def cumsum_kernel(
-    data_ptr, mask_ptr, results_ptr, n, inner, n_lanes, data_strides, mask_place, result_strides,
-    IS_FLOAT: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, N: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """The running sums of LANES slices, a tile after the other."""
-    lane = lanes_at(tl.program_id(0), LANES)
-    if data_ptr.dtype.element_ty.is_int():
-        zero = tl.zeros((1, 1, LANES), tl.int64)
-    else:
-        zero = tl.zeros((1, 1, LANES), tl.float64)
-    high = zero
-    low = zero
-    for start in range(0, n, N):
-        cell = cells_at(tl.full((), start, tl.int64), 1, N)
-        x, keep, inside = read(
-            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, False, True
-        )
-        value, lacks, after = running(x, keep, (high, low), IS_FLOAT)
-        high = after[0]
-        low = after[1]
-        offsets = place_of(lane[None, None, :], cell, inner, result_strides[0], result_strides[1], result_strides[2])
-        write_cells(results_ptr, value, lacks, keep, offsets, inside, CHECKS)
 
 
 # -- the gradients of softmax and its kin -------------------------------------------------------------------------
