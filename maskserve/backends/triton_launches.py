@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskserve.backends.triton_plans import Stage, Tile, holding_tile, pow2, scanning_runs, scanning_tile, stages_of
+from maskserve.backends.triton_plans import (
+    Stage,
+    Tile,
+    holding_tile,
+    joins,
+    pow2,
+    scanning_runs,
+    scanning_tile,
+    stages_of,
+)
 from maskserve.backends.triton_tables import (
     APPLIES,
     PULLS,
@@ -35,6 +44,8 @@ if TYPE_CHECKING:
 Parts = dict[str, Tensor]
 Strides = tuple[int, int, int]
 
+SHARES = (torch.int64, torch.float64)
+"""How many cells a gradient has reached, and what they share."""
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 """A contracted a * b + c rounds once, where the reference rounds twice."""
 
@@ -295,9 +306,32 @@ def pull(
     own = mask_operand(mask, cells)
     given = tuple(folded(one, shape) for one in above)
     share, step = PULLS[plan.row.vjp]
+    runs, blocks = scanning_runs(n, lanes, tile), -(-lanes // tile.lanes)
+    run_cells = -(-n // (runs * tile.n)) * tile.n
+    walk = {"SHARE": named(share, "filling"), "N": tile.n, "LANES": tile.lanes}
+    states = None
+    if runs > 1:
+        held = tuple(torch.empty(runs * lanes, dtype=dtype, device=cells.device) for dtype in SHARES)
+        launch(
+            "share_kernel", "filling", blocks * runs, cells.device, *given, held, n, inner, lanes, blocks, run_cells,
+            *map(strided, given), **walk,
+        )  # fmt: skip
+        states = added(held, runs, lanes)
     launch(
-        "pull_kernel", "filling", -(-lanes // tile.lanes), data.device, cells, own.cells, *given, made,
-        made if reach is None else reach.view(shape), n, inner, lanes, strided(cells), own.place,
-        *map(strided, given), strided(made), SHARE=named(share, "filling"), PULL=named(step, "filling"), **own.constants,
-        OMITS=omits(plan), REACHES=reach is not None, N=tile.n, LANES=tile.lanes,
+        "pull_kernel", "filling", blocks * runs, cells.device, cells, own.cells, *given, made,
+        made if reach is None else reach.view(shape), states, n, inner, lanes, blocks, run_cells, strided(cells), own.place,
+        *map(strided, given), strided(made), PULL=named(step, "filling"), **own.constants, OMITS=omits(plan),
+        REACHES=reach is not None, **walk,
     )  # fmt: skip
+
+
+def added(states: tuple[Tensor, ...], runs: int, lanes: int) -> tuple[Tensor, ...]:
+    """States (count, total) of the runs of slices, (runs, lanes), as one of each slice."""
+    made = tuple(torch.empty(lanes, dtype=state.dtype, device=state.device) for state in states)
+    (stage,) = joins(runs, lanes, 1)
+    launch(
+        "join_kernel", "reducing", stage.programs, states[0].device, states, made, runs, 1, lanes, stage.blocks,
+        (1, lanes, 1), (1, 0), 0, 0, 0, MERGE=named("merge_sums"), NOTHING=(0, 0.0), SHIFTS=False,
+        GROUPS=stage.tile.groups, LANES=stage.tile.lanes, **UNFINISHED,
+    )  # fmt: skip
+    return made

@@ -131,30 +131,70 @@ def above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, 
     return out, tl.where(gate, g, 0.0), gate
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "out_ptr", "g_ptr", "gate_ptr", "gradient_ptr", "reach_ptr"]
-)  # see UNALIGNED
-def pull_kernel(
-    data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, n, inner, n_lanes, data_strides, mask_place,
-    out_strides, g_strides, gate_strides, gradient_strides, SHARE: tl.constexpr, PULL: tl.constexpr,
-    FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, REACHES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+@triton.jit
+def shares_of(
+    out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides,
+    SHARE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of LANES slices: their totals, a tile after the other, then their cells."""
-    lane = lanes_at(tl.program_id(0), LANES)
+    """(how many cells of a run are reached, the total of their shares), (1, 1, lanes), a tile after the other."""
     total = tl.zeros((1, 1, LANES), tl.float64)
-    n_reached = tl.zeros((1, 1, LANES), tl.int32)
-    for start in range(0, n, N):
-        cell = cells_at(tl.full((), start, tl.int64), 1, N)
+    n_reached = tl.zeros((1, 1, LANES), tl.int64)
+    for begin in range(start, stop, N):
+        cell = cells_at(tl.full((), begin, tl.int64), 1, N)
         out, g, gate = above(
             out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides
         )
         total += halve(tl.where(gate, SHARE(g, out), 0.0))[:, None, :]
-        n_reached += tl.sum(gate.to(tl.int32), 1, keep_dims=True)
-    for start in range(0, n, N):
-        cell = cells_at(tl.full((), start, tl.int64), 1, N)
-        out, g, gate = above(
-            out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides
-        )
+        n_reached += tl.sum(gate.to(tl.int64), 1, keep_dims=True)
+    return n_reached, total
+
+
+@triton.jit(do_not_specialize_on_alignment=["out_ptr", "g_ptr", "gate_ptr"])  # see UNALIGNED
+def share_kernel(
+    out_ptr, g_ptr, gate_ptr, state_ptr, n, inner, n_lanes, n_blocks, run_cells, out_strides, g_strides, gate_strides,
+    SHARE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The shares of runs of slices that are few and long, as states (runs, lanes) that sums are joined of."""
+    program = tl.program_id(0)
+    run = (program // n_blocks).to(tl.int64)
+    lane = lanes_at(program % n_blocks, LANES)
+    start = run * run_cells
+    stop = tl.minimum(start + run_cells, n)
+    shares = shares_of(
+        out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides, SHARE, N,
+        LANES,
+    )  # fmt: skip
+    at = (run * n_lanes + lane)[None, None, :]
+    tl.store(state_ptr[0] + at, shares[0], mask=lane[None, None, :] < n_lanes)
+    tl.store(state_ptr[1] + at, shares[1], mask=lane[None, None, :] < n_lanes)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "out_ptr", "g_ptr", "gate_ptr", "gradient_ptr", "reach_ptr"]
+)  # see UNALIGNED
+def pull_kernel(
+    data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, state_ptr, n, inner, n_lanes, n_blocks,
+    run_cells, data_strides, mask_place, out_strides, g_strides, gate_strides, gradient_strides, SHARE: tl.constexpr,
+    PULL: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, REACHES: tl.constexpr,
+    N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a run of LANES slices: their totals, which `state_ptr` has where runs are not whole, then their cells."""
+    program = tl.program_id(0)
+    run = (program // n_blocks).to(tl.int64)
+    lane = lanes_at(program % n_blocks, LANES)
+    start = run * run_cells
+    stop = tl.minimum(start + run_cells, n)
+    if state_ptr is None:
+        n_reached, total = shares_of(
+            out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides, SHARE,
+            N, LANES,
+        )  # fmt: skip
+    else:
+        n_reached = tl.load(state_ptr[0] + lane, mask=lane < n_lanes, other=0)[None, None, :]
+        total = tl.load(state_ptr[1] + lane, mask=lane < n_lanes, other=0)[None, None, :]
+    for begin in range(start, stop, N):
+        cell = cells_at(tl.full((), begin, tl.int64), 1, N)
+        out, g, _ = above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides)
         _, keep, inside = read(
             data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, False, OMITS
         )
