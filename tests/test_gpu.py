@@ -14,11 +14,12 @@ from maskserve import accelerators, answers, devices, dtypes, engine, execution,
 from maskserve.backends.triton_tables import missing
 from maskserve.dtypes import DType
 from maskserve.ops.rows import Reduction, Row
+from maskserve.params import names_of
 from maskserve.payload.format import BytesPayload
 from maskserve.plan import plan
 from tests.http_service import payload
-from tests.samples import SLICED, assert_same_bits, cells, ulps, with_junk
-from tests.triton_rows import EXPONENTIAL, PAIRS, ROWS, TREES, of_row, variables
+from tests.samples import SLICED, assert_same_bits, cells, needed, ulps, with_junk
+from tests.triton_rows import OWN, PAIRS, ROWS, TREES, has_own_bits, variables
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,16 +27,24 @@ pytestmark = [
 ]
 
 
+def called(row: Row, tensor: ms.MaskedTensor, dim: int | None) -> ms.MaskedTensor:
+    """The public function; of a pair the values."""
+    along = {"dim": dim} if "dim" in names_of(row) else {}
+    made = getattr(ms, row.name)(tensor, **needed(row), **along)
+    values: ms.MaskedTensor = made if isinstance(made, ms.MaskedTensor) else made[0]
+    return values
+
+
 @pytest.mark.parametrize("row", SLICED, ids=lambda row: row.name)
 def test_a_cuda_device_gives_what_the_cpu_gives(row: Row) -> None:
-    numeric = sorted(dtypes.NUMERIC, key=lambda d: d.name)
+    numeric = sorted(dtypes.NUMERIC & row.accepts, key=lambda d: d.name)
     for dtype, shape in itertools.product(numeric, ((5, 130), (4097, 2), (3, 9000))):
-        sample = cells(dtype, shape, 1)
+        sample = cells(dtype, shape, 1, row=row)
         on_cpu = ms.masked_tensor(sample.data, sample.mask)
         on_cuda = on_cpu.to("cuda")
         for dim in (0, 1) + ((None,) if isinstance(row, Reduction) else ()):
             said = (dtype, shape, dim)
-            expected, got = getattr(ms, row.name)(on_cpu, dim), getattr(ms, row.name)(on_cuda, dim)
+            expected, got = called(row, on_cpu, dim), called(row, on_cuda, dim)
             assert got.device.type == "cuda", said
             assert torch.equal(got.get_mask().cpu(), expected.get_mask()), said
             values, wanted = got.get_data().cpu(), expected.get_data()
@@ -90,7 +99,7 @@ def test_gradients_on_a_cuda_device_are_those_of_the_cpu(name: str) -> None:
 # -- the Triton kernels -----------------------------------------------------------------------------------------------
 
 needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-SHAPES = ((5, 130), (4097, 3), (3, 9000), (20, 130, 40), (1, 1 << 20))
+SHAPES = ((1, 1), (5, 130), (63, 2), (65, 33), (4095, 1), (4097, 3), (3, 9000), (20, 130, 40), (1, 1 << 20))
 
 
 def by_kernels(row: Row, dtype: DType, shape: tuple[int, ...], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +111,7 @@ def by_kernels(row: Row, dtype: DType, shape: tuple[int, ...], dim: int) -> tupl
 
 
 @needs_triton
-@pytest.mark.parametrize(("row", "dtype"), [pair for pair in PAIRS if of_row(*pair)], ids=lambda value: value.name)
+@pytest.mark.parametrize(("row", "dtype"), PAIRS, ids=lambda value: value.name)
 def test_kernels_give_the_bits_of_the_reference_on_the_cpu(row: Row, dtype: DType) -> None:
     """Rows with exp or log give those of the CPU's kernels within an ulp of float32; running sums within one too."""
     for shape in SHAPES:
@@ -111,12 +120,48 @@ def test_kernels_give_the_bits_of_the_reference_on_the_cpu(row: Row, dtype: DTyp
             sample = with_junk(cells(dtype, shape, 1, row=row))
             of = plan(row, (("dim", dim),), shape, dtype, "cpu")  # type: ignore[arg-type]  # as above
             expected = engine.run(of, sample.data, sample.mask)
-            if row.name not in EXPONENTIAL and not (row.name == "cumsum" and dtype.is_float):
+            if not has_own_bits(row, dtype):
                 assert_same_bits(got, expected, (row.name, dtype, shape, dim))
                 continue
             assert_same_bits(got[1:], expected[1:])
             near = (got[0].double() - expected[0].double()).abs() <= 1e-15
             assert ulps(torch.where(near, expected[0], got[0]), expected[0], got[0].dtype) <= 1, (row.name, shape, dim)
+
+
+MANY = (1 << 31) + 70
+"""Cells that 32 bits do not count, and a last tile that is not whole."""
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(MANY,), (MANY // 4096 + 1, 4096), (4096, MANY // 4096 + 1)], ids=str)
+def test_more_cells_than_32_bits_count_are_all_seen(shape: tuple[int, ...]) -> None:
+    """Sums and places of cells that are 0 but for the last ones; running sums, and an expression, of the last cells."""
+    if devices.free_bytes("cuda:0") < 12 * MANY:
+        pytest.skip("the device has not the memory")
+    data = torch.zeros(shape, dtype=torch.int8, device="cuda")
+    mask = torch.ones(shape, dtype=torch.bool, device="cuda")
+    flat = data.view(-1)
+    flat[-3:], mask.view(-1)[-1] = torch.tensor([1, 5, 7], dtype=torch.int8), False
+    x = ms.as_masked_tensor(data, mask)
+    with execution.using(backend="triton"):
+        assert ms.sum(x).item() == 6
+        assert ms.argmax(x).item() == flat.numel() - 2
+        assert ms.count(x).item() == flat.numel() - 1
+        last = ms.cummax(x, len(shape) - 1)[0] if len(shape) > 1 else ms.ffill(x, 0)
+        assert last.get_data().view(-1)[-2].item() == 5
+        assert ms.eval("x + x", x=x).get_data().view(-1)[-3:].tolist() == [2, 10, 0]
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+@pytest.mark.parametrize("row", [row for row in OWN if dtypes.f32 in row.accepts], ids=lambda row: row.name)
+def test_compact_masks_give_the_bits_of_bools(row: Row, layout: str) -> None:
+    prefixes = ms.from_lengths(cells(dtypes.f32, (30, 70, 13), 1, row=row).data, torch.arange(30) * 7 % 71, 1)
+    bools, held = prefixes.to_mask_layout("bool").to("cuda"), prefixes.to_mask_layout(layout).to("cuda")
+    for dim in range(3):
+        got, expected = called(row, held, dim), called(row, bools, dim)
+        ours, theirs = ((made.get_data().cpu(), made.get_mask().cpu()) for made in (got, expected))
+        assert_same_bits(ours, theirs, (row.name, dim))
 
 
 @needs_triton
@@ -127,7 +172,7 @@ def test_a_tree_in_one_kernel_has_the_bits_of_torch_op_by_op(text: str) -> None:
     with execution.using(backend="reference"):
         expected = ms.eval(text, **given)
     assert torch.equal(got.get_mask(), expected.get_mask())
-    assert torch.equal(got.to_tensor(0).nan_to_num(9), expected.to_tensor(0).nan_to_num(9))
+    torch.testing.assert_close(got.get_data(), expected.get_data(), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_triton

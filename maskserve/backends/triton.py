@@ -31,9 +31,9 @@ from maskserve.backends.triton_tables import (
     serves_row,
 )
 from maskserve.compact import Compact, Mask, Part, spread_part
-from maskserve.dtypes import FLOATING, f64, i64
+from maskserve.dtypes import FLOATING, i64
 from maskserve.ops.passes import WEIGHTED_MOMENTS
-from maskserve.ops.rows import Normalization, Reduction, Scan
+from maskserve.ops.rows import Normalization, Reduction
 
 if TYPE_CHECKING:
     from maskserve.blockwise import Cells, Op
@@ -89,10 +89,8 @@ class TritonBackend:
             return f"it has no kernel for {row.name} with this ord"
         if plan.dtype not in SERVED or plan.flipped:
             return f"it has no kernel for {plan.stored}"
-        if not isinstance(row, Reduction) and plan.result not in FLOATING | {i64}:
+        if not isinstance(row, Reduction) and not row.picks and plan.result not in FLOATING | {i64}:
             return f"it has no kernel for {row.name} in {plan.result}"
-        if isinstance(row, Scan) and plan.dtype is f64:
-            return f"it has no kernel for {row.name} of f64"  # whose running sums carry their rounding errors along
         return missing()
 
     def takes_cells(self, plan: Plan) -> bool:

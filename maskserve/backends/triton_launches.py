@@ -13,9 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskserve.backends.triton_plans import Stage, Tile, holding_tile, pow2, scanning_tile, stages_of
-from maskserve.backends.triton_tables import APPLIES, PULLS, SCANS, UNFINISHED, Finishing, named, needs, omits, reducing
-from maskserve.compact import Part
+from maskserve.backends.triton_plans import (
+    Stage,
+    Tile,
+    holding_tile,
+    joins,
+    pow2,
+    scanning_runs,
+    scanning_tile,
+    stages_of,
+)
+from maskserve.backends.triton_tables import (
+    APPLIES,
+    PULLS,
+    UNFINISHED,
+    Finishing,
+    named,
+    needs,
+    omits,
+    reducing,
+    scanning,
+)
+from maskserve.compact import Part, spread_part
 from maskserve.dtypes import f64
 from maskserve.ops.rows import Normalization, Scan
 
@@ -25,6 +44,8 @@ if TYPE_CHECKING:
 Parts = dict[str, Tensor]
 Strides = tuple[int, int, int]
 
+SHARES = (torch.int64, torch.float64)
+"""How many cells a gradient has reached, and what they share."""
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 """A contracted a * b + c rounds once, where the reference rounds twice."""
 
@@ -229,17 +250,48 @@ def normalize(
     )  # fmt: skip
 
 
-def scan(plan: Plan, data: Tensor, mask: Tensor | Part | None, results: tuple[Tensor, Tensor, Tensor]) -> None:
+def scan(
+    plan: Plan, data: Tensor, mask: Tensor | Part | None, results: tuple[Tensor, Tensor, Tensor]
+) -> None:  # fmt: skip
+    """One launch; of few long slices three: the states of runs, those of what lies before each, and the results."""
     outer, n, inner = data.shape
     assert isinstance(plan.row, Scan)
-    lanes = outer * inner
+    how, lanes = scanning(plan), outer * inner
     tile = scanning_tile(n, lanes, is_inner=inner == 1)
-    own = mask_operand(mask, data)
-    launch(
-        SCANS[plan.row.scan], "filling", -(-lanes // tile.lanes), data.device, data, own.cells, results, n, inner, lanes,
-        strided(data), own.place, strided(results[0]), IS_FLOAT=plan.result.is_float, CHECKS=plan.result is not f64,
-        **own.constants, OMITS=omits(plan), N=tile.n, LANES=tile.lanes,
-    )  # fmt: skip
+    runs, blocks = scanning_runs(n, lanes, tile), -(-lanes // tile.lanes)
+    run_cells = -(-n // (runs * tile.n)) * tile.n
+    given, strides = turned(data) if how.reverses else (data, strided(data))
+    shown = spread_part(mask) if how.reverses else mask
+    own = mask_operand(shown, data)
+    if how.reverses and isinstance(shown, Tensor):
+        cells, back = turned(shown)
+        own = own._replace(cells=cells, place=back)
+    made = turned(results[0])[1] if how.reverses else strided(results[0])
+    into = (*(turned(one)[0] for one in results[:2]), results[2]) if how.reverses else results
+    limit = plan.params.get("limit")
+
+    def walk(before: tuple[Tensor, ...] | None, target: tuple[Tensor, ...], finish: str | None) -> None:
+        launch(
+            "scan_kernel", "scanning", blocks * runs, data.device, given, own.cells, before, target, n, inner, lanes,
+            blocks, run_cells, n if limit is None else int(limit), strides, own.place, made, FINISH=named(finish, "scanning"),
+            OPTION=plan.result.is_float, REVERSED=how.reverses, CHECKS=plan.result is not f64, **own.constants,
+            OMITS=omits(plan), READS=how.reads or omits(plan), N=tile.n, LANES=tile.lanes, **how.constants,
+            LIFT=named(how.lift, "scanning"), SCAN=named(how.scan, "scanning"),
+        )  # fmt: skip
+
+    if runs == 1:
+        walk(None, into, how.finish)
+        return
+    states = tuple(torch.empty(runs * lanes, dtype=dtype, device=data.device) for dtype in how.parts)
+    walk(None, states, None)
+    launch("carry_kernel", "scanning", blocks, data.device, states, runs, lanes, LANES=tile.lanes, **how.constants)
+    walk(states, into, how.finish)
+
+
+def turned(tensor: Tensor) -> tuple[Tensor, Strides]:
+    """A block (outer, n, inner) from its last cells on, and the strides back from there."""
+    outer, n, inner = strided(tensor)
+    return tensor[:, -1:], (outer, -n, inner)
 
 
 def pull(
@@ -254,9 +306,32 @@ def pull(
     own = mask_operand(mask, cells)
     given = tuple(folded(one, shape) for one in above)
     share, step = PULLS[plan.row.vjp]
+    runs, blocks = scanning_runs(n, lanes, tile), -(-lanes // tile.lanes)
+    run_cells = -(-n // (runs * tile.n)) * tile.n
+    walk = {"SHARE": named(share, "filling"), "N": tile.n, "LANES": tile.lanes}
+    states = None
+    if runs > 1:
+        held = tuple(torch.empty(runs * lanes, dtype=dtype, device=cells.device) for dtype in SHARES)
+        launch(
+            "share_kernel", "filling", blocks * runs, cells.device, *given, held, n, inner, lanes, blocks, run_cells,
+            *map(strided, given), **walk,
+        )  # fmt: skip
+        states = added(held, runs, lanes)
     launch(
-        "pull_kernel", "filling", -(-lanes // tile.lanes), data.device, cells, own.cells, *given, made,
-        made if reach is None else reach.view(shape), n, inner, lanes, strided(cells), own.place,
-        *map(strided, given), strided(made), SHARE=named(share, "filling"), PULL=named(step, "filling"), **own.constants,
-        OMITS=omits(plan), REACHES=reach is not None, N=tile.n, LANES=tile.lanes,
+        "pull_kernel", "filling", blocks * runs, cells.device, cells, own.cells, *given, made,
+        made if reach is None else reach.view(shape), states, n, inner, lanes, blocks, run_cells, strided(cells), own.place,
+        *map(strided, given), strided(made), PULL=named(step, "filling"), **own.constants, OMITS=omits(plan),
+        REACHES=reach is not None, **walk,
     )  # fmt: skip
+
+
+def added(states: tuple[Tensor, ...], runs: int, lanes: int) -> tuple[Tensor, ...]:
+    """States (count, total) of the runs of slices, (runs, lanes), as one of each slice."""
+    made = tuple(torch.empty(lanes, dtype=state.dtype, device=state.device) for state in states)
+    (stage,) = joins(runs, lanes, 1)
+    launch(
+        "join_kernel", "reducing", stage.programs, states[0].device, states, made, runs, 1, lanes, stage.blocks,
+        (1, lanes, 1), (1, 0), 0, 0, 0, MERGE=named("merge_sums"), NOTHING=(0, 0.0), SHIFTS=False,
+        GROUPS=stage.tile.groups, LANES=stage.tile.lanes, **UNFINISHED,
+    )  # fmt: skip
+    return made

@@ -25,6 +25,12 @@ SCANNED = 1024
 """Cells of a slice that a program takes at a time where each result follows from the last."""
 
 
+BUSY = 256
+"""Programs that keep a device busy: it has some 100 multiprocessors. What is fewer and long is cut, and its cells read twice."""
+SPLIT = 8
+"""Tiles of a slice from which it is cut."""
+
+
 def pow2(n: int) -> int:
     """The least power of two that is at least n.
 
@@ -144,6 +150,20 @@ def scanning_tile(n: int, lanes: int, *, is_inner: bool) -> Tile:
     """The tile that walks along slices."""
     cells = min(TILE if is_inner else SCANNED // COLUMNS, pow2(n))
     return Tile(groups=1, n=cells, lanes=min(pow2(lanes), max(1, TILE // cells) if is_inner else COLUMNS))
+
+
+@lru_cache(maxsize=1024)
+def scanning_runs(n: int, lanes: int, tile: Tile) -> int:
+    """Into how many runs slices are cut that are few and long; 1 where their number alone keeps a device busy.
+
+    >>> scanning_runs(10**7, 1, Tile(groups=1, n=4096, lanes=1)), scanning_runs(10**7, 10**6, Tile(groups=1, n=32, lanes=32))
+    (814, 1)
+    """
+    blocks, tiles = -(-lanes // tile.lanes), -(-n // tile.n)
+    if blocks >= BUSY or tiles < SPLIT:
+        return 1
+    most = min(JOINED, BUSY * 4 // blocks)
+    return -(-tiles // -(-tiles // most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ from maskserve.backends.reference import kernel as reference
 from maskserve.backends.reference import lift as lift_as_reference
 from maskserve.dtypes import FLOATING, INTEGRAL, DType, bf16, boolean, f16, f32, f64, i64
 from maskserve.ops import passes
-from maskserve.ops.rows import Normalization, Pass, Reduction
+from maskserve.ops.rows import Normalization, Pass, Reduction, Scan
 
 if TYPE_CHECKING:
     from maskserve.plan import Plan
@@ -91,7 +91,68 @@ APPLIES = {
     ".normalizations:apply_standardize": "apply_standardize",
     ".norms:apply_normalize": "apply_normalize",
 }
-SCANS = {".scans:CumulativeSum": "cumsum_kernel"}
+
+
+class Scanning(NamedTuple):
+    """The steps of a scan, and the dtypes of its states; `dtypes` are float64 unless they are said."""
+
+    begin: str
+    lift: str
+    scan: str
+    merge: str
+    finish: str
+    parts: tuple[torch.dtype, ...] = (torch.float64,)
+    reads: bool = True
+    reverses: bool = False
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        """What each of its launches has."""
+        return {"BEGIN": named(self.begin, "scanning"), "MERGE": named(self.merge, "scanning")}
+
+
+LATEST = Scanning(
+    "begin_latest", "lift_latest", "scan_by_halves", "merge_latest", "finish_latest", (torch.int64,), reads=False
+)
+PRODUCTS = Scanning(
+    "begin_products", "lift_products", "scan_by_halves", "merge_products", "finish_products",
+    (torch.float64, torch.float64, torch.int64),
+)  # fmt: skip
+WRAPPED = Scanning(
+    "begin_wrapped", "lift_wrapped", "scan_by_halves", "merge_wrapped", "finish_wrapped",
+    (torch.float64, torch.float64, torch.int64, torch.int64),
+)  # fmt: skip
+LIMBS = Scanning(
+    "begin_limbs", "lift_limbs_of_cells", "scan_by_sums", "merge_limbs", "finish_limbs", (torch.int64, torch.int64)
+)
+SCANS: Mapping[str, Mapping[str, Scanning]] = {
+    ".scans:CumulativeSum": {
+        "single": Scanning("begin_sums", "lift_cells", "scan_by_sums", "merge_sums", "finish_sums"),
+        "double": Scanning(
+            "begin_pairs", "lift_pairs", "scan_by_halves", "merge_pairs", "finish_pairs",
+            (torch.float64, torch.float64, torch.int64),
+        ),
+        "long": LIMBS,
+        "whole": LIMBS,
+    },
+    ".products:CumulativeProduct": {"single": PRODUCTS, "double": PRODUCTS, "long": WRAPPED, "whole": WRAPPED},
+    ".places:CumulativeLargest": dict.fromkeys(
+        KINDS,
+        Scanning(
+            "begin_largest", "lift_largest_place", "scan_by_halves", "merge_largest_place", "finish_place",
+            (torch.int64, torch.int64),
+        ),
+    ),
+    ".places:CumulativeSmallest": dict.fromkeys(
+        KINDS,
+        Scanning(
+            "begin_smallest", "lift_smallest_place", "scan_by_halves", "merge_smallest_place", "finish_place",
+            (torch.int64, torch.int64),
+        ),
+    ),
+    ".places:FilledForward": dict.fromkeys(KINDS, LATEST),
+    ".places:FilledBackward": dict.fromkeys(KINDS, LATEST._replace(reverses=True)),
+}  # fmt: skip
 PULLS = {
     ".gradients:softmax": ("softmax_share", "pull_softmax"),
     ".gradients:softmin": ("softmax_share", "pull_softmin"),
@@ -197,6 +258,12 @@ def reducing(plan: Plan) -> Reducing:
         dtypes=tuple(getattr(torch, part.dtype.torch) for part in parts),
         shifts=hasattr(reference(step.reference), "shift"),
     )  # fmt: skip
+
+
+def scanning(plan: Plan) -> Scanning:
+    """The steps of a scan of the plan's cells."""
+    assert isinstance(plan.row, Scan)
+    return SCANS[plan.row.scan][kind_of(plan.dtype)]
 
 
 def omits(plan: Plan) -> bool:

@@ -1,18 +1,16 @@
-"""Kernels that write a result for each cell: normalizations by the state of their slice, running sums, gradients of both."""
+"""Kernels that write a result for each cell: normalizations by the state of their slice, and their gradients."""
 
 import triton
 import triton.language as tl
 
 from maskserve.backends.triton_kernels.elementary import (
-    LIMB_VALUE,
-    carried,
     exponential,
     halve,
     is_finite,
     logarithm,
     nan_like,
 )
-from maskserve.backends.triton_kernels.passes import HALF, LIMB, finish_norm, finish_std, raised
+from maskserve.backends.triton_kernels.passes import finish_norm, finish_std, raised
 from maskserve.backends.triton_kernels.reducing import as_part
 from maskserve.backends.triton_kernels.tiles import BYTES, cells_at, joined, kept, lanes_at, narrowed, place_of, read
 
@@ -91,55 +89,6 @@ def normalize_kernel(
     write_cells(results_ptr, value, tl.zeros(value.shape, tl.int1), valid, offsets, inside, CHECKS)
 
 
-# -- running sums -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def running(x, keep, before, IS_FLOAT: tl.constexpr):
-    """(values, those without a number, what the next tile has to know) of a tile (1, n, lanes)."""
-    if x.dtype == tl.int64:
-        cells = tl.where(keep, x, 0)
-        high, low = carried(before[0] + tl.cumsum(cells >> 32, 1), before[1] + tl.cumsum(cells & LIMB, 1))
-        next_high, next_low = carried(
-            before[0] + tl.sum(cells >> 32, 1, keep_dims=True), before[1] + tl.sum(cells & LIMB, 1, keep_dims=True)
-        )
-        lacks = (high < -HALF) | (high >= HALF)
-        if IS_FLOAT:
-            return high.to(tl.float64) * LIMB_VALUE + low.to(tl.float64), lacks & (low < 0), (next_high, next_low)
-        else:
-            return (high << 32) + low, lacks, (next_high, next_low)
-    else:
-        cells = tl.where(keep, x, 0.0).to(tl.float64)
-        sums = before[0] + tl.cumsum(cells, 1)
-        return sums, tl.zeros(sums.shape, tl.int1), (before[0] + halve(cells)[:, None, :], before[1])
-
-
-@triton.jit(do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
-def cumsum_kernel(
-    data_ptr, mask_ptr, results_ptr, n, inner, n_lanes, data_strides, mask_place, result_strides,
-    IS_FLOAT: tl.constexpr, CHECKS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, N: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """The running sums of LANES slices, a tile after the other."""
-    lane = lanes_at(tl.program_id(0), LANES)
-    if data_ptr.dtype.element_ty.is_int():
-        zero = tl.zeros((1, 1, LANES), tl.int64)
-    else:
-        zero = tl.zeros((1, 1, LANES), tl.float64)
-    high = zero
-    low = zero
-    for start in range(0, n, N):
-        cell = cells_at(tl.full((), start, tl.int64), 1, N)
-        x, keep, inside = read(
-            data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, False, True
-        )
-        value, lacks, after = running(x, keep, (high, low), IS_FLOAT)
-        high = after[0]
-        low = after[1]
-        offsets = place_of(lane[None, None, :], cell, inner, result_strides[0], result_strides[1], result_strides[2])
-        write_cells(results_ptr, value, lacks, keep, offsets, inside, CHECKS)
-
-
 # -- the gradients of softmax and its kin -------------------------------------------------------------------------
 
 
@@ -182,30 +131,70 @@ def above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, 
     return out, tl.where(gate, g, 0.0), gate
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "out_ptr", "g_ptr", "gate_ptr", "gradient_ptr", "reach_ptr"]
-)  # see UNALIGNED
-def pull_kernel(
-    data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, n, inner, n_lanes, data_strides, mask_place,
-    out_strides, g_strides, gate_strides, gradient_strides, SHARE: tl.constexpr, PULL: tl.constexpr,
-    FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, REACHES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+@triton.jit
+def shares_of(
+    out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides,
+    SHARE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of LANES slices: their totals, a tile after the other, then their cells."""
-    lane = lanes_at(tl.program_id(0), LANES)
+    """(how many cells of a run are reached, the total of their shares), (1, 1, lanes), a tile after the other."""
     total = tl.zeros((1, 1, LANES), tl.float64)
-    n_reached = tl.zeros((1, 1, LANES), tl.int32)
-    for start in range(0, n, N):
-        cell = cells_at(tl.full((), start, tl.int64), 1, N)
+    n_reached = tl.zeros((1, 1, LANES), tl.int64)
+    for begin in range(start, stop, N):
+        cell = cells_at(tl.full((), begin, tl.int64), 1, N)
         out, g, gate = above(
             out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides
         )
         total += halve(tl.where(gate, SHARE(g, out), 0.0))[:, None, :]
-        n_reached += tl.sum(gate.to(tl.int32), 1, keep_dims=True)
-    for start in range(0, n, N):
-        cell = cells_at(tl.full((), start, tl.int64), 1, N)
-        out, g, gate = above(
-            out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides
-        )
+        n_reached += tl.sum(gate.to(tl.int64), 1, keep_dims=True)
+    return n_reached, total
+
+
+@triton.jit(do_not_specialize_on_alignment=["out_ptr", "g_ptr", "gate_ptr"])  # see UNALIGNED
+def share_kernel(
+    out_ptr, g_ptr, gate_ptr, state_ptr, n, inner, n_lanes, n_blocks, run_cells, out_strides, g_strides, gate_strides,
+    SHARE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The shares of runs of slices that are few and long, as states (runs, lanes) that sums are joined of."""
+    program = tl.program_id(0)
+    run = (program // n_blocks).to(tl.int64)
+    lane = lanes_at(program % n_blocks, LANES)
+    start = run * run_cells
+    stop = tl.minimum(start + run_cells, n)
+    shares = shares_of(
+        out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides, SHARE, N,
+        LANES,
+    )  # fmt: skip
+    at = (run * n_lanes + lane)[None, None, :]
+    tl.store(state_ptr[0] + at, shares[0], mask=lane[None, None, :] < n_lanes)
+    tl.store(state_ptr[1] + at, shares[1], mask=lane[None, None, :] < n_lanes)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["data_ptr", "mask_ptr", "out_ptr", "g_ptr", "gate_ptr", "gradient_ptr", "reach_ptr"]
+)  # see UNALIGNED
+def pull_kernel(
+    data_ptr, mask_ptr, out_ptr, g_ptr, gate_ptr, gradient_ptr, reach_ptr, state_ptr, n, inner, n_lanes, n_blocks,
+    run_cells, data_strides, mask_place, out_strides, g_strides, gate_strides, gradient_strides, SHARE: tl.constexpr,
+    PULL: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, OMITS: tl.constexpr, REACHES: tl.constexpr,
+    N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a run of LANES slices: their totals, which `state_ptr` has where runs are not whole, then their cells."""
+    program = tl.program_id(0)
+    run = (program // n_blocks).to(tl.int64)
+    lane = lanes_at(program % n_blocks, LANES)
+    start = run * run_cells
+    stop = tl.minimum(start + run_cells, n)
+    if state_ptr is None:
+        n_reached, total = shares_of(
+            out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides, SHARE,
+            N, LANES,
+        )  # fmt: skip
+    else:
+        n_reached = tl.load(state_ptr[0] + lane, mask=lane < n_lanes, other=0)[None, None, :]
+        total = tl.load(state_ptr[1] + lane, mask=lane < n_lanes, other=0)[None, None, :]
+    for begin in range(start, stop, N):
+        cell = cells_at(tl.full((), begin, tl.int64), 1, N)
+        out, g, _ = above(out_ptr, g_ptr, gate_ptr, lane, cell, n, inner, n_lanes, out_strides, g_strides, gate_strides)
         _, keep, inside = read(
             data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, False, OMITS
         )

@@ -537,10 +537,15 @@ def lift_product(x, keep, at, OPTION: tl.constexpr):
 
 
 @triton.jit
-def merge_product(a, b):
-    product, error = times_pair(a[1], a[2], b[1], b[2])
+def times_states(a, a_low, a_exponent, b, b_low, b_exponent):
+    product, error = times_pair(a, a_low, b, b_low)
     high, low, shift = normal(product, error)
-    exponent = settled(high, a[3] + b[3] + shift)
+    return high, low, settled(high, a_exponent + b_exponent + shift)
+
+
+@triton.jit
+def merge_product(a, b):
+    high, low, exponent = times_states(a[1], a[2], a[3], b[1], b[2], b[3])
     if len(a) == 5:
         return a[0] + b[0], high, low, exponent, a[4] * b[4]
     else:
