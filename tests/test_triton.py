@@ -218,6 +218,7 @@ def test_limits_are_told_one_at_a_time() -> None:
         ("x < x / 2", dtypes.i32, "lt of i32 beside f32"),
         ("add(x, x, alpha=2)", dtypes.f32, "add with alpha"),
         ("x * 2", dtypes.c64, "mul of c64"),
+        ("x * (x < x)", dtypes.bf16, "mul of bool beside bf16"),
     ],
 )
 def test_a_tree_that_torch_may_round_otherwise_says_so(text: str, dtype: DType, reason: str) -> None:

@@ -65,6 +65,9 @@ def why_not_op(step: Op) -> str | None:
     computed = computed_in(step)
     if computed not in how.of:
         return f" in {computed}"
+    other = next((kind for kind in step.kinds[len(how.conditions) :] if kind is not computed), None)
+    if computed in HALVES and other is not None:  # torch may not round a tensor without dims before it computes
+        return f" of {other} beside {computed}"
     return why_not_numbers(step, how, computed)
 
 
