@@ -94,7 +94,7 @@ NEVER_INLINE void correct_products(ProductRoom& room, const ScanTile& tile, cons
   run_scan(Add{errors, errors, room.error}, tile);
 #pragma GCC ivdep
   for (int64_t j = 0; j < tile.w.cells(); ++j) {
-    products[j] = is_finite(errors[j]) ? products[j] + products[j] * errors[j] : products[j];
+    products[j] = is_finite(errors[j]) & is_finite(products[j]) ? products[j] + products[j] * errors[j] : products[j];
   }
 }
 

@@ -172,6 +172,18 @@ def test_running_products_of_float64_are_within_two_ulps_of_exact(values: list[f
             assert abs(Fraction(mine) - exact) <= 2 * Fraction(math.ulp(float(exact)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, f32, f16, bf16], ids=str)
+@pytest.mark.parametrize("n", [3, 5000])
+def test_a_product_stays_infinite_behind_an_infinite_cell(dtype: torch.dtype, n: int) -> None:
+    cells = torch.ones(n, dtype=dtype)
+    cells[:3] = torch.tensor([1.3, -math.inf, 2.7], dtype=dtype)
+    running = ms.cumprod(hidden(cells), 0)
+    assert torch.equal(running.get_data()[running.get_mask()], torch.cumprod(cells, 0))
+    for shaped, dim in ((cells.expand(3, n), 1), (cells.expand(3, n).mT.contiguous(), 0)):
+        assert torch.equal(ms.cumprod(shaped, dim).get_data(), torch.cumprod(shaped, dim))
+        assert torch.equal(ms.prod(shaped, dim).get_data(), torch.prod(shaped, dim))
+
+
 EDGES = [2**63 - 1, -(2**63), 2**62, -(2**62), 2**32, -(2**31), 3037000499, 3037000500, 7, 73, 127, 337, 92737, 649657]
 WHOLE = st.one_of(st.sampled_from([*EDGES, 0, 1, -1, 2, -2]), st.integers(-(2**63), 2**63 - 1), st.integers(-10, 10))
 

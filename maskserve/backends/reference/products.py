@@ -179,7 +179,7 @@ def running(cells: Tensor, *, pairs: bool) -> Tensor:
             steps = torch.where(made == 0, 0.0, error / made)
             relative = torch.cat([before, steps], 1).cumsum(1)[:, 1:]
             before = relative[:, -1:]
-            made = torch.where(relative.isfinite(), made + made * relative, made)
+            made = torch.where(relative.isfinite() & made.isfinite(), made + made * relative, made)
         pieces.append(scaled(made, exponents))
         high, shift = normal_cells(products[:, -1:])
         total = exponents[:, -1:] + shift
