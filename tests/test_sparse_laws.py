@@ -240,6 +240,15 @@ def test_a_product_with_a_strided_matrix_is_that_of_the_strided_tensors(row: Con
     close(leaf.grad.to_dense(), strided.grad, "product")
 
 
+def test_a_product_whose_terms_are_all_minus_zero_is_zero_in_every_layout() -> None:
+    """A sum begins at 0; torch's own of a single term does not."""
+    for dtype, (n, n_valid) in itertools.product((torch.float64, torch.float32), ((1, 1), (4, 1), (4, 3))):
+        valid = (torch.arange(n) < n_valid).expand(2, n)
+        dense = ms.MaskedTensor(torch.where(valid, -0.0, torch.nan).to(dtype), valid)
+        for tensor in (dense, *[stored(dense, layout) for layout in LAYOUTS]):
+            assert not (tensor @ torch.ones(n, 3, dtype=dtype)).to_tensor().signbit().any()
+
+
 CALLS = {
     "reshape": ((4, 12),), "view": ((48,),), "flatten": (), "ravel": (), "unflatten": (1, (2, 4)), "squeeze": (),
     "unsqueeze": (1,),
