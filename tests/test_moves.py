@@ -464,7 +464,13 @@ def test_a_conversion_to_another_dtype_has_0_under_its_mask() -> None:
     data = torch.tensor([[1, torch.nan, 3e38], [torch.inf, torch.nan, -1]])
     by_lengths = ms.from_lengths(data, torch.tensor([1, 0]), 1)
     by_cells = ms.MaskedTensor(data, torch.tensor([[True, False, False], [False, False, True]]))
-    for x in (by_lengths, by_lengths.to_mask_layout("packed"), by_cells, by_cells.T, by_cells.detach().requires_grad_()):
+    for x in (
+        by_lengths,
+        by_lengths.to_mask_layout("packed"),
+        by_cells,
+        by_cells.T,
+        by_cells.detach().requires_grad_(),
+    ):
         assert x.float() is x
         assert x.cpu() is x
         for dtype in (torch.float16, torch.float64, torch.int64, torch.bool, torch.complex128, torch.float8_e4m3fn):
