@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -139,21 +140,24 @@ def sliced(
     sides = None if weights is None else (weights._data, weights._mask)
     cells = tensor._cells
     tracked = is_followed(cells._data) or (weights is not None and is_followed(weights._data))
+    if not planned.row.vjp and in_transform():
+        parts = applied(Unfollowed, planned, tensor._pattern, tensor._pattern.positions, cells._data, cells._mask)
+        return wrapped(planned, tensor, Made(*parts))
     if not tracked or not planned.row.vjp:
         return wrapped(planned, tensor, compute(planned, tensor, sides))
     slices = of_plan(planned, tensor._pattern)
     exact = None if in_transform() else compute(planned, tensor, sides)
     ordered, side = in_order(slices, cells), None if weights is None else in_order(slices, weights)
     some = list(buckets(slices))
-    parts = zip(*[bucket_result(planned, slices, bucket, ordered, side, trace) for bucket in some], strict=True)
+    results = zip(*[bucket_result(planned, slices, bucket, ordered, side, trace) for bucket in some], strict=True)
     if isinstance(planned.row, Reduction):
         given = [
             MaskedTensor(one.new_zeros((1, 1)), False) for one in (cells._data, *([] if side is None else [side._data]))
         ]
         empty = side_by_side(planned, given, trace)
-        made = [reductions_placed(planned, slices, some, *both) for both in zip(parts, empty, strict=True)]
+        made = [reductions_placed(planned, slices, some, *both) for both in zip(results, empty, strict=True)]
     else:
-        made = [cells_placed(slices, some, part) for part in parts]
+        made = [cells_placed(slices, some, part) for part in results]
     traced, *places = made
     if exact is not None:
         values = applied(Instead, traced._data, exact.values)
@@ -231,6 +235,37 @@ def cells_placed(slices: Slices, some: Sequence[Bucket], parts: Sequence[MaskedT
         at = slices.order[at]
     made: MaskedTensor = cells[at.argsort()]
     return made
+
+
+class Unfollowed(torch.autograd.Function):
+    """(values, mask) of an op without a derivative, inside a transform: only here have the stored cells their memory."""
+
+    @staticmethod
+    def forward(planned: Plan, pattern: Pattern, positions: Tensor, data: Tensor, mask: Tensor | None) -> Any:
+        stored = SparseTensor._on(replace(pattern, positions=positions), MaskedTensor._of(data, mask))
+        return compute(planned, stored)[:2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> Any:
+        return (None,) * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], planned: Plan, pattern: Pattern, *tensors: Tensor | None) -> Any:
+        each = []
+        for i in range(info.batch_size):
+            own = [
+                t if t is None or dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[2:], strict=True)
+            ]
+            each.append(applied(Unfollowed, planned, pattern, *own))
+        return tuple(map(torch.stack, zip(*each, strict=True))), (0, 0)
 
 
 class Instead(torch.autograd.Function):

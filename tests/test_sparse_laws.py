@@ -148,10 +148,35 @@ def test_a_transform_sees_values_and_places_as_outside_it(row: Row) -> None:
         same(ms.jvp(both, (sparse,), (sparse,), has_aux=True)[2], function(dense, dim), (row.name, dim, "jvp"))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@named([row for row in KEPT if not row.vjp and dtypes.f64 in row.accepts])
+def test_a_row_without_a_gradient_is_computed_inside_transforms(row: Row) -> None:
+    sample = cells(dtypes.f64, (6, 8), 38, share=0.4, row=row)
+    dense = ms.MaskedTensor(sample.data, sample.mask)
+    sparse = with_masked_entries(dense, 39, "coo")
+
+    def both(x: Any) -> Any:
+        return ms.sum(x), getattr(ms, row.name)(x, **given_of(row, 1))
+
+    expected = both(dense)[1]
+    same(ms.value_and_grad(both, has_aux=True)(sparse)[0][1], expected, row.name)
+    same(ms.jvp(both, (sparse,), (sparse,), has_aux=True)[2], expected, (row.name, "jvp"))
+
+    def of_cells(x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = (
+            both(sparse._like(ms.as_masked_tensor(x, sparse._cells.get_mask())))[1].to_dense().get_data()
+        )
+        return made
+
+    data = sparse._cells.get_data()
+    batch = torch.stack([data, data.flip(0)])
+    assert torch.equal(torch.func.vmap(of_cells)(batch), torch.stack(list(map(of_cells, batch))))
+
+
 @named([row for row in KEPT if row.vjp])
 def test_a_tensor_that_stores_nothing_is_followed_all_the_same(row: Row) -> None:
     dense = ms.MaskedTensor(torch.full((2, 3), torch.nan), False)
-    for layout, dim in itertools.product(LAYOUTS, dims_of(row, 2)):
+    for layout, dim in zip(itertools.cycle(LAYOUTS), dims_of(row, 2), strict=False):
         leaf = ms.masked_tensor(stored(dense, layout), requires_grad=True)
 
         def total(x: Any, dim: Any = dim) -> ms.MaskedTensor:
