@@ -419,8 +419,9 @@ def aligned(tensor: MaskedTensor, pattern: Pattern) -> MaskedTensor:
     if own.is_like(pattern):
         return cells
     at, stored = found(within(pattern.positions, pattern.shape, own.shape), own.positions)
-    if not own.n:
-        return MaskedTensor(torch.zeros(pattern.n, dtype=cells.dtype, device=cells.device), stored)
+    if not own.n:  # masked cells with the history of none
+        nothing = MaskedTensor(torch.zeros(pattern.n, dtype=cells.dtype, device=cells.device), stored)
+        return torch.cat([cells, nothing])  # type: ignore[list-item, return-value]  # MaskedTensors in, one out
     return cells[at] if bool(stored.all()) else as_masked_tensor(cells[at], stored)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference import kernel
+from maskserve.backends.reference.cells import select
 from maskserve.cellwise import broadcast_shape
 from maskserve.equations import checked, of_row
 from maskserve.errors import MaskMismatchError, ShapeError
@@ -30,6 +32,7 @@ from maskserve.sparse_slices import (
     buckets,
     compute,
     of_plan,
+    refuse,
     rows_plan,
     slices_of,
 )
@@ -133,35 +136,42 @@ def sliced(
 
     `trace(plan, operands)` is the op of strided operands that are followed.
     """
+    refuse(planned)
     sides = None if weights is None else (weights._data, weights._mask)
     cells = tensor._cells
     tracked = is_followed(cells._data) or (weights is not None and is_followed(weights._data))
+    if not planned.row.vjp and in_transform():
+        parts = applied(Unfollowed, planned, tensor._pattern, tensor._pattern.positions, cells._data, cells._mask)
+        return wrapped(planned, tensor, Made(*parts))
     if not tracked or not planned.row.vjp:
         return wrapped(planned, tensor, compute(planned, tensor, sides))
     slices = of_plan(planned, tensor._pattern)
     exact = None if in_transform() else compute(planned, tensor, sides)
-    if not slices.m:
-        return wrapped(planned, tensor, exact or compute(planned, tensor, sides))
     ordered, side = in_order(slices, cells), None if weights is None else in_order(slices, weights)
-    parts = [(bucket, bucket_result(planned, bucket, ordered, side, trace)) for bucket in buckets(slices)]
+    some = list(buckets(slices))
+    results = zip(*[bucket_result(planned, slices, bucket, ordered, side, trace) for bucket in some], strict=True)
     if isinstance(planned.row, Reduction):
         given = [
             MaskedTensor(one.new_zeros((1, 1)), False) for one in (cells._data, *([] if side is None else [side._data]))
         ]
-        traced = reductions_placed(planned, slices, parts, side_by_side(planned, given, trace))
+        empty = side_by_side(planned, given, trace)
+        made = [reductions_placed(planned, slices, some, *both) for both in zip(results, empty, strict=True)]
     else:
-        traced = cells_placed(slices, parts)
+        made = [cells_placed(slices, some, part) for part in results]
+    traced, *places = made
     if exact is not None:
         values = applied(Instead, traced._data, exact.values)
         traced = MaskedTensor._of(values, exact.valid, traced._reach)
-    made, indices = wrapped(planned, tensor, Made(traced._data, traced._full_mask(), exact and exact.indices))
-    made._cells._reach = traced._reach
-    return made, indices
+    at = places[0]._data if places else None
+    result, indices = wrapped(planned, tensor, Made(traced._data, traced._full_mask(), at))
+    result._cells._reach = traced._reach
+    return result, indices
 
 
 def computed(planned: Plan, tensor: MaskedTensor, weights: MaskedTensor | None) -> MaskedTensor:
     """The values of a plan of a sparse tensor, by weights that are strided, where nobody follows."""
     assert isinstance(tensor, SparseTensor)
+    refuse(planned)
     side = None if weights is None else aligned(weights, tensor._pattern)
     made = compute(planned, tensor, None if side is None else (side._data, side._mask))
     return wrapped(planned, tensor, made)[0]
@@ -183,40 +193,79 @@ Trace = Callable[[Plan, Sequence[Operand]], Any]
 
 
 def bucket_result(
-    planned: Plan, bucket: Bucket, cells: MaskedTensor, weights: MaskedTensor | None, trace: Trace
-) -> MaskedTensor:
-    """Slices of about as many cells, side by side."""
+    planned: Plan, slices: Slices, bucket: Bucket, cells: MaskedTensor, weights: MaskedTensor | None, trace: Trace
+) -> tuple[MaskedTensor, ...]:
+    """(values, places of picked ones in their whole slices, where the row picks) of slices of about as many cells."""
     given = [as_masked_tensor(part[bucket.at], bucket.stored) for part in (cells, weights) if part is not None]
-    return side_by_side(planned, given, trace)
+    values, *picked = side_by_side(planned, given, trace)
+    places = slices.places[bucket.at]
+    return values, *[whole_places(places, at) for at in picked]
 
 
-def side_by_side(planned: Plan, given: Sequence[MaskedTensor], trace: Trace) -> MaskedTensor:
+def whole_places(places: Tensor, picked: MaskedTensor) -> MaskedTensor:
+    """Where the picked cells stand in their slices, of their indices among (rows, width) cells at `places`."""
+    at, mask = picked._data, picked._full_mask()
+    return MaskedTensor._of(select(places.gather(1, at if at.ndim > 1 else at.unsqueeze(1)).view_as(at), mask), mask)
+
+
+def side_by_side(planned: Plan, given: Sequence[MaskedTensor], trace: Trace) -> tuple[MaskedTensor, ...]:
+    """(values, places of picked ones) of slices beside each other."""
     operands = [Operand(part._data, part._mask, part._reach, True) for part in given]
     made = trace(rows_plan(planned, *given[0].shape, INNER_LEAF), operands)
-    result: MaskedTensor = made if isinstance(made, MaskedTensor) else made.values
-    return result
+    return (made,) if isinstance(made, MaskedTensor) else tuple(made)
 
 
 def reductions_placed(
-    planned: Plan, slices: Slices, parts: Sequence[tuple[Bucket, MaskedTensor]], empty: MaskedTensor
+    planned: Plan, slices: Slices, some: Sequence[Bucket], parts: Sequence[MaskedTensor], empty: MaskedTensor
 ) -> MaskedTensor:
     """The results of slices among those of all; `empty` is that of a slice without cells."""
-    rows = torch.cat([bucket.rows for bucket, _ in parts])
-    together: Any = torch.cat([part for _, part in parts], -1)  # type: ignore[misc]  # MaskedTensors in, one out
+    rows = torch.cat([bucket.rows for bucket in some])
+    together: Any = torch.cat(parts, -1)  # type: ignore[arg-type]  # MaskedTensors in, one out
     shape = (*together.shape[:-1], prod(planned.fold[::2]))
     every: Any = MaskedTensor._of(empty._data.expand(shape).clone(), empty._full_mask().expand(shape).clone())
     made: MaskedTensor = torch.index_copy(every, together.ndim - 1, slices.numbers[rows], together)  # type: ignore[assignment]  # as above
     return made.reshape(planned.out_shape)  # type: ignore[no-any-return]  # a method of the table
 
 
-def cells_placed(slices: Slices, parts: Sequence[tuple[Bucket, MaskedTensor]]) -> MaskedTensor:
+def cells_placed(slices: Slices, some: Sequence[Bucket], parts: Sequence[MaskedTensor]) -> MaskedTensor:
     """The results of stored cells, in the order of the pattern."""
-    at = torch.cat([bucket.at[bucket.stored] for bucket, _ in parts])
-    cells: Any = torch.cat([part[bucket.stored] for bucket, part in parts])  # type: ignore[misc]  # MaskedTensors in, one out
+    at = torch.cat([bucket.at[bucket.stored] for bucket in some])
+    cells: Any = torch.cat([part[bucket.stored] for bucket, part in zip(some, parts, strict=True)])  # type: ignore[misc]  # MaskedTensors in, one out
     if slices.order is not None:
         at = slices.order[at]
     made: MaskedTensor = cells[at.argsort()]
     return made
+
+
+class Unfollowed(torch.autograd.Function):
+    """(values, mask) of an op without a derivative, inside a transform: only here have the stored cells their memory."""
+
+    @staticmethod
+    def forward(planned: Plan, pattern: Pattern, positions: Tensor, data: Tensor, mask: Tensor | None) -> Any:
+        stored = SparseTensor._on(replace(pattern, positions=positions), MaskedTensor._of(data, mask))
+        return compute(planned, stored)[:2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> Any:
+        return (None,) * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], planned: Plan, pattern: Pattern, *tensors: Tensor | None) -> Any:
+        each = []
+        for i in range(info.batch_size):
+            own = [
+                t if t is None or dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[2:], strict=True)
+            ]
+            each.append(applied(Unfollowed, planned, pattern, *own))
+        return tuple(map(torch.stack, zip(*each, strict=True))), (0, 0)
 
 
 class Instead(torch.autograd.Function):
@@ -297,10 +346,6 @@ def rows_by_matrix(sparse: SparseTensor, n_rows: int, n_met: int, dense: Any, pr
             cells: Any = as_masked_tensor(sparse._cells[some.at], some.stored)
             parts.append(product(cells.unsqueeze(1), dense[slices.places[some.at]]).squeeze(1))
             rows.append(some.rows)
-    if not parts:
-        sides = (torch.zeros((1, 1, 1), dtype=sparse.dtype), torch.zeros((1, 1, n_columns), dtype=dense.dtype))
-        sample = product(*[MaskedTensor(side, False) for side in sides])  # whose dtype is that of sums
-        return MaskedTensor(torch.zeros((n_rows, n_columns), dtype=sample.dtype), False)
     together: Any = torch.cat(parts)
     positions = slices.numbers[torch.cat(rows)]
     pattern = Pattern(layout=torch.sparse_coo, shape=torch.Size((n_rows,)), positions=positions)
@@ -315,7 +360,7 @@ def scattered(rows: Any, pattern: Pattern, n_columns: int) -> Any:
 
 
 def windowed(bucket: Bucket, n: int) -> Iterator[Bucket]:
-    for start in range(0, len(bucket.rows), n):
+    for start in range(0, max(len(bucket.rows), 1), n):  # none is one window too
         yield Bucket(*[part[start : start + n] for part in bucket])
 
 

@@ -127,7 +127,6 @@ def refuse(plan: Plan) -> None:
 
 def compute(plan: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | None] | None = None) -> Made:
     """The plan of a sparse tensor: a strided result of a reduction, else cells for the same pattern."""
-    refuse(plan)
     cells = tensor._cells
     if weights is None and (blocks := blocks_of(plan, cells.numel())) is not None:
         return by_blocks(plan, blocks, tensor._pattern.positions, cells._data.detach(), whole_mask(cells))
@@ -412,10 +411,13 @@ class Bucket(NamedTuple):
 
 
 def buckets(slices: Slices) -> Iterator[Bucket]:
-    """The slices by the power of two that holds their cells: together at most twice the cells."""
+    """The slices by the power of two that holds their cells: together at most twice the cells.
+
+    Of no slices one bucket without rows: what is computed from it has the history of the cells.
+    """
     begins = slices.counts.cumsum(0) - slices.counts
     widths = torch.where(slices.counts > 1, 1 << (slices.counts - 1).double().log2().floor().long() + 1, 1)
-    for width in widths.unique().tolist():
+    for width in widths.unique().tolist() or [1]:
         rows = (widths == width).nonzero().squeeze(1)
         steps = torch.arange(width, device=rows.device)
         stored = steps < slices.counts[rows].unsqueeze(1)

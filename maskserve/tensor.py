@@ -21,6 +21,7 @@ from maskserve.compiling import uncompiled
 from maskserve.dtypes import BY_TORCH, f64
 from maskserve.errors import DtypeError, GradientError, MaskedValueError, MaskError, ShapeError, UncoveredFunctionError
 from maskserve.formatting import nested, text_of
+from maskserve.gates import hidden, kept_in_place
 from maskserve.history import History
 from maskserve.operators import attach
 from maskserve.reach import Exit, applied, narrowed
@@ -197,9 +198,14 @@ class MaskedTensor(History):
     # -- copies ----------------------------------------------------------------------------------------------------
 
     def _mapped(self, data: Tensor) -> MaskedTensor:
-        """The same validity on converted data, in memory of its own."""
+        """The same validity on converted data, in memory of its own; of another dtype it is a result, 0 where hidden."""
         mask = self._held
         mask = mask.to(data.device, copy=True) if isinstance(mask, Tensor) else mask and mask.to(data.device)
+        if data.dtype is not self.dtype:
+            if isinstance(mask, Compact):
+                data = hidden(data, mask, in_place=True)
+            elif mask is not None:
+                data = kept_in_place(data, mask.expand(data.shape))
         reach = None if self._reach is None or not is_followed(data) else self._reach.to(data.device)
         return MaskedTensor._of(data, mask, reach)
 

@@ -460,6 +460,25 @@ def test_what_users_of_torch_ask_a_tensor() -> None:
         _ = x.unsqueeze(0).H
 
 
+def test_a_conversion_to_another_dtype_has_0_under_its_mask() -> None:
+    data = torch.tensor([[1, torch.nan, 3e38], [torch.inf, torch.nan, -1]])
+    by_lengths = ms.from_lengths(data, torch.tensor([1, 0]), 1)
+    by_cells = ms.MaskedTensor(data, torch.tensor([[True, False, False], [False, False, True]]))
+    for x in (
+        by_lengths,
+        by_lengths.to_mask_layout("packed"),
+        by_cells,
+        by_cells.T,
+        by_cells.detach().requires_grad_(),
+    ):
+        assert x.float() is x
+        assert x.cpu() is x
+        for dtype in (torch.float16, torch.float64, torch.int64, torch.bool, torch.complex128, torch.float8_e4m3fn):
+            for converted in (x.to(dtype), x.type(dtype)):
+                assert not converted.get_data().to(torch.complex128)[~x.get_mask()].any()
+                assert converted.mask_layout == x.mask_layout
+
+
 # -- nothing forgotten --------------------------------------------------------------------------------------------
 
 REASONS = {

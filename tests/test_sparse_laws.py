@@ -132,6 +132,83 @@ def test_a_gradient_is_that_of_the_strided_tensor_in_the_same_pattern(row: Row) 
         close(by_transform.to_dense(), strided.grad, (row.name, dim, layout, "torch.func"))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@named([row for row in KEPT if row.indices])
+def test_a_transform_sees_values_and_places_as_outside_it(row: Row) -> None:
+    sample = cells(dtypes.f64, (6, 8), 36, share=0.4, row=row)
+    dense = ms.MaskedTensor(sample.data, sample.mask)
+    sparse, function = with_masked_entries(dense, 37, "coo"), getattr(ms, row.name)
+    for dim in (0, 1):
+
+        def both(x: Any, dim: int = dim) -> Any:
+            made = function(x, dim)
+            return ms.sum(made[0]), made
+
+        same(ms.value_and_grad(both, has_aux=True)(sparse)[0][1], function(dense, dim), (row.name, dim))
+        same(ms.jvp(both, (sparse,), (sparse,), has_aux=True)[2], function(dense, dim), (row.name, dim, "jvp"))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@named([row for row in KEPT if not row.vjp and dtypes.f64 in row.accepts])
+def test_a_row_without_a_gradient_is_computed_inside_transforms(row: Row) -> None:
+    sample = cells(dtypes.f64, (6, 8), 38, share=0.4, row=row)
+    dense = ms.MaskedTensor(sample.data, sample.mask)
+    sparse = with_masked_entries(dense, 39, "coo")
+
+    def both(x: Any) -> Any:
+        return ms.sum(x), getattr(ms, row.name)(x, **given_of(row, 1))
+
+    expected = both(dense)[1]
+    same(ms.value_and_grad(both, has_aux=True)(sparse)[0][1], expected, row.name)
+    same(ms.jvp(both, (sparse,), (sparse,), has_aux=True)[2], expected, (row.name, "jvp"))
+
+    def of_cells(x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = (
+            both(sparse._like(ms.as_masked_tensor(x, sparse._cells.get_mask())))[1].to_dense().get_data()
+        )
+        return made
+
+    data = sparse._cells.get_data()
+    batch = torch.stack([data, data.flip(0)])
+    assert torch.equal(torch.func.vmap(of_cells)(batch), torch.stack(list(map(of_cells, batch))))
+
+
+@named([row for row in KEPT if row.vjp])
+def test_a_tensor_that_stores_nothing_is_followed_all_the_same(row: Row) -> None:
+    dense = ms.MaskedTensor(torch.full((2, 3), torch.nan), False)
+    for layout, dim in zip(itertools.cycle(LAYOUTS), dims_of(row, 2), strict=False):
+        leaf = ms.masked_tensor(stored(dense, layout), requires_grad=True)
+
+        def total(x: Any, dim: Any = dim) -> ms.MaskedTensor:
+            return ms.sum(first_of(getattr(ms, row.name)(x, **given_of(row, dim))))
+
+        total(leaf).backward()
+        value, gradient = ms.value_and_grad(total)(leaf.detach())
+        assert value.tolist() == total(dense).tolist()
+        for found in (leaf.grad, gradient):
+            assert found.layout is leaf.layout
+            assert found.nnz == 0
+
+
+def test_what_meets_a_tensor_that_stores_nothing_has_gradients_of_zero() -> None:
+    dense = ms.MaskedTensor(torch.full((2, 3), torch.nan), False)
+    for layout in LAYOUTS:
+        weight = torch.ones(3, 2, requires_grad=True)
+        empty = stored(dense, layout)
+        ms.sum(empty @ weight).backward()
+        ms.sum(empty * weight.mT).backward()
+        ms.sum(ms.add(empty, weight.mT, policy="intersect")).backward()
+        assert weight.grad is not None
+        assert weight.grad.tolist() == [[0, 0]] * 3
+    one, other = (
+        ms.masked_tensor(ms.masked_tensor(given).to_sparse(), requires_grad=True)
+        for given in ([1.0, None], [None, 1.0])
+    )
+    ms.sum(one + other).backward()  # no cell is common
+    ms.sum(ms.add(one[1:], other[1:], policy="union")).backward()
+    assert (one.grad.tolist(), other.grad.tolist()) == ([None, None], [None, 1])
+
+
 def first_of(made: Any) -> Any:
     return made[0] if isinstance(made, tuple) else made
 
@@ -188,6 +265,15 @@ def test_a_product_with_a_strided_matrix_is_that_of_the_strided_tensors(row: Con
     close(leaf.grad.to_dense(), strided.grad, "product")
 
 
+def test_a_product_whose_terms_are_all_minus_zero_is_zero_in_every_layout() -> None:
+    """A sum begins at 0; torch's own of a single term does not."""
+    for dtype, (n, n_valid) in itertools.product((torch.float64, torch.float32), ((1, 1), (4, 1), (4, 3))):
+        valid = (torch.arange(n) < n_valid).expand(2, n)
+        dense = ms.MaskedTensor(torch.where(valid, -0.0, torch.nan).to(dtype), valid)
+        for tensor in (dense, *[stored(dense, layout) for layout in LAYOUTS]):
+            assert not (tensor @ torch.ones(n, 3, dtype=dtype)).to_tensor().signbit().any()
+
+
 CALLS = {
     "reshape": ((4, 12),), "view": ((48,),), "flatten": (), "ravel": (), "unflatten": (1, (2, 4)), "squeeze": (),
     "unsqueeze": (1,),
@@ -216,8 +302,11 @@ def test_a_move_takes_the_cells_along_or_says_to_make_the_tensor_strided(row: Mo
 @named([row for row in SLICED if isinstance(row, Fill | Ordering)])
 def test_what_is_valid_where_nothing_is_stored_is_refused(row: Row) -> None:
     sparse = ms.masked_tensor([[1.0, None], [2.0, 3.0]]).to_sparse()
+    given = given_of(row, None if row.name == "fill" else 1)
     with pytest.raises(MaskserveError, match=r"to_dense\(\)"):
-        getattr(ms, row.name)(sparse, **given_of(row, None if row.name == "fill" else 1))
+        getattr(ms, row.name)(sparse, **given)
+    with pytest.raises(MaskserveError, match=r"to_dense\(\)"):
+        ms.grad(lambda x: ms.sum(first_of(getattr(ms, row.name)(x, **given))))(sparse)
 
 
 def test_policy_strict_compares_valid_cells_and_not_patterns() -> None:

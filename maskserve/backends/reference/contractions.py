@@ -36,7 +36,8 @@ def product(a: Tensor, a_mask: Tensor | None, b: Tensor, b_mask: Tensor | None) 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """torch's product, in the dtype of the cells."""
     if a.shape[2] == 1:
-        return a * b  # matmul takes each matrix of a batch by itself
+        # matmul takes each matrix of a batch by itself; and a sum of -0 alone is 0, however few cells it has
+        return torch.addcmul(a.new_zeros(()), a, b)
     if torch.is_autocast_enabled(a.device.type):  # it would round cells to a half, and the way back would not know
         with torch.autocast(a.device.type, enabled=False):
             return times(a, b)

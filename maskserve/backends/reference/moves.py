@@ -211,7 +211,9 @@ def replaced(cells: Masked, source: Masked, place: Callable[[Tensor, Tensor], Te
     is_taken, at = at >= 0, at.clamp(min=0)
 
     def looked_up(own: Tensor, theirs: Tensor) -> Tensor:
-        return torch.where(is_taken, theirs.reshape(-1)[at].to(own.dtype), own) if theirs.numel() else own.clone()
+        if not theirs.numel():  # joined, own cells keep the history of none
+            return torch.cat([own.reshape(-1), theirs.reshape(-1).to(own.dtype)]).view(own.shape)
+        return torch.where(is_taken, theirs.reshape(-1)[at].to(own.dtype), own)
 
     data = looked_up(cells.data, source.data)
     reach = looked_up(cells.full_reach(), source.full_reach()) if asked(cells, source) else None
