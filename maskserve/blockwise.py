@@ -182,6 +182,7 @@ class Chain(NamedTuple):
     """Where it is plain, the last op's cells of those of the leaves: one call of torch after the other."""
     makes_new: bool
     """Whether the result is no view: the last function takes `out`. It may be a leaf as it is: conj_physical of real cells."""
+
     @staticmethod
     def of(ops: Sequence[Op], n_leaves: int) -> Chain:
         is_plain = all(step.is_plain and step.function for step in ops)
