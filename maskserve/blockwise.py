@@ -180,14 +180,14 @@ class Chain(NamedTuple):
     is_plain: bool
     calls: Callable[..., Tensor] | None
     """Where it is plain, the last op's cells of those of the leaves: one call of torch after the other."""
-    gives_own: bool
-    """Whether the result never lies in a leaf's memory: a function that takes `out` makes a new tensor without it."""
+    makes_new: bool
+    """Whether the result is no view: the last function takes `out`. It may be a leaf as it is: conj_physical of real cells."""
 
     @staticmethod
     def of(ops: Sequence[Op], n_leaves: int) -> Chain:
         is_plain = all(step.is_plain and step.function for step in ops)
         calls = calls_of(ops, n_leaves) if is_plain else None
-        return Chain(tuple(ops), is_plain, calls, gives_own=ops[-1].reuses is not None)
+        return Chain(tuple(ops), is_plain, calls, makes_new=ops[-1].reuses is not None)
 
 
 def calls_of(ops: Sequence[Op], n_leaves: int) -> Callable[..., Tensor]:
@@ -256,7 +256,7 @@ def spare(step: Op, between: Sequence[Tensor], leaves: Sequence[Cells]) -> list[
 
 
 def of_few(chain: Chain, data: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Cells | None:
-    """The cells of a plain stage that gives its own; None where an op refuses: which, and where it stands, at_once tells.
+    """The cells of a plain stage that makes new ones; None where they are a leaf's, or an op refuses: at_once knows what then.
 
     Where cells are few, what stands between the calls counts.
     """
@@ -265,6 +265,9 @@ def of_few(chain: Chain, data: Sequence[Tensor], masks: Sequence[Tensor | None])
         made = chain.calls(*data)
     except REFUSALS:
         return None
+    for own in data:
+        if made.data_ptr() == own.data_ptr():
+            return None
     mask = together(masks)
     if mask is None:
         return Cells(made, None)

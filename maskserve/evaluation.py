@@ -491,7 +491,7 @@ class Program(NamedTuple):
     """Whether torch broadcasts all leaves as they are."""
     is_small: bool
     are_few: bool
-    """Whether its cells are few, and in memory of their own."""
+    """Whether its cells are few, and made anew."""
 
 
 @lru_cache(maxsize=256)
@@ -523,7 +523,7 @@ def program(stage: Term) -> Program:
     chain, n_cells = Chain.of(ops, len(slots)), prod(stage.shape)
     return Program(
         leaves, chain, all(lies_along(axes, len(stage.shape)) for _, axes in leaves), n_cells <= blockwise.SMALL,
-        n_cells < blockwise.FEW and chain.gives_own,
+        n_cells < blockwise.FEW and chain.makes_new,
     )  # fmt: skip
 
 

@@ -254,7 +254,7 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
     assert isinstance(added, Elementwise)
     contracting.check_joins(row, made.data.shape, other.data.shape)
     sides = [c.data if c.mask is None and c.reach is None else MaskedTensor._of(*c) for c in (made, other)]
-    joined = elementwise(added, tuple(sides), None, None, {})
+    joined = elementwise(added, tuple(sides), masks.Policy.INTERSECT, None, {})
     return Masked(joined._data, joined._mask, joined._reach)
 
 
@@ -272,10 +272,13 @@ def loss(row: Loss, operands: tuple[Any, ...], params: dict[str, Any]) -> Masked
 
 @cache
 def implementation(row: Formula | Loss | Layer) -> Function:
-    """What computes a row that is made of other rows: it calls these functions."""
+    """What computes a row that is made of other rows: it calls these functions.
+
+    A policy is for the ops of an expression. A layer or a loss has a mask rule of its own, to which those inside hold.
+    """
     module, _, name = row.function.partition(":")
     found: Function = getattr(import_module(module), name)
-    return found
+    return found if isinstance(row, Formula) else masks.by_intersection(found)
 
 
 def unwrap(row: Row, tensor: Any, mask: Any, *, compact: bool = False) -> Operand:

@@ -17,6 +17,7 @@ from maskserve.attending import attended
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
 from maskserve.functions import public
 from maskserve.making import as_masked_tensor, operand
+from maskserve.ops.layouts import number
 from maskserve.sparse import refused
 from maskserve.tensor import MaskedTensor
 
@@ -148,10 +149,22 @@ def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepd
 
 def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "") -> MaskedTensor:
     """(..., n, cells) and (..., m, cells) -> (..., n, m), by way of all n * m differences."""
+    if compute_mode not in ("", *WAYS):
+        raise ParameterError(
+            f"cdist: compute_mode={compute_mode} must be one of {', '.join(WAYS)}",
+            parameter="compute_mode",
+            allowed=WAYS,
+        )
+    if not p >= 0:
+        raise ParameterError(f"cdist: p is {p}, and must be at least 0", parameter="p")
     one, other = operand(x1), operand(x2)
     if min(one.ndim, other.ndim) < 2 or one.shape[-1] != other.shape[-1]:
         raise ShapeError(f"cdist takes rows of as many cells: x1 has shape {tuple(one.shape)}, x2 {tuple(other.shape)}")
     return pairwise_distance(one.unsqueeze(-2), other.unsqueeze(-3), p, 0.0)
+
+
+WAYS = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
+"""torch's words for how it computes them; here all are one."""
 
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> MaskedTensor:
@@ -173,7 +186,7 @@ def embedding(
         raise UncoveredFunctionError(
             "embedding takes a plain table, and this one has a mask: table[index] gives rows with their masks"
         )
-    index = operand(input)
+    index, padding_idx = operand(input), row_of("embedding", padding_idx, weight)
     if index._data.is_floating_point() or index._data.is_complex() or index._data.dtype is torch.bool:
         raise DtypeError(f"embedding: indices are whole numbers, not {index.dtype}")
     valid = index.get_mask()
@@ -182,11 +195,25 @@ def embedding(
         raise DataError(
             f"embedding: an index is {int(index._data[wrong][0])}; the table has {len(weight)} rows, from 0"
         )
+    if not len(weight):
+        return as_masked_tensor(weight.new_zeros(*index.shape, *weight.shape[1:]), valid.unsqueeze(-1))
     rows = functional.embedding(
         torch.where(valid, index._data.long(), 0 if padding_idx is None else padding_idx), weight, padding_idx, max_norm,
         norm_type, scale_grad_by_freq, sparse,
     )  # fmt: skip
     return as_masked_tensor(rows, valid.unsqueeze(-1))
+
+
+def row_of(op: str, padding_idx: int | None, weight: Tensor) -> int | None:
+    """Which row of a table pads, from 0."""
+    if padding_idx is None:
+        return None
+    if not -len(weight) <= padding_idx < len(weight):
+        raise ParameterError(
+            f"{op}: padding_idx is {padding_idx}, and the table has {len(weight)} rows: give one of them, or leave it out",
+            parameter="padding_idx",
+        )
+    return padding_idx % len(weight)
 
 
 def embedding_bag(
@@ -205,11 +232,18 @@ def embedding_bag(
         raise ParameterError(f"embedding_bag: mode={mode} must be one of {', '.join(BAGS)}", parameter="mode")
     if per_sample_weights is not None and mode != "sum":
         raise ParameterError('embedding_bag: per_sample_weights are for mode="sum"', parameter="per_sample_weights")
-    if padding_idx is not None:
-        index = of_rows("mask", index, valid=index.get_data() != padding_idx % len(weight))
+    padding = row_of("embedding_bag", padding_idx, weight)
+    if padding is not None:
+        index = of_rows("mask", index, valid=index.get_data() != padding)
     rows = embedding(index, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse)
     if per_sample_weights is not None:
-        rows = of_rows("mul", rows, per_sample_weights.unsqueeze(-1))
+        weights = operand(per_sample_weights)
+        if weights.shape != index.shape:
+            raise ShapeError(
+                f"embedding_bag: per_sample_weights have shape {tuple(weights.shape)}, the indices {tuple(index.shape)}: give "
+                "one for each"
+            )
+        rows = of_rows("mul", rows, weights.unsqueeze(-1))
     return of_rows(BAGS[mode], rows, 1)
 
 
@@ -227,6 +261,10 @@ def diff(input: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any
         raise ParameterError(f"diff: n is {n}, and must be at least 0", parameter="n")
     if not x.ndim:
         raise ShapeError("diff takes cells along a dim; the input has none")
+    dim = number(dim, x.ndim)
+    if not n:
+        same: MaskedTensor = x.clone()  # without what comes before or after, as in torch
+        return same
     beside = [part for part in (prepend, x, append) if part is not None]
     x = of_rows("cat", [operand(part) for part in beside], dim) if len(beside) > 1 else x
     op = "logical_xor" if x.dtype is torch.bool else "sub"

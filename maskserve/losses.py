@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel
 from maskserve.dtypes import WIDENED
-from maskserve.errors import DataError, DtypeError, ShapeError
+from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError
 from maskserve.functions import elementwise, public
 from maskserve.making import as_masked_tensor, operand
 from maskserve.ops.parameters import Params
@@ -38,14 +38,18 @@ def compute(row: Loss, operands: tuple[Any, ...], said: dict[str, Any]) -> Maske
 
 
 def laid(row: Loss, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The operands: an own value for each row has a last dim of size 1."""
-    if not row.each_row:
-        return operands
-    at, shape = row.operands.index(row.each_row), operands[0].shape
-    rows = operands[at]
-    if isinstance(rows, int | float) or rows.shape == shape or rows.shape != shape[:-1]:
-        return operands
-    return (*operands[:at], rows.unsqueeze(-1), *operands[at + 1 :])
+    """The operands as tensors and numbers: an own value for each row has a last dim of size 1."""
+    given: list[Any] = [each if isinstance(each, int | float | Tensor) else operand(each) for each in operands]
+    if row.each_row:
+        at = row.operands.index(row.each_row)
+        if is_one_a_row(given[at], given[0]):
+            given[at] = given[at].unsqueeze(-1)
+    return tuple(given)
+
+
+def is_one_a_row(rows: Any, cells: Any) -> bool:
+    """Whether an operand lacks the last dim: of tensors, and of what is known of them before."""
+    return not isinstance(rows, int | float) and rows.shape != cells.shape and rows.shape == cells.shape[:-1]
 
 
 def of_cells(cells: Elementwise, operands: tuple[Any, ...], params: Params) -> MaskedTensor:
@@ -191,6 +195,8 @@ def of_triplets(row: Loss, operands: tuple[Any, ...], weight: Any, params: dict[
 
     Distances are compared, so all are over the coordinates that are valid in the three vectors.
     """
+    if not params["margin"] > 0:
+        raise ParameterError(f"{row.name}: margin is {params['margin']}, and must be above 0", parameter="margin")
     anchor, positive, negative = seen_together(row, operands)
     measure = {name: params[name] for name in ("p", "eps")}
     near, far = (public("pairwise_distance")(anchor, other, **measure) for other in (positive, negative))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from maskserve.compact import Compact, Mask, as_bools
 from maskserve.errors import MaskDtypeError, MaskMismatchError, MaskShapeError, ParameterError
 
 M = TypeVar("M", bound=Mask)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Policy(StrEnum):
@@ -36,6 +39,19 @@ def policy(name: str) -> Iterator[None]:
         yield
     finally:
         _policy.reset(token)
+
+
+def by_intersection(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, in which elementwise ops are valid where all operands are, whatever the policy is around it."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _policy.get() is Policy.INTERSECT:
+            return function(*args, **kwargs)
+        with policy(Policy.INTERSECT):
+            return function(*args, **kwargs)
+
+    return called
 
 
 def parse_policy(name: str | None) -> Policy:

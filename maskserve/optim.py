@@ -260,7 +260,21 @@ def clip_grad_norm_(
     foreach: bool | None = None,
 ) -> Tensor:
     """The norm of all specified gradients together, which are scaled down to `max_norm` where it is larger: torch's own."""
-    return torch.nn.utils.clip_grad_norm_(with_grads(parameters), max_norm, norm_type, error_if_nonfinite, foreach)
+    given = listed(parameters)
+    plain = with_grads(given)
+    if float(norm_type) >= 0:  # to which a 0 adds nothing
+        return torch.nn.utils.clip_grad_norm_(plain, max_norm, norm_type, error_if_nonfinite, foreach)
+    cells = [specified(param.grad) for param in given if param.grad is not None]
+    total = torch.nn.utils.get_total_norm([x for x in cells if x.numel()], norm_type, error_if_nonfinite, foreach)
+    torch.nn.utils.clip_grads_with_norm_(plain, max_norm, total, foreach)
+    return total
+
+
+def specified(grad: Tensor | MaskedTensor) -> Tensor:
+    """(n,): the cells of a gradient that are specified."""
+    if not isinstance(grad, MaskedTensor):
+        return grad.reshape(-1)
+    return grad._cells._data[grad._cells._full_mask()]
 
 
 def clip_grad_value_(
@@ -272,8 +286,11 @@ def clip_grad_value_(
 
 def with_grads(parameters: Tensor | MaskedTensor | Iterable[Tensor | MaskedTensor]) -> list[Tensor]:
     """The plain tensors whose gradients are those of the parameters, 0 where they are masked."""
-    given = [parameters] if isinstance(parameters, Tensor | MaskedTensor) else list(parameters)
-    return [leaf_of(param) if isinstance(param, MaskedTensor) else param for param in given]
+    return [leaf_of(param) if isinstance(param, MaskedTensor) else param for param in listed(parameters)]
+
+
+def listed(parameters: Tensor | MaskedTensor | Iterable[Tensor | MaskedTensor]) -> list[Tensor | MaskedTensor]:
+    return [parameters] if isinstance(parameters, Tensor | MaskedTensor) else list(parameters)
 
 
 # -- mixed precision ----------------------------------------------------------------------------------------------

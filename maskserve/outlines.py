@@ -201,14 +201,21 @@ def loss(row: Loss, given: Operands, params: Params) -> Outline:
     )  # fmt: skip
 
 
-def tensors_of(pair: Operands) -> Mapping[str, Any]:
-    return {word: given for word, given in pair.items() if not isinstance(given, int | float)}
+def laid_beside(row: Loss, pair: Operands) -> tuple[Shape, Dims | None, Mapping[str, Shape]]:
+    """(common shape, names of its dims, the dims that each operand's lie along): one value a row lies along all but the last."""
+    tensors = {word: given for word, given in pair.items() if not isinstance(given, int | float)}
+    cells, rows = pair[row.operands[0]], tensors.get(row.each_row)
+    if rows is None or not losses.is_one_a_row(rows, cells) or None not in (rows.dims, cells.dims):
+        return laid_together(row.name, tensors)
+    del tensors[row.each_row]
+    shape, dims, axes = laid_together(row.name, tensors)
+    return shape, dims, {**axes, row.each_row: axes["input"][:-1]}
 
 
 def losses_dims(row: Loss, pair: Operands) -> Dims | None:
     """The names of the losses' dims."""
     if row.cells is not None:
-        return laid_together(row.name, tensors_of(pair))[1]
+        return laid_beside(row, pair)[1]
     dims: Dims | None = pair["input"].dims
     return None if dims is None else without(dims, class_dim(dims))
 
@@ -224,8 +231,7 @@ def without(items: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
 def of_cells(row: Loss, pair: Operands, sides: Operands, params: Params) -> Losses:
     """Operands are laid beside each other as those of an elementwise op, and weights over them."""
     assert row.cells is not None
-    tensors = tensors_of(pair)
-    shape, dims, axes = laid_together(row.name, tensors)
+    shape, dims, axes = laid_beside(row, pair)
     over = Spread(shape, dims)
     axes = {**axes, **{name: laid_over(name, side, over) for name, side in sides.items()}}
     samples = {

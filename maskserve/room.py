@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from maskserve.errors import OutOfMemoryError
+from maskserve.cgroup import memory_limit
+from maskserve.errors import OutOfMemoryError, ParameterError
 
 RESULT_SHARE = 4
 """The part of the memory that a streamed result may take, to be held; a larger one is written as it comes."""
 MEGABYTE = 10**6
+WIDEST = 9
+"""The bytes of a float64 cell with its mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,3 +65,13 @@ def beyond(need: Need, allowed: int, would_do: int) -> OutOfMemoryError:
         f"{need.why}: that takes {megabytes(need.memory)} MB, and {allowed / MEGABYTE:g} MB are allowed; give --memory "
         f"{megabytes(would_do)}MB or more{need.instead}"
     )
+
+
+def check_room(op: str, n_cells: int, instead: str, parameter: str | None = None) -> None:
+    """Raise where a result of so many cells, which a parameter or one cell decides, is more than this machine holds."""
+    allowed = memory_limit() // WIDEST
+    if n_cells > allowed:
+        raise ParameterError(
+            f"{op}: the result would have {n_cells} cells, and the memory here holds {allowed}: {instead}",
+            parameter=parameter,
+        )

@@ -311,7 +311,7 @@ def test_blocks_cover_every_cell_once(shape: tuple[int, ...]) -> None:
     assert bool((seen == 1).all())
 
 
-@pytest.mark.parametrize("text", ["+x", "x + 0", "abs(x)"])
+@pytest.mark.parametrize("text", ["+x", "x + 0", "abs(x)", "conj_physical(x)", "-(-x)"])
 @pytest.mark.parametrize("mask", [None, torch.tensor([[True], [False], [True]])], ids=["none", "rows"])
 def test_a_result_of_few_cells_has_memory_of_its_own(text: str, mask: torch.Tensor | None) -> None:
     x = ms.as_masked_tensor(torch.tensor([[1.0], [torch.nan], [3.0]]).expand(3, 4), mask)
@@ -321,3 +321,18 @@ def test_a_result_of_few_cells_has_memory_of_its_own(text: str, mask: torch.Tens
     assert x.tolist()[0] == [1] * 4
     assert x.get_mask()[2].all()
     assert made.tolist()[::2] == [[7] * 4, [3, None, 3, 3]]
+
+
+def test_no_op_of_few_cells_gives_those_of_the_caller() -> None:
+    ones = {dtype: torch.ones(3, dtype=dtype) for dtype in (torch.bool, torch.int64, torch.float32, torch.complex64)}
+    mask = torch.tensor([True, False, True])
+    for row in OPS.values():
+        if not isinstance(row, Elementwise) or len(row.operands) > 1:
+            continue
+        for dtype, cells in ones.items():
+            try:
+                made = ms.eval(f"{row.name}(x)", x=ms.as_masked_tensor(cells, mask))
+            except MaskserveError:
+                continue
+            assert made._data.untyped_storage().data_ptr() != cells.untyped_storage().data_ptr(), (row.name, dtype)
+            assert bool(cells.to(torch.bool).all()), (row.name, dtype)

@@ -495,3 +495,29 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
 def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:
     with pytest.raises(MaskserveError, match=says):
         call(ms.masked_tensor(drawn(4, 6)))
+
+
+HALF = torch.tensor([[True, False, True, True]])
+UNDER_A_POLICY: dict[str, Callable[[MaskedTensor], Any]] = {
+    "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], torch.zeros(1, 1)),
+    "avg_pool": lambda x: F.avg_pool1d(x, 2, 1, 1),
+    "layer_norm": lambda x: F.layer_norm(x, (4,), torch.ones(4), torch.ones(4)),
+    "instance_norm": lambda x: F.instance_norm(x[None], weight=torch.ones(1), bias=torch.ones(1)),
+    "linear": lambda x: F.linear(x[:, 1:2], torch.ones(3, 1), torch.ones(3)),
+    "embedding_bag": lambda x: F.embedding_bag(
+        ms.masked_tensor(torch.tensor([[0, 1]]), HALF[:, :2]), torch.ones(3, 2), mode="sum",
+        per_sample_weights=torch.tensor([[2.0, 5.0]]),
+    ),
+    "diff": torch.diff,
+    "binary_cross_entropy": lambda x: F.binary_cross_entropy(x, torch.ones(1, 4), torch.full((4,), 3.0)),
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor([0]), torch.arange(1.0, 5.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", UNDER_A_POLICY.values(), ids=UNDER_A_POLICY.keys())
+def test_a_layer_keeps_its_own_mask_rule_under_a_policy(call: Callable[[MaskedTensor], Any]) -> None:
+    x = ms.masked_tensor(torch.tensor([[0.5, nan, 0.25, 1.0]]), HALF)
+    wanted = call(x).tolist()
+    for policy in ("union", "strict"):
+        with ms.policy(policy):
+            assert call(x).tolist() == wanted, policy

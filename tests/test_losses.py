@@ -267,6 +267,8 @@ def test_a_variance_may_be_one_a_row_as_in_torch(shape: tuple[int, ...] | None) 
     wanted = F.gaussian_nll_loss(x, target, var, reduction="none")
     made = F.gaussian_nll_loss(ms.masked_tensor(x), target, var, reduction="none")
     torch.testing.assert_close(made.get_data(), wanted)
+    said = ms.eval("gaussian_nll_loss(x * 1, t, v, reduction=none) + 0", x=x, t=target, v=torch.as_tensor(var))
+    torch.testing.assert_close(said.get_data(), wanted)
 
 
 def test_a_hidden_variance_below_0_raises_nothing() -> None:

@@ -492,3 +492,16 @@ def test_gradients_are_clipped_by_the_norm_of_those_that_are_specified() -> None
     assert optim.clip_grad_norm_(grown()[0], 9.0, norm_type=math.inf).item() == 3
     with pytest.raises(GradientError, match="does not require grad"):
         optim.clip_grad_norm_([ms.masked_tensor([1.0])], 1.0)
+
+
+@pytest.mark.parametrize("order", [-1.0, -math.inf, 2.0, math.inf])
+def test_a_norm_of_any_order_is_of_the_specified_cells(order: float) -> None:
+    x = ms.masked_tensor(torch.tensor([3.0, math.nan, 4.0]), torch.tensor([True, False, True]), requires_grad=True)
+    hidden = ms.masked_tensor(torch.ones(2), torch.zeros(2, dtype=torch.bool), requires_grad=True)
+    plain = torch.tensor([5.0], requires_grad=True)
+    ((x * x).sum() + plain.sum()).backward()
+    (hidden * 2).sum().backward()
+    cells = torch.tensor([6.0, 8.0, 1.0])
+    norm = optim.clip_grad_norm_([x, plain, hidden], 0.5, order)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(cells, order))
+    torch.testing.assert_close(x.grad.get_data()[x.grad.get_mask()], cells[:2] * min(0.5 / (float(norm) + 1e-6), 1))

@@ -175,8 +175,107 @@ def test_a_bag_without_padding_and_with_weights_is_torchs() -> None:
         (lambda x: torch.zeros(2, 4, 4).index_add(0, torch.tensor([0, 1]), x), r"source.to_tensor\(0\)"),
         (lambda x: F.one_hot(x.long()), r"m.get_mask\(\).unsqueeze\(-1\)"),
         (lambda x: F.embedding_bag(x.long().flatten(), torch.rand(9, 2), torch.tensor([0])), "from_lengths"),
+        (lambda x: F.interpolate(x[None], (2,)), "size is .2,.; it must be a whole number from 1 on, or 2"),
+        (lambda x: F.interpolate(x[None], (2, 2, 3)), "or 2 of them"),
+        (lambda x: F.interpolate(x[None], scale_factor=(2,)), "scale_factor is .2,.; it must be a finite number"),
+        *((lambda x, by=by: F.interpolate(x[None], scale_factor=by), "finite number from 0 on") for by in (-1, nan, inf)),
+        (lambda x: F.interpolate(x[None], scale_factor=0.1), "leaves no cell"),
+        (lambda x: F.interpolate(x[None], 2, mode="nearest", align_corners=False), "align_corners is for modes that mix"),
+        (lambda x: F.interpolate(x[None], 2, mode="area", antialias=True), "antialias is for modes that mix"),
+        (lambda x: F.interpolate(x[None], 2, recompute_scale_factor=True), "where size is given"),
+        (lambda x: F.interpolate(x[None][..., :0], 2, mode="area"), "no cells along the last 2"),
+        (lambda x: F.interpolate(x[None], 10**8), "the memory here holds"),
+        (lambda x: F.adaptive_avg_pool2d(x, (3,)), "output_size is .3,."),
+        (lambda x: F.adaptive_avg_pool2d(x, (3, 4, 5)), "or 2 of them"),
+        (lambda x: F.adaptive_avg_pool2d(x, 10**8), "the memory here holds"),
+        (lambda x: F.max_pool2d(x, (2, 2, 2)), "kernel_size is"),
+        (lambda x: F.max_pool2d(x, ()), "kernel_size is"),
+        (lambda x: F.max_pool2d(x, 2.5), "kernel_size is 2.5"),
+        (lambda x: F.max_pool2d(x, 2, (1, 2, 3)), "stride is"),
+        (lambda x: F.max_pool2d(x, 2, padding=-1), "padding is -1; it must be a whole number from 0"),
+        (lambda x: F.avg_pool2d(x, 2, padding=2), "at most half"),
+        (lambda x: torch.bincount(x.long() + 2**50), "the memory here holds"),
+        (lambda x: torch.bincount(x.long(), minlength=2**50), "the memory here holds"),
+        (lambda x: torch.histc(x, 10**13), "give fewer bins"),
+        (lambda x: torch.diff(x, dim=3), "dim 3 is out of range"),
+        *((lambda x, at=at: F.embedding_bag(x[0].long(), torch.rand(7, 2), padding_idx=at), "padding_idx is")
+          for at in (7, -8)),
+        (lambda x: F.embedding(x[0].long(), torch.rand(7, 2), padding_idx=7), "padding_idx is 7"),
+        (lambda x: F.embedding_bag(x[0].long(), torch.rand(0, 2), padding_idx=0), "the table has 0 rows"),
+        (lambda x: F.embedding_bag(x[0].long(), torch.rand(7, 2), mode="sum", per_sample_weights=[1.0]), "give one for each"),
+        (lambda x: torch.cdist(x, x, compute_mode="bogus"), "compute_mode=bogus must be one of"),
+        (lambda x: torch.cdist(x, x, p=-1.0), "at least 0"),
+        (lambda x: F.triplet_margin_loss(x, x, x, margin=-1.0), "above 0"),
     ],
 )  # fmt: skip
 def test_what_has_no_rule_says_what_to_do(call: Callable[[MaskedTensor], Any], says: str) -> None:
     with pytest.raises(MaskserveError, match=says):
         call(ms.masked_tensor(torch.rand(2, 4, 4)))
+
+
+SCALES: list[dict[str, Any]] = [
+    *({"size": n} for n in (1, 5, 7, 10, 63, 990)),
+    *(
+        {"scale_factor": by, "recompute_scale_factor": again}
+        for by in (0.3, 0.7, 1.1, 2.0, 2.3, 3)
+        for again in (None, True)
+    ),
+]
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.uint8], ids=str)
+def test_the_nearest_cell_is_torchs_for_every_size_and_dtype(dtype: torch.dtype, mode: str) -> None:
+    for n in (4, 7, 100):
+        for shape, scales in (((n,), SCALES), ((n, 4), SCALES[6:10])):
+            for options in scales:
+                cells = (torch.arange(torch.Size(shape).numel()) % 199).to(dtype).view(1, 1, *shape)
+                wanted = F.interpolate(cells, mode=mode, **options)
+                made = F.interpolate(ms.masked_tensor(cells), mode=mode, **options)
+                assert torch.equal(made.get_data(), wanted), (shape, options)
+
+
+def test_windows_of_many_sizes_are_torchs_and_made_at_once() -> None:
+    for shape, sizes in (((1, 5, 7), ((5, 7), (3, 2), (11, 4), (1, 14), (600, 500))), ((2, 3, 4, 5), ((2, 6, 5),))):
+        x = drawn(*shape)
+        n = len(sizes[0])
+        for size in sizes:
+            for name in ("max", "avg"):
+                pool = getattr(F, f"adaptive_{name}_pool{n}d")
+                close(pool(ms.masked_tensor(x), size).get_data(), pool(x, size))
+    x = drawn(1, 1, 5, 7)
+    close(
+        F.interpolate(ms.masked_tensor(x), (600, 500), mode="area").get_data(),
+        F.interpolate(x, (600, 500), mode="area"),
+    )
+    one = ms.masked_tensor([[1.0, None, 4.0]])
+    assert F.adaptive_max_pool1d(one, 5).tolist() == [[1, 1, None, 4, 4]]
+    assert F.adaptive_avg_pool1d(one, 2).tolist() == [[1, 4]]
+
+
+def test_a_kernel_far_larger_than_the_cells_holds_no_more_than_those() -> None:
+    x = drawn(1, 4, 5)
+    options = {"kernel_size": 100_001, "stride": 1, "padding": 50_000}
+    close(F.max_pool2d(ms.masked_tensor(x), **options).get_data(), F.max_pool2d(x, **options))
+    for n in (9, 10):
+        for options in (
+            {"kernel_size": n, "stride": 2, "padding": n // 2},
+            {"kernel_size": n, "stride": 3, "padding": n // 2, "ceil_mode": True},
+        ):
+            for name in ("max", "avg"):
+                pool = getattr(F, f"{name}_pool2d")
+                close(pool(ms.masked_tensor(x), **options).get_data(), pool(x, **options))
+    dilated = {"kernel_size": 9, "stride": 1, "padding": 4, "dilation": (1, 1)}
+    close(F.max_pool2d(ms.masked_tensor(x), **dilated).get_data(), F.max_pool2d(x, **dilated))
+
+
+def test_no_difference_is_a_copy_of_the_input_alone() -> None:
+    x = ms.masked_tensor([1.0, None, 4.0])
+    made = torch.diff(x, 0, prepend=torch.ones(1))
+    made[0] = 9.0
+    assert (made.tolist(), x.tolist()) == ([9, None, 4], [1, None, 4])
+
+
+def test_masked_indices_need_no_table() -> None:
+    none = ms.masked_tensor(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool))
+    assert F.embedding_bag(none, torch.rand(0, 3)).tolist() == [[None] * 3]

@@ -14,6 +14,7 @@ from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.products import scaled
 from maskserve.errors import DataError, ParameterError, ShapeError
 from maskserve.masks import intersection
+from maskserve.room import check_room
 
 Params = Mapping[str, Any]
 Outputs = tuple[tuple[Tensor, Tensor | None], ...]
@@ -114,6 +115,7 @@ def histc(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
         raise ParameterError("histc: bins must be at least 1, and min at most max", parameter="bins")
     if params["min"] == params["max"] and not bool(cells.isfinite().all()):
         raise DataError("histc: a valid cell is not finite, and so the range is not: give min and max")
+    check_room("histc", bins, "give fewer bins", "bins")
     wide = cells.float() if cells.itemsize < 4 else cells
     return ((torch.histc(wide, bins, params["min"], params["max"]).to(data.dtype), None),)
 
@@ -123,7 +125,9 @@ def bincount(data: Tensor, mask: Tensor | None, params: Params) -> Outputs:
     cells = valid_cells(data, mask)
     if bool((cells < 0).any()):
         raise DataError("bincount: a valid cell is below 0; unique with return_counts=True counts any values")
-    return ((torch.bincount(cells, minlength=params["minlength"]), None),)
+    length = max(params["minlength"], int(cells.max()) + 1 if cells.numel() else 0)
+    check_room("bincount", length, "unique with return_counts=True counts the values that there are")
+    return ((torch.bincount(cells, minlength=length), None),)
 
 
 def valid_cells(data: Tensor, mask: Tensor | None) -> Tensor:
