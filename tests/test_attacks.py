@@ -347,6 +347,29 @@ def test_what_is_loaded_and_saved_keeps_dims_coordinates_and_metadata(tmp_path: 
         ms.save(record, tmp_path / "again.safetensors")
 
 
+def test_save_refuses_what_load_would_and_keeps_the_file_that_is_there(tmp_path: Path) -> None:
+    path, x = tmp_path / "x.safetensors", m([[1.0, 2.0]], [[T, F]])
+    ms.save({"good": x}, path)
+    good = path.read_bytes()
+    bad: list[tuple[dict[Any, Any], dict[str, Any] | None, str]] = [
+        ({"x": x}, {"x": ("a", "a")}, "dims of x has a name twice"),
+        ({"x": x}, {"x": (1, 2)}, "dims of x must be a list of names"),
+        ({"x": x}, {"x": ("", "b")}, "dims of x must be a list of names"),
+        ({"x": x}, {"x": "ab"}, r"dims of x is 'ab'; give a name for each dim"),
+        ({"x": x}, {"x": 2}, r"dims of x is 2; give a name for each dim"),
+        ({"x": x}, {"rian": ("a", "b")}, "there is no tensor rian; the payload has x"),
+        ({"grad_output": x}, None, "no tensor to compute on"),
+        ({"a.coo_values": torch.ones(2)}, None, "a.coo_indices is missing"),
+        ({"a.crow_indices": torch.ones(2)}, None, "a.col_indices is missing"),
+        ({1: x}, None, "has the name 1, a int; a name is a str"),
+        ({"__metadata__": x}, None, "no tensor is called __metadata__"),
+    ]
+    for tensors, dims, message in bad:
+        with pytest.raises(MaskserveError, match=message):
+            ms.save(tensors, path, dims=dims, exists="replace")
+        assert path.read_bytes() == good
+
+
 def test_json_files_load() -> None:
     sales = ms.load(Path(__file__).parent.parent / "examples" / "sales.json")["data"]
     assert sales[2].tolist() == [None] * 4
