@@ -111,7 +111,7 @@ def save(
 
 
 def readable(outputs: Sequence[Output], metadata: Mapping[str, str]) -> Encoded:
-    """The payload of the outputs; what a reader would refuse is refused here, by the reader's own rules, before a byte is written."""
+    """The payload of the outputs, none that a reader would refuse: its own rules are applied before a byte is written."""
     made, head = encode(outputs, metadata), encode_header(in_order(outputs), metadata)
     resolve(parse_header(lambda offset, n: head[offset : offset + n], made.n_bytes))
     return made

@@ -464,6 +464,7 @@ def test_warming_takes_ops_and_shapes_by_name(maskserve: Maskserve) -> None:
         (("--ops", "summ"), "did you mean sum?"),
         (("--shapes", "3x0"), "such as 8192x8192"),
         (("--capability", "hopper"), "such as 9.0"),
+        *[(("--capability", of), f"capability is {of}, for which nothing") for of in ("1.0", "8.8", "9.1", "99.9")],
     ):
         ran = maskserve("warmup", *words)
         assert (ran.code, says in ran.err) == (2, True), ran.err
