@@ -51,6 +51,11 @@ def opened(source: Source) -> Payload:
     """
     if isinstance(source, Buffer):
         return BytesPayload(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ParameterError(
+            f"a payload is read from a path or from bytes; given a {type(source).__name__}: call it for each payload",
+            parameter="source",
+        )
     payload = open_any(source)
     for note in getattr(payload, "notes", ()):
         warnings.warn(f"{os.fspath(source)}: {note}", ConversionWarning, stacklevel=3)

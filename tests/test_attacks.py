@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import maskserve as ms
@@ -368,6 +369,24 @@ def test_save_refuses_what_load_would_and_keeps_the_file_that_is_there(tmp_path:
         with pytest.raises(MaskserveError, match=message):
             ms.save(tensors, path, dims=dims, exists="replace")
         assert path.read_bytes() == good
+
+
+def test_what_reads_one_payload_says_so_of_folders_patterns_and_lists(tmp_path: Path) -> None:
+    calls: list[Callable[[Any], Any]] = [ms.load, lambda source: ms.compute("reduce", source, op="sum")]
+    for call in calls:
+        for source, message in (
+            (tmp_path, "is a folder, and one file is read here: name one of it"),
+            (tmp_path / "*.safetensors", "a pattern is not read here: name one file"),
+            ([tmp_path], "read from a path or from bytes; given a list"),
+        ):
+            with pytest.raises(MaskserveError, match=message):
+                call(source)
+
+
+def test_the_only_variable_taken_as_the_mask_is_named(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"data": torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(MaskserveError, match=r"no tensor to compute on.*; data was taken as the mask"):
+        ms.compute("reduce", tmp_path / "x.safetensors", op="mean", mask="data")
 
 
 def test_json_files_load() -> None:

@@ -6,9 +6,9 @@ import ast
 import errno
 import json
 import os
-import subprocess
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 

@@ -470,6 +470,13 @@ def test_warming_takes_ops_and_shapes_by_name(maskserve: Maskserve) -> None:
         assert (ran.code, says in ran.err) == (2, True), ran.err
 
 
+def test_a_worker_number_that_is_none_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch, StandIn(2)):
+        for said, device in (("1", "cpu:1"), ("two", "cpu:0"), ("-1", "cpu:0"), ("", "cpu:0")):
+            monkeypatch.setenv("MASKSERVE_WORKER", said)
+            assert device_of("cuda") == device
+
+
 def test_uses_have_every_kind_of_slices_with_a_mask_and_without() -> None:
     found = warming.uses("cpu", [dtypes.f32, dtypes.i8], [OPS["sum"], OPS["softmax"]])
     folds = {use.plan.fold for use in found if use.plan.row is OPS["sum"]}
