@@ -28,6 +28,8 @@ Whole = Callable[[], Given]
 InParts = Callable[[int], Iterator[Result | Streamed]]
 SHARES = (2, 8, 32)
 """The parts of a device's free memory in which a step is tried, one after the other, that it has not as a whole."""
+LEAST_ROOM = 1 << 17
+"""Bytes below which parts cost more in calls than anybody waits for: a room of none was a call for each cell."""
 
 
 def given(step: Step, request: Request, payload: Payload, variables: Variables, memory: int | None) -> Given:
@@ -64,7 +66,7 @@ def on_its_device(step: Step, whole: Whole, in_parts: InParts, memory: int | Non
 
 
 def rooms(step: Step, free: int, memory: int | None) -> Iterator[int | None]:
-    """The bytes in which a step is tried on its device, one after the other; None: as a whole. No room, no try."""
+    """The bytes in which a step is tried on its device, one after the other; None: as a whole. Little room, no try."""
     bound = inf if memory is None else memory
     if step.bytes_in_memory <= min(free, bound):
         yield None
@@ -72,7 +74,7 @@ def rooms(step: Step, free: int, memory: int | None) -> Iterator[int | None]:
         return
     for share in SHARES:
         room = int(min(free // share, bound))
-        if step.need is None or step.need.memory <= room:
+        if room >= (LEAST_ROOM if step.need is None else step.need.memory):
             yield room
 
 

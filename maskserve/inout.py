@@ -17,13 +17,14 @@ from maskserve.making import as_masked_tensor
 from maskserve.opening import open_any
 from maskserve.ops import verbs
 from maskserve.payload.files import EXISTS, Exists, StrPath
-from maskserve.payload.format import Buffer, BytesPayload, Output, Payload, encode
+from maskserve.payload.format import Buffer, BytesPayload, Encoded, Output, Payload, encode, encode_header, parse_header
 from maskserve.payload.format import save as save_bytes
 from maskserve.payload.held import refuse_other_masks
 from maskserve.payload.metadata import KEY_DIMS, KEY_MASKS, KEY_MEANS, KEY_SHAPES, Means, answer_metadata, with_shapes
 from maskserve.payload.tensors import load as load_parts
 from maskserve.payload.tensors import load_sparse, output, sparse_outputs
-from maskserve.payload.variables import MASK, MaskKind, Variable, resolve
+from maskserve.payload.variables import MASK, MaskKind, Variable, resolve, unknown
+from maskserve.payload.writing import in_order
 from maskserve.requests import build
 from maskserve.sparse import SparseTensor
 from maskserve.tensor import MaskedTensor
@@ -50,6 +51,11 @@ def opened(source: Source) -> Payload:
     """
     if isinstance(source, Buffer):
         return BytesPayload(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ParameterError(
+            f"a payload is read from a path or from bytes; given a {type(source).__name__}: call it for each payload",
+            parameter="source",
+        )
     payload = open_any(source)
     for note in getattr(payload, "notes", ()):
         warnings.warn(f"{os.fspath(source)}: {note}", ConversionWarning, stacklevel=3)
@@ -91,7 +97,7 @@ def save(
     exists: what to do where the file is there already: "error", "replace" or "skip" (then the result is False).
     """
     check_save(tensors, path, exists)
-    named = {name: tuple(words) for name, words in (dims or getattr(tensors, "dims", {})).items() if name in tensors}
+    named = named_dims(tensors, dims)
     outputs: list[Output] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for name, given in tensors.items():
@@ -105,9 +111,15 @@ def save(
             continue
         outputs += tensor_outputs(name, tensor, is_coordinate=named.get(name) == (name,))
     kept = dict(metadata if metadata is not None else getattr(tensors, "metadata", {}))
-    return save_bytes(
-        path, encode(outputs, with_shapes(answer_metadata(kept, named, None, version()), shapes)), exists=exists
-    )
+    written = with_shapes(answer_metadata(kept, named, None, version()), shapes)
+    return save_bytes(path, readable(outputs, written), exists=exists)
+
+
+def readable(outputs: Sequence[Output], metadata: Mapping[str, str]) -> Encoded:
+    """The payload of the outputs, none that a reader would refuse: its own rules are applied before a byte is written."""
+    made, head = encode(outputs, metadata), encode_header(in_order(outputs), metadata)
+    resolve(parse_header(lambda offset, n: head[offset : offset + n], made.n_bytes))
+    return made
 
 
 def tensor_outputs(name: str, tensor: MaskedTensor, *, is_coordinate: bool) -> list[Output]:
@@ -138,10 +150,28 @@ def check_save(tensors: Mapping[str, Any], path: StrPath, exists: Exists) -> Non
             f"{os.fspath(path)}: save writes safetensors; name it .safetensors, and convert_file makes others of it"
         )
     for name in tensors:
+        if not isinstance(name, str):
+            raise ParameterError(
+                f"tensors has the name {name!r}, a {type(name).__name__}; a name is a str", parameter="tensors"
+            )
         if name == MASK or name.rpartition(".")[2] in tuple(MaskKind):
             raise ParameterError(
                 f"{name!r} is the name of a mask in a payload; call the tensor something else", parameter="tensors"
             )
+
+
+def named_dims(tensors: Mapping[str, Any], dims: Dims | None) -> dict[str, tuple[str, ...]]:
+    """The names of dims by tensor, as they are given, else as `load` found them."""
+    if dims is None:
+        return {name: words for name, words in getattr(tensors, "dims", {}).items() if name in tensors}
+    for name, words in dims.items():
+        if name not in tensors:
+            raise unknown(str(name), tensors, parameter="dims")
+        if isinstance(words, str) or not isinstance(words, Sequence):
+            raise ParameterError(
+                f"dims of {name} is {words!r}; give a name for each dim, such as ('time', 'lat')", parameter="dims"
+            )
+    return {name: tuple(words) for name, words in dims.items()}
 
 
 def check_dims(name: str, tensor: MaskedTensor, words: tuple[str, ...] | None) -> None:

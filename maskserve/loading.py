@@ -75,6 +75,12 @@ WORKER = "MASKSERVE_WORKER"
 """The variable by which a worker process knows its number among its fellows: they share the GPUs."""
 
 
+def worker_number() -> int:
+    """The number of this worker among its fellows; 0 in a process that is none, whatever else the variable holds."""
+    said = os.environ.get(WORKER, "")
+    return int(said) if re.fullmatch("[0-9]{1,9}", said) else 0
+
+
 def device_of(word: str) -> str:
     """A device torch can compute on, by its own name: "cuda" is any GPU, "auto" too, or the CPU where there is none.
 
@@ -90,7 +96,7 @@ def device_of(word: str) -> str:
         return word
     if word != AUTO and not DEVICE.fullmatch(word):
         raise DeviceError(f"device {word[:64]!r} is not known: give auto, cpu, cuda or cuda:N", parameter="device")
-    index = int(word.partition(":")[2] or int(os.environ.get(WORKER, 0)) % max(len(names), 1))
+    index = int(word.partition(":")[2] or worker_number() % max(len(names), 1))
     if index >= len(names):
         raise DeviceError(
             f"device {word} is not there: torch sees {len(names)} GPUs; give auto or cpu", parameter="device"

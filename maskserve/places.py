@@ -16,17 +16,20 @@ from maskserve.payload.header import shown
 from maskserve.stores.addresses import is_address, parse
 
 
-def expanded(paths: Sequence[str], tell: Callable[[str], None] | None = None) -> list[str]:
+def expanded(
+    paths: Sequence[str], tell: Callable[[str], None] | None = None, *, takes_pipes: bool = False
+) -> list[str]:
     """Paths with each folder or pattern, on disk or of a store, replaced by the files or objects that it means, sorted.
 
-    With `tell`, what has no suffix of data is passed over below a folder, and told of.
+    With `tell`, what has no suffix of data is passed over below a folder, and told of. A pipe among them is an error,
+    but for who takes them and says so of each.
     """
     found: list[str] = []
     for path in paths:
-        if tell is not None and means_what_is_below(path):
-            found += data_below(path, tell)
-        else:
-            found += meant(path)
+        below = data_below(path, tell) if tell is not None and means_what_is_below(path) else meant(path, tell)
+        if not takes_pipes and below != [path]:
+            refuse_pipes(below)
+        found += below
     return found
 
 
@@ -38,16 +41,25 @@ def one(path: str) -> str:
             f"{shown(path)} means {len(found)} files, and one is read: name it, such as {shown(found[0])}",
             parameter="FILE",
         )
+    if found != [path]:
+        refuse_pipes(found)
     return found[0]
 
 
-def meant(path: str) -> list[str]:
+def refuse_pipes(found: Sequence[str]) -> None:
+    """Raise where one of the files that a folder or a pattern means is a pipe or a device."""
+    for path in found:
+        if not is_address(path):
+            folders.refuse_pipes(path)
+
+
+def meant(path: str, tell: Callable[[str], None] | None = None) -> list[str]:
     """The files or objects that a path means, sorted; one that is no folder and no pattern is itself."""
     if is_address(path):
         from maskserve.stores import listing
 
         return listing.meant(path)
-    return folders.meant(path)
+    return folders.meant(path, tell)
 
 
 def means_what_is_below(path: str) -> bool:
@@ -57,7 +69,7 @@ def means_what_is_below(path: str) -> bool:
 
 def data_below(path: str, tell: Callable[[str], None]) -> list[str]:
     """The files or objects below a folder that may hold tensors; at least one."""
-    found = list(folders.of_data(path, meant(path), tell))
+    found = list(folders.of_data(path, meant(path, tell), tell))
     if not found:
         raise InputNotFoundError(f"{shown(path)} has no file of a format that is read; name one, or give a pattern")
     return found

@@ -163,6 +163,13 @@ def word(given: object) -> str:
     return given
 
 
+def device(given: object) -> str:
+    """Any text: who opens the device knows which there are, and says so of no text too."""
+    if not isinstance(given, str):
+        raise ValueError("a word")
+    return given
+
+
 def one_of(*words: str) -> Callable[[object], str]:
     """A reader of one of these words."""
 
@@ -232,7 +239,7 @@ HOST = re.compile(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]")
 HOSTS = "names of hosts without ports, such as maskserve.example.org,10.1.2.3"
 
 ROWS = (
-    Row(name="device", default="auto", help="where to compute: auto, cpu, cuda or cuda:N", parse=word),
+    Row(name="device", default="auto", help="where to compute: auto, cpu, cuda or cuda:N", parse=device),
     Row(name="threads", default=0, help="threads to compute with; 0: the CPUs that this process may use", parse=whole),
     Row(
         name="memory", default=0, parse=memory,

@@ -16,7 +16,7 @@ from torch import Tensor
 from maskserve import engine, execution
 from maskserve.backends import Puller
 from maskserve.backends.triton import TritonBackend
-from maskserve.backends.triton_ahead import compile_ahead
+from maskserve.backends.triton_ahead import check_capability, compile_ahead
 from maskserve.backends.triton_launches import Call, recording
 from maskserve.backends.triton_tables import missing
 from maskserve.devices import Dims, Shape, plans
@@ -116,8 +116,9 @@ def launches(use: Use) -> list[Call]:
     return calls
 
 
-def with_kernels(found: Iterable[Use]) -> list[Use]:
-    """Those of the uses that a device has kernels for; BackendError where no triton is there to compile them."""
+def with_kernels(found: Iterable[Use], capability: int) -> list[Use]:
+    """Those of the uses that such a device has kernels for; BackendError where no triton is there to compile them."""
+    check_capability(capability)
     reason = missing()
     if reason is not None:
         raise BackendError(f"nothing can be compiled ahead: {reason}", parameter="backend")

@@ -132,6 +132,8 @@ there is none.
 - **Variables** by name; a payload's only one is also `x`. `--let w=blk.0.w` (repeatable) names a tensor whose own name is
   no word. Coordinates may be named too. At most {names}.
 - **Numbers**: `2`, `.5`, `1e-3`; finite, whole ones at most {most_int}. Among themselves they are float64: `9**9**9` is inf.
+- **Integers wrap** in `+ - * **` beyond int64, as torch's do, while a sum or product along dims beyond it is an error:
+  `x * 1.0` makes floats, and so does `sum(x, dtype=f64)`.
 - **Operators**: `{signs}`, in Python's order (`**` from the right, one comparison at a time):
 
 | tightest first |

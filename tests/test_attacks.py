@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import maskserve as ms
@@ -345,6 +346,47 @@ def test_what_is_loaded_and_saved_keeps_dims_coordinates_and_metadata(tmp_path: 
         ms.save({"x": torch.ones(2, 2)}, tmp_path / "x", dims={"x": ("a",)})
     with pytest.raises(MaskserveError, match="exists"):
         ms.save(record, tmp_path / "again.safetensors")
+
+
+def test_save_refuses_what_load_would_and_keeps_the_file_that_is_there(tmp_path: Path) -> None:
+    path, x = tmp_path / "x.safetensors", m([[1.0, 2.0]], [[T, F]])
+    ms.save({"good": x}, path)
+    good = path.read_bytes()
+    bad: list[tuple[dict[Any, Any], dict[str, Any] | None, str]] = [
+        ({"x": x}, {"x": ("a", "a")}, "dims of x has a name twice"),
+        ({"x": x}, {"x": (1, 2)}, "dims of x must be a list of names"),
+        ({"x": x}, {"x": ("", "b")}, "dims of x must be a list of names"),
+        ({"x": x}, {"x": "ab"}, r"dims of x is 'ab'; give a name for each dim"),
+        ({"x": x}, {"x": 2}, r"dims of x is 2; give a name for each dim"),
+        ({"x": x}, {"rian": ("a", "b")}, "there is no tensor rian; the payload has x"),
+        ({"grad_output": x}, None, "no tensor to compute on"),
+        ({"a.coo_values": torch.ones(2)}, None, "a.coo_indices is missing"),
+        ({"a.crow_indices": torch.ones(2)}, None, "a.col_indices is missing"),
+        ({1: x}, None, "has the name 1, a int; a name is a str"),
+        ({"__metadata__": x}, None, "no tensor is called __metadata__"),
+    ]
+    for tensors, dims, message in bad:
+        with pytest.raises(MaskserveError, match=message):
+            ms.save(tensors, path, dims=dims, exists="replace")
+        assert path.read_bytes() == good
+
+
+def test_what_reads_one_payload_says_so_of_folders_patterns_and_lists(tmp_path: Path) -> None:
+    calls: list[Callable[[Any], Any]] = [ms.load, lambda source: ms.compute("reduce", source, op="sum")]
+    for call in calls:
+        for source, message in (
+            (tmp_path, "is a folder, and one file is read here: name one of it"),
+            (tmp_path / "*.safetensors", "a pattern is not read here: name one file"),
+            ([tmp_path], "read from a path or from bytes; given a list"),
+        ):
+            with pytest.raises(MaskserveError, match=message):
+                call(source)
+
+
+def test_the_only_variable_taken_as_the_mask_is_named(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"data": torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(MaskserveError, match=r"no tensor to compute on.*; data was taken as the mask"):
+        ms.compute("reduce", tmp_path / "x.safetensors", op="mean", mask="data")
 
 
 def test_json_files_load() -> None:

@@ -83,7 +83,7 @@ def test_a_slip_is_found_before_any_work(
     assert ran.code == code
     assert says in ran.err
     assert len([line for line in ran.err.splitlines() if "matches nothing" not in line]) == 1
-    assert not (job.parent / "out").exists()
+    assert not list((job.parent / "out").rglob("part-*")), "no input is listed as failed"
 
 
 @pytest.mark.parametrize("word", ["x", "requst.op=max", "=3", "request=3"])
@@ -398,3 +398,11 @@ def wait_for_outputs(folder: Path) -> None:
             return
         time.sleep(0.005)
     raise AssertionError("no output in a minute")
+
+
+def test_a_device_that_is_not_there_ends_a_job_before_any_work(job: Path) -> None:
+    job.write_text(job.read_text().replace('verb = "reduce"', 'verb = "reduce"\ndevice = "cuda:7"'))
+    ended = batch(job.parent)
+    assert ended.code == 78
+    assert ended.err.startswith("maskserve: device cuda:7 is not there: torch sees ")
+    assert not list((job.parent / "out").rglob("part-*")), "no input is listed as failed"

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,45 @@ def test_a_pipe_in_a_folder_is_not_waited_for(maskserve: Maskserve, path: str) -
     os.mkfifo("days/1.safetensors")
     ran = maskserve("reduce", "--op", "sum", path)
     expected = "maskserve: days/1.safetensors is a FIFO; a folder or a pattern means regular files"
-    assert (ran.code, one_line(ran)) == (74, expected)
+    assert (ran.code, one_line(ran)) == (2, expected)
+    ran = maskserve("validate", path)
+    assert (ran.code, ran.text.splitlines()) == (
+        2,
+        [
+            "days/0.safetensors: ok, 1 variable",
+            "days/1.safetensors: is a FIFO; a folder or a pattern means regular files",
+        ],
+    )
+
+
+def test_each_file_of_a_folder_is_read_once_whatever_links_there_are(maskserve: Maskserve) -> None:
+    """By its own name; two hard links are two files, and a link to a file elsewhere is one."""
+    days("days/b.safetensors", "days/deep/c.safetensors", "other.safetensors")
+    Path("days/a.safetensors").symlink_to("b.safetensors")
+    for name in ("days/o1.safetensors", "days/o2.safetensors"):
+        Path(name).symlink_to("../other.safetensors")
+    os.link("days/b.safetensors", "days/hard.safetensors")
+    for i in range(24):  # 2^24 ways lead through these
+        Path(f"days/deep{i}").mkdir()
+        for name in ("left", "right"):
+            Path(f"days/deep{i}/{name}").symlink_to(f"../deep{(i + 1) % 24}")
+    for path in ("days", "days/**/*.safetensors"):
+        ran = maskserve("reduce", "--op", "count", path)
+        assert ran.text == "4\n", ran.err
+        assert "days/a.safetensors and " in ran.err
+        assert "more: a link to what is read by its own name" in ran.err
+
+
+def test_folders_of_any_depth_are_read(maskserve: Maskserve) -> None:
+    here = os.getcwd()
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    days("x.safetensors")
+    os.chdir(here)
+    ran = maskserve("reduce", "--op", "count", "d")
+    subprocess.run(["rm", "-r", "d"], check=True)  # shutil, by which pytest would, takes a call a level too
+    assert ran.text == "1\n"
 
 
 def test_a_command_that_reads_one_file_takes_the_only_one_that_a_folder_has(maskserve: Maskserve) -> None:

@@ -269,6 +269,17 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(monkeypatch: pytest.Mon
         assert answered(verb, words, "cuda") == answered(verb, words, "cpu")
 
 
+def test_a_full_device_refuses_at_once_what_could_be_read_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room of a few bytes would be a call for each cell: minutes for what the CPU does in a second."""
+    for free in (0, 1000, 100_000):
+        for verb, words in (("mask", {"inside": "-1,1"}), ("reduce", {"op": "sum", "dim": "1"})):
+            with (
+                standing_in(monkeypatch, StandIn(free=free)),
+                pytest.raises(OutOfMemoryError, match="as a whole or in parts; give device=cpu"),
+            ):
+                answered(verb, words | {"tensor": ["x"]}, "cuda")
+
+
 def test_a_device_without_room_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
     with standing_in(monkeypatch, StandIn(free=1000, room=10)), running(max_body=8 << 20) as service:
         check_problem(service.post("/v1/reduce?op=median&dim=1&device=cuda", sample_payload()), 503, "out_of_memory")
@@ -453,9 +464,17 @@ def test_warming_takes_ops_and_shapes_by_name(maskserve: Maskserve) -> None:
         (("--ops", "summ"), "did you mean sum?"),
         (("--shapes", "3x0"), "such as 8192x8192"),
         (("--capability", "hopper"), "such as 9.0"),
+        *[(("--capability", of), f"capability is {of}, for which nothing") for of in ("1.0", "8.8", "9.1", "99.9")],
     ):
         ran = maskserve("warmup", *words)
         assert (ran.code, says in ran.err) == (2, True), ran.err
+
+
+def test_a_worker_number_that_is_none_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch, StandIn(2)):
+        for said, device in (("1", "cpu:1"), ("two", "cpu:0"), ("-1", "cpu:0"), ("", "cpu:0")):
+            monkeypatch.setenv("MASKSERVE_WORKER", said)
+            assert device_of("cuda") == device
 
 
 def test_uses_have_every_kind_of_slices_with_a_mask_and_without() -> None:

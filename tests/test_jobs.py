@@ -92,6 +92,12 @@ def jobs_of(service: Running) -> Jobs:
 # -- the way of a job -------------------------------------------------------------------------------------------------
 
 
+def test_a_job_says_on_which_device_it_is_computed(service: Running) -> None:
+    accepted = service.post(f"{MEAN}&device=cpu", QUESTION, prefer="respond-async").json()
+    assert accepted["request"] == {"op": "mean", "dim": [0], "device": "cpu"}
+    assert ended(service, accepted["links"]["self"])["request"] == accepted["request"]
+
+
 def test_a_job_is_told_of_from_its_202_to_its_result(service: Running) -> None:
     response = service.post(MEAN, QUESTION, prefer="respond-async")
     assert response.status_code == 202

@@ -181,7 +181,7 @@ def timeout_of(headers: Headers, most_s: float) -> float:
         return most_s
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", asked) or float(asked) == 0:
         raise ParameterError(
-            "X-Request-Timeout must be a number of seconds above 0, such as 30", parameter="X-Request-Timeout"
+            "X-Request-Timeout must be seconds above 0 as digits, such as 30 or 0.5", parameter="X-Request-Timeout"
         )
     return min(float(asked), most_s)
 

@@ -16,7 +16,7 @@ from maskserve.payload.header import shown
 from maskserve.payload.held import HeldPayload
 from maskserve.payload.metadata import KEY_HISTORY
 from maskserve.payload.variables import Variable, Variables, resolve
-from maskserve.places import expanded
+from maskserve.places import expanded, refuse_pipes
 from maskserve_cli import exits, inputs, outputs
 from maskserve_cli.command import AsJson, Config, Files, one_file, settings_of
 from maskserve_cli.exits import say
@@ -303,8 +303,8 @@ def validate(files: Files = None, as_json: AsJson = False, config: Config = None
         raise ParameterError("validate needs a FILE; - is stdin", parameter="FILE")
     limits = inputs.limits_of(settings_of(config))
     codes = set()
-    for path in expanded(files, say):
-        found = verdict(path, limits)
+    for path in expanded(files, say, takes_pipes=True):
+        found = verdict(path, limits, is_spelled=path in files)
         codes.add(found.exit)
         line = json.dumps(asdict(found), ensure_ascii=False) if as_json else f"{found.file}: {found.message}"
         outputs.write_text([line])
@@ -313,10 +313,12 @@ def validate(files: Files = None, as_json: AsJson = False, config: Config = None
         raise typer.Exit(exits.BAD_DATA if exits.BAD_DATA in codes else min(codes))
 
 
-def verdict(path: str, limits: Limits) -> Verdict:
-    """What is found in the bytes of one file, all masks included."""
+def verdict(path: str, limits: Limits, *, is_spelled: bool) -> Verdict:
+    """What is found in the bytes of one file, all masks included; a pipe that nobody spelled is not waited for."""
     title = inputs.title(path)
     try:
+        if not is_spelled:
+            refuse_pipes([path])
         with inputs.read(path, limits) as payload:
             variables = resolve(payload.header)
             check_cells(payload, variables)

@@ -50,7 +50,7 @@ def warmup(
     sm = number_of(capability) if capability else None
     where = CPU if sm is not None else device_of(device)
     asked = warming.uses(where, words(dtypes, parse), words(ops, find), words(shapes, shape_of))
-    found = asked if sm is None else warming.with_kernels(asked)
+    found = asked if sm is None else warming.with_kernels(asked, sm)
     done: list[Warmed] = []
     with progress("warming up", len(found), "uses") as tick:
         for use in found:

@@ -10,10 +10,12 @@ import torch
 
 from maskserve.backends.triton_launches import LAUNCH, Call
 from maskserve.backends.triton_tables import interprets, kernels
-from maskserve.errors import BackendError
+from maskserve.errors import BackendError, ParameterError
 
 CAPABILITIES = (80, 90)
 """A100 and its kin, H100 and its kin."""
+COMPILED_FOR = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+"""Those for which Triton 3.7 made machine code of a sum; for a kind that it does not know, its compiler ends the process."""
 
 
 class StandIn:
@@ -47,6 +49,16 @@ def instead_of_a_device(capability: int) -> Iterator[None]:
         yield
     finally:
         driver.set_active(before)
+
+
+def check_capability(capability: int) -> None:
+    """Raises ParameterError where no machine code can be made for it."""
+    if capability not in COMPILED_FOR:
+        known = ", ".join(f"{of // 10}.{of % 10}" for of in COMPILED_FOR)
+        raise ParameterError(
+            f"capability is {capability // 10}.{capability % 10}, for which nothing is compiled; it must be one of {known}",
+            parameter="capability",
+        )
 
 
 def compile_ahead(calls: Iterable[Call], capability: int) -> list[Any]:

@@ -8,9 +8,13 @@ from dataclasses import replace
 
 from maskserve.batch.job import Job
 from maskserve.batch.work import Block
+from maskserve.errors import DeviceError, SettingsError
 from maskserve.executors import LOCAL, Executor
 from maskserve.on_ray.cluster import Joining, fixed, joined
 from maskserve.processes import Processes
+
+AUTO, CPU = "auto", "cpu"
+"""Words for devices that every machine has."""
 
 
 @contextmanager
@@ -30,3 +34,16 @@ def device_of(job: Job, device: str) -> str:
     """Where blocks are computed, unless the request says so; on a cluster the same on every node."""
     said = str(job.words.get("device", device))
     return said if job.engine == LOCAL else fixed(said)
+
+
+def check_device(job: Job, device: str) -> None:
+    """SettingsError where this machine lacks the device; what is computed on a cluster is looked for there."""
+    word = str(job.words.get("device", device))
+    if job.engine != LOCAL or word in (AUTO, CPU):
+        return
+    from maskserve.loading import device_of as found  # torch, which the CPU alone is named without
+
+    try:
+        found(word)
+    except DeviceError as error:
+        raise SettingsError(error.message, parameter="device") from None

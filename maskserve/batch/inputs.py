@@ -68,7 +68,7 @@ def find(paths: tuple[str, ...], list_file: str, tell: Callable[[str], None], kn
     """
     found: dict[str, str] = {}
     for path in paths:
-        matches = list(matching_objects(path, known) if is_address(path) else matching(path))
+        matches = list(matching_objects(path, known) if is_address(path) else matching(path, tell))
         if means_what_is_below(path):
             matches = list(of_data(path, matches, tell))
         if not matches:

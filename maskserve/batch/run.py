@@ -191,6 +191,7 @@ class Runner:
 
     def work(self, plan: Plan, progress: Progress) -> None:
         """Passes over what is to do, each over what the last one left, until no failure is left that may pass."""
+        engines.check_device(plan.job, self.device)
         make_folders(plan)
         if plan.job.exists == "replace":
             ledger.forget(plan.ledger_folder, plan.shard)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from glob import has_magic
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
 from maskserve.errors import (
@@ -290,7 +291,12 @@ def _open_regular(path: StrPath) -> int:
         raise InputNotFoundError(f"{name} is not a path: no file name can hold such a character") from cause
     except OSError as cause:
         found = InputNotFoundError if cause.errno in _NOT_FOUND else InputError
-        raise _because(found, f"{name} cannot be opened: {_reason(cause)}", cause) from cause
+        hint = (
+            "; a pattern is not read here: name one file"
+            if found is InputNotFoundError and has_magic(str(path))
+            else ""
+        )
+        raise _because(found, f"{name} cannot be opened: {_reason(cause)}{hint}", cause) from cause
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)

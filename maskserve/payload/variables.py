@@ -130,7 +130,10 @@ def resolve(
     ]
     by_name = {variable.name: variable for variable in found}
     if not roles.computed:
-        raise NotComputableError("the payload has no tensor to compute on: masks, coordinates and side inputs are none")
+        taken = f"; {shown(mask)} was taken as the mask, as the request says" if isinstance(mask, str) else ""
+        raise NotComputableError(
+            f"the payload has no tensor to compute on: masks, coordinates and side inputs are none{taken}"
+        )
     return Variables(
         computed=_picked(by_name, roles.computed),
         coordinates=_picked(by_name, roles.coordinates),

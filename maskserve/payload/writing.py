@@ -91,7 +91,9 @@ def _written(said: tuple[tuple[str, str], ...], tensors: tuple[tuple[str, DType,
     at = 0
     for name, dtype, shape in tensors:
         check_name(name)
-        if name in root or name == METADATA:
+        if name == METADATA:
+            raise NotComputableError(f"no tensor is called {METADATA}: safetensors has its metadata there; rename it")
+        if name in root:
             raise NotComputableError(
                 f"two tensors would be written as {shown(name)}; rename one", parameter=shown(name)
             )

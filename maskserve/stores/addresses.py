@@ -162,7 +162,9 @@ def object_at(path: str) -> Address:
 
 def is_a_folder(said: str) -> InputError:
     """The error of a folder where one file is read."""
-    error = InputError(f"{said}: name one file of it; reduce, merge and batch take all that lie below it")
+    error = InputError(
+        f"{said}, and one file is read here: name one of it; commands that read several files take a folder"
+    )
     error.errno = errno.EISDIR
     return error
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -152,7 +152,7 @@ class Submission:
     def _job(
         self, id: str, owner: str, key: str | None, asked: str, n_blocks: int, arrived: Arrived, request_id: str
     ) -> Job:
-        said = self.request.canonical()
+        said = self.request.canonical() | running_words(self.request)
         return Job(
             seq=0, id=id, owner=owner, idempotency=key, asked_sha256=asked, verb=said.pop("verb"), query=self.query,
             question=self.question, answer=self.answer, request=json.dumps(said), op=self.request.row.name,
@@ -174,9 +174,13 @@ class Submission:
 def asked_sha256(submission: Submission, arrived: Arrived) -> str:
     """What tells one request from another: verb, parameters, forms and body."""
     request = submission.request
-    running = {name: spelled(value) for name, value in sorted(request.running.items())}
-    said = [request.canonical(), running, submission.question, submission.answer, arrived.sha256]
+    said = [request.canonical(), running_words(request), submission.question, submission.answer, arrived.sha256]
     return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def running_words(request: Request) -> dict[str, Any]:
+    """How the request is run, as data: its device and its back end, where it says them."""
+    return {name: spelled(value) for name, value in sorted(request.running.items())}
 
 
 def response(job: Job) -> JSONResponse:
