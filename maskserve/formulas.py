@@ -207,7 +207,7 @@ def steps(request: Request, variables: Variables, payload: Payload, others: Payl
     """The one step of an expression."""
     expression: Expression = request.params["expr"]
     known = visible(request, variables)
-    device = device_of(str(request.running.get("device", "auto")))
+    device = device_of(request.device)
     sources = {name: known[name] for name in expression.names if name in known}
     wrt = asked(request, expression, sources) if request.is_gradient else ()
     leaves = {sources[name].name for name in wrt}

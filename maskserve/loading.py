@@ -17,6 +17,7 @@ from maskserve.errors import DataError, DeviceError
 from maskserve.payload.format import Payload
 from maskserve.payload.tensors import load
 from maskserve.payload.variables import GRAD_OUTPUT
+from maskserve.requests import AUTO
 from maskserve.sides import Side
 from maskserve.torch_dtypes import dtype_of
 from maskserve.uploads import uploaded
@@ -70,7 +71,7 @@ def without_fill(data: Tensor, mask: M | None, fill: float | None) -> M | Tensor
 
 DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]?))?")
 """Words for devices; torch wraps an index to 8 bits, and would take cuda:256 for the first GPU."""
-AUTO, ANY = "auto", "cuda"
+ANY = "cuda"
 WORKER = "MASKSERVE_WORKER"
 """The variable by which a worker process knows its number among its fellows: they share the GPUs."""
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from maskserve.expression import Expression
 
 Words = Mapping[str, Any]
+AUTO = "auto"
+"""The device that is taken where none is named."""
 
 COMMON: tuple[Parameter, ...] = (
     Parameter(name="tensor", type=Type.WORDS, help="compute on this tensor alone (repeatable); default: on every one"),
@@ -36,7 +38,7 @@ COMMON: tuple[Parameter, ...] = (
 """What every request may say beside its op's own parameters: how to read the payload."""
 
 RUNNING: tuple[Parameter, ...] = (
-    Parameter(name="device", type=Type.WORD, default="auto", help="where to compute: auto, cpu, cuda or cuda:N"),
+    Parameter(name="device", type=Type.WORD, default=AUTO, help="where to compute: auto, cpu, cuda or cuda:N"),
     Parameter(name="backend", type=Type.WORD, help="the back end to use, by name; default: the first that can"),
 )
 """How a request runs; neither changes what it means, and neither is part of its history."""
@@ -51,6 +53,15 @@ class Request:
     params: Mapping[str, Any]
     common: Mapping[str, Any]
     running: Mapping[str, Any]
+
+    @property
+    def device(self) -> str:
+        """The word that says where it is computed."""
+        return str(self.running.get("device", AUTO))
+
+    def on(self, device: str) -> Request:
+        """The same request on this device."""
+        return replace(self, running={**self.running, "device": device})
 
     @property
     def is_gradient(self) -> bool:

@@ -281,7 +281,7 @@ def puller(planned: Plan, choice: Choice) -> str:
 
 def steps(request: Request, variables: Variables, payload: Payload, others: Payloads) -> tuple[OfVariable, ...]:
     """A step for each variable; a named dim that none of them has is an error."""
-    device = device_of(str(request.running.get("device", "auto")))
+    device = device_of(request.device)
     if request.is_gradient:
         refuse_several(variables)
 

@@ -171,7 +171,7 @@ def test_a_column_called_mask_or_row_is_a_column(tmp_path: Path) -> None:
 def test_the_nameless_index_of_pandas_gets_a_name(tmp_path: Path) -> None:
     pd.DataFrame({"a": pd.array([1, None], dtype="Int64")}, index=[10, 20]).to_csv(tmp_path / "t.csv")
     payload = open_foreign(tmp_path / "t.csv")
-    assert payload.notes[0].endswith(": an empty name is unnamed here")
+    assert payload.notes[0].endswith(": '' is unnamed here")
     assert list(payload.header.tensors) == ["a", "unnamed", "a.mask"]
 
 

@@ -109,7 +109,7 @@ def test_devices_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> 
         wait_until(lambda: lanes["cpu:0"].n_pending == 1)
         for device in ("cuda:1", "cuda", "auto", "cpu"):
             assert service.post(f"{question}&device={device}", body).status_code == 200
-        assert 'maskserve_queue_depth{device="cpu:0"} 1.0' in service.http.get("/metrics").text
+        assert 'maskserve_queue_depth{lane="cpu:0"} 1.0' in service.http.get("/metrics").text
         assert not waiting.done()
         release.set()
         assert waiting.result(30).status_code == 200

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 
 from maskserve.accelerators import CPU, accelerators
 from maskserve.health import health
-from maskserve.loading import ANY, AUTO, device_of
-from maskserve.requests import Request
+from maskserve.loading import ANY, device_of
+from maskserve.requests import AUTO, Request
 from maskserve_api.lane import Lane
 
 
@@ -28,7 +27,7 @@ class Lanes:
 
     def placed(self, request: Request) -> tuple[Lane, Request]:
         """The lane that computes a request, and the request with its device by name where several would do."""
-        word = str(request.running.get("device", AUTO))
+        word = request.device
         others = accelerators().names()
         if word not in (ANY, AUTO) or len(others) < 2:
             return self.of_device[device_of(word)], request
@@ -45,4 +44,4 @@ class Lanes:
 @lru_cache(maxsize=256)
 def on(request: Request, device: str) -> Request:
     """The request on this device: the same one again for the same request, by which plans are remembered."""
-    return replace(request, running={**request.running, "device": device})
+    return request.on(device)

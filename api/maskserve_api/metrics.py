@@ -47,7 +47,7 @@ class Metrics:
         self.cells = Counter("maskserve_elements", "Cells of answers, by validity", ["state"], registry=registry)
         self.cells_of = cache(self.cells.labels)
         depth = Gauge(
-            "maskserve_queue_depth", "Requests in a device's lane, waiting or computed", ["device"], registry=registry
+            "maskserve_queue_depth", "Requests in a device's lane, waiting or computed", ["lane"], registry=registry
         )
         for device, lane in lanes:
             depth.labels(device).set_function(partial(getattr, lane, "n_pending"))
