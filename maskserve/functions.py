@@ -254,7 +254,7 @@ def with_added(row: Contraction, made: Masked, other: Masked) -> Masked:
     assert isinstance(added, Elementwise)
     contracting.check_joins(row, made.data.shape, other.data.shape)
     sides = [c.data if c.mask is None and c.reach is None else MaskedTensor._of(*c) for c in (made, other)]
-    joined = elementwise(added, tuple(sides), masks.Policy.INTERSECT, None, {})
+    joined = elementwise(added, tuple(sides), None, None, {})
     return Masked(joined._data, joined._mask, joined._reach)
 
 

@@ -697,6 +697,7 @@ def test_no_function_of_torch_gives_a_plain_tensor_without_asking() -> None:
 NOT_COVERED = {
     **dict.fromkeys(("max", "min"), "of two tensors they are maximum and minimum; of one they select"),
     **dict.fromkeys(("to", "cpu", "double", "float", "bool", "type_as", "to_dense", "dequantize"), "a method, or no use"),
+    "empty_like": "what lies in memory, which may be what another function left there",
     **dict.fromkeys(("zeros_like", "ones_like"), "makes cells from a shape: give it m.get_data()"),
     **dict.fromkeys(("alias_copy", "detach_copy", "slice_copy", "squeeze_copy", "slice_inverse"), "for compiled graphs"),
     **dict.fromkeys(("module_load", "resize_as", "sym_sum"), "no computation on cells"),

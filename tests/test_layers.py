@@ -503,7 +503,6 @@ UNDER_A_POLICY: dict[str, Callable[[MaskedTensor], Any]] = {
     "avg_pool": lambda x: F.avg_pool1d(x, 2, 1, 1),
     "layer_norm": lambda x: F.layer_norm(x, (4,), torch.ones(4), torch.ones(4)),
     "instance_norm": lambda x: F.instance_norm(x[None], weight=torch.ones(1), bias=torch.ones(1)),
-    "linear": lambda x: F.linear(x[:, 1:2], torch.ones(3, 1), torch.ones(3)),
     "embedding_bag": lambda x: F.embedding_bag(
         ms.masked_tensor(torch.tensor([[0, 1]]), HALF[:, :2]), torch.ones(3, 2), mode="sum",
         per_sample_weights=torch.tensor([[2.0, 5.0]]),

@@ -21,6 +21,7 @@ from maskserve import answers, crews, engine, execution, partials, region_states
 from maskserve.errors import InputChangedError, MaskserveError, ParameterError, StateError, TooLargeError
 from maskserve.joining import question
 from maskserve.opening import open_any
+from maskserve.pages import KeptPages
 from maskserve.partials import LIMITS
 from maskserve.payload.format import DEFAULT_LIMITS, BytesPayload, FilePayload, Payload, to_bytes
 from maskserve.payload.shelf import Shelf
@@ -120,7 +121,7 @@ def test_blocks_that_are_lifted_are_read_into_the_same_memory_and_windows_into_t
     cells = torch.arange(600.0).view(30, 20)
     payload = BytesPayload(bytes_of(rain=cells, **{"rain.mask": cells % 2 == 0}))
     variable = answers.resolved(requests.build("reduce", {"op": "sum"}), payload, {})["rain"]
-    source, pages = sources.stored(payload, variable), sources.KeptPages()
+    source, pages = sources.stored(payload, variable), KeptPages()
     where = [(slice(a, a + 10), slice(0, 20)) for a in (0, 10, 20)]
     first, *later = [source.read(window, pages) for window in where]
     with ThreadPoolExecutor(1) as other:
