@@ -4,7 +4,6 @@
 constexpr int64_t n_strip = 1024;  // columns side by side
 constexpr int64_t n_fold_rows = 4;  // rows for each step of what is best so far
 constexpr int64_t n_group_rows = 124;  // a multiple of n_fold_rows whose row numbers fit an int8, and counts a byte
-constexpr int64_t n_spread_rows = 32;  // of a group under a compact mask, whose bytes then stay in L1
 
 // Strides: in cells of the data, in bytes of the mask.
 struct Rows {
@@ -23,7 +22,7 @@ struct GroupBest {
 };
 
 template <int n_rows, bool is_masked, bool with_at, class Key>
-NEVER_INLINE void better_rows(const Rows& rows, int64_t first_row, int64_t columns, const Key& given,
+NEVER_INLINE void better_cells(const Rows& rows, int64_t first_row, int64_t columns, const Key& given,
                               GroupBest<Key>& group) {
   using Raw = typename Key::Raw;
   using K = typename Key::Out;
@@ -51,27 +50,48 @@ NEVER_INLINE void better_rows(const Rows& rows, int64_t first_row, int64_t colum
   }
 }
 
+template <int n_rows>
+NEVER_INLINE void count_rows(const unsigned char* keep_ptr, int64_t stride, int64_t columns, uint8_t* count) {
+  for (int64_t c = 0; c < columns; ++c) {
+    uint8_t kept = count[c];
+    for (int r = 0; r < n_rows; ++r) kept = static_cast<uint8_t>(kept + (keep_ptr ? keep_ptr[r * stride + c] : 1));
+    count[c] = kept;
+  }
+}
+
+template <int n_rows, bool with_at, class Key>
+void better_rows(const Rows& rows, int64_t first_row, int64_t columns, const Key& key, GroupBest<Key>& group) {
+  rows.keep_ptr ? better_cells<n_rows, true, with_at>(rows, first_row, columns, key, group)
+                : better_cells<n_rows, false, with_at>(rows, first_row, columns, key, group);
+  count_rows<n_rows>(rows.keep_ptr, rows.keep_stride, columns, group.count);
+}
+
+// The mask of some rows of a strip: where it lies, or spread out; null where all of their cells count.
+inline const unsigned char* keep_rows(const Operand& mask, const Window& w, Kept kept, unsigned char* copy_ptr) {
+  if (!mask.cells_ptr || kept == Kept::all) return nullptr;
+  return mask.compact_ptr ? gather_mask(mask, w, copy_ptr) : window_ptr(mask, w, 1);
+}
+
 template <bool with_at, class Key>
-void better_group(Rows rows, int64_t n, int64_t columns, const Key& key, GroupBest<Key>& group) {
-  const int64_t row_bytes = rows.stride * static_cast<int64_t>(sizeof(typename Key::Raw));
-  for (int64_t i = 0; i < n;) {
-    const int64_t some = n - i < n_fold_rows ? 1 : n_fold_rows;
-    for (int64_t r = n_fold_rows; r < n_fold_rows + some; ++r) {  // the next rows, of which the processor knows nothing
-      prefetch(rows.cells_ptr + r * row_bytes, columns * static_cast<int64_t>(sizeof(typename Key::Raw)));
-      if (rows.keep_ptr) prefetch(rows.keep_ptr + r * rows.keep_stride, columns);
+void better_group(const Block& block, const Window& given, const Key& key, GroupBest<Key>& group) {
+  constexpr int64_t cell_bytes = sizeof(typename Key::Raw);
+  const int64_t columns = given.columns;
+  alignas(64) unsigned char copy[n_fold_rows * n_strip];  // few rows, which stay in L1
+  Window w = given;
+  for (int64_t i = 0; i < given.rows; i += w.rows) {
+    w.i = given.i + i, w.rows = given.rows - i < n_fold_rows ? 1 : n_fold_rows;
+    const bool is_compact = block.mask.compact_ptr;
+    Rows rows{window_ptr(block.data, w, cell_bytes), nullptr, block.data.stride_n,
+              is_compact ? columns : block.mask.stride_n};
+    for (int64_t r = n_fold_rows; r < n_fold_rows + w.rows; ++r) {  // rows the processor knows nothing of
+      prefetch(rows.cells_ptr + r * rows.stride * cell_bytes, columns * cell_bytes);
+      if (block.mask.cells_ptr && !is_compact) prefetch(window_ptr(block.mask, w, 1) + r * rows.keep_stride, columns);
     }
-    if (some == n_fold_rows) {
-      rows.keep_ptr ? better_rows<n_fold_rows, true, with_at>(rows, i, columns, key, group)
-                    : better_rows<n_fold_rows, false, with_at>(rows, i, columns, key, group);
-    } else {
-      rows.keep_ptr ? better_rows<1, true, with_at>(rows, i, columns, key, group)
-                    : better_rows<1, false, with_at>(rows, i, columns, key, group);
-    }
-    for (int64_t r = 0; rows.keep_ptr && r < some; ++r, rows.keep_ptr += rows.keep_stride) {
-      const unsigned char* const keep_ptr = rows.keep_ptr;
-      for (int64_t c = 0; c < columns; ++c) group.count[c] = static_cast<uint8_t>(group.count[c] + keep_ptr[c]);
-    }
-    rows.cells_ptr += some * row_bytes, i += some;
+    const Kept kept = kept_of(block.mask, w);
+    if (kept == Kept::none) continue;
+    rows.keep_ptr = keep_rows(block.mask, w, kept, copy);
+    w.rows == 1 ? better_rows<1, with_at>(rows, i, columns, key, group)
+                : better_rows<n_fold_rows, with_at>(rows, i, columns, key, group);
   }
 }
 
@@ -88,13 +108,6 @@ int64_t first_valid(const Block& block, int64_t o, int64_t c) {
   return i;
 }
 
-// The mask of some rows of a strip: where it lies, or spread out; null where all of their cells count.
-inline Rows keep_rows(const Operand& mask, const Window& w, Kept kept, unsigned char* copy_ptr) {
-  if (!mask.cells_ptr || kept == Kept::all) return {nullptr, nullptr, 0, 0};
-  if (!mask.compact_ptr) return {nullptr, window_ptr(mask, w, 1), 0, mask.stride_n};
-  return {nullptr, gather_mask(mask, w, copy_ptr), 0, w.columns};
-}
-
 template <bool with_at, class Key>
 NEVER_INLINE bool best_columns(const Block& block, const Parts& parts, const Key& key) {
   using K = typename Key::Out;
@@ -105,10 +118,6 @@ NEVER_INLINE bool best_columns(const Block& block, const Parts& parts, const Key
   };
   const std::unique_ptr<Room> room(new Room);
   GroupBest<Key>& group = room->group;
-  std::unique_ptr<unsigned char[]> keep_copy;
-  if (block.mask.compact_ptr) keep_copy.reset(new unsigned char[n_spread_rows * n_strip]);
-  const int64_t most_rows = keep_copy ? n_spread_rows : n_group_rows;
-  constexpr int64_t cell_bytes = sizeof(typename Key::Raw);
   for (int64_t o = 0; o < block.outer; ++o) {
     for (int64_t c = 0; c < block.inner; c += n_strip) {
       const int64_t columns = least(n_strip, block.inner - c), result = o * block.inner + c;
@@ -116,22 +125,16 @@ NEVER_INLINE bool best_columns(const Block& block, const Parts& parts, const Key
       for (int64_t l = 0; l < columns; ++l) {
         room->best[l] = key.hidden, room->at[l] = -1, count_ptr[l] = 0;
       }
-      for (int64_t i = 0; i < block.n; i += most_rows) {
-        const Window w{o, 1, i, least(most_rows, block.n - i), c, columns};
-        const Kept kept = kept_of(block.mask, w);
-        if (kept == Kept::none) continue;
+      for (int64_t i = 0; i < block.n; i += n_group_rows) {
         for (int64_t l = 0; l < columns; ++l) group.best[l] = key.hidden, group.row[l] = 0, group.count[l] = 0;
-        Rows rows = keep_rows(block.mask, w, kept, keep_copy.get());
-        rows.cells_ptr = window_ptr(block.data, w, cell_bytes), rows.stride = block.data.stride_n;
-        const bool is_masked = rows.keep_ptr;
-        better_group<with_at>(rows, w.rows, columns, key, group);
+        better_group<with_at>(block, {o, 1, i, least(n_group_rows, block.n - i), c, columns}, key, group);
         for (int64_t l = 0; with_at && l < columns; ++l) {
           room->at[l] = level<Key>(group.best[l]) > level<Key>(room->best[l]) ? i + group.row[l] : room->at[l];
         }
         for (int64_t l = 0; l < columns; ++l) {
           room->best[l] = group.best[l] > room->best[l] ? group.best[l] : room->best[l];
         }
-        for (int64_t l = 0; l < columns; ++l) count_ptr[l] += is_masked ? group.count[l] : w.rows;
+        for (int64_t l = 0; l < columns; ++l) count_ptr[l] += group.count[l];
       }
       auto* const out = static_cast<typename Key::Raw*>(parts.part_ptr[0]) + result;
       for (int64_t l = 0; l < columns; ++l) out[l] = key.cell(room->best[l]);

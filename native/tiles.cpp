@@ -102,19 +102,21 @@ void spread_bits(const unsigned char* bits_ptr, int64_t first, int64_t n, unsign
 // visit(up to 64 bits, as many ones) for bits side by side, the first one lowest; false where one was answered with it.
 template <class Visit>
 ALWAYS_INLINE bool each_word(const unsigned char* bits_ptr, int64_t first, int64_t n, const Visit& visit) {
-  while (n > 0) {
-    const int64_t shift = first & 7, some = least(n, 64 - shift);
+  const auto part = [&](int64_t some) {  // as far as a word reaches
+    const int64_t shift = first & 7;
     uint64_t word = 0;
-    if (shift + some == 64) {
-      std::memcpy(&word, bits_ptr + (first >> 3), sizeof word);
-    } else {
-      std::memcpy(&word, bits_ptr + (first >> 3), static_cast<size_t>((shift + some + 7) >> 3));
-    }
-    const uint64_t whole = ~uint64_t{0} >> (64 - some);
-    if (!visit(word >> shift & whole, whole)) return false;
+    std::memcpy(&word, bits_ptr + (first >> 3), static_cast<size_t>((shift + some + 7) >> 3));
     first += some, n -= some;
+    const uint64_t whole = ~uint64_t{0} >> (64 - some);
+    return visit(word >> shift & whole, whole);
+  };
+  if (first & 7 && n > 0 && !part(least(n, 8 - (first & 7)))) return false;
+  for (; n >= 64; first += 64, n -= 64) {  // bytes from here on
+    uint64_t word;
+    std::memcpy(&word, bits_ptr + (first >> 3), sizeof word);
+    if (!visit(word, ~uint64_t{0})) return false;
   }
-  return true;
+  return n <= 0 || part(n);
 }
 
 // visit(first bit, cells, -1) for cells side by side whose bits are, or visit(.., cells, how many of the first ones count);
@@ -189,10 +191,12 @@ Kept kept_of(const Operand& mask, const Window& w) {
         any |= length > 0, all &= length >= some;
         return !any || all;
       }
-      return each_word(mask.cells_ptr, first, some, [&](uint64_t word, uint64_t whole) {
+      const auto says = [&](uint64_t word, uint64_t whole) {
         any |= word != 0, all &= word == whole;
         return !any || all;
-      });
+      };
+      const auto end = [&](int64_t at_end) { return says(mask.cells_ptr[at_end >> 3] >> (at_end & 7) & 1, 1); };
+      return end(first) && end(first + some - 1) && each_word(mask.cells_ptr, first, some, says);  // padding: at once
     });
   });
   return !is_dense || (any && !all) ? Kept::some : any ? Kept::all : Kept::none;
