@@ -54,8 +54,9 @@ def attended(
     words = [Words(x._data, valid) for x in given if (valid := whole_words(x)) is not None]
     if len(words) < len(given) or (met := meetings(words, masks)) is None:
         return None
-    are_alike, pieces, lengths = torch.equal(words[1].valid, words[2].valid), [], None
-    if are_alike:
+    pieces: Sequence[Piece] = ()
+    lengths = None
+    if are_alike := torch.equal(words[1].valid, words[2].valid):
         keys = met.squeeze(-2) if met.shape[-2] == 1 else words[1].valid
         pieces = pieces_of(words[0].valid, keys, q.shape[-1])
         shown = (words[0].valid, *[keys.expand(words[1].valid.shape)] * 2) if pieces else NOT_MASKED

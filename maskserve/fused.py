@@ -5,9 +5,12 @@ A padded sequence is computed as it would be without its padding: no product wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import groupby
-from math import prod
+from math import ceil, prod
+from threading import Barrier
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from maskserve.execution import BLOCKS_A_THREAD, n_threads
 from maskserve.gates import valid_first
 from maskserve.gradients import Cells
 
@@ -26,17 +30,21 @@ PAYS = 1 << 21
 
 
 class Piece(NamedTuple):
-    """Sequences whose valid words come first, as many in each."""
+    """Sequences whose valid words come first, as many in each; and some of their heads."""
 
     sequences: slice
     n_queries: int
     n_keys: int
+    heads: slice = slice(None)
+
+    def at(self, x: Tensor) -> Tensor:
+        return x[self.sequences] if x.ndim == 3 else x[self.sequences, self.heads]
 
     def queries(self, x: Tensor) -> Tensor:
-        return x[self.sequences, ..., : self.n_queries, :]
+        return self.at(x)[..., : self.n_queries, :]
 
     def keys(self, x: Tensor) -> Tensor:
-        return x[self.sequences, ..., : self.n_keys, :]
+        return self.at(x)[..., : self.n_keys, :]
 
     def operands(self, of: Cells) -> Cells:
         return self.queries(of[0]), self.keys(of[1]), self.keys(of[2])
@@ -45,14 +53,16 @@ class Piece(NamedTuple):
         return None if bias is None else self.queries(bias)[..., : self.n_keys]
 
     def sums(self, of: Tensor) -> Tensor:
-        return of[self.sequences, ..., : self.n_queries]
+        return self.queries(of.unsqueeze(-1)).squeeze(-1)
 
 
 def pieces_of(queries: Tensor, keys: Tensor, n_cells: int) -> Sequence[Piece]:
     """(sequences[, heads], words) of each: where words are valid; their pieces, none where all at once takes less.
 
-    >>> pieces_of(torch.tensor([[True] * 512, [True] * 300 + [False] * 212]), torch.ones(2, 512, dtype=torch.bool), 64)
-    [Piece(sequences=slice(0, 1, None), n_queries=512, n_keys=512), Piece(sequences=slice(1, 2, None), n_queries=300, n_keys=512)]
+    >>> queries, keys = torch.ones(2, 512, dtype=torch.bool), torch.ones(2, 512, dtype=torch.bool)
+    >>> queries[1, 300:] = False
+    >>> [(piece.n_queries, piece.n_keys) for piece in pieces_of(queries, keys, 64)]
+    [(512, 512), (300, 512)]
     """
     lengths = [valid_first(valid) for valid in (queries, keys)]
     if lengths[0] is None or lengths[1] is None:
@@ -79,10 +89,15 @@ def forward(
         made, sums = FORWARD(*map(of_heads, operands), 0.0, False, attn_mask=of_heads(bias), scale=scale)
         return made.view(q.shape), sums.view(q.shape[:-1])
     made, sums = room(q), torch.empty(q.shape[:-1], dtype=wide(q))
-    for piece in pieces:
-        values, logarithms = forward(piece.operands(operands), piece.pairs(bias), scale, ())
+    met = None if bias is None else bias.expand(*q.shape[:-1], k.shape[-2])
+
+    def compute(piece: Piece) -> None:
+        values, logarithms = forward(piece.operands(operands), piece.pairs(met), scale, ())
+        assert logarithms is not None  # on a CPU
         put(piece.queries(made), values)
-        piece.sums(sums).copy_(logarithms)
+        put(piece.sums(sums), logarithms)
+
+    of_each(pieces, q, compute)
     return made, sums
 
 
@@ -102,12 +117,44 @@ def back(
         found = BACK(*cells, logarithms, 0.0, False, attn_mask=of_heads(bias), scale=scale)
         return tuple(part.view(x.shape) for part, x in zip(found, operands, strict=True))
     gradients = tuple(map(room, operands))
-    for piece in pieces:
+    met = None if bias is None else bias.expand(*made.shape[:-1], operands[1].shape[-2])
+
+    def compute(piece: Piece) -> None:
         above, values = piece.queries(g), piece.queries(made)
-        parts = back(above, piece.operands(operands), values, piece.sums(sums), piece.pairs(bias), scale, ())
+        parts = back(above, piece.operands(operands), values, piece.sums(sums), piece.pairs(met), scale, ())
         for whole, part in zip(piece.operands(gradients), parts, strict=True):
             put(whole, part)
+
+    of_each(pieces, made, compute)
     return gradients
+
+
+def of_each(pieces: Sequence[Piece], like: Tensor, compute: Callable[[Piece], None]) -> None:
+    """Computes all pieces on threads of which each is alone, unless torch has one: those of a call wait for each other."""
+    threads, n_heads = n_threads() if torch.get_num_threads() > 1 else 1, like.shape[1] if like.ndim == 4 else 1
+
+    def task(piece: Piece) -> None:
+        with torch.no_grad():
+            compute(piece)
+
+    if threads == 1:
+        for piece in pieces:
+            task(piece)
+        return
+    step = ceil(n_heads * len(pieces) / (BLOCKS_A_THREAD * threads))
+    spans = [slice(at, at + step) for at in range(0, n_heads, step)]
+    for future in [pool(threads).submit(task, piece._replace(heads=heads)) for piece in pieces for heads in spans]:
+        future.result()
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads of ours in which torch uses no others."""
+    n_threads, started = torch.get_num_threads(), Barrier(threads)
+    made = ThreadPoolExecutor(threads, "maskserve-attention", torch.set_num_threads, (1,))
+    list(made.map(lambda _: started.wait(), range(threads)))
+    torch.set_num_threads(n_threads)  # what other new threads begin with
+    return made
 
 
 def room(like: Tensor) -> Tensor:
@@ -119,7 +166,7 @@ def room(like: Tensor) -> Tensor:
 
 def put(whole: Tensor, part: Tensor) -> None:
     """Writes a part, without torch's threads."""
-    cells_of(whole)[...] = cells_of(part.detach())
+    cells_of(whole)[...] = cells_of(part)
 
 
 def cells_of(x: Tensor) -> NDArray[Any]:
