@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import ceil, prod
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -450,9 +450,12 @@ def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
 def quickly(made: Program, values: Sequence[MaskedTensor]) -> MaskedTensor | None:
     """Adjacent plain ops on few cells, where what is asked before takes as long; None where the long way has to ask more."""
     data: list[torch.Tensor] = []
-    masks: list[torch.Tensor | None] = []
+    masks: list[Any] = []
     for value in values:
-        if type(value) is not MaskedTensor or isinstance(mask := value._held, Compact):
+        mask = value._held
+        if (
+            type(value) is not MaskedTensor or type(mask) not in FULL
+        ):  # to ask for a Compact, which is abstract, takes longer
             return None
         data.append(value._data)
         masks.append(mask)
@@ -492,6 +495,10 @@ def stage(term: Term, made: Program, cells: Sequence[Cells], kept: Compact | Non
     if made.is_small or (is_whole and not all(leaf.data.is_cpu for leaf in cells)):
         return at_once(made.chain, cells)
     return in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask))
+
+
+FULL = (NoneType, torch.Tensor)
+"""What holds masks that are not compact."""
 
 
 class Program(NamedTuple):

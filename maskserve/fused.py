@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
 from math import ceil, prod
+from os import getpid
 from threading import Barrier
 from typing import Any, NamedTuple
 
@@ -143,13 +144,15 @@ def of_each(pieces: Sequence[Piece], like: Tensor, compute: Callable[[Piece], No
         return
     step = ceil(n_heads * len(pieces) / (BLOCKS_A_THREAD * threads))
     spans = [slice(at, at + step) for at in range(0, n_heads, step)]
-    for future in [pool(threads).submit(task, piece._replace(heads=heads)) for piece in pieces for heads in spans]:
+    for future in [
+        pool(threads, getpid()).submit(task, piece._replace(heads=heads)) for piece in pieces for heads in spans
+    ]:
         future.result()
 
 
 @cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Threads of ours in which torch uses no others."""
+def pool(threads: int, _process: int) -> ThreadPoolExecutor:
+    """Threads of ours in which torch uses no others; a forked process has none of its parent's."""
     n_threads, started = torch.get_num_threads(), Barrier(threads)
     made = ThreadPoolExecutor(threads, "maskserve-attention", torch.set_num_threads, (1,))
     list(made.map(lambda _: started.wait(), range(threads)))
