@@ -272,8 +272,8 @@ def of_few(chain: Chain, data: Sequence[Tensor], masks: Sequence[Tensor | None])
     if mask is None:
         return Cells(made, None)
     made = hide_few(made, mask)
-    for own in masks:
-        if mask is own:
+    for given in masks:
+        if mask is given:
             return Cells(made, mask.clone())
     return Cells(made, mask)
 
