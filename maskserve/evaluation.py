@@ -452,10 +452,8 @@ def quickly(made: Program, values: Sequence[MaskedTensor]) -> MaskedTensor | Non
     data: list[torch.Tensor] = []
     masks: list[Any] = []
     for value in values:
-        mask = value._held
-        if (
-            type(value) is not MaskedTensor or type(mask) not in FULL
-        ):  # to ask for a Compact, which is abstract, takes longer
+        # isinstance of a Compact, which is abstract, takes longer than the types
+        if type(value) is not MaskedTensor or type(mask := value._held) not in FULL:
             return None
         data.append(value._data)
         masks.append(mask)
