@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from maskserve import gradients
+from maskserve import fused, gradients
 from maskserve.backends import backends
 from maskserve.backends.reference.cells import select
 from maskserve.compact import Compact, Mask
 from maskserve.execution import in_parallel
+from maskserve.fused import Piece, pieces_of, wide
 from maskserve.gates import MEASURED, as_cotangent, hidden, hide_rows, kept, longest_row, once, repeated, rows_alike
 from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result
 from maskserve.operations import OfProduct
@@ -27,10 +28,8 @@ from maskserve.reach import Operand
 from maskserve.tensor import MaskedTensor
 from maskserve.tracing import are_followed, in_transform, is_followed
 
-FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FUSED_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""What torch's own function calls; that does not hand out the logarithms of sums which the way back needs."""
 SERVED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+NOT_MASKED = (None, None, None)
 STEADY = 2.0**-16
 """How far rounding may move a score: the way back raises e to the difference of a score and the sum that was kept."""
 
@@ -55,15 +54,22 @@ def attended(
     words = [Words(x._data, valid) for x in given if (valid := whole_words(x)) is not None]
     if len(words) < len(given) or (met := meetings(words, masks)) is None:
         return None
-    are_alike = torch.equal(words[1].valid, words[2].valid)
-    lengths = bounded([of.cells for of in words], scale) if are_alike else None
+    pieces: Sequence[Piece] = ()
+    lengths = None
+    if are_alike := torch.equal(words[1].valid, words[2].valid):
+        keys = met.squeeze(-2) if met.shape[-2] == 1 else words[1].valid
+        pieces = pieces_of(words[0].valid, keys, q.shape[-1])
+        shown = (words[0].valid, *[keys.expand(words[1].valid.shape)] * 2) if pieces else NOT_MASKED
+        lengths = bounded([of.cells for of in words], scale, shown)
+    if lengths is None and pieces:
+        return None
     if lengths is None:
         words = [Words(without_junk(x), of.valid) for x, of in zip(given, words, strict=True)]
         lengths = bounded([of.cells for of in words], scale)
         if lengths is None:
             return None
     queries, keys, values = (of.valid for of in words)
-    how = OfAttention(met, scale, (queries, keys, keys if are_alike else values), lengths)
+    how = OfAttention(met, scale, (queries, keys, keys if are_alike else values), lengths, pieces)
     if not any(is_followed(of.cells) for of in words):
         made = how.compute(tuple(of.cells for of in words), ())
         return MaskedTensor._of(made.values, held_as(q, words[0], made.valid[..., :1]))
@@ -135,40 +141,41 @@ class Lengths(NamedTuple):
         return longest(g) * g.shape[-2] * max(self.v, 1) < most(g)
 
 
-def bounded(operands: Sequence[Tensor], scale: float) -> Lengths | None:
-    """The lengths, where they bound what is computed: where that will do those of all words together, in a third of the time."""
-    for measure in (longest,) if are_followed(operands) else (together, longest):
-        lengths = Lengths(*of_each(measure, operands))
+def bounded(operands: Sequence[Tensor], scale: float, shown: Sequence[Tensor | None] = NOT_MASKED) -> Lengths | None:
+    """The lengths of words that are shown, where they bound what is computed: where that will do, of words taken together."""
+    for together in (False,) if are_followed(operands) else (True, False):
+        lengths = Lengths(*of_each(partial(longest, together=together), operands, shown))
         if lengths.are_bounded(operands[0], scale, operands[1].shape[-2]):
             return lengths
     return None
 
 
-def of_each(measure: Callable[[Tensor], float], operands: Sequence[Tensor]) -> list[float]:
+def of_each(
+    measure: Callable[[Tensor, Tensor | None], float], operands: Sequence[Tensor], shown: Sequence[Tensor | None]
+) -> list[float]:
     """The measure of each operand, on our threads where kernels take it: what lasts is to fetch the cells."""
     found = [0.0] * len(operands)
 
     def task(i: int) -> Callable[[], None]:
-        return lambda: found.__setitem__(i, measure(operands[i]))
+        return lambda: found.__setitem__(i, measure(operands[i], shown[i]))
 
     n_cells = sum(x.numel() for x in operands) if operands[0].is_cpu and operands[0].dtype in MEASURED else 0
     in_parallel(backends()[0], n_cells, [task(i) for i in range(len(operands))])
     return found
 
 
-def together(x: Tensor) -> float:
-    """The length of all words as one, than which none is longer; or that of the longest, where it has to be copied for that."""
-    return longest(x.detach().view(1, -1) if x.is_contiguous() else x)
+def longest(x: Tensor, valid: Tensor | None = None, *, together: bool = False) -> float:
+    """The length of the longest valid word; NaN where any is. Inf where its square is more than kernels can add up in.
 
-
-def longest(x: Tensor) -> float:
-    """The length of the longest word; NaN where any is. Inf where its square is more than kernels can add up in."""
-    x, n = x.detach(), repeated(x)
+    `together`: or of several as one, than which none is longer.
+    """
+    x, n = x.detach(), 0 if valid is not None else repeated(x)
     if n:
         return longest(once(x, n)) * math.sqrt(x.shape[-1])
-    found = longest_row(x)
+    found = longest_row(x, valid, together=together)
     if found is None:
-        return float(torch.linalg.vector_norm(x, dim=-1, dtype=wide(x)).amax())
+        lengths = torch.linalg.vector_norm(x, dim=-1, dtype=wide(x))
+        return float((lengths if valid is None else select(lengths, valid)).amax())
     return math.inf if found > torch.finfo(wide(x)).max else math.sqrt(found)
 
 
@@ -176,33 +183,36 @@ def most(x: Tensor) -> float:
     return torch.finfo(wide(x)).max / 4
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """What kernels add up in."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 @dataclass(frozen=True, eq=False)
 class OfAttention(Operation):
-    """Attention of whole words; `met` is (..., i or 1, j), `words` say which words of each operand are valid."""
+    """Attention of whole words; `met` is (..., i or 1, j), `words` say which words of each operand are valid.
+
+    Where there are `pieces`, `lengths` are those of the words in them.
+    """
 
     met: Tensor
     scale: float
     words: Cells
     lengths: Lengths
+    pieces: Sequence[Piece]
 
     def batched(self, n: int) -> OfAttention:
         return self
 
     def compute(self, operands: Cells, masks: Masks) -> Result:
-        made, sums = fused(operands, self.bias(operands[0]), self.scale)
+        bias = self.bias(operands[0])
+        made, sums = fused.forward(operands, bias, self.scale, self.pieces)
         queries, keys, values = self.words
         met = self.met if values is keys else self.met & values.unsqueeze(-2)
         valid = met.any(-1) & queries
-        hide_rows(made, valid)
+        if bias is not None:
+            hide_rows(made, valid)
         return Result(made, valid.unsqueeze(-1).expand(made.shape), sums)
 
-    def bias(self, like: Tensor) -> Tensor:
-        """What is added to the scores: -inf where a query does not meet a key."""
+    def bias(self, like: Tensor) -> Tensor | None:
+        """What is added to the scores: -inf where a query does not meet a key; None where pieces say it all."""
+        if self.pieces and self.met.shape[-2] == 1:
+            return None
         return torch.zeros(self.met.shape, dtype=like.dtype, device=like.device).masked_fill_(~self.met, -math.inf)
 
     # -- the way back ----------------------------------------------------------------------------------------------
@@ -213,14 +223,17 @@ class OfAttention(Operation):
             return super().gradients(given, above, reached)
         g, bias, operands = kept(above.g, above.gate), self.bias(above.g), given.operands
         made, _, sums = given.result
-        if not self.lengths.allow_back(g, self.scale):  # perhaps for the junk of masked words alone
+        if not self.lengths.allow_back(g, self.scale):
+            if self.pieces:
+                return super().gradients(given, above, reached)
+            # perhaps for the junk of masked words alone
             operands = tuple(
                 kept(x, at.unsqueeze(-1).expand(x.shape)) for x, at in zip(operands, self.words, strict=True)
             )
             if not Lengths(*map(longest, operands)).allow_back(g, self.scale):
                 return super().gradients(given, above, reached)
-            made, sums = fused(operands, bias, self.scale)
-        return fused_back(g, operands, made, sums, bias, self.scale)
+            made, sums = fused.forward(operands, bias, self.scale, ())
+        return fused.back(g, operands, made, sums, bias, self.scale, self.pieces)
 
     def pull(self, given: Given, above: Above) -> Cells:
         """W = softmax(s QK'), dV = W'G, dS = W (GV' - sum(W GV')) s, dQ = dS K, dK = dS'Q, over the pairs that meet."""
@@ -261,33 +274,3 @@ def turned(x: Operand) -> Operand:
 def times(a: Operand, b: Operand) -> Tensor:
     made: Tensor = gradients.apply(OfProduct(), a, b)[0].value
     return made
-
-
-# -- torch's kernels ----------------------------------------------------------------------------------------------
-
-
-def fused(operands: Cells, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-    """The means, and on a CPU the logarithm of what each query's weights are divided by, (..., i)."""
-    q, k, v = operands
-    if q.device.type != "cpu":
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
-    made, sums = FUSED(*map(of_heads, operands), 0.0, False, attn_mask=of_heads(bias), scale=scale)
-    return made.view(q.shape), sums
-
-
-def fused_back(g: Tensor, operands: Cells, made: Tensor, sums: Tensor | None, bias: Tensor, scale: float) -> Cells:
-    """The gradients by queries, keys and values."""
-    if sums is None:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in operands]
-            again, _ = fused(tuple(leaves), bias, scale)
-        return torch.autograd.grad(again, leaves, g)
-    cells = map(of_heads, (g, *operands, made))
-    found = FUSED_BACK(*cells, sums, 0.0, False, attn_mask=of_heads(bias), scale=scale)
-    return tuple(part.view(x.shape) for part, x in zip(found, operands, strict=True))
-
-
-def of_heads(x: Tensor) -> Tensor:
-    """(sequences, heads, words, cells), each word's cells side by side."""
-    whole = x if x.stride(-1) == 1 else x.contiguous()
-    return whole if whole.ndim == 4 else whole.unsqueeze(0)

@@ -271,7 +271,11 @@ def of_few(chain: Chain, data: Sequence[Tensor], masks: Sequence[Tensor | None])
     mask = together(masks)
     if mask is None:
         return Cells(made, None)
-    return Cells(hide_few(made, mask), mask.clone() if any(mask is own for own in masks) else mask)
+    made = hide_few(made, mask)
+    for given in masks:
+        if mask is given:
+            return Cells(made, mask.clone())
+    return Cells(made, mask)
 
 
 def at_once(chain: Chain, leaves: Sequence[Cells]) -> Cells:

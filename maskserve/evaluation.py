@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import ceil, prod
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -407,7 +407,10 @@ def evaluated(term: Term, variables: Mapping[str, MaskedTensor]) -> MaskedTensor
         return variables[term.node.name] if term.node.name else term.sample
     made = program(term) if is_elementwise(term) else None
     inputs = made.leaves if made else tuple(term.terms)
-    values = [evaluated(leaf, variables) for leaf, _ in inputs]
+    names = made.names if made else ()
+    values = [variables[name] for name in names] if names else [evaluated(leaf, variables) for leaf, _ in inputs]
+    if made and made.are_few and (few := quickly(made, values)) is not None:
+        return few
     if any(value._cells is not value for value in values) or are_followed([value._data for value in values]):
         known = {leaf_key(leaf, axes): value for (leaf, axes), value in zip(inputs, values, strict=True)}
         return called(term, {leaf: known[leaf_key(leaf, axes)] for leaf, axes in term.leaves.items()})
@@ -444,6 +447,22 @@ def sliced(term: Term, values: Sequence[MaskedTensor]) -> MaskedTensor:
         return MaskedTensor._of(*run_held(term.plan, *data[:2], *weighed))
 
 
+def quickly(made: Program, values: Sequence[MaskedTensor]) -> MaskedTensor | None:
+    """Adjacent plain ops on few cells, where what is asked before takes as long; None where the long way has to ask more."""
+    data: list[torch.Tensor] = []
+    masks: list[Any] = []
+    for value in values:
+        # isinstance of a Compact, which is abstract, takes longer than the types
+        if type(value) is not MaskedTensor or type(mask := value._held) not in FULL:
+            return None
+        data.append(value._data)
+        masks.append(mask)
+    if are_followed(data) or not by_torch(data[0]) or parse_policy(None) is not Policy.INTERSECT:
+        return None
+    found = of_few(made.chain, data, masks)
+    return None if found is None else MaskedTensor._of(*found)
+
+
 def elementwise(term: Term, made: Program, values: Sequence[MaskedTensor]) -> MaskedTensor:
     """Adjacent elementwise ops: by one kernel, or block by block where there are many cells."""
     kept = None
@@ -451,12 +470,6 @@ def elementwise(term: Term, made: Program, values: Sequence[MaskedTensor]) -> Ma
         masks: list[Any] = [v._held for v in values]
         if any(isinstance(mask, Compact) for mask in masks):
             kept = common(masks, torch.Size(term.shape))
-        elif (
-            made.are_few
-            and by_torch(values[0]._data)
-            and (found := of_few(made.chain, [v._data for v in values], masks))
-        ):
-            return MaskedTensor._of(*found)
     cells = [Cells(v._data, v._mask if kept is None else None) for v in values]
     if not made.lie_along:
         n_dims = len(term.shape)
@@ -482,16 +495,22 @@ def stage(term: Term, made: Program, cells: Sequence[Cells], kept: Compact | Non
     return in_blocks(made.chain, cells, term.shape, Cells(term.sample._data, term.sample._mask))
 
 
+FULL = (NoneType, torch.Tensor)
+"""What holds masks that are not compact."""
+
+
 class Program(NamedTuple):
     """A stage as ops on its leaves, each of which lies along some dims of it; variables that come twice are one leaf."""
 
     leaves: tuple[tuple[Term, Shape], ...]
+    names: tuple[str, ...]
+    """Of its leaves, where all are variables."""
     chain: Chain
     lie_along: bool
     """Whether torch broadcasts all leaves as they are."""
     is_small: bool
     are_few: bool
-    """Whether its cells are few, and made anew."""
+    """Whether its cells are few, and made anew by plain ops of leaves as they lie."""
 
 
 @lru_cache(maxsize=256)
@@ -521,9 +540,11 @@ def program(stage: Term) -> Program:
     slot_of(stage, tuple(range(len(stage.shape))))
     leaves = tuple(found.values())
     chain, n_cells = Chain.of(ops, len(slots)), prod(stage.shape)
+    names = tuple(leaf.node.name for leaf, _ in leaves if isinstance(leaf.node, Name) and leaf.node.name)
+    lie_along = all(lies_along(axes, len(stage.shape)) for _, axes in leaves)
     return Program(
-        leaves, chain, all(lies_along(axes, len(stage.shape)) for _, axes in leaves), n_cells <= blockwise.SMALL,
-        n_cells < blockwise.FEW and chain.makes_new,
+        leaves, names if len(names) == len(leaves) else (), chain, lie_along, n_cells <= blockwise.SMALL,
+        n_cells < blockwise.FEW and chain.makes_new and chain.is_plain and lie_along,
     )  # fmt: skip
 
 

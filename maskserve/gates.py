@@ -175,16 +175,34 @@ def hide_rows(cells: Tensor, valid: Tensor) -> None:
         cells.masked_fill_(~valid.unsqueeze(-1), 0)
 
 
-def longest_row(cells: Tensor) -> float | None:
-    """The largest sum of squares of a row, (..., n), NaN where one is; None where kernels do not read the cells.
+def valid_first(mask: Tensor) -> list[int] | None:
+    """(m, ..., n) -> m: how many cells of a row are valid, where these come first, as many in all rows at an index of m."""
+    if not are_dense(mask := laid_out(mask)):
+        return None
+    lengths = torch.empty(mask.shape[:-1], dtype=torch.int64)
+    if not native().lengths_of(mask.data_ptr(), lengths.numel(), mask.shape[-1], lengths.data_ptr()):
+        return None
+    first, *others = lengths.view(len(mask), -1).unbind(1)
+    found: list[int] = first.tolist()
+    return found if all(torch.equal(first, other) for other in others) else None
 
-    In double precision, and without torch's threads: where others use the cores too, these wait milliseconds for each other.
+
+def longest_row(cells: Tensor, valid: Tensor | None = None, *, together: bool = False) -> float | None:
+    """The largest sum of squares of a valid row, (..., n), NaN where one is; None where kernels do not read the cells.
+
+    `together`: no less than it, in a third of the time, since rows side by side are taken as one. In double precision, and
+    without torch's threads: where others use the cores too, these wait milliseconds for each other.
     """
-    if cells.ndim > 1 and not cells.is_contiguous():
-        cells = cells.transpose(-3, -2) if cells.ndim > 2 else cells  # heads, as layers lay them
+    if cells.ndim > 2 and not cells.is_contiguous():
+        cells = cells.transpose(-3, -2)  # heads, as layers lay them
+        valid = None if valid is None else valid.transpose(-2, -1)
     n = cells.shape[-1] if cells.ndim else 0
     if not n or cells.dtype not in MEASURED or not are_dense(cells):
         return None
+    if valid is not None and not are_dense(valid := laid_out(valid)):
+        return None
+    if valid is None and together:
+        n = cells.numel()
     rows, found = cells.numel() // n, []
     is_wide, first, row_bytes, step = (
         cells.dtype is torch.float64,
@@ -195,7 +213,12 @@ def longest_row(cells: Tensor) -> float | None:
 
     def walk(at: int) -> Callable[[], None]:
         n_rows = min(step, rows - at)
-        return lambda: found.append(native().longest_row(first + at * row_bytes, is_wide, n_rows, n))
+        if valid is None:
+            return lambda: found.append(native().longest_row(first + at * row_bytes, is_wide, n_rows, n))
+        valid_ptr = valid.data_ptr() + at
+        return lambda: found.append(
+            native().longest_valid(first + at * row_bytes, valid_ptr, is_wide, n_rows, n, together)
+        )
 
     in_parallel(backends()[0], cells.numel() if rows > step else 0, [walk(at) for at in range(0, rows, step)])
     return max(found) if all(x == x for x in found) else math.nan

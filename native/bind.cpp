@@ -324,6 +324,18 @@ double longest_row(uint64_t cells_ptr, bool wide, int64_t rows, int64_t n) {
   return maskserve::pull_variant().longest_row(address<const unsigned char>(cells_ptr), wide, rows, n);
 }
 
+double longest_valid(uint64_t cells_ptr, uint64_t valid_ptr, bool wide, int64_t rows, int64_t n, bool together) {
+  nb::gil_scoped_release released;
+  return maskserve::pull_variant().longest_valid(address<const unsigned char>(cells_ptr),
+                                                 address<const unsigned char>(valid_ptr), wide, rows, n, together);
+}
+
+bool lengths_of(uint64_t mask_ptr, int64_t rows, int64_t n, uint64_t lengths_ptr) {
+  nb::gil_scoped_release released;
+  return maskserve::pull_variant().lengths_of(address<const unsigned char>(mask_ptr), rows, n,
+                                              address<int64_t>(lengths_ptr));
+}
+
 void spread_mask(uint64_t cells_ptr, uint64_t compact_ptr, int64_t first, int64_t n, uint64_t out_ptr) {
   nb::gil_scoped_release released;
   maskserve::pull_variant().spread_mask(mask_operand(cells_ptr, 0, 0, 1, compact_ptr, first), 0, n,
@@ -539,6 +551,8 @@ NB_MODULE(_native, m) {
   m.def("hide_rows", &hide_rows);
   m.def("rows_alike", &rows_alike);
   m.def("longest_row", &longest_row);
+  m.def("longest_valid", &longest_valid);
+  m.def("lengths_of", &lengths_of);
   m.def("spread_mask", &spread_mask);
   m.def("will_write", &will_write);
   m.def("read_runs", &read_runs);

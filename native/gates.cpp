@@ -88,6 +88,22 @@ double longest_row(const unsigned char* cells_ptr, bool wide, int64_t rows, int6
   return n < n_long ? longest_of<float, double, 16>(cells_ptr, rows, n) : longest_of<float, float, 64>(cells_ptr, rows, n);
 }
 
+double longest_valid(const unsigned char* cells_ptr, const unsigned char* valid_ptr, bool wide, int64_t rows, int64_t n,
+                     bool together) {
+  const int64_t row_bytes = n * (wide ? 8 : 4);
+  double most = 0;
+  for (int64_t r = 0, end; r < rows; r = end) {
+    for (end = r + 1; end < rows && valid_ptr[end] == valid_ptr[r];) ++end;
+    if (!valid_ptr[r]) continue;
+    const unsigned char* const first_ptr = cells_ptr + r * row_bytes;
+    const double found =
+        together ? longest_row(first_ptr, wide, 1, (end - r) * n) : longest_row(first_ptr, wide, end - r, n);
+    if (found != found) return found;
+    if (found > most) most = found;
+  }
+  return most;
+}
+
 void keep(const unsigned char* cells_ptr, const void* keep_ptr, int64_t cell_bytes, int64_t n, unsigned char* kept_ptr) {
   keep_some(cells_ptr, static_cast<const unsigned char*>(keep_ptr), cell_bytes, n, kept_ptr);
 }
@@ -137,6 +153,17 @@ void hide_rows(unsigned char* cells_ptr, const unsigned char* valid_ptr, int64_t
   for (int64_t r = 0; r < rows; ++r) {
     if (!valid_ptr[r]) std::memset(cells_ptr + r * row_bytes, 0, static_cast<size_t>(row_bytes));
   }
+}
+
+bool lengths_of(const unsigned char* mask_ptr, int64_t rows, int64_t n, int64_t* lengths_ptr) {
+  for (int64_t r = 0; r < rows; ++r, mask_ptr += n) {
+    int64_t length = 0, valid = 0;
+    while (length < n && mask_ptr[length]) ++length;
+    for (int64_t j = length; j < n; ++j) valid += mask_ptr[j];
+    if (valid) return false;
+    lengths_ptr[r] = length;
+  }
+  return true;
 }
 
 bool rows_alike(const unsigned char* mask_ptr, int64_t rows, int64_t n, unsigned char* first_ptr) {

@@ -62,6 +62,11 @@ struct PullVariant {
   bool (*rows_alike)(const unsigned char* mask_ptr, int64_t rows, int64_t n, unsigned char* first_ptr);
   // The largest sum of squares of a row of n floats, `wide` where they are doubles; NaN where one is.
   double (*longest_row)(const unsigned char* cells_ptr, bool wide, int64_t rows, int64_t n);
+  // The same of the valid rows, 0 without any; `together`: of all that follow each other as one row.
+  double (*longest_valid)(const unsigned char* cells_ptr, const unsigned char* valid_ptr, bool wide, int64_t rows, int64_t n,
+                          bool together);
+  // Whether in each of some rows of n bytes the valid ones come first; how many they are.
+  bool (*lengths_of)(const unsigned char* mask_ptr, int64_t rows, int64_t n, int64_t* lengths_ptr);
   // The bytes of some cells of a compact mask, side by side.
   void (*spread_mask)(const Operand& mask, int64_t at, int64_t n, unsigned char* out);
 };

@@ -38,6 +38,8 @@ namespace maskserve {
   void hide_rows(unsigned char*, const unsigned char*, int64_t, int64_t);                                     \
   bool rows_alike(const unsigned char*, int64_t, int64_t, unsigned char*);                                    \
   double longest_row(const unsigned char*, bool, int64_t, int64_t);                                           \
+  double longest_valid(const unsigned char*, const unsigned char*, bool, int64_t, int64_t, bool);             \
+  bool lengths_of(const unsigned char*, int64_t, int64_t, int64_t*);                                          \
   void spread_mask(const Operand&, int64_t, int64_t, unsigned char*);                                         \
   const Variant table{#isa,                                                                                   \
                       {MASKSERVE_LIFTS(MASKSERVE_ADDRESS)},                                                   \
@@ -49,7 +51,7 @@ namespace maskserve {
                       {MASKSERVE_MERGES(MASKSERVE_MERGER)}};                                                  \
   const PullVariant pulls{{MASKSERVE_PULLS(MASKSERVE_ADDRESS)},                                               \
                           ties, keep, keep_reached, to_reach, to_mask, are_bools, spread_rows, hide_rows,     \
-                          rows_alike, longest_row, spread_mask};                                              \
+                          rows_alike, longest_row, longest_valid, lengths_of, spread_mask};                   \
   }
 
 MASKSERVE_VARIANT(baseline)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # as torch's own documentation writes it
 
 import maskserve as ms
-from maskserve import MaskedTensor, layers
+from maskserve import MaskedTensor, fused, layers
 from maskserve.attending import longest
 from maskserve.errors import MaskserveError
-from maskserve.gates import rows_alike
+from maskserve.fused import FORWARD
+from maskserve.gates import rows_alike, valid_first
 
 nan, inf = torch.nan, torch.inf
 
@@ -33,8 +35,8 @@ def leaf(cells: Tensor, mask: Tensor | None = None, junk: float = nan) -> Masked
     return ms.masked_tensor(data, mask, requires_grad=True)
 
 
-def close(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got.detach(), wanted.detach(), rtol=1e-12, atol=1e-12)
+def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(got.detach(), wanted.detach(), rtol=tolerance, atol=tolerance)
 
 
 W, B = drawn(6, seed=1), drawn(6, seed=2)
@@ -175,7 +177,64 @@ def test_attention_of_padded_sequences_is_that_of_each_alone(is_causal: bool) ->
         close(made.get_data()[i, :, :n], alone)
 
 
-KINDS = ("rows", "cells", "values of other rows", "inf", "junk", "large", "none")
+@pytest.fixture(params=[1, 2])
+def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("n_heads", [None, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_padded_sequences_are_computed_without_their_padding(
+    dtype: torch.dtype, n_heads: int | None, is_causal: bool, torch_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients are those of each alone, and what is below the mask changes no bit of them."""
+    lengths = [512, 0, 31, 31, 100]
+    shape = (5, 512, 64) if n_heads is None else (5, n_heads, 512, 64)
+    inputs = [drawn(*shape, seed=i).to(dtype) for i in range(4)]
+    rows = (torch.arange(512) < torch.tensor(lengths)[:, None]).view(5, *[1] * (len(shape) - 3), 512, 1).expand(shape)
+    called: list[int] = []
+
+    def counted(q: Tensor, *args: Any, **params: Any) -> Any:
+        called.append(q.shape[2])
+        return FORWARD(q, *args, **params)
+
+    monkeypatch.setattr(fused, "FORWARD", counted)
+
+    def found(*junk: float) -> list[MaskedTensor]:
+        leaves = [leaf(x, rows, below) for x, below in zip(inputs[:3], junk, strict=True)]
+        made = F.scaled_dot_product_attention(*leaves, is_causal=is_causal)
+        return [made.detach(), *torch.autograd.grad([made], leaves, [inputs[3]])]
+
+    ours, others = found(nan, inf, -inf), found(0, 0, 0)
+    assert set(called) == {512, 31, 100}
+    assert torch.get_num_threads() == torch_threads, "our threads leave torch's as they were"
+    for one, other in zip(ours, others, strict=True):
+        assert torch.equal(one.get_mask(), rows)
+        assert torch.equal(one.to_tensor(0), other.to_tensor(0))
+    for i, n in enumerate(lengths):
+        alone = [x[i, ..., :n, :].clone().requires_grad_() for x in inputs[:3]]
+        expected = F.scaled_dot_product_attention(*alone, is_causal=is_causal)
+        both = [expected, *torch.autograd.grad(expected, alone, inputs[3][i, ..., :n, :])] if n else []
+        for one, other in zip(ours, both, strict=False):
+            close(one.get_data()[i, ..., :n, :], other, 1e-5 if dtype is torch.float32 else 3e-2)
+
+
+KINDS = (
+    "rows",
+    "cells",
+    "values of other rows",
+    "inf",
+    "junk",
+    "large",
+    "none",
+    "padded",
+    "padded inf",
+    "padded large",
+)
 
 
 def attention_case(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -189,11 +248,15 @@ def attention_case(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Te
     if kind == "values of other rows":
         own[2] = masks(3, 2, 6, 1, seed=5).expand(3, 2, 6, 8)
         inputs[2] = torch.where(own[2], inputs[2], 1e6)
-    if kind == "inf":
+    if kind.startswith("padded"):
+        lengths = torch.tensor([[6, 2, 0], [4, 5, 6]])[:, :, None, None, None]
+        queries, keys = (torch.arange(6)[:, None] < lengths).expand(2, 3, 2, 6, 8)
+        own = [queries, keys, keys]
+    if kind.endswith("inf"):
         inputs[2][0, 0, 3, 1] = inf
-    if kind == "junk":
+    if kind in ("junk", "padded"):
         inputs = [torch.where(m, x, junk) for x, m, junk in zip(inputs, own, (nan, inf, -inf), strict=True)]
-    if kind == "large":
+    if kind.endswith("large"):
         inputs[0] = inputs[0] * torch.finfo(dtype).max / 8
         inputs[1] = inputs[1] * torch.finfo(dtype).tiny
     return inputs, own
@@ -207,6 +270,7 @@ def test_torchs_kernel_gives_what_the_rows_give(
 ) -> None:
     """Values and gradients, and which cells have one, where results are masked once more by words and by cells."""
     inputs, own = attention_case(kind, dtype)
+    monkeypatch.setattr(fused, "PAYS", -math.inf)  # sequences as short as these too
     above = drawn(3, 2, 6, 8, seed=9).to(dtype)
     asked = [torch.ones(1, dtype=torch.bool), masks(3, 2, 6, 1, seed=7), masks(3, 2, 6, 8, seed=8)]
     tolerance = 1e-11 if dtype is torch.float64 else 1e-4
@@ -220,9 +284,9 @@ def test_torchs_kernel_gives_what_the_rows_give(
             values += [made, *torch.autograd.grad([ms.mask(made, valid=seen.expand(made.shape))], leaves, [above])]
         return values
 
-    fused = found()
+    by_kernel = found()
     monkeypatch.setattr(layers, "attended", lambda *args: None)
-    for one, other in zip(fused, found(), strict=True):
+    for one, other in zip(by_kernel, found(), strict=True):
         assert torch.equal(one.get_mask(), other.get_mask())
         torch.testing.assert_close(
             one.detach().to_tensor(0), other.detach().to_tensor(0), rtol=tolerance, atol=tolerance, equal_nan=True
@@ -277,6 +341,31 @@ def test_rows_of_a_mask_are_alike_or_not(n: int, layout: str) -> None:
         spoilt = mask.clone()
         spoilt[2, 4, at] ^= True
         assert rows_alike(spoilt) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 100])
+def test_lengths_are_told_where_all_heads_agree(n: int) -> None:
+    lengths = [n, 0, n // 2]
+    mask = (torch.arange(n) < torch.tensor(lengths)[:, None])[:, None].expand(3, 2, n)
+    assert valid_first(mask) == valid_first(mask[:, 0]) == lengths
+    for i, head in ((0, 1), (1, 0)):  # the last cell of a full row, and of an empty one
+        other = mask.clone()
+        other[i, head, -1] ^= True
+        assert valid_first(other) is None
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (4, 16), (2, 3, 33), (5, 400_000), (2, 40_000, 33)], ids=str)
+def test_only_valid_words_are_measured(shape: tuple[int, ...], together: bool) -> None:
+    x, valid = drawn(*shape), masks(*shape[:-1])
+    junk = torch.where(valid.unsqueeze(-1), x, nan)
+    expected = float(x.norm(dim=-1)[valid].amax())
+    for laid in (junk, junk.float(), junk.movedim(0, -2).contiguous().movedim(-2, 0), junk.half()):
+        found = longest(laid, valid, together=together)
+        assert found == pytest.approx(expected, rel=1e-3) or (together and expected < found <= float(x.norm()) * 1.001)
+    junk[tuple(valid.nonzero()[-1])] = nan
+    assert not longest(junk, valid, together=together) < inf
+    assert longest(junk, torch.zeros_like(valid), together=together) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
