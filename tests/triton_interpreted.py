@@ -83,7 +83,7 @@ def test_sizes_around_a_tile_along_the_last_dim(row: Row, size: int) -> None:
 
 
 @every_row
-@pytest.mark.parametrize(("size", "beside"), [(0, 3), (1, 33), (63, 3), (64, 3), (65, 33), (260, 2)])
+@pytest.mark.parametrize(("size", "beside"), [(0, 3), (2, 33), (63, 3), (64, 3), (65, 3), (132, 2)])
 def test_sizes_around_a_tile_along_the_first_dim(row: Row, size: int, beside: int) -> None:
     sample = with_junk(cells(dtypes.f64, (size, beside), size, row=row))
     assert_agrees(row, sample.data, sample.mask, dim=0)
@@ -188,7 +188,7 @@ def test_a_running_sum_that_overflows_on_the_way_comes_out_right() -> None:
 
 
 def test_a_running_sum_of_exponentials_is_near_the_exact_one() -> None:
-    data = cells(dtypes.f64, (4097,), 1).data
+    data = cells(dtypes.f64, (1025,), 1).data
     with execution.using(backend="triton"):
         got = ms.logcumsumexp(data, 0).get_data()
     exact = np.logaddexp.accumulate(data.numpy().astype(np.longdouble))

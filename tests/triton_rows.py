@@ -42,7 +42,7 @@ def has_own_bits(row: Row, dtype: DType) -> bool:
 
 
 def ulps_apart(row: Row, dtype: torch.dtype) -> int:
-    """How far results with bits of their own may be from the reference's; torch's running sum of exponentials drifts in float64."""
+    """How far bits of their own may be from the reference's; torch's running sum of exponentials drifts in float64."""
     return 32 if row.name == "logcumsumexp" and dtype is torch.float64 else 1
 
 
