@@ -90,6 +90,20 @@ def test_kernels_compile_to_machine_code(
 
 @needs_triton
 @compiles
+def test_a_root_compiles_to_the_one_that_is_rounded_once() -> None:
+    from maskserve.backends.triton_ahead import compile_ahead
+
+    for dtype, word in ((dtypes.f32, "sqrt.rn.f32"), (dtypes.f64, "sqrt.rn.f64")):
+        data = cells(dtype, (3, 70), 1).data
+        term = stages_of_tree("sqrt(x) * 2", {"x": ms.as_masked_tensor(data)})[-1]
+        with recording() as calls:
+            triton_trees.run(evaluation.program(term).chain.ops, [Cells(data, None)], term.shape, None)
+        (made,) = compile_ahead(calls, 90)
+        assert word in made.asm["ptx"]
+
+
+@needs_triton
+@compiles
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("text", ["-(x * y) / z - abs(x)", "where(x > 0.5, abs(x) / z, -y) * 2 - z"])
 def test_a_tree_compiles_to_one_kernel_that_rounds_each_op(text: str, capability: int) -> None:

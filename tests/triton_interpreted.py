@@ -347,6 +347,17 @@ def test_a_tree_in_one_kernel_is_the_same_calls_in_torch(text: str) -> None:
     assert not got.get_data()[~got.get_mask()].any()
 
 
+@pytest.mark.parametrize("dtype", [dtypes.f64, dtypes.f32, dtypes.f16, dtypes.i16], ids=lambda dtype: dtype.name)
+def test_a_root_is_rounded_once(dtype: DType) -> None:
+    """As numpy's is; torch's on a CPU is MKL's."""
+    data = cells(dtype, (3, 700), 1).data.abs()
+    with execution.using(backend="triton"), watching() as calls:
+        got = ms.eval("sqrt(x) * 1", x=ms.as_masked_tensor(data)).get_data()
+    assert len(calls) == 1
+    expected = np.sqrt(data.to(torch.float32 if dtype in (dtypes.i16, dtypes.f16) else data.dtype).numpy())
+    assert torch.equal(got, torch.from_numpy(expected).to(got.dtype))
+
+
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
 def test_a_tree_of_one_compact_mask_keeps_it_and_reads_no_bools(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = tails((3, 4, 13), 1)
