@@ -90,6 +90,26 @@ def test_kernels_compile_to_machine_code(
 
 @needs_triton
 @compiles
+@pytest.mark.parametrize("n", [100, 10**6])
+def test_a_gradient_compiles_of_whole_slices_and_of_runs(n: int) -> None:
+    """Loops that the interpreter takes and the compiler may not: what they carry has to keep its type."""
+    from maskserve.backends.triton_ahead import compile_ahead
+
+    calls = launches_of_gradient("softmax", (2, n))
+    assert len(compile_ahead(calls, 90)) == (1 if n == 100 else 3)
+
+
+def launches_of_gradient(name: str, shape: tuple[int, ...]) -> list[Call]:
+    cells_, mask = [torch.empty(shape) for _ in range(4)], [torch.empty(shape, dtype=torch.bool) for _ in range(2)]
+    with recording() as calls:
+        TritonBackend().pull(
+            plan_of(OPS[name], cells_[0], dim=1), cells_[0], mask[0], cells_[1], cells_[2], mask[1], cells_[3], None
+        )
+    return calls
+
+
+@needs_triton
+@compiles
 def test_a_root_compiles_to_the_one_that_is_rounded_once() -> None:
     from maskserve.backends.triton_ahead import compile_ahead
 
@@ -189,10 +209,7 @@ def test_cells_and_mask_are_read_once_and_results_written_once(row: Row, shape: 
 def test_a_gradient_reads_each_operand_once_and_of_long_slices_twice(
     name: str, shape: tuple[int, ...], launches: int
 ) -> None:
-    cells_, mask = [torch.empty(shape) for _ in range(4)], [torch.empty(shape, dtype=torch.bool) for _ in range(2)]
-    of = plan_of(OPS[name], cells_[0], dim=1)
-    with recording() as calls:
-        TritonBackend().pull(of, cells_[0], mask[0], cells_[1], cells_[2], mask[1], cells_[3], None)
+    calls = launches_of_gradient(name, shape)
     assert len(calls) == launches
     above, n = 4 + 4 + 1, prod(shape)
     assert read(calls[-1]) <= 1.01 * n * (1 + above)

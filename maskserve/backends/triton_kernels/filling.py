@@ -198,7 +198,7 @@ def pull_kernel(
     N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a run of LANES slices: their totals, which `state_ptr` has where runs are not whole, then their cells."""
-    _, lane, start, stop = run_at(n, n_blocks, run_cells, LANES)
+    _run, lane, start, stop = run_at(n, n_blocks, run_cells, LANES)
     if state_ptr is None:
         n_reached, total = shares_of(
             out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides, SHARE,
