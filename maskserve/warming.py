@@ -42,9 +42,10 @@ KINDS: tuple[tuple[Shape, Dims], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """One use of an op: a plan, and whether its cells have a mask, which kernels are told when they are compiled."""
+    """One use of an op: a plan along these dims, and whether its cells have a mask, which kernels are told when compiled."""
 
     plan: Plan
+    dims: Dims
     is_masked: bool
 
     def cells(self) -> tuple[Tensor, Tensor | None]:
@@ -70,7 +71,7 @@ def uses(device: str, dtypes: Iterable[DType], rows: Iterable[Row] = (), shapes:
     given: list[tuple[Shape, Dims]] = [(shape, (dim,)) for shape in shapes for dim in range(len(shape))]
     given += [(shape, tuple(range(len(shape)))) for shape in shapes if len(shape) > 1]
     return [
-        Use(plan=of, is_masked=is_masked)
+        Use(plan=of, dims=dims, is_masked=is_masked)
         for dtype in dtypes
         for shape, dims in given or KINDS
         for of in plans(dtype, shape, dims, device, rows)
@@ -112,7 +113,7 @@ class Ahead:
 
     def use(self) -> Use:
         (of,) = plans(parse(self.dtype), self.shape, self.dims, CPU, [find(self.op)])
-        return Use(plan=of, is_masked=self.is_masked)
+        return Use(plan=of, dims=self.dims, is_masked=self.is_masked)
 
 
 def in_words(use: Use, capability: int) -> Ahead:
@@ -121,7 +122,7 @@ def in_words(use: Use, capability: int) -> Ahead:
         op=of.row.name,
         dtype=of.stored.name,
         shape=of.shape,
-        dims=of.dims,
+        dims=use.dims,
         is_masked=use.is_masked,
         capability=capability,
     )
