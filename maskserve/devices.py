@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from maskserve import engine, execution
-from maskserve.accelerators import CPU, accelerators
+from maskserve.accelerators import CPU, About, accelerators
 from maskserve.backends import backends
 from maskserve.dtypes import DType, f32
 from maskserve.ops import OPS
@@ -32,13 +32,10 @@ OK = "ok"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class Device(About):
     """What is told of one device."""
 
     name: str
-    model: str
-    capability: str
-    memory_bytes: int
     free_bytes: int
     self_test: str
     copied_bytes_per_s: float
@@ -70,10 +67,8 @@ def examined(name: str) -> Device:
     about, found = accelerators().about(name), self_test(name)
     is_well = found == OK
     return Device(
+        **asdict(about),
         name=name,
-        model=about.model,
-        capability=about.capability,
-        memory_bytes=about.memory_bytes,
         free_bytes=accelerators().free_bytes(name) if is_well else 0,
         self_test=found,
         copied_bytes_per_s=copy_speed(name) if is_well else 0.0,
@@ -84,12 +79,15 @@ def examined(name: str) -> Device:
 
 
 def plans(dtype: DType, shape: Shape, dims: Dims, device: str, rows: Iterable[Row] = ()) -> Iterator[Plan]:
-    """A plan along these dims of every op of `rows`, or of all, that takes the dtype and needs no parameter but dims."""
+    """A plan along these dims of every op of `rows`, or of all, that takes the dtype and needs nothing but dims or a cell."""
     for row in rows or OPS.values():
         if isinstance(row, SlicedRow) and row.verb and dtype in row.accepts:
-            needed = [p for p in row.requestable if p.default is REQUIRED]
-            if all(p.type is Type.DIM for p in needed) and (len(dims) == 1 or isinstance(row, Reduction)):
-                yield plan(row, (("dim", dims if len(dims) > 1 else dims[0]),), shape, dtype, device)
+            values = {Type.DIM: dims[0], Type.DIMS: dims if len(dims) > 1 else dims[0], Type.CELL: 1}
+            given = {
+                p.name: values.get(p.type) for p in row.requestable if p.default is REQUIRED or p.type is Type.DIMS
+            }
+            if None not in given.values() and (len(dims) == 1 or isinstance(row, Reduction)):
+                yield plan(row, tuple(given.items()), shape, dtype, device)
 
 
 def self_test(device: str) -> str:

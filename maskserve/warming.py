@@ -7,23 +7,27 @@ have the tiles that most shapes have, and a shape that is known can be given.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from maskserve import engine, execution
+from maskserve.accelerators import CPU
 from maskserve.backends import Puller
 from maskserve.backends.triton import TritonBackend
 from maskserve.backends.triton_ahead import check_capability, compile_ahead
 from maskserve.backends.triton_launches import Call, recording
 from maskserve.backends.triton_tables import missing
+from maskserve.cgroup import cpus
 from maskserve.devices import Dims, Shape, plans
-from maskserve.dtypes import DType
+from maskserve.dtypes import DType, parse
 from maskserve.errors import BackendError
+from maskserve.ops import find
 from maskserve.ops.rows import Row
 from maskserve.plan import Plan
+from maskserve.processes import Processes
 
 KINDS: tuple[tuple[Shape, Dims], ...] = (
     ((64, 128), (1,)),
@@ -38,9 +42,10 @@ KINDS: tuple[tuple[Shape, Dims], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """One use of an op: a plan, and whether its cells have a mask, which kernels are told when they are compiled."""
+    """One use of an op: a plan along these dims, and whether its cells have a mask, which kernels are told when compiled."""
 
     plan: Plan
+    dims: Dims
     is_masked: bool
 
     def cells(self) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +71,7 @@ def uses(device: str, dtypes: Iterable[DType], rows: Iterable[Row] = (), shapes:
     given: list[tuple[Shape, Dims]] = [(shape, (dim,)) for shape in shapes for dim in range(len(shape))]
     given += [(shape, tuple(range(len(shape)))) for shape in shapes if len(shape) > 1]
     return [
-        Use(plan=of, is_masked=is_masked)
+        Use(plan=of, dims=dims, is_masked=is_masked)
         for dtype in dtypes
         for shape, dims in given or KINDS
         for of in plans(dtype, shape, dims, device, rows)
@@ -95,14 +100,50 @@ def pulled(backend: Puller, of: Plan, data: Tensor, mask: Tensor | None) -> None
 # -- without a device -------------------------------------------------------------------------------------------------
 
 
-def ahead(use: Use, capability: int) -> Warmed:
-    """The use's kernels compiled for devices of a compute capability, into the folder where a process looks that has one."""
-    start = time.perf_counter()
-    made = compile_ahead(launches(use), capability)
-    seconds = time.perf_counter() - start
-    return Warmed(
-        op=use.plan.row.name, dtype=use.plan.stored.name, backend=TritonBackend.name, seconds=seconds, kernels=len(made)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """A use whose kernels are compiled for devices of a compute capability, in words, which a worker is sent."""
+
+    op: str
+    dtype: str
+    shape: Shape
+    dims: Dims
+    is_masked: bool
+    capability: int
+
+    def use(self) -> Use:
+        (of,) = plans(parse(self.dtype), self.shape, self.dims, CPU, [find(self.op)])
+        return Use(plan=of, dims=self.dims, is_masked=self.is_masked)
+
+
+def in_words(use: Use, capability: int) -> Ahead:
+    of = use.plan
+    return Ahead(
+        op=of.row.name,
+        dtype=of.stored.name,
+        shape=of.shape,
+        dims=use.dims,
+        is_masked=use.is_masked,
+        capability=capability,
     )
+
+
+def compiled(task: Ahead) -> Warmed:
+    """The kernels of a use, in the folder where a process looks that has such a device."""
+    start = time.perf_counter()
+    made = compile_ahead(launches(task.use()), task.capability)
+    seconds = time.perf_counter() - start
+    return Warmed(op=task.op, dtype=task.dtype, backend=TritonBackend.name, seconds=seconds, kernels=len(made))
+
+
+def ahead(uses: Sequence[Use], capability: int) -> Iterator[Warmed]:
+    """Those of all the uses as they are done, in as many processes as there are CPUs: one compiles a kernel at a time."""
+    tasks = [in_words(use, capability) for use in uses]
+    for outcome in Processes(workers=min(cpus(), max(len(tasks), 1))).run(compiled, tasks):
+        if outcome.error is not None:
+            raise outcome.error
+        assert outcome.result is not None
+        yield outcome.result
 
 
 def launches(use: Use) -> list[Call]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -486,6 +487,14 @@ def test_uses_have_every_kind_of_slices_with_a_mask_and_without() -> None:
     assert {(use.plan.fold, use.is_masked) for use in own} == set(
         product([(1, 3, 4), (3, 4, 1), (1, 12, 1)], [True, False])
     )
+
+
+def test_a_use_that_a_worker_is_sent_in_words_is_the_same() -> None:
+    for use in warming.uses("cpu", [dtypes.f32, dtypes.i8]):
+        again = pickle.loads(pickle.dumps(warming.in_words(use, 90))).use()
+        assert [getattr(again.plan, word) for word in ("row", "params", "fold", "stored", "out_shape")] == [
+            getattr(use.plan, word) for word in ("row", "params", "fold", "stored", "out_shape")
+        ]
 
 
 @pytest.mark.skipif(missing() is not None or interprets(), reason="only triton compiles ahead")

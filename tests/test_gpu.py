@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,9 @@ from maskserve.dtypes import DType
 from maskserve.ops.rows import Reduction, Row
 from maskserve.params import names_of
 from maskserve.payload.format import BytesPayload
-from maskserve.plan import plan
 from tests.http_service import payload
-from tests.samples import SLICED, assert_same_bits, cells, needed, ulps, with_junk
-from tests.triton_rows import OWN, PAIRS, ROWS, TREES, has_own_bits, variables
+from tests.samples import SLICED, assert_same_bits, cells, needed, plan_of, ulps, with_junk
+from tests.triton_rows import OWN, PAIRS, ROWS, TREES, has_own_bits, taken, ulps_apart, variables
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,7 +104,7 @@ SHAPES = ((1, 1), (5, 130), (63, 2), (65, 33), (4095, 1), (4097, 3), (3, 9000), 
 
 def by_kernels(row: Row, dtype: DType, shape: tuple[int, ...], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     sample = with_junk(cells(dtype, shape, 1, row=row))
-    of = plan(row, (("dim", dim),), shape, dtype, "cuda:0")  # type: ignore[arg-type]  # rows of PAIRS have slices
+    of = replace(plan_of(row, sample.data, **taken(row, dim=dim)), device="cuda:0")
     with execution.using(backend="triton"):
         values, valid = engine.run(of, sample.data.cuda(), sample.mask.cuda())
     return values.cpu(), valid.cpu()
@@ -118,14 +118,14 @@ def test_kernels_give_the_bits_of_the_reference_on_the_cpu(row: Row, dtype: DTyp
         for dim in range(len(shape)):
             got = by_kernels(row, dtype, shape, dim)
             sample = with_junk(cells(dtype, shape, 1, row=row))
-            of = plan(row, (("dim", dim),), shape, dtype, "cpu")  # type: ignore[arg-type]  # as above
-            expected = engine.run(of, sample.data, sample.mask)
+            expected = engine.run(plan_of(row, sample.data, **taken(row, dim=dim)), sample.data, sample.mask)
             if not has_own_bits(row, dtype):
                 assert_same_bits(got, expected, (row.name, dtype, shape, dim))
                 continue
             assert_same_bits(got[1:], expected[1:])
             near = (got[0].double() - expected[0].double()).abs() <= 1e-15
-            assert ulps(torch.where(near, expected[0], got[0]), expected[0], got[0].dtype) <= 1, (row.name, shape, dim)
+            apart = ulps(torch.where(near, expected[0], got[0]), expected[0], got[0].dtype)
+            assert apart <= ulps_apart(row, got[0].dtype), (row.name, shape, dim)
 
 
 MANY = (1 << 31) + 70
@@ -147,6 +147,8 @@ def test_more_cells_than_32_bits_count_are_all_seen(shape: tuple[int, ...]) -> N
         assert ms.sum(x).item() == 6
         assert ms.argmax(x).item() == flat.numel() - 2
         assert ms.count(x).item() == flat.numel() - 1
+        assert (ms.first(x).item(), ms.last(x).item(), ms.ptp(x).item()) == (0, 5, 5)
+        assert ms.fill(x, 9).get_data().view(-1)[-3:].tolist() == [1, 5, 9]
         last = ms.cummax(x, len(shape) - 1)[0] if len(shape) > 1 else ms.ffill(x, 0)
         assert last.get_data().view(-1)[-2].item() == 5
         assert ms.eval("x + x", x=x).get_data().view(-1)[-3:].tolist() == [2, 10, 0]

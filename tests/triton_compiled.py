@@ -21,7 +21,7 @@ from maskserve.dtypes import DType
 from maskserve.ops.rows import Row
 from maskserve.params import names_of
 from tests.samples import Masked, cells, plan_of
-from tests.triton_rows import OWN, PAIRS
+from tests.triton_rows import OWN, PAIRS, taken
 
 SHAPES = (((300, 40), 0), ((9000,), 0), ((40, 70), 1))
 """Slices beside each other and one after the other, in one tile and in several."""
@@ -31,7 +31,7 @@ def calls_of(row: Row, dtype: DType) -> Iterator[Call]:
     """What would be launched for a row, its gradient too."""
     for shape, dim in SHAPES:
         sample = cells(dtype, shape, 1, row=row)
-        of = plan_of(row, sample.data, dim=dim)
+        of = plan_of(row, sample.data, **taken(row, dim=dim))
         with recording() as calls:
             TritonBackend().run(of, sample.data, sample.mask)
             if of.row.vjp in PULLS and dtype.is_float:

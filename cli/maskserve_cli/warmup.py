@@ -53,8 +53,8 @@ def warmup(
     found = asked if sm is None else warming.with_kernels(asked, sm)
     done: list[Warmed] = []
     with progress("warming up", len(found), "uses") as tick:
-        for use in found:
-            done.append(warming.run(use) if sm is None else warming.ahead(use, sm))
+        for one in map(warming.run, found) if sm is None else warming.ahead(found, sm):
+            done.append(one)
             tick(1)
     target = where if sm is None else f"sm_{sm}"
     folder = None if sm is None else warming.cache_folder()

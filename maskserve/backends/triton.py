@@ -18,22 +18,24 @@ from torch import Tensor
 from maskserve.backends import triton_trees
 from maskserve.backends.reference import kernel as reference
 from maskserve.backends.reference import lift as lift_as_reference
-from maskserve.backends.triton_launches import ended, folded, join, merged, normalize, pull, scan, states_of
+from maskserve.backends.triton_launches import ended, fill, folded, join, merged, normalize, pull, scan, states_of
 from maskserve.backends.triton_plans import ending_stage, holding_tile
 from maskserve.backends.triton_tables import (
-    ORDERS,
+    FILLED,
     PULLS,
     SERVED,
+    WRITTEN,
     finishing,
     interprets,
     missing,
     reducing,
+    serves_order,
     serves_row,
 )
 from maskserve.compact import Compact, Mask, Part, spread_part
-from maskserve.dtypes import FLOATING, i64
+from maskserve.dtypes import FLOATING
 from maskserve.ops.passes import WEIGHTED_MOMENTS
-from maskserve.ops.rows import Normalization, Reduction
+from maskserve.ops.rows import Normalization, Reduction, Scan
 
 if TYPE_CHECKING:
     from maskserve.blockwise import Cells, Op
@@ -85,11 +87,13 @@ class TritonBackend:
             return f"it has no kernel for {row.name}"
         if plan.weighted and plan.params["weights"] not in SERVED:
             return f"it has no kernel for weights of {plan.params['weights']}"
-        if plan.params.get("ord", 2) not in ORDERS:
+        if not serves_order(plan):
             return f"it has no kernel for {row.name} with this ord"
-        if plan.dtype not in SERVED or plan.flipped:
+        if plan.dtype not in SERVED:
             return f"it has no kernel for {plan.stored}"
-        if not isinstance(row, Reduction) and not row.picks and plan.result not in FLOATING | {i64}:
+        if plan.flipped and plan.weighted:
+            return f"it has no kernel for {plan.stored} with weights"
+        if not isinstance(row, Reduction) and not row.picks and plan.result not in WRITTEN:
             return f"it has no kernel for {row.name} in {plan.result}"
         return missing()
 
@@ -170,8 +174,8 @@ class TritonBackend:
     # -- a result for each cell -----------------------------------------------------------------------------------
 
     def fill(
-        self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor, places: Tensor | None = None,
-        states: Parts | None = None,
+        self, plan: Plan, data: Tensor, mask: Tensor | Part | None, values: Tensor, valid: Tensor | None,
+        places: Tensor | None = None, states: Parts | None = None,
     ) -> str:  # fmt: skip
         """A normalization or scan of whole slices, written to `values` and `valid`, hidden cells 0.
 
@@ -179,6 +183,11 @@ class TritonBackend:
         "done", "overflowed" where a finite value became inf, or "refused": the reference has to do this block.
         """
         data, own = on_plans(plan, data, mask)
+        if valid is None:
+            valid = torch.empty(values.shape, dtype=torch.bool, device=data.device)
+        if isinstance(plan.row, Scan) and plan.row.scan == FILLED:
+            fill(plan, data, own, (values, valid))
+            return "done"
         wrong = torch.zeros(1, dtype=torch.int32, device=data.device)
         if isinstance(plan.row, Normalization):
             normalize(plan, data, own, (values, valid, wrong), self.known(plan, data, own, states))

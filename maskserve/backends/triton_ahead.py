@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from maskserve.backends.triton_launches import LAUNCH, Call
-from maskserve.backends.triton_tables import interprets, kernels
+from maskserve.backends.triton_tables import interprets, named
 from maskserve.errors import BackendError, ParameterError
 
 CAPABILITIES = (80, 90)
@@ -67,8 +67,5 @@ def compile_ahead(calls: Iterable[Call], capability: int) -> list[Any]:
         raise BackendError("with TRITON_INTERPRET=1 nothing is compiled; unset it", parameter="backend")
     with instead_of_a_device(capability):
         return [
-            getattr(kernels(call.module), call.name).warmup(
-                *call.args, grid=(call.programs,), **call.constants, **LAUNCH
-            )
-            for call in calls
+            named(call.kernel).warmup(*call.args, grid=(call.programs,), **call.constants, **LAUNCH) for call in calls
         ]

@@ -30,6 +30,7 @@ from maskserve.backends.triton_tables import (
     Finishing,
     named,
     needs,
+    of_scans,
     omits,
     reducing,
     scanning,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 Parts = dict[str, Tensor]
 Strides = tuple[int, int, int]
 
-SHARES = (torch.int64, torch.float64)
+SHARED = (torch.int64, torch.float64)
 """How many cells a gradient has reached, and what they share."""
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 """A contracted a * b + c rounds once, where the reference rounds twice."""
@@ -65,15 +66,18 @@ def on(device: torch.device) -> Iterator[None]:
 class Call:
     """One launch, as it would be."""
 
-    name: str
-    module: str
+    kernel: str
     programs: int
     args: tuple[Any, ...]
     constants: Mapping[str, Any]
 
+    @property
+    def name(self) -> str:
+        return self.kernel.partition(":")[2]
+
     def run(self, device: torch.device) -> None:
         with on(device):
-            named(self.name, self.module)[(self.programs,)](*self.args, **self.constants, **LAUNCH)
+            named(self.kernel)[(self.programs,)](*self.args, **self.constants, **LAUNCH)
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
@@ -101,9 +105,9 @@ def noted(into: ContextVar[list[Call] | None]) -> Iterator[list[Call]]:
         into.reset(token)
 
 
-def launch(name: str, module: str, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+def launch(kernel: str, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
     """One launch of a kernel; none of no programs."""
-    call = Call(name=name, module=module, programs=programs, args=args, constants=constants)
+    call = Call(kernel=kernel, programs=programs, args=args, constants=constants)
     calls = _calls.get()
     if calls is not None:
         calls.append(call)
@@ -194,7 +198,7 @@ def lift(
     own = mask_operand(mask, data)
     tile, weighed = stage.tile, (0, 0, 0) if weights is None else strided(weights)
     launch(
-        "lift_kernel", "reducing", stage.programs, data.device, data, own.cells, weights, target, stage.count, stage.inner,
+        "reducing:lift_kernel", stage.programs, data.device, data, own.cells, weights, target, stage.count, stage.inner,
         stage.lanes, stage.blocks, strided(data), own.place, weighed, strides, stage.lanes, how.min_count if how else 0,
         **own.constants, GROUPS=tile.groups, N=tile.n, LANES=tile.lanes, **reducing(plan).lift,
         **(how.constants if how else UNFINISHED),
@@ -208,7 +212,7 @@ def join(
     tile, of = stage.tile, reducing(plan)
     new = (stage.count * stage.inner, stage.inner, 1)
     launch(
-        "join_kernel", "reducing", stage.programs, states[0].device, states, target, stage.count, stage.inner, stage.lanes,
+        "reducing:join_kernel", stage.programs, states[0].device, states, target, stage.count, stage.inner, stage.lanes,
         stage.blocks, new if stage.is_new_group else (stage.inner, stage.lanes, 1), strides, stage.lanes, stage.below,
         how.min_count if how else 0, SHIFTS=of.shifts and stage.is_new_group, GROUPS=tile.groups, LANES=tile.lanes,
         **of.merge, **(how.constants if how else UNFINISHED),
@@ -242,9 +246,9 @@ def normalize(
     blocks = -(-lanes // tile.lanes)
     option = plan.params.get("eps", plan.params.get("correction"))
     launch(
-        "normalize_kernel", "filling", blocks * -(-n // tile.cells), data.device, data, own.cells, known or (data,), results,
+        "filling:normalize_kernel", blocks * -(-n // tile.cells), data.device, data, own.cells, known or (data,), results,
         n, inner, lanes, blocks, strided(data), own.place, (inner, 1), strided(results[0]),
-        APPLY=named(APPLIES[plan.row.apply], "filling"), OPTION=None if option is None else float(option),
+        APPLY=named(APPLIES[plan.row.apply]), OPTION=None if option is None else float(option),
         NEEDS=needs(plan), CHECKS=plan.result is not f64, **own.constants, KNOWN=bool(known), GROUPS=tile.groups, N=tile.n,
         LANES=tile.lanes, **how,
     )  # fmt: skip
@@ -272,11 +276,11 @@ def scan(
 
     def walk(before: tuple[Tensor, ...] | None, target: tuple[Tensor, ...], finish: str | None) -> None:
         launch(
-            "scan_kernel", "scanning", blocks * runs, data.device, given, own.cells, before, target, n, inner, lanes,
-            blocks, run_cells, n if limit is None else int(limit), strides, own.place, made, FINISH=named(finish, "scanning"),
+            "scanning:scan_kernel", blocks * runs, data.device, given, own.cells, before, target, n, inner, lanes,
+            blocks, run_cells, n if limit is None else int(limit), strides, own.place, made, FINISH=of_scans(finish),
             OPTION=plan.result.is_float, REVERSED=how.reverses, CHECKS=plan.result is not f64, **own.constants,
             OMITS=omits(plan), READS=how.reads or omits(plan), N=tile.n, LANES=tile.lanes, **how.constants,
-            LIFT=named(how.lift, "scanning"), SCAN=named(how.scan, "scanning"),
+            LIFT=of_scans(how.lift), SCAN=of_scans(how.scan),
         )  # fmt: skip
 
     if runs == 1:
@@ -284,8 +288,24 @@ def scan(
         return
     states = tuple(torch.empty(runs * lanes, dtype=dtype, device=data.device) for dtype in how.parts)
     walk(None, states, None)
-    launch("carry_kernel", "scanning", blocks, data.device, states, runs, lanes, LANES=tile.lanes, **how.constants)
+    launch("scanning:carry_kernel", blocks, data.device, states, runs, lanes, LANES=tile.lanes, **how.constants)
     walk(states, into, how.finish)
+
+
+def fill(plan: Plan, data: Tensor, mask: Tensor | Part | None, results: tuple[Tensor, Tensor]) -> None:
+    """Cells with the masked ones a number, rounded here as torch does."""
+    outer, n, inner = data.shape
+    lanes, own = outer * inner, mask_operand(mask, data)
+    tile = scanning_tile(n, lanes, is_inner=inner == 1)
+    blocks, value = -(-lanes // tile.lanes), plan.params["value"]
+    if plan.dtype.is_float:
+        value = int(torch.tensor(value, dtype=data.dtype).double().view(torch.int64))
+    elif plan.flipped:
+        value += torch.iinfo(torch.int64).min
+    launch(
+        "filling:fill_kernel", blocks * -(-n // tile.n), data.device, data, own.cells, results, int(value), n, inner, lanes,
+        blocks, strided(data), own.place, strided(results[0]), FLIPPED=plan.flipped, **own.constants, N=tile.n, LANES=tile.lanes,
+    )  # fmt: skip
 
 
 def turned(tensor: Tensor) -> tuple[Tensor, Strides]:
@@ -308,19 +328,19 @@ def pull(
     share, step = PULLS[plan.row.vjp]
     runs, blocks = scanning_runs(n, lanes, tile), -(-lanes // tile.lanes)
     run_cells = -(-n // (runs * tile.n)) * tile.n
-    walk = {"SHARE": named(share, "filling"), "N": tile.n, "LANES": tile.lanes}
+    walk = {"SHARE": named(share), "N": tile.n, "LANES": tile.lanes}
     states = None
     if runs > 1:
-        held = tuple(torch.empty(runs * lanes, dtype=dtype, device=cells.device) for dtype in SHARES)
+        held = tuple(torch.empty(runs * lanes, dtype=dtype, device=cells.device) for dtype in SHARED)
         launch(
-            "share_kernel", "filling", blocks * runs, cells.device, *given, held, n, inner, lanes, blocks, run_cells,
+            "filling:share_kernel", blocks * runs, cells.device, *given, held, n, inner, lanes, blocks, run_cells,
             *map(strided, given), **walk,
         )  # fmt: skip
         states = added(held, runs, lanes)
     launch(
-        "pull_kernel", "filling", blocks * runs, cells.device, cells, own.cells, *given, made,
+        "filling:pull_kernel", blocks * runs, cells.device, cells, own.cells, *given, made,
         made if reach is None else reach.view(shape), states, n, inner, lanes, blocks, run_cells, strided(cells), own.place,
-        *map(strided, given), strided(made), PULL=named(step, "filling"), **own.constants, OMITS=omits(plan),
+        *map(strided, given), strided(made), PULL=named(step), **own.constants, OMITS=omits(plan),
         REACHES=reach is not None, **walk,
     )  # fmt: skip
 
@@ -330,8 +350,8 @@ def added(states: tuple[Tensor, ...], runs: int, lanes: int) -> tuple[Tensor, ..
     made = tuple(torch.empty(lanes, dtype=state.dtype, device=state.device) for state in states)
     (stage,) = joins(runs, lanes, 1)
     launch(
-        "join_kernel", "reducing", stage.programs, states[0].device, states, made, runs, 1, lanes, stage.blocks,
-        (1, lanes, 1), (1, 0), 0, 0, 0, MERGE=named("merge_sums"), NOTHING=(0, 0.0), SHIFTS=False,
+        "reducing:join_kernel", stage.programs, states[0].device, states, made, runs, 1, lanes, stage.blocks,
+        (1, lanes, 1), (1, 0), 0, 0, 0, MERGE=named("sums:merge_sums"), NOTHING=(0, 0.0), SHIFTS=False,
         GROUPS=stage.tile.groups, LANES=stage.tile.lanes, **UNFINISHED,
     )  # fmt: skip
     return made

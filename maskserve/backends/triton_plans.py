@@ -164,29 +164,3 @@ def scanning_runs(n: int, lanes: int, tile: Tile) -> int:
         return 1
     most = min(JOINED, BUSY * 4 // blocks)
     return -(-tiles // -(-tiles // most))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """Launches, and the bytes of a device's memory that they read and write."""
-
-    launches: int
-    read: int
-    written: int
-
-
-def traffic_of(
-    fold: tuple[int, ...], leaf: int, *, cell_bytes: int, mask_bytes: int, state_bytes: int, result_bytes: int
-) -> Traffic:
-    """What a reduction moves: cells and mask once, its results once, and between launches the states.
-
-    `cell_bytes` of each cell, `mask_bytes` in all, `state_bytes` of each state, `result_bytes` of each result, its validity among
-    them.
-    """
-    stages = stages_of(fold, leaf)
-    n_states = sum(stage.runs * stage.lanes for stage in stages[:-1])
-    return Traffic(
-        launches=len(stages),
-        read=prod(fold) * cell_bytes + mask_bytes + n_states * state_bytes,
-        written=n_states * state_bytes + stages[-1].lanes * result_bytes,
-    )

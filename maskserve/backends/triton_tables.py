@@ -17,7 +17,7 @@ import torch
 
 from maskserve.backends.reference import kernel as reference
 from maskserve.backends.reference import lift as lift_as_reference
-from maskserve.dtypes import FLOATING, INTEGRAL, DType, bf16, boolean, f16, f32, f64, i64
+from maskserve.dtypes import FLOATING, INTEGRAL, bf16, boolean, f16, f32, f64, i64, u16, u32, u64
 from maskserve.ops import passes
 from maskserve.ops.rows import Normalization, Pass, Reduction, Scan
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from maskserve.plan import Plan
 
 SERVED = FLOATING | INTEGRAL
+WRITTEN = SERVED | {u16, u32, u64}
+"""The dtypes of results; wide ones are computed of narrow or flipped cells."""
 SHORT = frozenset({f32, f16, bf16})
-ORDERS = (2, 1, 0, 0.5, -1, -2, math.inf, -math.inf)
-"""The orders of norms that kernels know."""
 WORD = "TRITON_INTERPRET"
 OLDEST = (3, 7)
 """Tuples of pointers, and functions as constants, are as kernels need them from here on."""
 
-# what kernels are called, by what they compute in: float32 (and halves), float64, int64, narrower integers and bools
-KINDS = ("single", "double", "long", "whole")
+# what kernels are called, by what they compute in: float32 (and halves), float64, int64, narrower integers and bools, u64
+KINDS = ("single", "double", "long", "whole", "unsigned")
 
 
 def one(lift: str, merge: str) -> dict[str, tuple[str, str]]:
@@ -41,55 +41,73 @@ def one(lift: str, merge: str) -> dict[str, tuple[str, str]]:
 
 
 LIFTS: Mapping[Pass, Mapping[str, tuple[str, str]]] = {
-    passes.COUNT: one("lift_count", "merge_count"),
+    passes.COUNT: one("sums:lift_count", "sums:merge_count"),
     passes.TOTAL: {
-        "single": ("lift_sum", "merge_sums"),
-        "double": ("lift_pair", "merge_pair"),
-        "long": ("lift_limbs", "merge_limbs"),
-        "whole": ("lift_limbs", "merge_limbs"),
+        "single": ("sums:lift_sum", "sums:merge_sums"),
+        "double": ("sums:lift_pair", "sums:merge_pair"),
+        "long": ("sums:lift_limbs", "sums:merge_limbs"),
+        "whole": ("sums:lift_limbs", "sums:merge_limbs"),
+        "unsigned": ("sums:lift_limbs", "sums:merge_limbs"),
     },
-    passes.MOMENTS: one("lift_moments", "merge_moments")
+    passes.MOMENTS: one("sums:lift_moments", "sums:merge_moments")
     | {
-        "double": ("lift_moments_of_doubles", "merge_moments"),
-        "long": ("lift_moments_of_longs", "merge_moments"),
+        "double": ("sums:lift_moments_of_doubles", "sums:merge_moments"),
+        "long": ("sums:lift_moments_of_longs", "sums:merge_moments"),
+        "unsigned": ("sums:lift_moments_of_longs", "sums:merge_moments"),
     },
-    passes.LARGEST: one("lift_largest", "merge_largest"),
-    passes.SMALLEST: one("lift_smallest", "merge_smallest"),
-    passes.FIRST_LARGEST: one("lift_first_largest", "merge_first_largest"),
-    passes.FIRST_SMALLEST: one("lift_first_smallest", "merge_first_smallest"),
-    passes.TRUTHS: one("lift_truths", "merge_sums"),
-    passes.EXPONENTIALS: one("lift_exponentials", "merge_exponentials"),
-    passes.PRODUCT: one("lift_product", "merge_product"),
-    passes.POWERS: one("lift_powers", "merge_powers"),
-    passes.WEIGHTED_TOTAL: one("lift_weighted_total", "merge_weighted_total"),
-    passes.WEIGHTED_MOMENTS: one("lift_weighted_moments", "merge_weighted_moments"),
+    passes.LARGEST: one("extremes:lift_largest", "extremes:merge_largest"),
+    passes.SMALLEST: one("extremes:lift_smallest", "extremes:merge_smallest"),
+    passes.FIRST_LARGEST: one("extremes:lift_first_largest", "extremes:merge_first_largest"),
+    passes.FIRST_SMALLEST: one("extremes:lift_first_smallest", "extremes:merge_first_smallest"),
+    passes.FIRST: one("extremes:lift_first", "extremes:merge_first"),
+    passes.LAST: one("extremes:lift_last", "extremes:merge_last"),
+    passes.EXTENT: one("extremes:lift_extent", "extremes:merge_extent"),
+    passes.TRUTHS: one("sums:lift_truths", "sums:merge_sums"),
+    passes.EXPONENTIALS: one("powers:lift_exponentials", "powers:merge_exponentials"),
+    passes.PRODUCT: one("powers:lift_product", "powers:merge_product"),
+    passes.POWERS: one("powers:lift_powers", "powers:merge_powers"),
+    passes.WEIGHTED_TOTAL: one("sums:lift_weighted_total", "sums:merge_weighted_total"),
+    passes.WEIGHTED_MOMENTS: one("sums:lift_weighted_moments", "sums:merge_weighted_moments"),
 }
 PASSES = {step.name: step for step in LIFTS}
-OF_SUMS = {
-    ".reductions:finalize_sum": "finish_sum",
-    ".reductions:finalize_mean": "finish_mean",
+
+
+def of_sums(name: str) -> dict[str, str]:
+    """What ends states of floats, pairs and limbs."""
+    kinds = {"double": "_of_pair", "long": "_of_limbs", "whole": "_of_limbs", "unsigned": "_of_unsigned"}
+    return {kind: name + kinds.get(kind, "") for kind in KINDS}
+
+
+FINISHES: Mapping[str, Mapping[str, str]] = {
+    ".reductions:finalize_sum": of_sums("sums:finish_sum"),
+    ".reductions:finalize_mean": of_sums("sums:finish_mean"),
+    ".reductions:finalize_var": dict.fromkeys(KINDS, "sums:finish_var"),
+    ".reductions:finalize_std": dict.fromkeys(KINDS, "sums:finish_std"),
+    ".reductions:finalize_best": dict.fromkeys(KINDS, "extremes:finish_best")
+    | {"unsigned": "extremes:finish_best_of_unsigned"},
+    ".reductions:finalize_at": dict.fromkeys(KINDS, "extremes:finish_at"),
+    ".reductions:finalize_count": dict.fromkeys(KINDS, "sums:finish_count"),
+    ".reductions:finalize_any": dict.fromkeys(KINDS, "sums:finish_any"),
+    ".reductions:finalize_all": dict.fromkeys(KINDS, "sums:finish_all"),
+    ".reductions:finalize_logsumexp": dict.fromkeys(KINDS, "powers:finish_logsumexp"),
+    ".products:finalize_prod": dict.fromkeys(KINDS, "powers:finish_prod"),
+    ".norms:finalize_norm": dict.fromkeys(KINDS, "powers:finish_norm"),
+    ".places:finalize_ptp": dict.fromkeys(KINDS, "extremes:finish_extent"),
+    ".weighted:finalize_sum": dict.fromkeys(KINDS, "sums:finish_weighted_sum"),
+    ".weighted:finalize_mean": dict.fromkeys(KINDS, "sums:finish_weighted_mean"),
+    ".weighted:finalize_var": dict.fromkeys(KINDS, "sums:finish_weighted_var"),
+    ".weighted:finalize_std": dict.fromkeys(KINDS, "sums:finish_weighted_std"),
 }
-FINISHES = {
-    ".reductions:finalize_var": "finish_var",
-    ".reductions:finalize_std": "finish_std",
-    ".reductions:finalize_best": "finish_best",
-    ".reductions:finalize_at": "finish_at",
-    ".reductions:finalize_count": "finish_count",
-    ".reductions:finalize_any": "finish_any",
-    ".reductions:finalize_all": "finish_all",
-    ".reductions:finalize_logsumexp": "finish_logsumexp",
-    ".products:finalize_prod": "finish_prod",
-    ".norms:finalize_norm": "finish_norm",
-    ".weighted:finalize_sum": "finish_weighted_sum",
-    ".weighted:finalize_mean": "finish_weighted_mean",
-    ".weighted:finalize_var": "finish_weighted_var",
-    ".weighted:finalize_std": "finish_weighted_std",
-}
+OVERFLOWING = frozenset(
+    {".reductions:finalize_sum", ".reductions:finalize_mean", ".products:finalize_prod", ".places:finalize_ptp"}
+)
+"""What can end in an integer that its dtype does not hold."""
+FILLED = ".places:Filled"
 APPLIES = {
-    ".normalizations:apply_softmax": "apply_softmax",
-    ".normalizations:apply_log_softmax": "apply_log_softmax",
-    ".normalizations:apply_standardize": "apply_standardize",
-    ".norms:apply_normalize": "apply_normalize",
+    ".normalizations:apply_softmax": "filling:apply_softmax",
+    ".normalizations:apply_log_softmax": "filling:apply_log_softmax",
+    ".normalizations:apply_standardize": "filling:apply_standardize",
+    ".norms:apply_normalize": "filling:apply_normalize",
 }
 
 
@@ -108,7 +126,7 @@ class Scanning(NamedTuple):
     @property
     def constants(self) -> Mapping[str, Any]:
         """What each of its launches has."""
-        return {"BEGIN": named(self.begin, "scanning"), "MERGE": named(self.merge, "scanning")}
+        return {"BEGIN": of_scans(self.begin), "MERGE": of_scans(self.merge)}
 
 
 LATEST = Scanning(
@@ -136,6 +154,13 @@ SCANS: Mapping[str, Mapping[str, Scanning]] = {
         "whole": LIMBS,
     },
     ".products:CumulativeProduct": {"single": PRODUCTS, "double": PRODUCTS, "long": WRAPPED, "whole": WRAPPED},
+    ".scans:LogCumulativeSumOfExponentials": dict.fromkeys(
+        KINDS,
+        Scanning(
+            "begin_exponentials", "lift_exponents", "scan_by_halves", "merge_running_exponentials", "finish_exponentials",
+            (torch.float64, torch.float64),
+        ),
+    ),
     ".places:CumulativeLargest": dict.fromkeys(
         KINDS,
         Scanning(
@@ -154,9 +179,9 @@ SCANS: Mapping[str, Mapping[str, Scanning]] = {
     ".places:FilledBackward": dict.fromkeys(KINDS, LATEST._replace(reverses=True)),
 }  # fmt: skip
 PULLS = {
-    ".gradients:softmax": ("softmax_share", "pull_softmax"),
-    ".gradients:softmin": ("softmax_share", "pull_softmin"),
-    ".gradients:log_softmax": ("log_softmax_share", "pull_log_softmax"),
+    ".gradients:softmax": ("filling:softmax_share", "filling:pull_softmax"),
+    ".gradients:softmin": ("filling:softmax_share", "filling:pull_softmin"),
+    ".gradients:log_softmax": ("filling:log_softmax_share", "filling:pull_log_softmax"),
 }
 
 
@@ -185,17 +210,27 @@ def kernels(module: str) -> ModuleType:
     return import_module(f"maskserve.backends.triton_kernels.{module}")
 
 
-def named(name: str | None, module: str = "passes") -> Any:
-    return None if name is None else getattr(kernels(module), name)
+def named(name: str | None) -> Any:
+    """The kernel, or step of kernels, that "module:function" names."""
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    return getattr(kernels(module), function)
+
+
+def of_scans(name: str | None) -> Any:
+    return None if name is None else named(f"scanning:{name}")
 
 
 # -- what a plan asks of the kernels, decided once ----------------------------------------------------------------
 
 
-def kind_of(dtype: DType) -> str:
-    if dtype.is_float:
-        return "double" if dtype is f64 else "single"
-    return "long" if dtype is i64 else "whole"
+def kind_of(plan: Plan) -> str:
+    if plan.dtype.is_float:
+        return "double" if plan.dtype is f64 else "single"
+    if plan.flipped:
+        return "unsigned"
+    return "long" if plan.dtype is i64 else "whole"
 
 
 def worst_of(plan: Plan, *, largest: bool) -> float | int:
@@ -220,6 +255,8 @@ LIFT_OPTIONS: Mapping[Pass, Callable[[Plan], Any]] = {
     passes.FIRST_LARGEST: partial(worst_of, largest=True),
     passes.SMALLEST: partial(worst_of, largest=False),
     passes.FIRST_SMALLEST: partial(worst_of, largest=False),
+    passes.EXTENT: lambda plan: (worst_of(plan, largest=False), worst_of(plan, largest=True)),
+    passes.TRUTHS: lambda plan: torch.iinfo(torch.int64).min if plan.flipped else 0,
     passes.EXPONENTIALS: exactness,
     passes.PRODUCT: lambda plan: plan.dtype is f64,
     passes.POWERS: lambda plan: float(plan.params["ord"]),
@@ -242,7 +279,7 @@ class Reducing:
 @lru_cache(maxsize=1024)
 def reducing(plan: Plan) -> Reducing:
     step = plan.passes[0]
-    lift, merge = LIFTS[step][kind_of(plan.dtype)]
+    lift, merge = LIFTS[step][kind_of(plan)]
     option = LIFT_OPTIONS[step](plan) if step in LIFT_OPTIONS else None
     parts = step.parts(plan.dtype)
     nothing = torch.empty((1, 0, 1), dtype=getattr(torch, plan.dtype.torch))
@@ -263,7 +300,7 @@ def reducing(plan: Plan) -> Reducing:
 def scanning(plan: Plan) -> Scanning:
     """The steps of a scan of the plan's cells."""
     assert isinstance(plan.row, Scan)
-    return SCANS[plan.row.scan][kind_of(plan.dtype)]
+    return SCANS[plan.row.scan][kind_of(plan)]
 
 
 def omits(plan: Plan) -> bool:
@@ -286,22 +323,14 @@ UNFINISHED: Mapping[str, Any] = {"FINISH": None, "OPTION": None, "NEEDS": -math.
 def finishing(plan: Plan) -> Finishing | None:
     """How the plan's states are finished by a kernel; None where the reference's way is needed."""
     row, params = plan.row, plan.params
-    if not isinstance(row, Reduction) or params.get("empty", "mask") != "mask" or plan.result not in SERVED:
-        return None
-    name = FINISHES.get(plan.finalize)
-    if plan.finalize in OF_SUMS:
-        of = {"single": "", "double": "_of_pair", "long": "_of_limbs", "whole": "_of_limbs"}[kind_of(plan.dtype)]
-        name = OF_SUMS[plan.finalize] + of
-    elif name == "finish_prod" and plan.result.is_integral:
-        name = "finish_prod_of_integers"
-    if name is None:
+    if not isinstance(row, Reduction) or params.get("empty", "mask") != "mask" or plan.result not in WRITTEN:
         return None
     option: Any = params.get("ord", params.get("correction"))
     option = plan.result.is_float if option is None else float(option)
     return Finishing(
         constants={
-            "FINISH": named(name), "OPTION": option, "NEEDS": needs(plan),
-            "CHECKS": plan.result is not f64 and (plan.result.is_float or plan.finalize in OF_SUMS or "prod" in name),
+            "FINISH": named(FINISHES[plan.finalize][kind_of(plan)]), "OPTION": option, "NEEDS": needs(plan),
+            "CHECKS": plan.result is not f64 and (plan.result.is_float or plan.finalize in OVERFLOWING),
             "WEIGHS": plan.weighted,
         },
         min_count=-1 if row.never_masked else int(params["min_count"]),
@@ -317,6 +346,13 @@ def serves_row(plan: Plan) -> bool:
     row = plan.row
     known = all(PASSES.get(step.name) is step for step in plan.passes)
     if isinstance(row, Reduction):
-        ends = plan.finalize in OF_SUMS or plan.finalize in FINISHES
-        return known and bool(plan.passes) and ends
-    return known and (row.apply in APPLIES if isinstance(row, Normalization) else row.scan in SCANS)
+        return known and bool(plan.passes) and plan.finalize in FINISHES
+    return known and (row.apply in APPLIES if isinstance(row, Normalization) else row.scan in {*SCANS, FILLED})
+
+
+def serves_order(plan: Plan) -> bool:
+    """Whether powers of a norm are products or roots; other ones are by exp and log, which float64 would show."""
+    size = abs(plan.params.get("ord", 2))
+    if size in (0, math.inf) or plan.params.get("ord") == 0.5:
+        return True
+    return size <= 8 if size % 1 == 0 else 0.5 <= size <= 6 and f64 not in (plan.dtype, plan.result)

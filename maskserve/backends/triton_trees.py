@@ -232,7 +232,7 @@ def run(
     reach = max(sum(step * (size - 1) for step, size in zip(own, sizes, strict=True)) for own in strides)
     own = mask_operand(None if kept is None else kept.part((1, result.numel(), 1)), result)
     launch(
-        "tree_kernel", "trees", -(-result.numel() // TILE), device, tuple(data), tuple(masks), own.cells, result,
+        "trees:tree_kernel", -(-result.numel() // TILE), device, tuple(data), tuple(masks), own.cells, result,
         result if valid is None else valid, own.place, sizes, *flat, source.numbers, result.numel(),
         COMPUTE=compiled(source.text), IS_MASKED=valid is not None, **own.constants, N=TILE,
         IS_LONG=max(reach, result.numel()) > LONG,

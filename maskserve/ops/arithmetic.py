@@ -1,7 +1,7 @@
 """What cells of an elementwise row are, in arithmetic that rounds each result once: whoever computes it has torch's bits.
 
-Rows that are not here have bits of their own on each device (exp; sqrt too, which torch rounds as MKL does on a CPU), or leave
-some to the machine (the sign of max(0, -0)).
+Rows that are not here have bits of their own on each device (exp), or leave some to the machine (the sign of max(0, -0)). A
+square root is rounded once on every device; on a CPU torch asks MKL, which need not.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ NEG = Arithmetic(text="negated({input})")
 NOT = Arithmetic(text="inverted({input})", of=INTEGRAL)
 SAME = Arithmetic(text="{input}")
 SIZE = Arithmetic(text="magnitude({input})", of=FLOATING)
+ROOT = Arithmetic(text="root({input})", of=FLOATING)
 SQUARE = Arithmetic(text="{input} * {input}")
 LARGER = Arithmetic(text="larger({input}, {other})", of=WHOLE)
 SMALLER = Arithmetic(text="smaller({input}, {other})", of=WHOLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from maskserve.ops.arithmetic import ROOT
 from maskserve.ops.families import ANY, COUNTING, FLOATS, REAL, TWO
 from maskserve.ops.parameters import Parameter, Type
 from maskserve.ops.rows import Beyond, Elementwise
@@ -22,7 +23,7 @@ ROWS = (
                 identity=(float("-inf"), float("-inf")), accepts=ANY),
     Elementwise(name="logaddexp2", summary="log2(2**input + 2**other)", operands=TWO, tensors_only=True,
                 identity=(float("-inf"), float("-inf")), accepts=REAL),
-    Elementwise(name="sqrt", summary="square root", accepts=ANY),
+    Elementwise(name="sqrt", summary="square root", arithmetic=ROOT, accepts=ANY),
     Elementwise(name="rsqrt", summary="1 / square root", accepts=ANY),
     Elementwise(name="hypot", summary="sqrt(input**2 + other**2)", operands=TWO, tensors_only=True, identity=(0, 0),
                 accepts=REAL),

@@ -65,6 +65,22 @@ def power_of_two(k):
 
 
 @triton.jit
+def counted(keep):
+    return tl.sum(keep.to(tl.int32), 1).to(tl.int64)
+
+
+@triton.jit
+def never(value):
+    """No value lacks a number."""
+    return tl.zeros(value.shape, tl.int1)
+
+
+@triton.jit
+def at_least_one(count):
+    return tl.maximum(count, 1).to(tl.float64)
+
+
+@triton.jit
 def halves(x):
     """The first and the second half of a tile's cells."""
     cut = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2, x.shape[2]))

@@ -3,16 +3,22 @@
 import triton
 import triton.language as tl
 
-from maskserve.backends.triton_kernels.elementary import (
-    exponential,
-    halve,
-    is_finite,
-    logarithm,
-    nan_like,
-)
-from maskserve.backends.triton_kernels.passes import finish_norm, finish_std, raised
+from maskserve.backends.triton_kernels.elementary import exponential, halve, is_finite, logarithm, nan_like, never
+from maskserve.backends.triton_kernels.extremes import LEAST
+from maskserve.backends.triton_kernels.powers import finish_norm, raised
 from maskserve.backends.triton_kernels.reducing import as_part
-from maskserve.backends.triton_kernels.tiles import BYTES, cells_at, joined, kept, lanes_at, narrowed, place_of, read
+from maskserve.backends.triton_kernels.sums import finish_std
+from maskserve.backends.triton_kernels.tiles import (
+    BYTES,
+    cells_at,
+    joined,
+    kept,
+    narrowed,
+    place_of,
+    program_at,
+    read,
+    run_at,
+)
 
 # -- what a cell becomes, by the state of its slice: (cells, parts, OPTIONs) -> float64 ----------------------------
 
@@ -66,9 +72,7 @@ def normalize_kernel(
     NEGATES: tl.constexpr, KNOWN: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile of cells normalized: of whole slices, read once, or of parts of slices whose states are KNOWN."""
-    program = tl.program_id(0)
-    run = (program // n_blocks).to(tl.int64)
-    lane = lanes_at(program % n_blocks, LANES)
+    run, lane = program_at(n_blocks, LANES)
     cell = cells_at(run * (GROUPS * N), GROUPS, N)
     x, keep, inside = read(
         data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, NEGATES, True
@@ -86,7 +90,26 @@ def normalize_kernel(
     valid = keep & (parts[0].to(tl.float64) > NEEDS)
     value = APPLY(x, parts, LIFT_OPTION, OPTION)
     offsets = place_of(lane[None, None, :], cell, inner, result_strides[0], result_strides[1], result_strides[2])
-    write_cells(results_ptr, value, tl.zeros(value.shape, tl.int1), valid, offsets, inside, CHECKS)
+    write_cells(results_ptr, value, never(value), valid, offsets, inside, CHECKS)
+
+
+@triton.jit(do_not_specialize=["number"], do_not_specialize_on_alignment=["data_ptr", "mask_ptr"])  # see UNALIGNED
+def fill_kernel(
+    data_ptr, mask_ptr, results_ptr, number, n, inner, n_lanes, n_blocks, data_strides, mask_place, result_strides,
+    FLIPPED: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A tile of cells, the masked ones the `number`: the bits of a float64, or an int64. FLIPPED: of u64, the sign bit."""
+    run, lane = program_at(n_blocks, LANES)
+    cell = cells_at(run * N, 1, N)
+    x, keep, inside = read(
+        data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, False, False, True
+    )
+    given = tl.full((1, 1, 1), number, tl.int64)
+    if x.dtype != tl.int64:
+        given = given.to(tl.float64, bitcast=True).to(x.dtype)
+    offsets = place_of(lane[None, None, :], cell, inner, result_strides[0], result_strides[1], result_strides[2])
+    cells = tl.where(keep, x, given)
+    write_cells(results_ptr, cells ^ LEAST if FLIPPED else cells, never(x), inside, offsets, inside, False)
 
 
 # -- the gradients of softmax and its kin -------------------------------------------------------------------------
@@ -155,11 +178,7 @@ def share_kernel(
     SHARE: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The shares of runs of slices that are few and long, as states (runs, lanes) that sums are joined of."""
-    program = tl.program_id(0)
-    run = (program // n_blocks).to(tl.int64)
-    lane = lanes_at(program % n_blocks, LANES)
-    start = run * run_cells
-    stop = tl.minimum(start + run_cells, n)
+    run, lane, start, stop = run_at(n, n_blocks, run_cells, LANES)
     shares = shares_of(
         out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides, SHARE, N,
         LANES,
@@ -179,11 +198,7 @@ def pull_kernel(
     N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a run of LANES slices: their totals, which `state_ptr` has where runs are not whole, then their cells."""
-    program = tl.program_id(0)
-    run = (program // n_blocks).to(tl.int64)
-    lane = lanes_at(program % n_blocks, LANES)
-    start = run * run_cells
-    stop = tl.minimum(start + run_cells, n)
+    _run, lane, start, stop = run_at(n, n_blocks, run_cells, LANES)
     if state_ptr is None:
         n_reached, total = shares_of(
             out_ptr, g_ptr, gate_ptr, lane, start, stop, n, inner, n_lanes, out_strides, g_strides, gate_strides, SHARE,

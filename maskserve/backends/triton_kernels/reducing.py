@@ -6,8 +6,8 @@ import triton.language as tl
 from maskserve.backends.triton_kernels.tiles import (
     cells_at,
     joined,
-    lanes_at,
     place_of,
+    program_at,
     read,
     working,
     write_parts,
@@ -42,9 +42,7 @@ def lift_kernel(
     GROUPS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A run of GROUPS leaves of N cells of LANES slices: their state, or where that is all, their results."""
-    program = tl.program_id(0)
-    run = (program // n_blocks).to(tl.int64)
-    lane = lanes_at(program % n_blocks, LANES)
+    run, lane = program_at(n_blocks, LANES)
     cell = cells_at(run * (GROUPS * N), GROUPS, N)
     x, keep, inside = read(
         data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, NEGATES, READS
@@ -66,9 +64,7 @@ def join_kernel(
     CHECKS: tl.constexpr, WEIGHS: tl.constexpr, SHIFTS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A run of GROUPS states of each lane as one. SHIFTS: the third part is a place, `below` further on for each state."""
-    program = tl.program_id(0)
-    run = (program // n_blocks).to(tl.int64)
-    lane = lanes_at(program % n_blocks, LANES)
+    run, lane = program_at(n_blocks, LANES)
     group = run * GROUPS + tl.arange(0, GROUPS)[:, None]
     lanes = lane[None, :]
     inside = (group < m) & (lanes < n_lanes)

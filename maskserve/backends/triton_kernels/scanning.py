@@ -8,20 +8,20 @@
 import triton
 import triton.language as tl
 
-from maskserve.backends.triton_kernels.elementary import LIMB_VALUE, carried, settled, split_exponent, times_power
-from maskserve.backends.triton_kernels.filling import write_cells
-from maskserve.backends.triton_kernels.passes import (
-    FARTHEST,
-    HALF,
-    LEAST,
-    LIMB,
-    key_of,
-    merge_pair,
+from maskserve.backends.triton_kernels.elementary import (
+    INFINITY,
+    LIMB_VALUE,
+    carried,
     never,
-    sign_of,
-    times_states,
+    settled,
+    split_exponent,
+    times_power,
 )
-from maskserve.backends.triton_kernels.tiles import cells_at, lanes_at, place_of, read
+from maskserve.backends.triton_kernels.extremes import FARTHEST, LEAST, key_of
+from maskserve.backends.triton_kernels.filling import write_cells
+from maskserve.backends.triton_kernels.powers import finish_logsumexp, finish_prod, merge_exponentials, times_states
+from maskserve.backends.triton_kernels.sums import HALF, LIMB, merge_pair
+from maskserve.backends.triton_kernels.tiles import cells_at, place_of, program_at, read, run_at
 
 # -- sums: of float64 where cells are shorter floats, of limbs where they are integers, of pairs -------------------
 
@@ -142,13 +142,35 @@ def merge_wrapped(a, b):
 
 @triton.jit
 def finish_wrapped(parts, keep, at, limit, OPTION: tl.constexpr):
-    """OPTION: whether the result is a float. Beside 2**63 the estimate cannot tell whether it fits, and the sign can."""
-    estimate = times_power(parts[0] + parts[1], parts[2])
-    if OPTION:
-        return estimate, never(estimate), keep
-    else:
-        fits = (tl.abs(estimate) < 9223372046077798400.0) & (sign_of(parts[3]) == sign_of(estimate))
-        return parts[3], fits == 0, keep
+    """OPTION: whether the result is a float."""
+    value, lacks = finish_prod((0, parts[0], parts[1], parts[2], parts[3]), OPTION)
+    return value, lacks, keep
+
+
+# -- exponentials, as their largest and the sum of what they are beside it ------------------------------------------
+
+
+@triton.jit
+def begin_exponentials(LANES: tl.constexpr):
+    return tl.full((1, 1, LANES), -INFINITY, tl.float64), tl.zeros((1, 1, LANES), tl.float64)
+
+
+@triton.jit
+def lift_exponents(x, keep, at):
+    cells = tl.where(keep, x.to(tl.float64), -INFINITY)
+    return cells, (cells != -INFINITY).to(tl.float64)
+
+
+@triton.jit
+def merge_running_exponentials(a, b):
+    _, top, total = merge_exponentials((0, a[0], a[1]), (0, b[0], b[1]))
+    return top, total
+
+
+@triton.jit
+def finish_exponentials(parts, keep, at, limit, OPTION: tl.constexpr):
+    value, lacks = finish_logsumexp((0, parts[0], parts[1]), OPTION)
+    return value, lacks, keep
 
 
 # -- places: of the best cell so far, the last of equal ones, and of the last valid one -----------------------------
@@ -292,14 +314,11 @@ def scan_kernel(
 
     `before_ptr`: the states of what lies before each run. REVERSED: strides are negative, and places count from the end.
     """
-    program = tl.program_id(0)
-    run = (program // n_blocks).to(tl.int64)
-    lane = lanes_at(program % n_blocks, LANES)
+    run, lane, start, stop = run_at(n, n_blocks, run_cells, LANES)
     state = BEGIN(LANES)
     if before_ptr is not None:
         state = states_at(before_ptr, run * n_lanes + lane, lane < n_lanes)
-    start = run * run_cells
-    for begin in range(start, tl.minimum(start + run_cells, n), N):
+    for begin in range(start, stop, N):
         cell = cells_at(begin, 1, N)
         x, keep, inside = read(
             data_ptr, mask_ptr, lane, cell, n, inner, n_lanes, data_strides, mask_place, FORM, ROWS, OMITS, False, READS
@@ -335,7 +354,7 @@ def write_states(state_ptr, parts, at, inside):
 @triton.jit
 def carry_kernel(state_ptr, n_runs, n_lanes, BEGIN: tl.constexpr, MERGE: tl.constexpr, LANES: tl.constexpr):
     """The states of runs (runs, lanes), in their place those of all that lies before each."""
-    lane = lanes_at(tl.program_id(0), LANES)
+    _, lane = program_at(tl.num_programs(0), LANES)
     state = BEGIN(LANES)
     for run in range(n_runs):
         at = lane + run * n_lanes  # few lanes, or there were no runs

@@ -85,6 +85,21 @@ def lanes_at(block, LANES: tl.constexpr):
 
 
 @triton.jit
+def program_at(n_blocks, LANES: tl.constexpr):
+    """The run of this program, and its lanes."""
+    program = tl.program_id(0)
+    return (program // n_blocks).to(tl.int64), lanes_at(program % n_blocks, LANES)
+
+
+@triton.jit
+def run_at(n, n_blocks, run_cells, LANES: tl.constexpr):
+    """The same, and where in their slices the run begins and ends."""
+    run, lane = program_at(n_blocks, LANES)
+    start = run * run_cells
+    return run, lane, start, tl.minimum(start + run_cells, n)
+
+
+@triton.jit
 def cells_at(start, GROUPS: tl.constexpr, N: tl.constexpr):
     """The places in the slice of a tile's cells, (groups, n, 1)."""
     group = tl.arange(0, GROUPS)[:, None, None].to(tl.int64)

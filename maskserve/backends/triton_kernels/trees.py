@@ -19,6 +19,12 @@ def divided(a, b):
 
 
 @triton.jit
+def root(x):
+    """Rounded once; `sqrt` of float32 is not."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
 def negated(x):
     """`-x` is 0 - x, which loses the sign of 0."""
     if x.dtype.is_floating():
