@@ -17,7 +17,7 @@ import pytest
 
 from maskserve.errors import InputChangedError
 from tests import batch_faults
-from tests.batch_job import batch, check_ledger, errors, ledger, make_inputs, outputs, start, summary, temps
+from tests.batch_job import Ended, batch, check_ledger, errors, ledger, make_inputs, outputs, start, summary, temps
 from tests.command_line import COMMAND, environment
 from tests.test_executors import children
 
@@ -31,7 +31,7 @@ def quiet(line: str) -> None:
 
 
 def test_a_job_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    assert batch_faults.killed_at_random(tmp_path, n=600, kills=4, seed=7, tell=quiet) > 0
+    assert batch_faults.killed_at_random(tmp_path, n=400, kills=2, seed=7, tell=quiet) > 0
 
 
 def test_bad_files_are_named_and_the_others_done(tmp_path: Path) -> None:
@@ -148,15 +148,17 @@ def failing_fixture(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("call", "number"),
     [("write", errno.ENOSPC), ("fsync", errno.EIO), ("rename", errno.EROFS), ("open", errno.EIO)],
 )
+@pytest.mark.parametrize("which", ["first, middle and last", pytest.param("each", marks=pytest.mark.slow)])
 def test_whichever_call_fails_what_stood_is_whole_and_nothing_is_half_written(
-    tmp_path: Path, failing: str, call: str, number: int
+    tmp_path: Path, failing: str, call: str, number: int, which: str
 ) -> None:
     """One input has an output that stands, and one has none."""
     make_inputs(tmp_path, 2)
     assert batch(tmp_path, "--set", "output.to=right").code == 0
     right = outputs(tmp_path, "right")
-    codes = []
-    for nth in range(1, 60):
+
+    def run(nth: int) -> tuple[Ended, int]:
+        """How a run ended whose `nth` call failed, and how many calls it made."""
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "f00001.safetensors").write_bytes(b"old")
@@ -164,20 +166,26 @@ def test_whichever_call_fails_what_stood_is_whole_and_nothing_is_half_written(
         env = {"LD_PRELOAD": failing, "FAIL_CALL": call, "FAIL_NTH": str(nth), "FAIL_ERRNO": str(number),
                "FAIL_PATH": "/out", "FAIL_COUNT": str(count)}  # fmt: skip
         ran = batch(tmp_path, "--set", "run.retries=0", "--workers", "1", env=env)
-        codes.append(ran.code)
         for name, data in outputs(tmp_path).items():
             assert data == right[name] or (name, data) == ("f00001.safetensors", b"old"), (call, nth, name)
         assert temps(tmp_path) == [], (call, nth)
         check_ledger(tmp_path)
-        if not count.exists() or count.stat().st_size < nth:
-            break
+        return ran, count.stat().st_size
+
+    ran, n_calls = run(1_000_000)
+    assert ran.code == 0, "no call failed"
+    assert outputs(tmp_path) == right
+    codes = set()
+    middle = n_calls // 2
+    for nth in range(1, n_calls + 1) if which == "each" else sorted({1, middle, n_calls}):
+        ran, n_reached = run(nth)
+        assert n_reached >= nth, "the call that fails is reached"
         assert ran.code in (73, 74) or outputs(tmp_path) == right, (call, nth, ran)
-        if nth == 2:
+        codes.add(ran.code)
+        if nth == middle:
             assert batch(tmp_path, "--workers", "1").code == 0
             assert outputs(tmp_path) == right
-    assert codes[-1] == 0, "the last run had no failure"
-    assert set(codes[:-1]) & {73, 74}
-    assert outputs(tmp_path) == right
+    assert codes & {73, 74}
 
 
 @needs_compiler

