@@ -454,6 +454,7 @@ def test_age_goes_on_where_the_wall_clock_jumps_and_never_back() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_clock_that_jumps_by_a_day_ends_nothing_early_and_keeps_nothing_for_ever(tmp_path: Path) -> None:
     offset = tmp_path / "offset"
     offset.write_text("0")

@@ -200,5 +200,6 @@ def print_bits() -> None:
                 print(name, row.name, params, [part.hex() for part in bits(*found)])
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits() -> None:
     assert_same_bits_by_every_set("tests.test_native_orders")

@@ -319,6 +319,7 @@ def print_bits() -> None:
     print([part.hex() for part in bits(gates.kept(cells, cells > 0), gates.is_reached(gates.as_cotangent(cells > 0)))])
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits() -> None:
     assert_same_bits_by_every_set("tests.test_native_pulls")
 

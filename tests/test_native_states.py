@@ -208,5 +208,6 @@ def print_bits() -> None:
             print(row.name, dtype, shape, [part.hex() for part in bits(values, valid)])
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits() -> None:
     assert_same_bits_by_every_set("tests.test_native_states")

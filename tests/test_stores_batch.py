@@ -82,6 +82,7 @@ def test_a_job_in_a_store_writes_what_one_in_a_folder_does_and_does_it_once(
         plan(read_job(str(tmp_path / "job.toml"), ["output.exists=error"]))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_every_output_is_right_and_nothing_noted_is_done_twice(
     stored: Stored, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
