@@ -6,24 +6,18 @@ A padded sequence is computed as it would be without its padding: no product wit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import groupby
-from math import ceil, prod
-from os import getpid
-from threading import Barrier
-from typing import Any, NamedTuple
+from math import prod
+from typing import NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from maskserve.execution import BLOCKS_A_THREAD, n_threads
 from maskserve.gates import valid_first
 from maskserve.gradients import Cells
 
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FORWARD: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_flash_attention_for_cpu
 BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 """What torch's own function calls; that does not hand out the logarithms of sums which the way back needs."""
 PAYS = 1 << 21
@@ -31,21 +25,17 @@ PAYS = 1 << 21
 
 
 class Piece(NamedTuple):
-    """Sequences whose valid words come first, as many in each; and some of their heads."""
+    """Sequences whose valid words come first, as many in each."""
 
     sequences: slice
     n_queries: int
     n_keys: int
-    heads: slice = slice(None)
-
-    def at(self, x: Tensor) -> Tensor:
-        return x[self.sequences] if x.ndim == 3 else x[self.sequences, self.heads]
 
     def queries(self, x: Tensor) -> Tensor:
-        return self.at(x)[..., : self.n_queries, :]
+        return x[self.sequences, ..., : self.n_queries, :]
 
     def keys(self, x: Tensor) -> Tensor:
-        return self.at(x)[..., : self.n_keys, :]
+        return x[self.sequences, ..., : self.n_keys, :]
 
     def operands(self, of: Cells) -> Cells:
         return self.queries(of[0]), self.keys(of[1]), self.keys(of[2])
@@ -89,16 +79,13 @@ def forward(
     if not pieces:
         made, sums = FORWARD(*map(of_heads, operands), 0.0, False, attn_mask=of_heads(bias), scale=scale)
         return made.view(q.shape), sums.view(q.shape[:-1])
-    made, sums = room(q), torch.empty(q.shape[:-1], dtype=wide(q))
+    made, sums = torch.zeros(q.shape, dtype=q.dtype), torch.empty(q.shape[:-1], dtype=wide(q))
     met = None if bias is None else bias.expand(*q.shape[:-1], k.shape[-2])
-
-    def compute(piece: Piece) -> None:
+    for piece in pieces:
         values, logarithms = forward(piece.operands(operands), piece.pairs(met), scale, ())
         assert logarithms is not None  # on a CPU
-        put(piece.queries(made), values)
-        put(piece.sums(sums), logarithms)
-
-    of_each(pieces, q, compute)
+        piece.queries(made).copy_(values)
+        piece.sums(sums).copy_(logarithms)
     return made, sums
 
 
@@ -117,64 +104,14 @@ def back(
         logarithms = sums if sums.ndim == 3 else sums.unsqueeze(0)
         found = BACK(*cells, logarithms, 0.0, False, attn_mask=of_heads(bias), scale=scale)
         return tuple(part.view(x.shape) for part, x in zip(found, operands, strict=True))
-    gradients = tuple(map(room, operands))
+    gradients = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in operands)
     met = None if bias is None else bias.expand(*made.shape[:-1], operands[1].shape[-2])
-
-    def compute(piece: Piece) -> None:
+    for piece in pieces:
         above, values = piece.queries(g), piece.queries(made)
         parts = back(above, piece.operands(operands), values, piece.sums(sums), piece.pairs(met), scale, ())
         for whole, part in zip(piece.operands(gradients), parts, strict=True):
-            put(whole, part)
-
-    of_each(pieces, made, compute)
+            whole.copy_(part)
     return gradients
-
-
-def of_each(pieces: Sequence[Piece], like: Tensor, compute: Callable[[Piece], None]) -> None:
-    """Computes all pieces on threads of which each is alone, unless torch has one: those of a call wait for each other."""
-    threads, n_heads = n_threads() if torch.get_num_threads() > 1 else 1, like.shape[1] if like.ndim == 4 else 1
-
-    def task(piece: Piece) -> None:
-        with torch.no_grad():
-            compute(piece)
-
-    if threads == 1:
-        for piece in pieces:
-            task(piece)
-        return
-    step = ceil(n_heads * len(pieces) / (BLOCKS_A_THREAD * threads))
-    spans = [slice(at, at + step) for at in range(0, n_heads, step)]
-    for future in [
-        pool(threads, getpid()).submit(task, piece._replace(heads=heads)) for piece in pieces for heads in spans
-    ]:
-        future.result()
-
-
-@cache
-def pool(threads: int, _process: int) -> ThreadPoolExecutor:
-    """Threads of ours in which torch uses no others; a forked process has none of its parent's."""
-    n_threads, started = torch.get_num_threads(), Barrier(threads)
-    made = ThreadPoolExecutor(threads, "maskserve-attention", torch.set_num_threads, (1,))
-    list(made.map(lambda _: started.wait(), range(threads)))
-    torch.set_num_threads(n_threads)  # what other new threads begin with
-    return made
-
-
-def room(like: Tensor) -> Tensor:
-    """Zeros, without torch's threads: where others use the cores too, these wait milliseconds for each other."""
-    made = torch.empty(like.shape, dtype=like.dtype)
-    cells_of(made)[...] = 0
-    return made
-
-
-def put(whole: Tensor, part: Tensor) -> None:
-    """Writes a part, without torch's threads."""
-    cells_of(whole)[...] = cells_of(part)
-
-
-def cells_of(x: Tensor) -> NDArray[Any]:
-    """The same memory in numpy, which has no bfloat16."""
-    return x.view(torch.int16).numpy() if x.itemsize == 2 else x.numpy()
 
 
 def of_heads(x: Tensor | None) -> Tensor | None:

@@ -182,9 +182,9 @@ def valid_first(mask: Tensor) -> list[int] | None:
     lengths = torch.empty(mask.shape[:-1], dtype=torch.int64)
     if not native().lengths_of(mask.data_ptr(), lengths.numel(), mask.shape[-1], lengths.data_ptr()):
         return None
-    first, *others = lengths.view(len(mask), -1).unbind(1)
-    found: list[int] = first.tolist()
-    return found if all(torch.equal(first, other) for other in others) else None
+    by_index = lengths.view(len(mask), -1)
+    found: list[int] = by_index[:, 0].tolist()
+    return found if torch.equal(by_index, by_index[:, :1].expand_as(by_index)) else None
 
 
 def longest_row(cells: Tensor, valid: Tensor | None = None, *, together: bool = False) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -177,19 +177,11 @@ def test_attention_of_padded_sequences_is_that_of_each_alone(is_causal: bool) ->
         close(made.get_data()[i, :, :n], alone)
 
 
-@pytest.fixture(params=[1, 2])
-def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("n_heads", [None, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_padded_sequences_are_computed_without_their_padding(
-    dtype: torch.dtype, n_heads: int | None, is_causal: bool, torch_threads: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, n_heads: int | None, is_causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients are those of each alone, and what is below the mask changes no bit of them."""
     lengths = [512, 0, 31, 31, 100]
@@ -211,7 +203,6 @@ def test_long_padded_sequences_are_computed_without_their_padding(
 
     ours, others = found(nan, inf, -inf), found(0, 0, 0)
     assert set(called) == {512, 31, 100}
-    assert torch.get_num_threads() == torch_threads, "our threads leave torch's as they were"
     for one, other in zip(ours, others, strict=True):
         assert torch.equal(one.get_mask(), rows)
         assert torch.equal(one.to_tensor(0), other.to_tensor(0))
