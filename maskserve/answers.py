@@ -11,8 +11,8 @@ import torch
 
 from maskserve import sides, sources, streaming, variable_steps
 from maskserve.admission import given
-from maskserve.engine import expanded
 from maskserve.errors import TooLargeError
+from maskserve.gates import expanded
 from maskserve.ops.rows import Formula
 from maskserve.payload.format import Encoded, Output, Payload, encode
 from maskserve.payload.header import shown

@@ -36,6 +36,7 @@ from maskserve.execution import (
     nan_policy,
     within_memory,
 )
+from maskserve.gates import expanded
 from maskserve.masks import intersection
 from maskserve.ops.rows import Normalization, Ordering, Reach, Reduction, Scan
 from maskserve.plan import Plan
@@ -154,12 +155,6 @@ def computed(
     if isinstance(row, Normalization):
         return normalize(plan, cells)
     return scan(plan, row, cells, places)
-
-
-def expanded(mask: Mask, shape: Sequence[int]) -> Tensor:
-    """The mask as bools of this shape."""
-    bools = mask.bools() if isinstance(mask, Compact) else mask
-    return bools if bools.shape == tuple(shape) else bools.expand(shape)
 
 
 # -- cells that are picked, complex cells ---------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from maskserve.backends.reference.cells import select
 from maskserve.backends.reference.gradients import Slices
 from maskserve.blocks import spans
 from maskserve.compact import Compact, as_bools
-from maskserve.engine import expanded, run_held, run_held_with_indices
-from maskserve.gates import as_cotangent
+from maskserve.engine import run_held, run_held_with_indices
+from maskserve.gates import as_cotangent, expanded
 from maskserve.gradients import Above, Cells, Given, Masks, Operation, Result, apply
 from maskserve.masks import intersection
 from maskserve.ops.rows import Reach, Reduction, Whole

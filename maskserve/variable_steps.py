@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from maskserve import engine, execution, masking, regions, sides, sources, sparse_ops, sparse_slices, streaming
+from maskserve import engine, execution, gates, masking, regions, sides, sources, sparse_ops, sparse_slices, streaming
 from maskserve.above import Above, above_of, differentiable, refuse_several
 from maskserve.backends import Choice, Puller, choose
 from maskserve.backends.reference import ReferenceBackend
@@ -141,7 +141,7 @@ class OfVariable(Step):
             laid = tuple(loaded(side, self.device) for side in self.sides)  # at most one: (cells, mask or None)
             with execution.using(backend=request.running.get("backend")):
                 data, held = engine.run_held(self.plan, data, held, *laid)
-            mask = engine.expanded(held, data.shape)
+            mask = gates.expanded(held, data.shape)
         elif isinstance(request.row, Masking) and not self.passes_through:
             n_masked_before = n_masked(data, mask)
             others = {

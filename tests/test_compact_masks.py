@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import maskserve as ms
-from maskserve import dtypes
+from maskserve import dtypes, gates
 from maskserve.compact import Bits, Compact, Lengths
 from maskserve.dtypes import DType
 from maskserve.errors import MaskedValueError, MaskError, MaskserveError, ParameterError, ShapeError
@@ -313,6 +313,18 @@ def test_no_byte_of_a_mask_of_every_cell_is_made(layout: str, monkeypatch: pytes
     for one, other in zip(found, expected, strict=True):
         same(one, other, layout)
     assert [made.mask_layout for made in also[3:5]] == [layout, layout]
+
+
+@pytest.mark.parametrize("shape", [(7, 70), *SHAPES])
+def test_bools_of_all_cells_are_those_of_torch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kernels, in runs that begin within a row and within a byte of bits."""
+    monkeypatch.setattr(gates, "RUN", 13)
+    lengths = ms.from_lengths(torch.zeros(shape), lengths_for(shape, 1), 1)
+    scattered = ms.as_masked_tensor(torch.zeros(shape), torch.rand(shape) < 0.6).to_mask_layout("packed")
+    for tensor in (lengths, lengths.to_mask_layout("packed"), scattered):
+        held = tensor._held
+        assert isinstance(held, Compact)
+        assert torch.equal(gates.expanded(held, shape), held.bools().expand(shape))
 
 
 # -- losses and attention -----------------------------------------------------------------------------------------
