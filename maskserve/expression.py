@@ -140,18 +140,18 @@ def indent(text: str) -> int:
 
 def check_words(text: str) -> None:
     """Refuses what is no word of the language before any parser sees it: quotes, dots, brackets, `lambda`, 0x10, `é`."""
-    at = 0
+    at, before = 0, ""
     while at < len(text):
         word = WORD.match(text, at)
         if word is None or (keyword.iskeyword(word[0]) and word[0] not in ("True", "False")):
             run = RUN.match(text, at)
             assert run is not None  # it matches any character
-            instead = written_instead(run[0]) or as_call(text[:at], run[0])
+            instead = written_instead(run[0]) or as_call(before, run[0])
             write = f"write {instead}" if instead else f"there are names, numbers, {SIGNS} , and ( )"
             raise refusal(f"{run[0][:40]!r} is no word here: {write}", at + 1)
         if word.lastgroup == "sign" and (instead := written_instead(text[at : at + 2])):
             raise refusal(f"{text[at : at + 2]!r} is no word here: write {instead}", at + 1)
-        at = word.end()
+        at, before = word.end(), word[0]
 
 
 def written_instead(word: str) -> str | None:
@@ -161,9 +161,9 @@ def written_instead(word: str) -> str | None:
 
 
 def as_call(before: str, word: str) -> str | None:
-    """What is written for the method in x.mean(): a call of the function."""
-    method, name = word.removeprefix("."), re.search(r"[A-Za-z_]\w*$", before)
-    return f"{method}({name[0]})" if name and method != word and method in functions() else None
+    """What is written for the method in x.mean(), behind the word `before`: a call of the function."""
+    method = word.removeprefix(".")
+    return f"{method}({before})" if before.isidentifier() and method != word and method in functions() else None
 
 
 def refusal(message: str, column: int | None) -> ExpressionError:
