@@ -58,9 +58,11 @@ def lift_exponentials(x, keep, at, OPTION: tl.constexpr):
 
 @triton.jit
 def merge_exponentials(a, b):
-    top = tl.where((b[1] > a[1]) | (b[1] != b[1]), b[1], a[1])
-    base = finite_or_zero(top)
-    return a[0] + b[0], top, a[2] * exponential(a[1] - base) + b[2] * exponential(b[1] - base)
+    """The sum below the lesser top is scaled to the other: what belongs to that would be times exp(0), which is 1."""
+    b_leads = (b[1] > a[1]) | (b[1] != b[1])
+    top, lesser = tl.where(b_leads, b[1], a[1]), tl.where(b_leads, a[1], b[1])
+    scaled = tl.where(b_leads, a[2], b[2]) * exponential(lesser - finite_or_zero(top))
+    return a[0] + b[0], top, tl.where(b_leads, b[2], a[2]) + scaled
 
 
 @triton.jit
