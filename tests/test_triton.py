@@ -36,10 +36,11 @@ REDUCTIONS = [row for row in ROWS if isinstance(row, Reduction) and not row.pick
 
 @needs_triton
 def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/triton_interpreted.py"]
-    ran = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
+    """And the law of splits on one example a row; more of them by the commands in docs/gpu.md."""
+    files = ["tests/triton_interpreted.py", "tests/test_laws.py", "-k", "triton", "--hypothesis-seed=0"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files]
+    given = os.environ | {"TRITON_INTERPRET": "1", "EXAMPLES": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout, ran.stdout[-4000:] + ran.stderr[-2000:]
 
