@@ -6,8 +6,10 @@ The stored cells are a strided MaskedTensor with its own mask and history, so an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
@@ -335,6 +337,10 @@ def _unpickled(is_csr: bool, shape: tuple[int, ...], positions: Tensor, cells: M
 torch.serialization.add_safe_globals([_unpickled])
 
 
+REFUSED_MEMORY = ("allocate memory", "calculation overflowed")
+"""What torch says where memory is not there, or its bytes are beyond 2^63."""
+
+
 def known(layout: torch.layout) -> torch.layout:
     if layout not in LAYOUTS:
         raise DtypeError(
@@ -351,14 +357,9 @@ def densified(pattern: Pattern, cells: MaskedTensor) -> MaskedTensor:
     """The strided tensor; hidden cells are 0."""
     from maskserve.functions import public
 
-    try:
+    with every_cell_of("to_dense()", pattern.shape, cells.itemsize):
         data = torch.zeros(pattern.numel, dtype=cells.dtype, device=cells.device)
         mask = torch.zeros(pattern.numel, dtype=torch.bool, device=cells.device)
-    except RuntimeError as error:  # the allocator's, or the count of bytes beyond 2^63
-        raise TooLargeError(
-            f"to_dense() of shape {tuple(pattern.shape)} needs {pattern.numel * (cells.itemsize + 1)} bytes, and they are "
-            "not there: keep it sparse, or take a part of it, m[a:b]"
-        ) from error
     if is_followed(cells._data):
         spread: MaskedTensor = public("index_copy")(MaskedTensor._of(data, mask), 0, pattern.positions, cells)
         reshaped: MaskedTensor = public("reshape")(spread, pattern.shape)
@@ -367,6 +368,20 @@ def densified(pattern: Pattern, cells: MaskedTensor) -> MaskedTensor:
     put_at(data, pattern.positions, select(cells._data.detach(), own))
     put_at(mask, pattern.positions, own)
     return MaskedTensor._of(data.reshape(pattern.shape), mask.reshape(pattern.shape))
+
+
+@contextmanager
+def every_cell_of(what: str, shape: Sequence[int], cell_bytes: int) -> Iterator[None]:
+    """TooLargeError where the memory of a strided result is not there: its cells are counted by no file."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in REFUSED_MEMORY):
+            raise
+        raise TooLargeError(
+            f"{what} of shape {tuple(shape)} needs {prod(shape) * (cell_bytes + 1)} bytes, and they are not there: "
+            "keep it sparse, or take a part of it, m[a:b]"
+        ) from error
 
 
 def sparsified(tensor: MaskedTensor, layout: torch.layout) -> SparseTensor:
@@ -551,7 +566,8 @@ def check_range(indices: Tensor, shape: torch.Size) -> None:
     """Raise where an index is outside its dim."""
     for dim, (size, index) in enumerate(zip(shape, indices, strict=True)):
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= size):
-            raise ShapeError(f"a stored index of dim {dim} is outside 0 to {size - 1}; the shape is {tuple(shape)}")
+            allowed = f"outside 0 to {size - 1}" if size else "there, and it has size 0"
+            raise ShapeError(f"a stored index of dim {dim} is {allowed}; the shape is {tuple(shape)}")
 
 
 def taken_csr(tensor: Tensor) -> tuple[Pattern, Tensor]:

@@ -73,12 +73,17 @@ def joined(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
 
 
 def joined_shape(shapes: Sequence[torch.Size], dim: int) -> torch.Size:
-    """The shape of tensors one after the other along a dim: torch checks theirs, checked_shape the sum's."""
+    """The shape of tensors one after the other along a dim: torch checks theirs, checked_shape the sum's.
+
+    Tensors of no cells along it do for that; on the meta device torch would import its compiler, for seconds.
+    """
     whole = list(shapes[0]) if shapes else []
-    if -len(whole) <= dim < len(whole) and all(len(shape) == len(whole) for shape in shapes):
-        whole[dim] = sum(shape[dim] for shape in shapes)
-        checked_shape(whole)
-    return torch.cat([meta(shape) for shape in shapes], dim).shape
+    if not (-len(whole) <= dim < len(whole) and all(len(shape) == len(whole) for shape in shapes)):
+        return torch.cat([meta(shape) for shape in shapes], dim).shape
+    whole[dim] = sum(shape[dim] for shape in shapes)
+    checked_shape(whole)
+    torch.cat([torch.empty((*shape[:dim], 0, *shape[dim:][1:])) for shape in shapes], dim)
+    return torch.Size(whole)
 
 
 def stacked(move: Move, tensors: Sequence[Any], dim: int = 0) -> SparseTensor:

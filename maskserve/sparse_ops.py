@@ -22,7 +22,7 @@ from maskserve.ops.rows import Contraction, Elementwise, MaskRule, Move, Reducti
 from maskserve.patterns import Pattern, intersection, spread, union
 from maskserve.plan import INNER_LEAF, Plan, SlicedRow
 from maskserve.reach import Operand, applied
-from maskserve.sparse import SparseTensor, aligned, as_masked, refused
+from maskserve.sparse import SparseTensor, aligned, as_masked, every_cell_of, refused
 from maskserve.sparse_moves import first_sparse, source_of
 from maskserve.sparse_slices import (
     BLOCK_CELLS,
@@ -144,9 +144,9 @@ def sliced(
         parts = applied(Unfollowed, planned, tensor._pattern, tensor._pattern.positions, cells._data, cells._mask)
         return wrapped(planned, tensor, Made(*parts))
     if not tracked or not planned.row.vjp:
-        return wrapped(planned, tensor, compute(planned, tensor, sides))
+        return wrapped(planned, tensor, compute_all(planned, tensor, sides))
     slices = of_plan(planned, tensor._pattern)
-    exact = None if in_transform() else compute(planned, tensor, sides)
+    exact = None if in_transform() else compute_all(planned, tensor, sides)
     ordered, side = in_order(slices, cells), None if weights is None else in_order(slices, weights)
     some = list(buckets(slices))
     results = zip(*[bucket_result(planned, slices, bucket, ordered, side, trace) for bucket in some], strict=True)
@@ -173,8 +173,14 @@ def computed(planned: Plan, tensor: MaskedTensor, weights: MaskedTensor | None) 
     assert isinstance(tensor, SparseTensor)
     refuse(planned)
     side = None if weights is None else aligned(weights, tensor._pattern)
-    made = compute(planned, tensor, None if side is None else (side._data, side._mask))
+    made = compute_all(planned, tensor, None if side is None else (side._data, side._mask))
     return wrapped(planned, tensor, made)[0]
+
+
+def compute_all(planned: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | None] | None) -> Made:
+    """compute(), where the memory is there: a reduction has a result for each slice, whether something is stored in it or not."""
+    with every_cell_of(f"{planned.row.name}: a result", planned.out_shape, planned.result.n_bytes):
+        return compute(planned, tensor, weights)
 
 
 def wrapped(planned: Plan, tensor: SparseTensor, made: Made) -> tuple[MaskedTensor, MaskedTensor | None]:
@@ -354,8 +360,9 @@ def rows_by_matrix(sparse: SparseTensor, n_rows: int, n_met: int, dense: Any, pr
 
 def scattered(rows: Any, pattern: Pattern, n_columns: int) -> Any:
     """Rows at their places among masked ones."""
-    data = torch.zeros((pattern.numel, n_columns), dtype=rows.dtype, device=rows.device)
-    every: Any = MaskedTensor._of(data, torch.zeros_like(data, dtype=torch.bool))
+    with every_cell_of("a product", (pattern.numel, n_columns), rows.itemsize):
+        data = torch.zeros((pattern.numel, n_columns), dtype=rows.dtype, device=rows.device)
+        every: Any = MaskedTensor._of(data, torch.zeros_like(data, dtype=torch.bool))
     return torch.index_copy(every, 0, pattern.positions, rows)
 
 

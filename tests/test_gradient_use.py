@@ -309,7 +309,7 @@ def test_a_gradient_is_scaled_where_it_is() -> None:
         x.grad[1] = 1.0
 
 
-def test_a_first_gradient_imports_no_sympy() -> None:
+def test_a_first_gradient_and_a_first_join_of_sparse_tensors_import_no_sympy() -> None:
     """Torch's own functions import it to compare shapes, 0.7 s in which nobody else is served."""
     code = (
         "import sys, torch, maskserve as ms\n"
@@ -317,6 +317,7 @@ def test_a_first_gradient_imports_no_sympy() -> None:
         "(x * x).mean().backward()\n"
         "(by,) = torch.autograd.grad(x.exp(), x, torch.ones(3), create_graph=True)\n"
         "(second,) = torch.autograd.grad(by.sum(), x)\n"
+        "torch.cat([ms.masked_tensor(torch.ones(2, 2).to_sparse())] * 2, -1)\n"
         "print(x.grad.tolist(), second.get_mask().tolist(), 'sympy' in sys.modules)"
     )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -8,6 +8,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,23 @@ def test_a_shape_that_nobody_could_hold_is_reduced_at_once() -> None:
     assert ms.sum(made).item() == 10
     assert ms.argmax(made).item() == 2**40 * 2**21 + 3
     assert ms.median(made).item() == 3
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: ms.sum(m, 1),
+        lambda m: ms.argmax(m, 1),
+        lambda m: m @ torch.ones(4, 1),
+        lambda m: m.requires_grad_().sum(1),
+    ],
+    ids=["sum", "argmax", "product", "followed"],
+)
+def test_a_result_that_nobody_could_hold_is_refused_in_one_line(ask: Callable[[Any], Any]) -> None:
+    """It has a cell for each row, stored or not."""
+    made = ms.as_masked_tensor(coo([2.0], torch.tensor([[0], [3]]), (2**45, 4)))
+    with pytest.raises(TooLargeError, match=r"of shape \(35184372088832,.* bytes, and they are not there"):
+        ask(made)
 
 
 # -- payloads -----------------------------------------------------------------------------------------------------
