@@ -14,7 +14,7 @@ from maskserve.dtypes import DType
 from maskserve.errors import MaskMismatchError, MaskserveError
 from maskserve.ops import OPS
 from maskserve.ops.rows import Contraction, Elementwise, Fill, MaskRule, Move, Ordering, Reduction, Row
-from tests.samples import ELEMENTWISE, MOVES, SLICED, as_bits, cells, needed
+from tests.samples import ELEMENTWISE, MERGEABLE, MOVES, SLICED, as_bits, cells, needed
 
 LAYOUTS = ["coo", "csr"]
 SHAPES = (((70, 3), 0.3), ((4097,), 0.02), ((2, 4500), 0.02), ((4, 5, 6), 0.3))
@@ -103,6 +103,41 @@ def test_leaves_that_are_crowded_or_empty_give_the_same_bits(
         for dim in dims_of(row, 2):
             given = given_of(row, dim)
             same(function(stored(dense, "csr"), **given), function(dense, **given), (shape, share, dim, sample))
+
+
+def at_edges(shape: tuple[int, ...]) -> torch.Tensor:
+    """A mask of the cells on both sides of each leaf's edge in any dim, and of the first and last cells."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for dim, size in enumerate(shape):
+        index = torch.arange(size)
+        shown = (index % 64 == 0) | (index % 64 == 63) | (index == size - 1)
+        mask |= shown.view([-1 if d == dim else 1 for d in range(len(shape))])
+    return mask
+
+
+@of_some_dtypes(MERGEABLE)
+def test_stored_cells_spread_out_in_small_blocks_give_the_bits_of_the_strided_tensor(
+    row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_slices, "CROWD", 1 << 20)
+    function = getattr(ms, row.name)
+    for shape in ((3, 8200), (150, 70), (3, 70, 40)):
+        sample = cells(dtype, shape, 38, share=0.2, row=row)
+        for mask in (sample.mask, at_edges(shape)):
+            dense = ms.MaskedTensor(sample.data, mask)
+            sparse = with_masked_entries(dense, 39, LAYOUTS[len(shape) % 2])
+            for dim, backend in itertools.product(dims_of(row, len(shape)), (None, "reference")):
+                given = given_of(row, dim)
+                if backend and dtype is not dtypes.f64:
+                    continue
+                with ms.using(backend=backend):
+                    expected = function(dense, **given)
+                for block in (1, 1 << 11, 1 << 13):
+                    monkeypatch.setattr(sparse_slices, "SPREAD_CELLS", block)
+                    monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
+                    with ms.using(backend=backend, threads=2, block_cells=3 * block):
+                        found = function(sparse, **given)
+                    same(found, expected, (row.name, dtype, shape, dim, block, backend, sample))
 
 
 def close(found: ms.MaskedTensor, expected: ms.MaskedTensor, where: object) -> None:
