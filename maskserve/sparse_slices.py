@@ -41,7 +41,7 @@ WIDEST = 1 << 24
 """Cells of a slice that are spread out at most."""
 NARROWER = (16, 128, 1024)
 """Widths of a leaf that are tried before its own."""
-CROWD = 200
+CROWD = 600
 """Of a tensor of fewer cells than so many times the stored ones, blocks are spread out."""
 CROWDED = 8
 """Of so many times the square root of a width, cells in random places meet but in one leaf of fifty."""

@@ -10,11 +10,12 @@ import torch
 
 import maskserve as ms
 from maskserve import dtypes, sparse_slices
+from maskserve.backends.cpu import CpuBackend
 from maskserve.dtypes import DType
 from maskserve.errors import MaskMismatchError, MaskserveError
 from maskserve.ops import OPS
 from maskserve.ops.rows import Contraction, Elementwise, Fill, MaskRule, Move, Ordering, Reduction, Row
-from tests.samples import ELEMENTWISE, MERGEABLE, MOVES, SLICED, as_bits, cells, needed
+from tests.samples import ELEMENTWISE, MOVES, SLICED, as_bits, cells, needed, plan_of
 
 LAYOUTS = ["coo", "csr"]
 SHAPES = (((70, 3), 0.3), ((4097,), 0.02), ((2, 4500), 0.02), ((4, 5, 6), 0.3))
@@ -115,29 +116,47 @@ def at_edges(shape: tuple[int, ...]) -> torch.Tensor:
     return mask
 
 
-@of_some_dtypes(MERGEABLE)
+@of_some_dtypes([row for row in KEPT if isinstance(row, Reduction) and row.passes])
 def test_stored_cells_spread_out_in_small_blocks_give_the_bits_of_the_strided_tensor(
     row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse_slices, "CROWD", 1 << 20)
+    if dtype is dtypes.BY_NAME["c64"]:
+        pytest.skip("cells of two parts are never spread out in blocks")
     function = getattr(ms, row.name)
-    for shape in ((3, 8200), (150, 70), (3, 70, 40)):
-        sample = cells(dtype, shape, 38, share=0.2, row=row)
-        for mask in (sample.mask, at_edges(shape)):
+    for shape, dim in (((3, 8200), 1), ((150, 70), 0), ((3, 70, 6), 1)):
+        sample, given = cells(dtype, shape, 38, share=0.2, row=row), given_of(row, dim)
+        for mask, backend in ((sample.mask, None), (at_edges(shape), None), (at_edges(shape), "reference")):
+            if backend and dtype is not dtypes.f64:
+                continue
             dense = ms.MaskedTensor(sample.data, mask)
             sparse = with_masked_entries(dense, 39, LAYOUTS[len(shape) % 2])
-            for dim, backend in itertools.product(dims_of(row, len(shape)), (None, "reference")):
-                given = given_of(row, dim)
-                if backend and dtype is not dtypes.f64:
-                    continue
-                with ms.using(backend=backend):
-                    expected = function(dense, **given)
-                for block in (1, 1 << 11, 1 << 13):
-                    monkeypatch.setattr(sparse_slices, "SPREAD_CELLS", block)
-                    monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
-                    with ms.using(backend=backend, threads=2, block_cells=3 * block):
-                        found = function(sparse, **given)
-                    same(found, expected, (row.name, dtype, shape, dim, block, backend, sample))
+            with ms.using(backend=backend):
+                expected = function(dense, **given)
+            for block in (1, 1 << 13):
+                monkeypatch.setattr(sparse_slices, "SPREAD_CELLS", block)
+                monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
+                with ms.using(backend=backend, threads=2, block_cells=2 * block):
+                    found = function(sparse, **given)
+                same(found, expected, (row.name, dtype, shape, dim, block, backend, sample))
+
+
+def test_kernels_write_only_where_blocks_are_whatever_the_positions_say() -> None:
+    def lifted(positions: list[int], size: tuple[int, int, int] = (2, 5, 1)) -> torch.Tensor:
+        parts = {"count": torch.full((4, 1, 1), 7), "total": torch.full((4, 1, 1), 7.0, dtype=torch.float64)}
+        cells = torch.arange(1.0, len(positions) + 1)
+        below = plan_of(OPS["sum"], torch.zeros(2, 5), dim=1)
+        blocks = range(1)
+        CpuBackend().lift_stored(below, size, torch.tensor(positions), cells, None, blocks, parts)
+        return parts["total"].view(-1)
+
+    assert lifted([0, 4, 5]).tolist() == [3, 3, 7, 7]
+    far = [-(1 << 63), -1, 0, 4, 5, 10, (1 << 63) - 1]
+    assert lifted(far).tolist() == [7, 5, 7, 7]
+    lifted([(1 << 63) - 1, 9, -1, 3, 1 << 40, -(1 << 63)])
+    for size in ((3, 5, 1), (2, 6, 1), (2, 4, 1), (2, 5, 0), (0, 5, 1), (1, 3, 1), (1 << 62, 5, 1)):
+        with pytest.raises(ValueError, match="blocks are"):
+            lifted([0], size)
 
 
 def close(found: ms.MaskedTensor, expected: ms.MaskedTensor, where: object) -> None:
