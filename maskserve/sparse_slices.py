@@ -41,8 +41,10 @@ WIDEST = 1 << 24
 """Cells of a slice that are spread out at most."""
 NARROWER = (16, 128, 1024)
 """Widths of a leaf that are tried before its own."""
-CROWD = 600
-"""Of a tensor of fewer cells than so many times the stored ones, blocks are spread out."""
+CROWD = 1024
+"""Of a tensor of fewer cells than so many times the stored ones, a back end that can spreads out blocks itself."""
+CROWD_OF_FEWER = 100
+"""The same of cells that are picked, which the other way finds sooner, and where torch's operations spread out."""
 CROWDED = 8
 """Of so many times the square root of a width, cells in random places meet but in one leaf of fifty."""
 
@@ -184,10 +186,12 @@ def grid_of(plan: Plan, n_stored: int) -> Cut | None:
     row = plan.row
     if not isinstance(row, Reduction) or not row.passes or plan.stored.kind is Kind.COMPLEX:
         return None
-    if len(plan.fold) != 3 or not n_stored or n_stored * CROWD < prod(plan.fold):
+    spreads = isinstance(backend_of(plan), Spreader)
+    crowd = CROWD if spreads and not row.picks else CROWD_OF_FEWER
+    if len(plan.fold) != 3 or not n_stored or n_stored * crowd < prod(plan.fold):
         return None
     outer, n, inner = plan.fold
-    if isinstance(backend_of(plan), Spreader):
+    if spreads:
         return cut(plan, (outer, n, inner), SPREAD_CELLS)
     fits = min(n, plan.leaf) * inner <= BLOCK_CELLS
     return cut(plan, (outer, n, inner), BLOCK_CELLS, narrow=inner) if fits else None
@@ -196,6 +200,7 @@ def grid_of(plan: Plan, n_stored: int) -> Cut | None:
 def by_blocks(plan: Plan, blocks: Cut, positions: Tensor, data: Tensor, mask: Tensor | None) -> Made:
     """The states of blocks of the tensor as it lies, joined in the tree of their runs."""
     outer, n, inner = plan.fold
+    positions = positions.contiguous()
     cells, own, _ = as_seen(plan, data.contiguous(), None if mask is None else mask.contiguous())
     backend, of = backend_of(plan), kernel(plan.passes[0].reference)
     parts = engine.empty_states(plan, (outer, len(blocks.runs), inner))

@@ -74,6 +74,12 @@ def of_some_dtypes(rows: Any) -> Any:
     return pytest.mark.parametrize(("row", "dtype"), pairs, ids=[f"{row.name}-{d.name}" for row, d in pairs])
 
 
+def crowded_from(n_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are spread out where one cell of so many is stored."""
+    monkeypatch.setattr(sparse_slices, "CROWD", n_cells)
+    monkeypatch.setattr(sparse_slices, "CROWD_OF_FEWER", n_cells)
+
+
 @of_some_dtypes(KEPT)
 def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
     row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +92,7 @@ def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
         for dim in dims_of(row, len(shape)):
             given = given_of(row, dim)
             for crowd in (0, 200):  # on stored cells alone, and in blocks
-                monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+                crowded_from(crowd, monkeypatch)
                 same(function(sparse, **given), function(dense, **given), (row.name, dtype, shape, dim, crowd, sample))
 
 
@@ -95,7 +101,7 @@ def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
 def test_leaves_that_are_crowded_or_empty_give_the_same_bits(
     row: Row, crowd: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+    crowded_from(crowd, monkeypatch)
     monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
     for shape, share in (((3, 9000), 0.003), ((3, 9000), 0.4), ((9000, 3), 0.003), ((5000, 2), 0.6), ((5, 3000), 0.01)):
         sample = cells(dtypes.f64, shape, 33, share=share, row=row)
@@ -120,7 +126,7 @@ def at_edges(shape: tuple[int, ...]) -> torch.Tensor:
 def test_stored_cells_spread_out_in_small_blocks_give_the_bits_of_the_strided_tensor(
     row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_slices, "CROWD", 1 << 20)
+    crowded_from(1 << 20, monkeypatch)
     if dtype is dtypes.BY_NAME["c64"]:
         pytest.skip("cells of two parts are never spread out in blocks")
     function = getattr(ms, row.name)
