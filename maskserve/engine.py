@@ -274,10 +274,7 @@ def lift_all(plan: Plan, cells: Cells) -> Parts:
     n_together = joined_at_once(len(blocks.tiles), len(blocks.runs), cells.together)
     groups = [blocks.runs[span] for span in spans(len(blocks.runs), n_together)]
     merge = backend.merge(plan)
-    states: Parts = {
-        part.name: torch.empty((outer, len(groups), inner), dtype=getattr(torch, part.dtype.torch), device=plan.device)
-        for part in plan.passes[0].parts(plan.dtype)
-    }
+    states = empty_states(plan, (outer, len(groups), inner))
 
     def task(tile: tuple[slice, slice], index: int, group: Sequence[slice]) -> Callable[[], None]:
         def lift_group() -> None:
@@ -292,6 +289,14 @@ def lift_all(plan: Plan, cells: Cells) -> Parts:
     tasks = [task(tile, index, group) for tile in blocks.tiles for index, group in enumerate(groups)]
     in_parallel(backend, outer * n * inner, tasks)
     return join(merge, states, 1)
+
+
+def empty_states(plan: Plan, shape: tuple[int, ...]) -> Parts:
+    """Memory for states."""
+    return {
+        part.name: torch.empty(shape, dtype=getattr(torch, part.dtype.torch), device=plan.device)
+        for part in plan.passes[0].parts(plan.dtype)
+    }
 
 
 def joined_at_once(n_tiles: int, n_runs: int, most: int) -> int:

@@ -7,9 +7,10 @@ the cells of a leaf at their index modulo a smaller power of two, where that kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,28 +19,32 @@ import torch
 from torch import Tensor
 
 from maskserve import engine
-from maskserve.backends import Parts
-from maskserve.backends.reference import kernel
-from maskserve.backends.reference.cells import select
-from maskserve.blocks import Cells, counting, seen, spans
+from maskserve.backends import Parts, Spreader
+from maskserve.backends.reference import join, kernel
+from maskserve.backends.reference.cells import canonical, select
+from maskserve.blocks import Cells, Cut, counting, cut, seen, spans
 from maskserve.dtypes import Kind
-from maskserve.execution import backend_of, in_turn, nan_policy
+from maskserve.execution import backend_of, block_cells, in_parallel, in_turn, nan_policy
 from maskserve.masks import intersection
 from maskserve.ops.rows import Fill, Normalization, Ordering, Reduction
 from maskserve.patterns import Pattern, ravelled, unravelled
 from maskserve.plan import INNER_LEAF, OUTER_LEAF, Plan, fold
 from maskserve.sparse import SparseTensor, in_bits, put_at, refused, taken_at
 from maskserve.tensor import MaskedTensor
-from maskserve.trees import Counter, Merge
+from maskserve.trees import Merge
 
 BLOCK_CELLS = 1 << 20
 """Cells that are spread out at a time."""
+SPREAD_CELLS = 1 << 17
+"""The same where a back end does it, in memory that stays in L2."""
 WIDEST = 1 << 24
 """Cells of a slice that are spread out at most."""
 NARROWER = (16, 128, 1024)
 """Widths of a leaf that are tried before its own."""
-CROWD = 200
-"""Of a tensor of fewer cells than so many times the stored ones, blocks are spread out."""
+CROWD = 1024
+"""Of a tensor of fewer cells than so many times the stored ones, a back end that can spreads out blocks itself."""
+CROWD_OF_FEWER = 100
+"""The same of cells that are picked, which the other way finds sooner, and where torch's operations spread out."""
 CROWDED = 8
 """Of so many times the square root of a width, cells in random places meet but in one leaf of fifty."""
 
@@ -128,7 +133,7 @@ def refuse(plan: Plan) -> None:
 def compute(plan: Plan, tensor: SparseTensor, weights: tuple[Tensor, Tensor | None] | None = None) -> Made:
     """The plan of a sparse tensor: a strided result of a reduction, else cells for the same pattern."""
     cells = tensor._cells
-    if weights is None and (blocks := blocks_of(plan, cells.numel())) is not None:
+    if weights is None and (blocks := grid_of(plan, cells.numel())) is not None:
         return by_blocks(plan, blocks, tensor._pattern.positions, cells._data.detach(), whole_mask(cells))
     slices = of_plan(plan, tensor._pattern)
     data, mask = slices.ordered(cells._data.detach()), slices.ordered(whole_mask(cells))
@@ -173,66 +178,78 @@ def as_seen(plan: Plan, data: Tensor, mask: Tensor | None, weights: Tensor | Non
 # -- crowded tensors ----------------------------------------------------------------------------------------------
 
 
-def blocks_of(plan: Plan, n_stored: int) -> list[tuple[slice, slice]] | None:
-    """The blocks (outer, run) of a reduction of many stored cells, which are spread out in their places: sorting costs more.
+def grid_of(plan: Plan, n_stored: int) -> Cut | None:
+    """The blocks of a reduction of many stored cells, which are spread out in their places: sorting costs more.
 
-    None where they are few, or no block holds a leaf of every column.
+    None where they are few, or the back end spreads nothing out itself and no block holds a leaf of every column.
     """
     row = plan.row
-    if not isinstance(row, Reduction) or not row.passes or row.picks or plan.stored.kind is Kind.COMPLEX:
+    if not isinstance(row, Reduction) or not row.passes or plan.stored.kind is Kind.COMPLEX:
         return None
-    if len(plan.fold) != 3 or not n_stored or n_stored * CROWD < prod(plan.fold):
+    spreads = isinstance(backend_of(plan), Spreader)
+    crowd = CROWD if spreads and not row.picks else CROWD_OF_FEWER
+    if len(plan.fold) != 3 or not n_stored or n_stored * crowd < prod(plan.fold):
         return None
     outer, n, inner = plan.fold
-    if n * inner <= BLOCK_CELLS:
-        return [(rows, slice(0, n)) for rows in spans(outer, BLOCK_CELLS // (n * inner))]
-    if plan.leaf * inner > BLOCK_CELLS:
-        return None
-    run = plan.leaf << (BLOCK_CELLS // (plan.leaf * inner)).bit_length() - 1
-    return [(rows, part) for rows in spans(outer, 1) for part in spans(n, run)]
+    if spreads:
+        return cut(plan, (outer, n, inner), SPREAD_CELLS)
+    fits = min(n, plan.leaf) * inner <= BLOCK_CELLS
+    return cut(plan, (outer, n, inner), BLOCK_CELLS, narrow=inner) if fits else None
 
 
-def by_blocks(
-    plan: Plan, blocks: list[tuple[slice, slice]], positions: Tensor, data: Tensor, mask: Tensor | None
-) -> Made:
-    """The states of blocks of the tensor as it lies, a block at a time, joined in the tree of their runs."""
+def by_blocks(plan: Plan, blocks: Cut, positions: Tensor, data: Tensor, mask: Tensor | None) -> Made:
+    """The states of blocks of the tensor as it lies, joined in the tree of their runs."""
+    outer, n, inner = plan.fold
+    positions = positions.contiguous()
+    cells, own, _ = as_seen(plan, data.contiguous(), None if mask is None else mask.contiguous())
+    backend, of = backend_of(plan), kernel(plan.passes[0].reference)
+    parts = engine.empty_states(plan, (outer, len(blocks.runs), inner))
+    if isinstance(backend, Spreader):
+        lift_stored(plan, backend, blocks, positions, cells, own, parts)
+    else:
+        lift_spread(plan, blocks, positions, cells, own, parts)
+    if hasattr(of, "shift"):
+        starts = torch.tensor([run.start for run in blocks.runs], device=positions.device)
+        parts = of.shift(parts, starts[:, None])
+    parts = join(backend.merge(plan), parts, 1)
+    if not plan.row.picks:
+        return Made(*engine.finish(plan, parts))
+    at, valid = engine.finish(engine.indexing(plan), parts)
+    first = torch.arange(outer, device=at.device)[:, None] * (n * inner) + torch.arange(inner, device=at.device)
+    which = torch.searchsorted(positions, first + at.view(outer, inner) * inner)
+    picked = taken_at(data, which.clamp(max=len(data) - 1).view(-1)).view(at.shape)
+    return Made(select(canonical(picked.to(getattr(torch, plan.result.torch))), valid), valid, at)
+
+
+def lift_stored(
+    plan: Plan, backend: Spreader, blocks: Cut, positions: Tensor, cells: Tensor, own: Tensor | None, parts: Parts
+) -> None:
+    """The back end spreads out and lifts blocks, a few in each call."""
+    (rows, columns), run = blocks.tiles[0], blocks.runs[0]
+    size = (rows.stop, run.stop, columns.stop)
+    every, at_once = range(len(blocks.tiles) * len(blocks.runs)), max(1, block_cells(backend, plan.fold) // prod(size))
+
+    def task(some: range) -> Callable[[], None]:
+        return lambda: backend.lift_stored(plan, size, positions, cells, own, some, parts)
+
+    in_parallel(backend, prod(plan.fold), [task(every[span]) for span in spans(len(every), at_once)])
+
+
+def lift_spread(plan: Plan, blocks: Cut, positions: Tensor, cells: Tensor, own: Tensor | None, parts: Parts) -> None:
+    """The same by torch's operations, of blocks whose cells lie side by side."""
     _, n, inner = plan.fold
-    of, merge = kernel(plan.passes[0].reference), backend_of(plan).merge(plan)
-    begins = [(rows.start * n + run.start) * inner for rows, run in blocks] + [prod(plan.fold)]
+    where = list(product((rows for rows, _ in blocks.tiles), enumerate(blocks.runs)))
+    begins = [(rows.start * n + run.start) * inner for rows, (_, run) in where] + [prod(plan.fold)]
     cuts = torch.searchsorted(positions, torch.tensor(begins, device=positions.device)).tolist()
-    finished: list[Parts] = []
-    for i, (rows, run) in enumerate(in_turn(blocks)):
-        shape = (rows.stop - rows.start, run.stop - run.start, inner)
-        at = positions[cuts[i] : cuts[i + 1]] - begins[i]
-        flat = torch.zeros(prod(shape), dtype=data.dtype, device=data.device)
-        valid = torch.zeros(prod(shape), dtype=torch.bool, device=data.device)
-        some = slice(cuts[i], cuts[i + 1])
-        put_at(flat, at, data[some])
-        put_at(valid, at, torch.ones_like(at, dtype=torch.bool) if mask is None else mask[some])
-        parts = engine.state(block_plan(plan, shape), flat.view(shape), valid.view(shape))
-        parts = {name: part.reshape(shape[0], inner) for name, part in parts.items()}
-        if run.start and hasattr(of, "shift"):
-            parts = of.shift(parts, run.start)
-        finished.append(parts)
-    n_runs = sum(rows.start == 0 for rows, _ in blocks)
-    together = [joined_runs(merge, finished[i : i + n_runs]) for i in range(0, len(finished), n_runs)]
-    return Made(*engine.finish(plan, {name: torch.cat([part[name] for part in together]) for name in together[0]}))
-
-
-def joined_runs(merge: Merge, runs: Sequence[Parts]) -> Parts:
-    """Neighbours pair level by level, an odd last one passes up."""
-    counter = Counter(merge)
-    for i, parts in enumerate(runs):
-        counter.add(i, 1, parts)
-    return counter.joined()
-
-
-@lru_cache(maxsize=256)
-def block_plan(plan: Plan, shape: tuple[int, int, int]) -> Plan:
-    """The plan of a part of the folded cells."""
-    params = MappingProxyType(dict(plan.params) | {"dim": (1,), "keepdim": False})
-    folded = fold(shape, (1,))
-    return replace(plan, params=params, shape=shape, dims=(1,), out_shape=(shape[0], shape[2]), fold=folded)
+    for i, (rows, (at_run, run)) in enumerate(in_turn(where)):
+        shape, some = (rows.stop - rows.start, run.stop - run.start, inner), slice(cuts[i], cuts[i + 1])
+        at = positions[some] - begins[i]
+        flat = torch.zeros(prod(shape), dtype=cells.dtype, device=cells.device)
+        valid = torch.zeros(prod(shape), dtype=torch.bool, device=cells.device)
+        put_at(flat, at, cells[some])
+        put_at(valid, at, torch.ones_like(at, dtype=torch.bool) if own is None else own[some])
+        for name, part in backend_of(plan).lift(plan, flat.view(shape), valid.view(shape)).items():
+            parts[name][rows, at_run] = part
 
 
 # -- states -------------------------------------------------------------------------------------------------------

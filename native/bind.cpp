@@ -21,6 +21,7 @@
 #include "block.hpp"
 #include "maps.hpp"
 #include "pull.hpp"
+#include "stored.hpp"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -391,6 +392,14 @@ void raise(uint64_t cells_ptr, uint64_t raised_ptr, int64_t n) {
 
 using Pointers = std::array<uint64_t, 1 + maskserve::n_parts>;  // for the count, then for each part; 0 where there is none
 
+using Widths = std::array<int64_t, 1 + maskserve::n_parts>;  // bytes of a cell of each
+
+Parts parts_of(const Pointers& at) {
+  Parts parts{address<int64_t>(at[0]), {}};
+  for (int k = 0; k < maskserve::n_parts; ++k) parts.part_ptr[k] = address<void>(at[1 + k]);
+  return parts;
+}
+
 maskserve::States states_at(int64_t n, const Pointers& at) {
   maskserve::States states{n, address<const int64_t>(at[0]), {}};
   for (int k = 0; k < maskserve::n_parts; ++k) states.part_ptr[k] = address<const void>(at[1 + k]);
@@ -399,11 +408,36 @@ maskserve::States states_at(int64_t n, const Pointers& at) {
 
 void merge(int kernel, int dtype, int64_t n, const Pointers& left, const Pointers& right, const Pointers& both) {
   check(kernel >= 0 && kernel < maskserve::n_merges, "kernel is an index into MERGES");
-  Parts parts{address<int64_t>(both[0]), {}};
-  for (int k = 0; k < maskserve::n_parts; ++k) parts.part_ptr[k] = address<void>(both[1 + k]);
+  const Parts parts = parts_of(both);
   const maskserve::States left_states = states_at(n, left), right_states = states_at(n, right);
   nb::gil_scoped_release released;
   maskserve::variant().merges[kernel](left_states, right_states, dtype_of(dtype), parts);
+}
+
+// (positions, cells, mask, how many), dtype, leaf, then (outer, n, inner) and the sizes of its blocks: blocks [first, last)
+// spread out and lifted, one after the other, without the interpreter. False where the kernel has no walk.
+bool lift_stored(int kernel, const Options& options, const nb::tuple& given, int64_t first, int64_t last,
+                 const Pointers& parts_at, const Widths& part_bytes) {
+  check(kernel >= 0 && kernel < maskserve::n_lifts, "kernel is an index into LIFTS");
+  Numbers numbers(given);
+  maskserve::Stored stored;
+  stored.positions_ptr = address<const int64_t>(numbers.next());
+  stored.cells_ptr = address<const unsigned char>(numbers.next());
+  stored.mask_ptr = address<const unsigned char>(numbers.next());
+  stored.n_stored = numbers.size();
+  Block like;
+  like.dtype = dtype_of(numbers.dtype()), like.leaf = numbers.size();
+  check(like.leaf == 64 || like.leaf == 4096, "leaf is 64 or 4096 cells");
+  like.omits_nan = options.omits_nan && like.dtype <= Dtype::bf16;
+  maskserve::Grid grid;
+  grid.outer = numbers.size(), grid.n = numbers.size(), grid.inner = numbers.size();
+  grid.height = numbers.size(), grid.run = numbers.size(), grid.width = numbers.size();
+  check(grid.fits() && (grid.run == grid.n || grid.run % like.leaf == 0), "blocks are rows, or runs of leaves of one");
+  check(0 <= first && first <= last && last <= grid.n_blocks(), "blocks are those of the grid");
+  const Parts parts = parts_of(parts_at);
+  nb::gil_scoped_release released;
+  return maskserve::lift_stored(maskserve::variant().lifts[kernel], options, stored, grid, like, first, last, parts,
+                                part_bytes.data());
 }
 
 constexpr int64_t n_reduced_cells = 1 << 16;  // of as many slices at a time as have these, so that states stay in L2
@@ -538,6 +572,7 @@ NB_MODULE(_native, m) {
       .def("write", &SharedSearch::write);
   m.def("isa", [] { return maskserve::variant().name; });
   m.def("lift", &lift);
+  m.def("lift_stored", &lift_stored);
   m.def("fill", &fill);
   m.def("select", &pick);
   nb::set_leak_warnings(false);  // options live in caches of plans until the interpreter ends

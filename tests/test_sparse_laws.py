@@ -10,11 +10,12 @@ import torch
 
 import maskserve as ms
 from maskserve import dtypes, sparse_slices
+from maskserve.backends.cpu import CpuBackend
 from maskserve.dtypes import DType
 from maskserve.errors import MaskMismatchError, MaskserveError
 from maskserve.ops import OPS
 from maskserve.ops.rows import Contraction, Elementwise, Fill, MaskRule, Move, Ordering, Reduction, Row
-from tests.samples import ELEMENTWISE, MOVES, SLICED, as_bits, cells, needed
+from tests.samples import ELEMENTWISE, MOVES, SLICED, as_bits, cells, needed, plan_of
 
 LAYOUTS = ["coo", "csr"]
 SHAPES = (((70, 3), 0.3), ((4097,), 0.02), ((2, 4500), 0.02), ((4, 5, 6), 0.3))
@@ -73,6 +74,12 @@ def of_some_dtypes(rows: Any) -> Any:
     return pytest.mark.parametrize(("row", "dtype"), pairs, ids=[f"{row.name}-{d.name}" for row, d in pairs])
 
 
+def crowded_from(n_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are spread out where one cell of so many is stored."""
+    monkeypatch.setattr(sparse_slices, "CROWD", n_cells)
+    monkeypatch.setattr(sparse_slices, "CROWD_OF_FEWER", n_cells)
+
+
 @of_some_dtypes(KEPT)
 def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
     row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +92,7 @@ def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
         for dim in dims_of(row, len(shape)):
             given = given_of(row, dim)
             for crowd in (0, 200):  # on stored cells alone, and in blocks
-                monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+                crowded_from(crowd, monkeypatch)
                 same(function(sparse, **given), function(dense, **given), (row.name, dtype, shape, dim, crowd, sample))
 
 
@@ -94,7 +101,7 @@ def test_an_op_along_dims_gives_the_bits_of_the_strided_tensor(
 def test_leaves_that_are_crowded_or_empty_give_the_same_bits(
     row: Row, crowd: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_slices, "CROWD", crowd)
+    crowded_from(crowd, monkeypatch)
     monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
     for shape, share in (((3, 9000), 0.003), ((3, 9000), 0.4), ((9000, 3), 0.003), ((5000, 2), 0.6), ((5, 3000), 0.01)):
         sample = cells(dtypes.f64, shape, 33, share=share, row=row)
@@ -103,6 +110,59 @@ def test_leaves_that_are_crowded_or_empty_give_the_same_bits(
         for dim in dims_of(row, 2):
             given = given_of(row, dim)
             same(function(stored(dense, "csr"), **given), function(dense, **given), (shape, share, dim, sample))
+
+
+def at_edges(shape: tuple[int, ...]) -> torch.Tensor:
+    """A mask of the cells on both sides of each leaf's edge in any dim, and of the first and last cells."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for dim, size in enumerate(shape):
+        index = torch.arange(size)
+        shown = (index % 64 == 0) | (index % 64 == 63) | (index == size - 1)
+        mask |= shown.view([-1 if d == dim else 1 for d in range(len(shape))])
+    return mask
+
+
+@of_some_dtypes([row for row in KEPT if isinstance(row, Reduction) and row.passes])
+def test_stored_cells_spread_out_in_small_blocks_give_the_bits_of_the_strided_tensor(
+    row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowded_from(1 << 20, monkeypatch)
+    if dtype is dtypes.BY_NAME["c64"]:
+        pytest.skip("cells of two parts are never spread out in blocks")
+    function = getattr(ms, row.name)
+    for shape, dim in (((3, 8200), 1), ((150, 70), 0), ((3, 70, 6), 1)):
+        sample, given = cells(dtype, shape, 38, share=0.2, row=row), given_of(row, dim)
+        for mask, backend in ((sample.mask, None), (at_edges(shape), None), (at_edges(shape), "reference")):
+            if backend and dtype is not dtypes.f64:
+                continue
+            dense = ms.MaskedTensor(sample.data, mask)
+            sparse = with_masked_entries(dense, 39, LAYOUTS[len(shape) % 2])
+            with ms.using(backend=backend):
+                expected = function(dense, **given)
+            for block in (1, 1 << 13):
+                monkeypatch.setattr(sparse_slices, "SPREAD_CELLS", block)
+                monkeypatch.setattr(sparse_slices, "BLOCK_CELLS", block)
+                with ms.using(backend=backend, threads=2, block_cells=2 * block):
+                    found = function(sparse, **given)
+                same(found, expected, (row.name, dtype, shape, dim, block, backend, sample))
+
+
+def test_kernels_write_only_where_blocks_are_whatever_the_positions_say() -> None:
+    def lifted(positions: list[int], size: tuple[int, int, int] = (2, 5, 1)) -> torch.Tensor:
+        parts = {"count": torch.full((4, 1, 1), 7), "total": torch.full((4, 1, 1), 7.0, dtype=torch.float64)}
+        cells = torch.arange(1.0, len(positions) + 1)
+        below = plan_of(OPS["sum"], torch.zeros(2, 5), dim=1)
+        blocks = range(1)
+        CpuBackend().lift_stored(below, size, torch.tensor(positions), cells, None, blocks, parts)
+        return parts["total"].view(-1)
+
+    assert lifted([0, 4, 5]).tolist() == [3, 3, 7, 7]
+    far = [-(1 << 63), -1, 0, 4, 5, 10, (1 << 63) - 1]
+    assert lifted(far).tolist() == [7, 5, 7, 7]
+    lifted([(1 << 63) - 1, 9, -1, 3, 1 << 40, -(1 << 63)])
+    for size in ((3, 5, 1), (2, 6, 1), (2, 4, 1), (2, 5, 0), (0, 5, 1), (1, 3, 1), (1 << 62, 5, 1)):
+        with pytest.raises(ValueError, match="blocks are"):
+            lifted([0], size)
 
 
 def close(found: ms.MaskedTensor, expected: ms.MaskedTensor, where: object) -> None:

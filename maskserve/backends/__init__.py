@@ -101,6 +101,22 @@ class Selector(Finisher, Protocol):
 
 
 @runtime_checkable
+class Spreader(Backend, Protocol):
+    """A back end that spreads stored cells out by itself, a block at a time, and lifts them where they then lie."""
+
+    def lift_stored(
+        self,
+        plan: Plan,
+        size: Sequence[int],
+        positions: Tensor,
+        cells: Tensor,
+        mask: Tensor | None,
+        blocks: range,
+        parts: Parts,
+    ) -> None: ...
+
+
+@runtime_checkable
 class Puller(Backend, Protocol):
     """A back end that also computes gradients, of whole tensors; False: the reference's formula is needed."""
 

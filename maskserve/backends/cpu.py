@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib import import_module
@@ -392,6 +392,23 @@ class CpuBackend:
         fits = walked(dense)
         assert fits, "dense cells have a walk"
         return parts
+
+    def lift_stored(
+        self, plan: Plan, size: Sequence[int], positions: Tensor, cells: Tensor, mask: Tensor | None, blocks: range,
+        parts: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Blocks of stored cells, which lie dense, each spread out and lifted to `parts`, (outer, runs, inner).
+
+        `size`: rows, cells of a run and columns of a block. Blocks are counted along the columns, then along the runs.
+        """
+        kernel, dtype, part_dtypes = lift_kernel(plan.passes[0].name, plan.dtype.name)
+        stored = (positions.data_ptr(), cells.data_ptr(), 0 if mask is None else mask.data_ptr(), len(positions))
+        held = [parts[name] for name, _ in part_dtypes]
+        is_lifted = native().lift_stored(
+            kernel, options(plan), (*stored, dtype, plan.leaf, *plan.fold, *size), blocks.start, blocks.stop,
+            addresses(held), [part.itemsize for part in held] + [0] * (N_PARTS - len(held)),
+        )  # fmt: skip
+        assert is_lifted, "dense cells have a walk"
 
     def merge(self, plan: Plan) -> Merge:
         """A kernel of the bits of the reference's merge, or that one; where it raises e to a power, with the kernels' own exp."""
