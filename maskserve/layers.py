@@ -13,13 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskserve import fitting
+from maskserve.alignment import laid_together
 from maskserve.attending import attended
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
+from maskserve.fitting import headers
 from maskserve.functions import public
 from maskserve.making import as_masked_tensor, operand
+from maskserve.ops import OPS
 from maskserve.ops.layouts import number
+from maskserve.ops.rows import Layer
 from maskserve.sparse import refused
 from maskserve.tensor import MaskedTensor
+from maskserve.torch_dtypes import known
+
+
+def layer(name: str) -> Layer:
+    row = OPS[name]
+    assert isinstance(row, Layer)
+    return row
 
 
 def of_rows(name: str, *args: Any, **params: Any) -> MaskedTensor:
@@ -34,12 +46,13 @@ def layer_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> MaskedTensor:
     x = operand(input)
-    return scaled(standardized(x, last_dims("layer_norm", x, normalized_shape), eps), weight, bias)
+    dims = last_dims("layer_norm", x, normalized_shape, weight=weight, bias=bias)
+    return scaled(standardized(x, dims, eps), weight, bias)
 
 
 def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> MaskedTensor:
     x = operand(input)
-    dims = last_dims("rms_norm", x, normalized_shape)
+    dims = last_dims("rms_norm", x, normalized_shape, weight=weight)
     square = of_rows("mean", of_rows("square", x), dims, keepdim=True)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return scaled(of_rows("mul", x, of_rows("rsqrt", of_rows("add", square, eps))), weight, None)
@@ -47,10 +60,7 @@ def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, ep
 
 def group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> MaskedTensor:
     x = operand(input)
-    if x.ndim < 2 or num_groups < 1 or x.shape[1] % num_groups:
-        raise ShapeError(
-            f"group_norm: {num_groups} groups do not divide the channels (dim 1) of shape {tuple(x.shape)}"
-        )
+    fitting.check_groups(layer("group_norm"), headers(input=x, weight=weight, bias=bias), num_groups)
     groups: MaskedTensor = x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
     made: MaskedTensor = standardized(groups, (2,), eps).reshape(x.shape)
     return scaled(made, of_channels(weight, x), of_channels(bias, x))
@@ -64,6 +74,9 @@ def batch_norm(
     x = operand(input)
     if x.ndim < 2:
         raise ShapeError(f"batch_norm takes channels along dim 1; the input has shape {tuple(x.shape)}")
+    given = headers(input=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    fitting.check_channels(layer("batch_norm"), given)
+    dtype = getattr(torch, given["input"].dtype.torch)
     dims = tuple(d for d in range(x.ndim) if d != 1)
     if training:
         for running, name in ((running_mean, "mean"), (running_var, "var")):
@@ -75,7 +88,7 @@ def batch_norm(
     else:
         spread = of_rows("rsqrt", running_var + eps)
         made = of_rows("mul", of_rows("sub", x, of_channels(running_mean, x)), of_channels(spread, x))
-    return scaled(made, of_channels(weight, x), of_channels(bias, x))
+    return scaled(made, of_channels(weight, x), of_channels(bias, x), dtype)
 
 
 def instance_norm(
@@ -88,6 +101,8 @@ def instance_norm(
         return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     if x.ndim < 3:
         raise ShapeError(f"instance_norm takes (batch, channels, ...); the input has shape {tuple(x.shape)}")
+    given = headers(input=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    fitting.check_channels(layer("instance_norm"), given)
     dims = tuple(range(2, x.ndim))
     for running, name in ((running_mean, "mean"), (running_var, "var")):
         if running is not None:
@@ -109,9 +124,11 @@ def standardized(x: MaskedTensor, dims: Sequence[int], eps: float) -> MaskedTens
     return of_rows("mul", of_rows("sub", x, mean), of_rows("rsqrt", of_rows("add", variance, eps)))
 
 
-def scaled(x: MaskedTensor, weight: Any, bias: Any) -> MaskedTensor:
-    x = x if weight is None else of_rows("mul", x, weight)
-    return x if bias is None else of_rows("add", x, bias)
+def scaled(x: MaskedTensor, weight: Any, bias: Any, dtype: torch.dtype | None = None) -> MaskedTensor:
+    """In this dtype or in that of its cells, whatever that of weights is."""
+    made = x if weight is None else of_rows("mul", x, weight)
+    made = made if bias is None else of_rows("add", made, bias)
+    return made.to(dtype or x.dtype)
 
 
 def of_channels(given: Any, x: MaskedTensor) -> Any:
@@ -119,10 +136,9 @@ def of_channels(given: Any, x: MaskedTensor) -> Any:
     return None if given is None else given.reshape([-1 if d == 1 else 1 for d in range(x.ndim)])
 
 
-def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int], **scales: Any) -> tuple[int, ...]:
     shape = tuple(normalized_shape)
-    if not shape or tuple(x.shape[-len(shape) :]) != shape:
-        raise ShapeError(f"{op}: normalized_shape {shape} must be the end of the input's shape {tuple(x.shape)}")
+    fitting.check_normalized(layer(op), headers(input=x, **scales), shape)
     return tuple(range(-len(shape), 0))
 
 
@@ -131,7 +147,9 @@ def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int]) -> tupl
 
 def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> MaskedTensor:
     one, other = operand(x1), operand(x2)
-    shape = torch.broadcast_shapes(one.shape, other.shape)
+    given = headers(x1=one, x2=other)
+    fitting.check_floats(layer("cosine_similarity"), given)
+    shape, _, _ = laid_together("cosine_similarity", given)
     pair: list[MaskedTensor] = [one.expand(shape), other.expand(shape)]
     both = pair[0].get_mask() & pair[1].get_mask()
     units = []
@@ -169,12 +187,18 @@ WAYS = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> MaskedTensor:
     """The valid cells draw as those of a plain tensor of this shape would."""
+    check_share("dropout", "p", p)
     x = as_masked_tensor(input)
     if not training or not p:
         return x
     if x.layout is not torch.strided:
         raise refused("dropout", x.shape)
     return of_rows("mul", x, functional.dropout(torch.ones_like(x.get_data().detach()), p))
+
+
+def check_share(op: str, name: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ParameterError(f"{op}: {name} is {p}; it must be a number from 0 to 1", parameter=name)
 
 
 def embedding(
@@ -287,11 +311,10 @@ def scaled_dot_product_attention(
     q, k, v = (operand(given) for given in (query, key, value))
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    given = headers(query=q, key=k, value=v, attn_mask=attn_mask)
+    fitting.of_attention(layer("scaled_dot_product_attention"), given, is_causal)
+    check_share("scaled_dot_product_attention", "dropout_p", dropout_p)
     if is_causal:
-        if attn_mask is not None:
-            raise ParameterError(
-                "scaled_dot_product_attention: give attn_mask or is_causal, not both", parameter="is_causal"
-            )
         attn_mask = earlier(q, k)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale  # of no cells every query is masked
     made = None if dropout_p or not are_bools([attn_mask]) else attended(q, k, v, [attn_mask], scale)
@@ -361,6 +384,9 @@ def multi_head_attention_forward(
     padding = key_padding_mask if key_padding_mask is None or is_batched else key_padding_mask.unsqueeze(0)
     if padding is not None:  # of bools, True is a key to leave out; of floats it is added
         padding = (~padding if padding.dtype is torch.bool else padding)[:, None, None, :]
+    scores = (n, num_heads, q.shape[-2], k.shape[-2])
+    for word, met in headers(attn_mask=attn_mask, key_padding_mask=padding).items():
+        fitting.check_met(layer("multi_head_attention_forward"), word, met, known(q.dtype), scores)
     masks, scale, told = [attn_mask, padding], 1 / math.sqrt(width), None
     is_plain = not need_weights and not (training and dropout_p) and are_bools(masks)
     mixed = attended(q, k, v, masks, scale) if is_plain else None

@@ -414,6 +414,8 @@ class Layer(Row):
     """The function that calls them."""
     operands: tuple[str, ...] = ("input",)
     n_optional: int = 0
+    scales_by_any_float: bool = False
+    """Whether weights may be of any float dtype; else they have the input's, or float32 beside halves."""
     in_torchs_methods: bool = False
 
     @property
