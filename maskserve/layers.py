@@ -23,6 +23,7 @@ from maskserve.making import as_masked_tensor, operand
 from maskserve.ops import OPS
 from maskserve.ops.layouts import number
 from maskserve.ops.rows import Layer
+from maskserve.params import resolve
 from maskserve.sparse import refused
 from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import known
@@ -79,6 +80,8 @@ def batch_norm(
     dtype = getattr(torch, given["input"].dtype.torch)
     dims = tuple(d for d in range(x.ndim) if d != 1)
     if training:
+        if not eps > 0:
+            raise ParameterError(f"batch_norm: eps is {eps}; in training it must be above 0", parameter="eps")
         for running, name in ((running_mean, "mean"), (running_var, "var")):
             if running is not None:
                 move(running, of_rows(name, x.detach(), dims), momentum)
@@ -147,6 +150,7 @@ def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int], **scale
 
 def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> MaskedTensor:
     one, other = operand(x1), operand(x2)
+    resolve(layer("cosine_similarity"), {"dim": dim, "eps": eps})
     given = headers(x1=one, x2=other)
     fitting.check_floats(layer("cosine_similarity"), given)
     shape, _, _ = laid_together("cosine_similarity", given)

@@ -339,6 +339,7 @@ def cosine(row: Layer, given: Operands, params: Params) -> Outline:
     dtype = fitting.one_dtype(row, given)
     shape, dims, axes = laid_together(row.name, given)
     said = by_number(row, dims, params)
+    resolve(row, said)
     op = OPS["sum"]  # as the layer itself calls it
     assert isinstance(op, Reduction)
     planned = plan(op, (("dim", said.get("dim", 1)),), shape, dtype, "cpu")

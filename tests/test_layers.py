@@ -602,6 +602,12 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
             r"batch_norm: running_mean has shape \(5,\); it must be one a channel",
         ),
         (lambda x: F.instance_norm(x[None], weight=torch.ones(1)), r"instance_norm: weight has shape \(1,\)"),
+        (
+            lambda x: F.cosine_similarity(x, x, eps=-1.0),
+            "cosine_similarity: eps is -1.0; it must be a number from 0 on",
+        ),
+        (lambda x: F.batch_norm(x, None, None, training=True, eps=0.0), "eps is 0.0; in training it must be above 0"),
+        (lambda x: ms.where(x, x, 0), "^where: condition is f64; it must be bool"),
         (lambda x: F.cosine_similarity(x, torch.ones(3, 6)), r"cosine_similarity: shapes \(4, 6\) and \(3, 6\) do not"),
         (lambda x: F.embedding((x * 0).long() + 9, torch.ones(5, 2)), "an index is 9; the table has 5 rows"),
     ],

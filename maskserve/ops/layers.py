@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskserve.ops.families import ANY
-from maskserve.ops.parameters import REQUIRED, Parameter, Type
+from maskserve.ops.parameters import REQUIRED, Parameter, Type, Within
 from maskserve.ops.rows import Layer
 
 SCALED = ("input", "weight", "bias")
@@ -19,7 +19,9 @@ SQUARE_EPS = Parameter(
 )
 GROUPS = Parameter(name="num_groups", type=Type.COUNT, default=REQUIRED, help="how many groups the channels make")
 VECTORS = Parameter(name="dim", type=Type.DIM, default=1, help="the dim that vectors lie along")
-LEAST = Parameter(name="eps", type=Type.REAL, default=1e-8, help="the least length that a vector counts for")
+LEAST = Parameter(
+    name="eps", type=Type.REAL, default=1e-8, within=Within(least=0), help="the least length that a vector counts for"
+)
 CAUSAL = Parameter(name="is_causal", type=Type.FLAG, default=False, help="whether a query meets no later key")
 SCALE = Parameter(
     name="scale", type=Type.REAL, help="what scores are multiplied by; 1 / sqrt(cells of a key) when not given"
