@@ -621,7 +621,7 @@ def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: st
 def test_whole_numbers_are_no_mask_of_attention(dtype: torch.dtype) -> None:
     """Added to the scores they would say something plausible and wrong."""
     x, met = ms.masked_tensor(drawn(1, 2, 4)), torch.tensor([[1, 0], [1, 1]]).to(dtype)
-    with pytest.raises(MaskserveError, match="attn_mask is .*; it must be bool, or f64 as the others") as of_python:
+    with pytest.raises(MaskserveError, match=r"attn_mask is .*; it must be bool, or f64 as the others") as of_python:
         F.scaled_dot_product_attention(x, x, x, attn_mask=met)
     with pytest.raises(MaskserveError) as of_eval:
         ms.eval("scaled_dot_product_attention(x, x, x, m)", x=x, m=met)

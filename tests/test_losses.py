@@ -373,7 +373,7 @@ def test_nll_loss_is_torchs(shape: tuple[int, ...]) -> None:
         (lambda x: F.nll_loss(x, torch.rand(2, 4)), "cross_entropy takes probabilities too"),
         (lambda x: F.mse_loss(x, x, reduction="average"), "one of none, mean, sum"),
         (lambda x: F.binary_cross_entropy(x + 9, x), "between 0 and 1"),
-        (lambda x: F.cross_entropy(x, torch.tensor([0, 1]), label_smoothing=2.0), r"label_smoothing is 2\.0; it must be a number from 0 to 1"),
+        (lambda x: F.cross_entropy(x, torch.tensor([0, 1]), label_smoothing=2.0), "must be a number from 0 to 1"),
         (lambda x: F.cross_entropy(x, torch.tensor([0, 1]), label_smoothing=-1.0), r"label_smoothing is -1\.0"),
         (lambda x: F.huber_loss(x, x, delta=0.0), "^huber_loss: delta is 0.0; it must be a number above 0$"),
         (lambda x: F.smooth_l1_loss(x, x, beta=-1.0), "beta is -1.0; it must be a number from 0 on"),
