@@ -121,6 +121,15 @@ def check_shapes(row: Row, given: Headers, shape: Shape, why: str) -> None:
             raise ShapeError(f"{row.name}: {word} has shape {g.shape}; it must be {why}{shape}")
 
 
+def check_slopes(row: Layer, given: Headers) -> None:
+    """Slopes have one cell for all, or one a channel."""
+    source, slope = given.values()
+    n = source.shape[1] if len(source.shape) > 1 else 1
+    if slope.shape not in ((), (1,), (n,)):
+        raise ShapeError(f"{row.name}: weight has shape {slope.shape}; it must be (1,), or one a channel, ({n},)")
+    one_dtype(row, given)
+
+
 def check_groups(row: Layer, given: Headers, n: int) -> None:
     source, *_ = given.values()
     if len(source.shape) < 2 or n < 1 or source.shape[1] % n:

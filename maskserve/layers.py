@@ -145,6 +145,46 @@ def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int], **scale
     return tuple(range(-len(shape), 0))
 
 
+# -- activations --------------------------------------------------------------------------------------------------
+
+
+def prelu(input: Any, weight: Any) -> MaskedTensor:
+    x, slope = operand(input), operand(weight)
+    fitting.check_slopes(layer("prelu"), headers(input=x, weight=slope))
+    slope = slope.reshape(()) if slope.numel() == 1 else of_channels(slope, x)
+    return sloped(x, slope)
+
+
+def rrelu(
+    input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> MaskedTensor:
+    """Each cell below 0 draws its slope in training."""
+    x = operand(input)
+    if not lower <= upper:
+        raise ParameterError(f"rrelu: lower is {lower}, and upper {upper}; it must be at most upper", parameter="lower")
+    if not training:
+        return sloped(x, (lower + upper) / 2)
+    if x.layout is not torch.strided:
+        raise refused("rrelu", x.shape)
+    return sloped(x, -functional.rrelu(torch.full_like(x.get_data().detach(), -1), lower, upper, training=True))
+
+
+def sloped(x: MaskedTensor, slope: Any) -> MaskedTensor:
+    """Cells, below 0 times a slope."""
+    return of_rows("where", of_rows("gt", x, 0), x, of_rows("mul", x, slope))
+
+
+def glu(input: Any, dim: int = -1) -> MaskedTensor:
+    x = operand(input)
+    if not x.ndim:
+        raise ShapeError("glu takes cells along a dim; the input has none")
+    dim = number(dim, x.ndim)
+    half, odd = divmod(x.shape[dim], 2)
+    if odd:
+        raise ShapeError(f"glu: dim {dim} has size {x.shape[dim]}, which must be even: one half gates the other")
+    return of_rows("mul", x.narrow(dim, 0, half), of_rows("sigmoid", x.narrow(dim, half, half)))
+
+
 # -- vectors ------------------------------------------------------------------------------------------------------
 
 

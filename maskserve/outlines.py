@@ -321,6 +321,12 @@ def in_groups(row: Layer, given: Operands, params: Params) -> Outline:
     return as_input(row, given, params)
 
 
+def sloped(row: Layer, given: Operands, params: Params) -> Outline:
+    """Cells as they were; weights are of one cell, or of one a channel."""
+    fitting.check_slopes(row, given)
+    return as_input(row, given, params)
+
+
 def as_input(row: Layer, given: Operands, params: Params) -> Outline:
     source = given[row.operands[0]]
     held = LAYER_WIDTHS * (max(g.dtype.n_bytes for g in given.values()) + 1) * prod(source.shape)

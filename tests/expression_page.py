@@ -153,7 +153,8 @@ there is none.
 - **In one line**: what stands in several is written with spaces in place of their ends. In a URL `+` is written `%2B`.
 - At most {bytes} bytes, {nodes} terms, {depth} levels, {calls} calls; a row such as `a + b - c` is one level, however
   long. A term may have {growth} times the cells of the largest variable, or {small}; what an op makes in between (the
-  scores of an attention) {between} times as many; and products of matrices may multiply {products} pairs of cells in all. What is refused is refused at its column, before a cell is read:
+  scores of an attention) {between} times as many; and products of matrices may multiply {products} pairs of cells in
+  all. What is refused is refused at its column, before a cell is read:
   `column 5: yy is no variable; there are x, y; did you mean y?`
 
 Tensors whose dims all have names are aligned by them, as in xarray: `x - mean(x, dim=lat)` needs no keepdim. Where a

@@ -79,6 +79,7 @@ CALLS: Mapping[str, Callable[[Any], Any]] = {
     "layer_norm(x, w, b, normalized_shape=5)": lambda v: ms.layer_norm(v.x, (5,), v.w, v.b),
     "layer_norm(q, normalized_shape=(3, 4), eps=0.1)": lambda v: ms.layer_norm(v.q, (3, 4), eps=0.1),
     "layer_norm(x, bias=b, normalized_shape=5)": lambda v: ms.layer_norm(v.x, (5,), bias=v.b),
+    "prelu(x, w)": lambda v: ms.prelu(v.x, v.w),
     "rms_norm(x, w, normalized_shape=5)": lambda v: ms.rms_norm(v.x, (5,), v.w),
     "group_norm(q, num_groups=2)": lambda v: ms.group_norm(v.q, 2),
     "group_norm(x, w, b, num_groups=5)": lambda v: ms.group_norm(v.x, 5, v.w, v.b),

@@ -47,6 +47,12 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "group_norm": (lambda x: F.group_norm(x, 3, W, B), (drawn(4, 6, 5),)),
     "batch_norm": (lambda x: F.batch_norm(x, None, None, W, B, training=True), (drawn(4, 6, 5),)),
     "batch_norm as trained": (lambda x: F.batch_norm(x, W, B.exp(), W, B), (drawn(4, 6, 5),)),
+    "prelu": (lambda x: F.prelu(x, W), (drawn(4, 6, 5),)),
+    "prelu of one slope": (lambda x: torch.prelu(x, W[:1]), (drawn(4, 6),)),
+    "prelu of slopes that train": (F.prelu, (drawn(4, 6), drawn(6, seed=1))),
+    "rrelu": (F.rrelu, (drawn(4, 6),)),
+    "glu": (F.glu, (drawn(4, 6),)),
+    "glu along a dim": (lambda x: F.glu(x, dim=0), (drawn(4, 5),)),
     "cosine_similarity": (F.cosine_similarity, (drawn(4, 6), drawn(4, 6, seed=5))),
     "pairwise_distance": (
         lambda x, y: F.pairwise_distance(x, y, p=3.0, keepdim=True),
@@ -608,6 +614,13 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
         ),
         (lambda x: F.batch_norm(x, None, None, training=True, eps=0.0), "eps is 0.0; in training it must be above 0"),
         (lambda x: ms.where(x, x, 0), "^where: condition is f64; it must be bool"),
+        (
+            lambda x: F.prelu(x, torch.ones(5).double()),
+            r"prelu: weight has shape \(5,\); it must be \(1,\), or one a channel",
+        ),
+        (lambda x: F.prelu(x, torch.ones(6)), "prelu: weight is f32, input f64; they must be the same"),
+        (lambda x: F.glu(x[:3], 0), "glu: dim 0 has size 3, which must be even"),
+        (lambda x: F.rrelu(x, 0.5, 0.1), "rrelu: lower is 0.5, and upper 0.1"),
         (lambda x: F.cosine_similarity(x, torch.ones(3, 6)), r"cosine_similarity: shapes \(4, 6\) and \(3, 6\) do not"),
         (lambda x: F.embedding((x * 0).long() + 9, torch.ones(5, 2)), "an index is 9; the table has 5 rows"),
     ],
@@ -615,6 +628,27 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
 def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:
     with pytest.raises(MaskserveError, match=says):
         call(ms.masked_tensor(drawn(4, 6)))
+
+
+def test_slopes_drawn_in_training_are_those_between_the_ends() -> None:
+    x = ms.masked_tensor(
+        torch.tensor([-1.0, -1.0, -2.0, 3.0]), torch.tensor([True, False, True, True]), requires_grad=True
+    )
+    made = nn.RReLU(0.2, 0.4).train()(x)
+    slopes = (made / x.detach()).tolist()
+    assert slopes[1] is None
+    assert slopes[3] == 1
+    assert all(0.2 <= slopes[i] <= 0.4 for i in (0, 2))
+    made.sum().backward()
+    assert x.grad.tolist() == pytest.approx([slopes[0], None, slopes[2], 1.0])
+
+
+def test_slopes_train_by_the_valid_cells_alone() -> None:
+    module = nn.PReLU(2)
+    x = ms.masked_tensor(torch.tensor([[-1.0, -nan], [-3.0, 5.0]]), torch.tensor([[True, False], [True, True]]))
+    module(x).sum().backward()
+    assert module.weight.grad is not None
+    assert module.weight.grad.tolist() == [-4.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
