@@ -407,7 +407,9 @@ def multi_head_attention_forward(
     """(L, N, E) of queries, (S, N, E) of keys and values -> (L, N, E), and the weights (N, L, S), or those of each head."""
     if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
         raise UncoveredFunctionError(
-            "multi_head_attention_forward: bias_k, bias_v, add_zero_attn and static_k have no rule for a MaskedTensor"
+            "multi_head_attention_forward: bias_k, bias_v, add_zero_attn and static_k have no rule for a MaskedTensor: make "
+            "the module without add_bias_kv and add_zero_attn, and join a word to key and value first, a learned one or zeros: "
+            "key = maskserve.cat([key, word.expand(len(key), 1, -1)], 1) where the batch is first"
         )
     q, k, v = (operand(x) for x in (query, key, value))
     is_batched = q.ndim == 3

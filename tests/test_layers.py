@@ -500,6 +500,19 @@ def test_multihead_attention_takes_padding_as_masks() -> None:
     close(alone.to_tensor(), made.get_data()[:, 0])
 
 
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_a_word_that_all_queries_meet_is_joined_by_hand(option: str) -> None:
+    x = ms.masked_tensor(torch.randn(2, 3, 4))
+    with pytest.raises(MaskserveError, match=r"make the module without add_bias_kv .*: key = maskserve\.cat"):
+        nn.MultiheadAttention(4, 2, batch_first=True, **{option: True})(x, x, x)
+    word = torch.zeros(4, requires_grad=True)
+    key = ms.cat([x, word.expand(len(x), 1, -1)], 1)  # what the message says
+    made, weights = nn.MultiheadAttention(4, 2, batch_first=True)(x, key, key)
+    assert weights.shape == (2, 3, 4)
+    made.sum().backward()
+    assert word.grad is not None
+
+
 def test_dropout_is_torchs() -> None:
     x, mask = drawn(50, 40), masks(50, 40)
     torch.manual_seed(1)
