@@ -205,7 +205,9 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Mask
 
 
 def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> MaskedTensor:
-    difference = of_rows("sub", operand(x1), x2)
+    one, other = operand(x1), operand(x2)
+    laid_together("pairwise_distance", headers(x1=one, x2=other))
+    difference = of_rows("sub", one, other)
     return of_rows("norm", of_rows("add", difference, eps) if eps else difference, ord=p, dim=-1, keepdim=keepdim)
 
 
@@ -354,7 +356,7 @@ def scaled_dot_product_attention(
     """
     q, k, v = (operand(given) for given in (query, key, value))
     if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        k, v = (in_groups(q, x, word) for word, x in (("key", k), ("value", v)))
     given = headers(query=q, key=k, value=v, attn_mask=attn_mask)
     fitting.of_attention(layer("scaled_dot_product_attention"), given, is_causal)
     check_share("scaled_dot_product_attention", "dropout_p", dropout_p)
@@ -366,6 +368,17 @@ def scaled_dot_product_attention(
         return made
     weights = weights_of(q, k, [attn_mask], scale)
     return of_rows("matmul", dropout(weights, dropout_p), v)
+
+
+def in_groups(q: MaskedTensor, x: MaskedTensor, word: str) -> MaskedTensor:
+    """Keys or values, each as often as there are heads of the query for it."""
+    if min(q.ndim, x.ndim) < 3 or not x.shape[-3] or q.shape[-3] % x.shape[-3]:
+        raise ShapeError(
+            f"scaled_dot_product_attention: query has shape {tuple(q.shape)}, {word} {tuple(x.shape)}; with enable_gqa the "
+            "heads (dim -3) of the query are a multiple of the others"
+        )
+    made: MaskedTensor = x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+    return made
 
 
 def are_bools(masks: Sequence[Any]) -> bool:
@@ -413,7 +426,12 @@ def multi_head_attention_forward(
         )
     q, k, v = (operand(x) for x in (query, key, value))
     is_batched = q.ndim == 3
+    row, given = layer("multi_head_attention_forward"), headers(query=q, key=k, value=v)
+    fitting.one_dtype(row, given)
     q, k, v = (x if is_batched else x.unsqueeze(1) for x in (q, k, v))
+    if not q.ndim == k.ndim == v.ndim == 3 or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
+        shapes = ", ".join(f"{word} {g.shape}" for word, g in given.items())
+        raise ShapeError(f"{row.name}: {shapes}: they must be of as many samples, and key and value of as many words")
     n, width = q.shape[1], embed_dim_to_check // num_heads
     weights_in = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
@@ -432,7 +450,7 @@ def multi_head_attention_forward(
         padding = (~padding if padding.dtype is torch.bool else padding)[:, None, None, :]
     scores = (n, num_heads, q.shape[-2], k.shape[-2])
     for word, met in headers(attn_mask=attn_mask, key_padding_mask=padding).items():
-        fitting.check_met(layer("multi_head_attention_forward"), word, met, known(q.dtype), scores)
+        fitting.check_met(row, word, met, known(q.dtype), scores)
     masks, scale, told = [attn_mask, padding], 1 / math.sqrt(width), None
     is_plain = not need_weights and not (training and dropout_p) and are_bools(masks)
     mixed = attended(q, k, v, masks, scale) if is_plain else None

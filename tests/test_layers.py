@@ -579,6 +579,9 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+HEADS = nn.MultiheadAttention(6, 2, batch_first=True).double()
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -601,6 +604,23 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
         ),
         (lambda x: F.scaled_dot_product_attention(x, x.float(), x), "attention: key is f32, query f64"),
         (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=2.0), "dropout_p is 2.0; it must be .* 0 to 1"),
+        (
+            lambda x: F.scaled_dot_product_attention(x, x, x, enable_gqa=True),
+            r"query has shape \(4, 6\), key \(4, 6\); with enable_gqa",
+        ),
+        (
+            lambda x: F.scaled_dot_product_attention(
+                x.expand(3, 4, 6), x.expand(2, 4, 6), x.expand(2, 4, 6), enable_gqa=True
+            ),
+            "with enable_gqa the heads .* are a multiple",
+        ),
+        (lambda x: F.pairwise_distance(x, x[:3]), r"pairwise_distance: shapes \(4, 6\) and \(3, 6\) do not broadcast"),
+        (lambda x: HEADS(x[None], x[None].float(), x[None]), "multi_head_attention_forward: key is f32, query f64"),
+        (
+            lambda x: HEADS(x[None], x[None], x[None, :3]),
+            r"query \(4, 1, 6\), key \(4, 1, 6\), value \(3, 1, 6\): they must",
+        ),
+        (lambda x: HEADS(x[:, None], x[:2, None].expand(2, 2, 6), x[:2, None].expand(2, 2, 6)), "of as many samples"),
         (lambda x: F.dropout(x, 1.5), "dropout: p is 1.5; it must be a number from 0 to 1"),
         (
             lambda x: F.layer_norm(x, (6,), torch.ones(5)),
