@@ -47,6 +47,8 @@ def compute(
     for kind in kinds:
         if kind not in row.accepts:
             refuse(row, kind)
+    if row.rule is MaskRule.CHOSEN:
+        check_condition(row, operands[0].value)
     if any(kind in WIDE or kind is u64 for kind in kinds):
         operands = readable(row, operands, kinds)
     if row.beyond is not Beyond.TORCHS and any(type(operand.value) is int for operand in operands):
@@ -199,7 +201,17 @@ def refused(row: Elementwise, error: Exception, kinds: Sequence[DType]) -> Masks
     if "without overflow" in said:
         names = " and ".join(dict.fromkeys(kind.name for kind in kinds))
         return DataError(f"{row.name}: a number does not fit {names}; convert the data to a wider dtype first")
-    return DataError(f"{row.name}: {said}")
+    return DataError(f"{row.name}: {said.removeprefix(row.name).lstrip(': ')}")
+
+
+def check_condition(row: Elementwise, condition: Any) -> None:
+    """A condition says yes or no; of u8 torch takes it too."""
+    if isinstance(condition, Tensor) and condition.dtype not in (torch.bool, torch.uint8):
+        word = row.operands[0]
+        raise DtypeError(
+            f"{row.name}: {word} is {dtype_of(condition).name}; it must be bool, as comparisons are: {word} != 0",
+            parameter=word,
+        )
 
 
 def readable(row: Elementwise, operands: Sequence[Operand], kinds: Sequence[DType]) -> Sequence[Operand]:

@@ -110,7 +110,7 @@ class UnknownTensorError(RequestError):
 
 
 class ExpressionError(RequestError):
-    """The text is no expression over the payload's variables: the message says what cannot be, and at which column."""
+    """The text is no expression over the payload's variables, or a term of it has too many cells: the message says where."""
 
     code = "bad_expression"
 

@@ -33,7 +33,7 @@ from maskserve.compact import Compact, common
 from maskserve.dim_names import result_dims
 from maskserve.dtypes import DType
 from maskserve.engine import run_held
-from maskserve.errors import DtypeError, MaskserveError, TooLargeError, nearest
+from maskserve.errors import DtypeError, MaskserveError, nearest
 from maskserve.execution import block_cells, execution, n_threads, within_memory
 from maskserve.expression import CONSTANTS, MOST_INT, Call, Name, Node, Number, brief, parse, placed, refusal
 from maskserve.functions import Pair, public, side_input, unwrap
@@ -88,6 +88,11 @@ class Term:
     """Who computes that."""
     outline: Outline | None = None
     """Of an op that is made of others, or moves cells."""
+    leaves: Mapping[Term, Shape] = field(init=False)
+    """What must be there before this term's blocks are computed; kept, as each term of a long sum asks those inside."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "leaves", leaves_of(self))
 
     @property
     def dtype(self) -> DType:
@@ -102,19 +107,6 @@ class Term:
     def terms(self) -> Iterator[tuple[Term, Shape]]:
         """The operands that are tensors, and which dim of this one each of their dims lies along."""
         return ((term, self.axes[word]) for word, term in self.operands.items() if isinstance(term, Term))
-
-    @property
-    def leaves(self) -> Mapping[Term, Shape]:
-        """What must be there before this term's blocks are computed."""
-        if not is_elementwise(self):
-            return dict(self.terms)
-        found: dict[Term, Shape] = {}
-        for term, axes in self.terms:
-            if is_elementwise(term) and term.shape == self.shape:  # a smaller one is computed once, not for each block
-                found |= {leaf: tuple(axes[dim] for dim in inner) for leaf, inner in term.leaves.items()}
-            else:
-                found[term] = axes
-        return found
 
     @property
     def op(self) -> str:
@@ -183,6 +175,20 @@ def is_elementwise(term: Term) -> bool:
     return isinstance(term.node, Call) and isinstance(term.node.row, Elementwise)
 
 
+def leaves_of(term: Term) -> Mapping[Term, Shape]:
+    if not is_elementwise(term):
+        return dict(term.terms)
+    found: dict[Term, Shape] = {}
+    for operand, axes in term.terms:
+        if (
+            is_elementwise(operand) and operand.shape == term.shape
+        ):  # a smaller one is computed once, not for each block
+            found |= {leaf: tuple(axes[dim] for dim in inner) for leaf, inner in operand.leaves.items()}
+        else:
+            found[operand] = axes
+    return found
+
+
 def stages(term: Term) -> Iterator[Term]:
     """The terms that are held whole, in the order in which they are computed."""
     for leaf in term.leaves:
@@ -239,23 +245,26 @@ class Planner:
         return term
 
     def check_size(self, term: Term) -> None:
-        """TooLargeError where a term, or what it is made of, is out of all proportion to the variables."""
+        """ExpressionError where a term, or what it is made of, is out of all proportion to the variables."""
         if prod(term.shape) > self.most_cells:
-            raise TooLargeError(
+            raise refusal(
                 f"{term.op} would give {prod(term.shape)} cells, of shape {term.shape}; a term may have at most "
-                f"{self.most_cells}"
+                f"{self.most_cells}",
+                None,
             )
         if term.outline is None:
             return
         if term.outline.n_between > BETWEEN * self.most_cells:
-            raise TooLargeError(
+            raise refusal(
                 f"{term.op} would have {term.outline.n_between} cells in between; there may be at most "
-                f"{BETWEEN * self.most_cells}"
+                f"{BETWEEN * self.most_cells}",
+                None,
             )
         self.n_products += term.outline.n_products
         if self.n_products > MOST_PRODUCTS:
-            raise TooLargeError(
-                f"{term.op}: {self.n_products} pairs of cells would be multiplied; an expression may multiply {MOST_PRODUCTS}"
+            raise refusal(
+                f"{term.op}: {self.n_products} pairs of cells would be multiplied; an expression may multiply {MOST_PRODUCTS}",
+                None,
             )
 
     def elementwise(self, node: Call, operands: Mapping[str, Term | int | float]) -> Term | int | float:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 from maskserve import requests
 from maskserve.errors import ExpressionError, MaskserveError, RequestError, nearest
@@ -24,6 +24,7 @@ from maskserve.ops.rows import Contraction, Elementwise, Reduction, Row
 from maskserve.requests import MOST_NAMES
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_CALLS = 2000, 256, 32, 64
+IN_PARTS = "compute a part of it first, and give that as a variable"
 LONG = 64
 MOST_INT = 2**53
 """Beyond it not every whole number is a double, which all numbers of an expression are."""
@@ -96,6 +97,7 @@ INSTEAD: Mapping[str, str] = MappingProxyType({
     "and": "(a) & (b)", "&&": "(a) & (b)", "or": "(a) | (b)", "||": "(a) | (b)", "not": "~(a)", "!": "~(a)", "^": "a ** b",
     '"': QUOTED, "'": QUOTED, "[": "select(x, dim=0, index=0), or narrow(x, dim=0, start=0, length=2)",
     "?": "where(condition, a, b)", "if": "where(condition, a, b)",
+    "\n": "the expression in one line, with a space for each end of a line",
 })  # fmt: skip
 """What is written here for a word of other languages."""
 CALLED: Mapping[str, str] = MappingProxyType(
@@ -140,30 +142,64 @@ def indent(text: str) -> int:
 
 def check_words(text: str) -> None:
     """Refuses what is no word of the language before any parser sees it: quotes, dots, brackets, `lambda`, 0x10, `é`."""
-    at, before = 0, ""
+    at, before = 0, Before()
     while at < len(text):
         word = WORD.match(text, at)
         if word is None or (keyword.iskeyword(word[0]) and word[0] not in ("True", "False")):
             run = RUN.match(text, at)
             assert run is not None  # it matches any character
-            instead = written_instead(run[0]) or as_call(before, run[0])
+            instead = before.written_for(run[0]) or written_instead(run[0])
             write = f"write {instead}" if instead else f"there are names, numbers, {SIGNS} , and ( )"
             raise refusal(f"{run[0][:40]!r} is no word here: {write}", at + 1)
         if word.lastgroup == "sign" and (instead := written_instead(text[at : at + 2])):
             raise refusal(f"{text[at : at + 2]!r} is no word here: write {instead}", at + 1)
-        at, before = word.end(), word[0]
+        if (wrong := before.why_not(word)) is not None:
+            raise refusal(wrong, at + 1)
+        at = word.end()
+
+
+class Before:
+    """The words before a place of the text, as far as a refusal there says what was meant."""
+
+    def __init__(self) -> None:
+        self.last = self.last_but_one = ""
+        self.in_calls: list[bool] = []
+        """Of each parenthesis that is open: whether it is that of a call."""
+
+    def written_for(self, word: str) -> str | None:
+        """What is written for a list in dim=[0, 1], or for the method in x.mean(): a call of the function."""
+        if word == "[" and self.last == "=":
+            name = brief(self.last_but_one)
+            return f"{name}=0, or several in parentheses: {name}=(0, 1)"
+        method = word.removeprefix(".")
+        is_method = self.last.isidentifier() and method != word and method in functions()
+        return f"{method}({self.last})" if is_method else None
+
+    def why_not(self, word: re.Match[str]) -> str | None:
+        """Why no expression goes on with this word, where Python's parser says less; else it is one of those before."""
+        if word.lastgroup == "space":
+            return None
+        if word.lastgroup != "sign" and self.ends_a_term:
+            shown, other = brief(self.last), brief(word[0])
+            return f"an operator or a comma is missing between {shown} and {other} (in a URL + is written %2B)"
+        if word[0] == "=" and not (self.in_calls and self.in_calls[-1]):
+            return "= is for a parameter inside a call: write == for equal; --let gives a tensor another name"
+        if word[0] == "(":
+            self.in_calls.append(self.last.isidentifier())
+        elif word[0] == ")" and self.in_calls:
+            self.in_calls.pop()
+        self.last, self.last_but_one = word[0], self.last
+        return None
+
+    @property
+    def ends_a_term(self) -> bool:
+        return self.last[-1:].isalnum() or self.last[-1:] in ("_", ")", ".")
 
 
 def written_instead(word: str) -> str | None:
     """What is written here for a word of other languages; an operator that has none here is a call."""
     called = CALLED.get(word)
     return INSTEAD.get(word) if called is None else f"{operator_rows()[called]}(a, b)"
-
-
-def as_call(before: str, word: str) -> str | None:
-    """What is written for the method in x.mean(), behind the word `before`: a call of the function."""
-    method = word.removeprefix(".")
-    return f"{method}({before})" if before.isidentifier() and method != word and method in functions() else None
 
 
 def refusal(message: str, column: int | None) -> ExpressionError:
@@ -194,13 +230,18 @@ class Builder:
 
     def node(self, node: ast.expr, depth: int) -> Node:
         self.n_nodes += 1
-        if depth == 0 or self.n_nodes > MOST_NODES:
-            self.refuse(node, f"too much: {MOST_NODES} terms and {MOST_DEPTH} levels are the most that are read")
+        self.check_count(node)
+        if depth == 0:
+            self.refuse(node, f"too deep: {MOST_DEPTH} levels are the most that are read; {IN_PARTS}")
         build = BUILDERS.get(type(node))
         if build is None:
             many = "; several values in parentheses are for a parameter, by its name" if type(node) is ast.Tuple else ""
             self.refuse(node, f"this is no term: a term is a name, a number, a call, or terms with an operator{many}")
         return build(self, node, depth - 1)
+
+    def check_count(self, node: ast.expr) -> None:
+        if self.n_nodes > MOST_NODES:
+            self.refuse(node, f"too long: {MOST_NODES} terms are the most that are read; {IN_PARTS}")
 
     def number(self, node: ast.Constant, depth: int) -> Node:
         return Number(self.finite(node))
@@ -212,7 +253,16 @@ class Builder:
         return Name(node.id, self.column(node))
 
     def binary(self, node: ast.BinOp, depth: int) -> Node:
-        return self.operation(node, node.op, (node.left, node.right), depth)
+        """a + b - c is one level, however many terms it has: what is not nested is not read as if it were."""
+        chain = [node]
+        while binds_alike(chain[-1].left, node):
+            chain.append(chain[-1].left)
+        made = self.node(chain[-1].left, depth)
+        self.n_nodes += len(chain) - 1
+        for each in reversed(chain):
+            self.check_count(each)
+            made = Call(self.row_of(each, each.op), (made, self.node(each.right, depth)), {}, self.column(each))
+        return made
 
     def unary(self, node: ast.UnaryOp, depth: int) -> Node:
         if isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
@@ -225,15 +275,19 @@ class Builder:
         return self.operation(node, node.ops[0], (node.left, node.comparators[0]), depth)
 
     def operation(self, node: ast.expr, operator: ast.AST, operands: tuple[ast.expr, ...], depth: int) -> Node:
+        row = self.row_of(node, operator)
+        return Call(row, tuple(self.node(o, depth) for o in operands), {}, self.column(node))
+
+    def row_of(self, node: ast.expr, operator: ast.AST) -> Row:
         name = OPERATORS.get(type(operator))
         if name is None:
             self.refuse(node, f"this operator is none of {SIGNS}")
-        return Call(by_operator()[name], tuple(self.node(o, depth) for o in operands), {}, self.column(node))
+        return by_operator()[name]
 
     def call(self, node: ast.Call, depth: int) -> Node:
         self.n_calls += 1
         if self.n_calls > MOST_CALLS:
-            self.refuse(node, f"too many calls: {MOST_CALLS} are the most that are read")
+            self.refuse(node, f"too many calls: {MOST_CALLS} are the most that are read; {IN_PARTS}")
         if not isinstance(node.func, ast.Name):
             self.refuse(node.func, "only functions are called, by their names")
         row = functions().get(node.func.id)
@@ -244,7 +298,7 @@ class Builder:
         for place, argument in enumerate(node.args):
             if place == len(words):
                 known = f"parameters have names{as_in(row, argument)}: {parameters_of(row)}"
-                self.refuse(argument, f"{row.name} takes {counted(words)}{of_two(row, node.func.id)}; {known}")
+                self.refuse(argument, f"{node.func.id} takes {counted(words)}{of_two(row, node.func.id)}; {known}")
             given[words[len(given)]] = self.node(argument, depth)
         said: dict[str, ast.expr] = {}
         for name, value in ((k.arg, k.value) for k in node.keywords):
@@ -323,6 +377,14 @@ BUILDERS: Mapping[type[ast.expr], Callable[..., Node]] = MappingProxyType({
     ast.Constant: Builder.number, ast.Name: Builder.name, ast.BinOp: Builder.binary, ast.UnaryOp: Builder.unary,
     ast.Compare: Builder.comparison, ast.Call: Builder.call,
 })  # fmt: skip
+
+
+def binds_alike(node: ast.expr, other: ast.BinOp) -> TypeGuard[ast.BinOp]:
+    """Whether both are of operators that Python reads from the left, one after the other."""
+    if not isinstance(node, ast.BinOp):
+        return False
+    one, same = (SPELLED.get(OPERATORS.get(type(each.op), ""), ("", 0))[1] for each in (node, other))
+    return one == same and one not in (0, POWER)
 
 
 @cache

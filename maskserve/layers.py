@@ -13,13 +13,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskserve import fitting
+from maskserve.alignment import laid_together
 from maskserve.attending import attended
 from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError, UncoveredFunctionError
+from maskserve.fitting import headers
 from maskserve.functions import public
 from maskserve.making import as_masked_tensor, operand
+from maskserve.ops import OPS
 from maskserve.ops.layouts import number
+from maskserve.ops.rows import Layer
+from maskserve.params import resolve
 from maskserve.sparse import refused
 from maskserve.tensor import MaskedTensor
+from maskserve.torch_dtypes import known
+
+
+def layer(name: str) -> Layer:
+    row = OPS[name]
+    assert isinstance(row, Layer)
+    return row
 
 
 def of_rows(name: str, *args: Any, **params: Any) -> MaskedTensor:
@@ -34,12 +47,13 @@ def layer_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> MaskedTensor:
     x = operand(input)
-    return scaled(standardized(x, last_dims("layer_norm", x, normalized_shape), eps), weight, bias)
+    dims = last_dims("layer_norm", x, normalized_shape, weight=weight, bias=bias)
+    return scaled(standardized(x, dims, eps), weight, bias)
 
 
 def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> MaskedTensor:
     x = operand(input)
-    dims = last_dims("rms_norm", x, normalized_shape)
+    dims = last_dims("rms_norm", x, normalized_shape, weight=weight)
     square = of_rows("mean", of_rows("square", x), dims, keepdim=True)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return scaled(of_rows("mul", x, of_rows("rsqrt", of_rows("add", square, eps))), weight, None)
@@ -47,10 +61,7 @@ def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, ep
 
 def group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> MaskedTensor:
     x = operand(input)
-    if x.ndim < 2 or num_groups < 1 or x.shape[1] % num_groups:
-        raise ShapeError(
-            f"group_norm: {num_groups} groups do not divide the channels (dim 1) of shape {tuple(x.shape)}"
-        )
+    fitting.check_groups(layer("group_norm"), headers(input=x, weight=weight, bias=bias), num_groups)
     groups: MaskedTensor = x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
     made: MaskedTensor = standardized(groups, (2,), eps).reshape(x.shape)
     return scaled(made, of_channels(weight, x), of_channels(bias, x))
@@ -64,8 +75,13 @@ def batch_norm(
     x = operand(input)
     if x.ndim < 2:
         raise ShapeError(f"batch_norm takes channels along dim 1; the input has shape {tuple(x.shape)}")
+    given = headers(input=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    fitting.check_channels(layer("batch_norm"), given)
+    dtype = getattr(torch, given["input"].dtype.torch)
     dims = tuple(d for d in range(x.ndim) if d != 1)
     if training:
+        if not eps > 0:
+            raise ParameterError(f"batch_norm: eps is {eps}; in training it must be above 0", parameter="eps")
         for running, name in ((running_mean, "mean"), (running_var, "var")):
             if running is not None:
                 move(running, of_rows(name, x.detach(), dims), momentum)
@@ -75,7 +91,7 @@ def batch_norm(
     else:
         spread = of_rows("rsqrt", running_var + eps)
         made = of_rows("mul", of_rows("sub", x, of_channels(running_mean, x)), of_channels(spread, x))
-    return scaled(made, of_channels(weight, x), of_channels(bias, x))
+    return scaled(made, of_channels(weight, x), of_channels(bias, x), dtype)
 
 
 def instance_norm(
@@ -88,6 +104,8 @@ def instance_norm(
         return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     if x.ndim < 3:
         raise ShapeError(f"instance_norm takes (batch, channels, ...); the input has shape {tuple(x.shape)}")
+    given = headers(input=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    fitting.check_channels(layer("instance_norm"), given)
     dims = tuple(range(2, x.ndim))
     for running, name in ((running_mean, "mean"), (running_var, "var")):
         if running is not None:
@@ -109,9 +127,11 @@ def standardized(x: MaskedTensor, dims: Sequence[int], eps: float) -> MaskedTens
     return of_rows("mul", of_rows("sub", x, mean), of_rows("rsqrt", of_rows("add", variance, eps)))
 
 
-def scaled(x: MaskedTensor, weight: Any, bias: Any) -> MaskedTensor:
-    x = x if weight is None else of_rows("mul", x, weight)
-    return x if bias is None else of_rows("add", x, bias)
+def scaled(x: MaskedTensor, weight: Any, bias: Any, dtype: torch.dtype | None = None) -> MaskedTensor:
+    """In this dtype or in that of its cells, whatever that of weights is."""
+    made = x if weight is None else of_rows("mul", x, weight)
+    made = made if bias is None else of_rows("add", made, bias)
+    return made.to(dtype or x.dtype)
 
 
 def of_channels(given: Any, x: MaskedTensor) -> Any:
@@ -119,11 +139,50 @@ def of_channels(given: Any, x: MaskedTensor) -> Any:
     return None if given is None else given.reshape([-1 if d == 1 else 1 for d in range(x.ndim)])
 
 
-def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int], **scales: Any) -> tuple[int, ...]:
     shape = tuple(normalized_shape)
-    if not shape or tuple(x.shape[-len(shape) :]) != shape:
-        raise ShapeError(f"{op}: normalized_shape {shape} must be the end of the input's shape {tuple(x.shape)}")
+    fitting.check_normalized(layer(op), headers(input=x, **scales), shape)
     return tuple(range(-len(shape), 0))
+
+
+# -- activations --------------------------------------------------------------------------------------------------
+
+
+def prelu(input: Any, weight: Any) -> MaskedTensor:
+    x, slope = operand(input), operand(weight)
+    fitting.check_slopes(layer("prelu"), headers(input=x, weight=slope))
+    slope = slope.reshape(()) if slope.numel() == 1 else of_channels(slope, x)
+    return sloped(x, slope)
+
+
+def rrelu(
+    input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> MaskedTensor:
+    """Each cell below 0 draws its slope in training."""
+    x = operand(input)
+    if not lower <= upper:
+        raise ParameterError(f"rrelu: lower is {lower}, and upper {upper}; it must be at most upper", parameter="lower")
+    if not training:
+        return sloped(x, (lower + upper) / 2)
+    if x.layout is not torch.strided:
+        raise refused("rrelu", x.shape)
+    return sloped(x, -functional.rrelu(torch.full_like(x.get_data().detach(), -1), lower, upper, training=True))
+
+
+def sloped(x: MaskedTensor, slope: Any) -> MaskedTensor:
+    """Cells, below 0 times a slope."""
+    return of_rows("where", of_rows("gt", x, 0), x, of_rows("mul", x, slope))
+
+
+def glu(input: Any, dim: int = -1) -> MaskedTensor:
+    x = operand(input)
+    if not x.ndim:
+        raise ShapeError("glu takes cells along a dim; the input has none")
+    dim = number(dim, x.ndim)
+    half, odd = divmod(x.shape[dim], 2)
+    if odd:
+        raise ShapeError(f"glu: dim {dim} has size {x.shape[dim]}, which must be even: one half gates the other")
+    return of_rows("mul", x.narrow(dim, 0, half), of_rows("sigmoid", x.narrow(dim, half, half)))
 
 
 # -- vectors ------------------------------------------------------------------------------------------------------
@@ -131,7 +190,10 @@ def last_dims(op: str, x: MaskedTensor, normalized_shape: Sequence[int]) -> tupl
 
 def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> MaskedTensor:
     one, other = operand(x1), operand(x2)
-    shape = torch.broadcast_shapes(one.shape, other.shape)
+    resolve(layer("cosine_similarity"), {"dim": dim, "eps": eps})
+    given = headers(x1=one, x2=other)
+    fitting.check_floats(layer("cosine_similarity"), given)
+    shape, _, _ = laid_together("cosine_similarity", given)
     pair: list[MaskedTensor] = [one.expand(shape), other.expand(shape)]
     both = pair[0].get_mask() & pair[1].get_mask()
     units = []
@@ -143,7 +205,9 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Mask
 
 
 def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> MaskedTensor:
-    difference = of_rows("sub", operand(x1), x2)
+    one, other = operand(x1), operand(x2)
+    laid_together("pairwise_distance", headers(x1=one, x2=other))
+    difference = of_rows("sub", one, other)
     return of_rows("norm", of_rows("add", difference, eps) if eps else difference, ord=p, dim=-1, keepdim=keepdim)
 
 
@@ -169,12 +233,18 @@ WAYS = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> MaskedTensor:
     """The valid cells draw as those of a plain tensor of this shape would."""
+    check_share("dropout", "p", p)
     x = as_masked_tensor(input)
     if not training or not p:
         return x
     if x.layout is not torch.strided:
         raise refused("dropout", x.shape)
     return of_rows("mul", x, functional.dropout(torch.ones_like(x.get_data().detach()), p))
+
+
+def check_share(op: str, name: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ParameterError(f"{op}: {name} is {p}; it must be a number from 0 to 1", parameter=name)
 
 
 def embedding(
@@ -286,12 +356,11 @@ def scaled_dot_product_attention(
     """
     q, k, v = (operand(given) for given in (query, key, value))
     if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        k, v = (in_groups(q, x, word) for word, x in (("key", k), ("value", v)))
+    given = headers(query=q, key=k, value=v, attn_mask=attn_mask)
+    fitting.of_attention(layer("scaled_dot_product_attention"), given, is_causal)
+    check_share("scaled_dot_product_attention", "dropout_p", dropout_p)
     if is_causal:
-        if attn_mask is not None:
-            raise ParameterError(
-                "scaled_dot_product_attention: give attn_mask or is_causal, not both", parameter="is_causal"
-            )
         attn_mask = earlier(q, k)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale  # of no cells every query is masked
     made = None if dropout_p or not are_bools([attn_mask]) else attended(q, k, v, [attn_mask], scale)
@@ -299,6 +368,17 @@ def scaled_dot_product_attention(
         return made
     weights = weights_of(q, k, [attn_mask], scale)
     return of_rows("matmul", dropout(weights, dropout_p), v)
+
+
+def in_groups(q: MaskedTensor, x: MaskedTensor, word: str) -> MaskedTensor:
+    """Keys or values, each as often as there are heads of the query for it."""
+    if min(q.ndim, x.ndim) < 3 or not x.shape[-3] or q.shape[-3] % x.shape[-3]:
+        raise ShapeError(
+            f"scaled_dot_product_attention: query has shape {tuple(q.shape)}, {word} {tuple(x.shape)}; with enable_gqa the "
+            "heads (dim -3) of the query are a multiple of the others"
+        )
+    made: MaskedTensor = x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+    return made
 
 
 def are_bools(masks: Sequence[Any]) -> bool:
@@ -340,11 +420,18 @@ def multi_head_attention_forward(
     """(L, N, E) of queries, (S, N, E) of keys and values -> (L, N, E), and the weights (N, L, S), or those of each head."""
     if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
         raise UncoveredFunctionError(
-            "multi_head_attention_forward: bias_k, bias_v, add_zero_attn and static_k have no rule for a MaskedTensor"
+            "multi_head_attention_forward: bias_k, bias_v, add_zero_attn and static_k have no rule for a MaskedTensor: make "
+            "the module without add_bias_kv and add_zero_attn, and join a word to key and value first, a learned one or zeros: "
+            "key = maskserve.cat([key, word.expand(len(key), 1, -1)], 1) where the batch is first"
         )
     q, k, v = (operand(x) for x in (query, key, value))
     is_batched = q.ndim == 3
+    row, given = layer("multi_head_attention_forward"), headers(query=q, key=k, value=v)
+    fitting.one_dtype(row, given)
     q, k, v = (x if is_batched else x.unsqueeze(1) for x in (q, k, v))
+    if not q.ndim == k.ndim == v.ndim == 3 or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
+        shapes = ", ".join(f"{word} {g.shape}" for word, g in given.items())
+        raise ShapeError(f"{row.name}: {shapes}: they must be of as many samples, and key and value of as many words")
     n, width = q.shape[1], embed_dim_to_check // num_heads
     weights_in = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
@@ -361,6 +448,9 @@ def multi_head_attention_forward(
     padding = key_padding_mask if key_padding_mask is None or is_batched else key_padding_mask.unsqueeze(0)
     if padding is not None:  # of bools, True is a key to leave out; of floats it is added
         padding = (~padding if padding.dtype is torch.bool else padding)[:, None, None, :]
+    scores = (n, num_heads, q.shape[-2], k.shape[-2])
+    for word, met in headers(attn_mask=attn_mask, key_padding_mask=padding).items():
+        fitting.check_met(row, word, met, known(q.dtype), scores)
     masks, scale, told = [attn_mask, padding], 1 / math.sqrt(width), None
     is_plain = not need_weights and not (training and dropout_p) and are_bools(masks)
     mixed = attended(q, k, v, masks, scale) if is_plain else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskserve.backends.reference import kernel
 from maskserve.dtypes import WIDENED
-from maskserve.errors import DataError, DtypeError, ParameterError, ShapeError
+from maskserve.errors import DataError, DtypeError, ShapeError
 from maskserve.functions import elementwise, public
 from maskserve.making import as_masked_tensor, operand
 from maskserve.ops.parameters import Params
@@ -195,8 +195,6 @@ def of_triplets(row: Loss, operands: tuple[Any, ...], weight: Any, params: dict[
 
     Distances are compared, so all are over the coordinates that are valid in the three vectors.
     """
-    if not params["margin"] > 0:
-        raise ParameterError(f"{row.name}: margin is {params['margin']}, and must be above 0", parameter="margin")
     anchor, positive, negative = seen_together(row, operands)
     measure = {name: params[name] for name in ("p", "eps")}
     near, far = (public("pairwise_distance")(anchor, other, **measure) for other in (positive, negative))

@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from maskserve import contracting, equations, functions, losses
+from maskserve import contracting, equations, fitting, functions, losses
 from maskserve.alignment import Shape, described, dim_numbers, laid_over, laid_together
 from maskserve.backends.reference import kernel
 from maskserve.backends.reference.moves import Masked
 from maskserve.blockwise import laid
 from maskserve.dim_names import result_dims
 from maskserve.dtypes import WIDENED, DType, Kind, boolean
-from maskserve.errors import DtypeError, MaskserveError, ParameterError, ShapeError
+from maskserve.errors import DtypeError, MaskserveError, ShapeError
 from maskserve.ops import OPS
 from maskserve.ops.layouts import Layout
 from maskserve.ops.parameters import Params, Type
@@ -232,7 +232,7 @@ def of_cells(row: Loss, pair: Operands, sides: Operands, params: Params) -> Loss
     """Operands are laid beside each other as those of an elementwise op, and weights over them."""
     assert row.cells is not None
     shape, dims, axes = laid_beside(row, pair)
-    over = Spread(shape, dims)
+    over = fitting.Spread(shape, dims)
     axes = {**axes, **{name: laid_over(name, side, over) for name, side in sides.items()}}
     samples = {
         word: laid(operand.sample, axes[word], len(shape)) if word in axes else operand
@@ -248,13 +248,6 @@ def of_cells(row: Loss, pair: Operands, sides: Operands, params: Params) -> Loss
         shape=shape, dims=dims, dtype=dtype_of(made._data), n_cells=prod(shape), axes=axes,
         weight=weight.dtype if weight is not None and counts else None,
     )  # fmt: skip
-
-
-class Spread(NamedTuple):
-    """What a weight is laid over."""
-
-    shape: Shape
-    dims: Dims | None
 
 
 def of_classes(row: Loss, pair: Operands, sides: Operands, params: Params) -> Losses:
@@ -287,7 +280,7 @@ def of_classes(row: Loss, pair: Operands, sides: Operands, params: Params) -> Lo
     for word, side in (("weight", weight), ("target", target if of_probabilities else None)):
         if side is not None and WIDENED.get(side.dtype, side.dtype) is not WIDENED.get(given.dtype, given.dtype):
             raise DtypeError(
-                f"{word} is {side.dtype.name}, the input {given.dtype.name}; they must be the same: {AS_F64}"
+                f"{word} is {side.dtype.name}, the input {given.dtype.name}; they must be the same: {fitting.AS_F64}"
             )
     counts = weight is not None and not of_probabilities and params["reduction"] == "mean"
     return Losses(
@@ -318,52 +311,29 @@ LAYER_WIDTHS = 7
 
 def normalized(row: Layer, given: Operands, params: Params) -> Outline:
     """Cells as they were, along the last dims; weights have the shape of those."""
-    source = given["input"]
-    shape = params["normalized_shape"]
-    if not shape or source.shape[len(source.shape) - len(shape) :] != shape:
-        raise ShapeError(f"normalized_shape {shape} must be the end of the input's shape {described(source)}")
-    for word in row.operands[1:]:
-        if word in given and given[word].shape != shape:
-            raise ShapeError(f"{word} has shape {given[word].shape}; it must be normalized_shape, {shape}")
+    fitting.check_normalized(row, given, params["normalized_shape"])
     return as_input(row, given, params)
 
 
 def in_groups(row: Layer, given: Operands, params: Params) -> Outline:
     """Cells as they were, in groups of channels; weights have one cell a channel."""
-    source, n = given["input"], params["num_groups"]
-    if len(source.shape) < 2 or n < 1 or source.shape[1] % n:
-        raise ShapeError(f"{n} groups do not divide the channels (dim 1) of shape {described(source)}")
-    for word in row.operands[1:]:
-        if word in given and given[word].shape != source.shape[1:2]:
-            raise ShapeError(f"{word} has shape {given[word].shape}; it must be {source.shape[1:2]}, one a channel")
+    fitting.check_groups(row, given, params["num_groups"])
+    return as_input(row, given, params)
+
+
+def sloped(row: Layer, given: Operands, params: Params) -> Outline:
+    """Cells as they were; weights are of one cell, or of one a channel."""
+    fitting.check_slopes(row, given)
     return as_input(row, given, params)
 
 
 def as_input(row: Layer, given: Operands, params: Params) -> Outline:
-    source = given["input"]
-    dtype = of_one_dtype(row, given)
-    held = LAYER_WIDTHS * (dtype.n_bytes + 1) * prod(source.shape)
+    source = given[row.operands[0]]
+    held = LAYER_WIDTHS * (max(g.dtype.n_bytes for g in given.values()) + 1) * prod(source.shape)
     return Outline(
-        shape=source.shape, dtype=dtype, dims=source.dims, held_bytes=held, params=params, n_between=prod(source.shape)
-    )
-
-
-AS_F64 = "float_power(x, 1) makes f64 of a term"
-"""How an expression widens cells."""
-
-
-def of_one_dtype(row: Layer, given: Operands) -> DType:
-    """The dtype that all operands are computed in."""
-    first: DType = next(iter(given.values())).dtype
-    for word, g in given.items():
-        if g.dtype.is_integral:
-            raise DtypeError(f"{word} is {g.dtype.name}, and must be of floats: divide it by 1, as in x / 1")
-        accept(row, g.dtype)
-        if g.dtype is not first:
-            raise DtypeError(
-                f"{word} is {g.dtype.name}, {next(iter(given))} {first.name}; they must be the same: {AS_F64}"
-            )
-    return first
+        shape=source.shape, dtype=source.dtype, dims=source.dims, held_bytes=held, params=params,
+        n_between=prod(source.shape),
+    )  # fmt: skip
 
 
 COSINE_WIDTHS = 12
@@ -372,9 +342,10 @@ COSINE_WIDTHS = 12
 
 def cosine(row: Layer, given: Operands, params: Params) -> Outline:
     """Two tensors beside each other, without the dim that vectors lie along."""
-    dtype = of_one_dtype(row, given)
+    dtype = fitting.one_dtype(row, given)
     shape, dims, axes = laid_together(row.name, given)
     said = by_number(row, dims, params)
+    resolve(row, said)
     op = OPS["sum"]  # as the layer itself calls it
     assert isinstance(op, Reduction)
     planned = plan(op, (("dim", said.get("dim", 1)),), shape, dtype, "cpu")
@@ -392,27 +363,9 @@ none where torch's fused kernel computes it."""
 
 def attention(row: Layer, given: Operands, params: Params) -> Outline:
     """(..., queries, cells), (..., keys, cells), (..., keys, other cells) -> (..., queries, other cells)."""
-    met = given.get("attn_mask")
+    dtype, scores, shape = fitting.of_attention(row, given, bool(params.get("is_causal")))
     own = {word: g for word, g in given.items() if word != "attn_mask"}
-    dtype = of_one_dtype(row, own)
     q, k, v = own.values()
-    for word, g in own.items():
-        if len(g.shape) < 2:
-            raise ShapeError(f"{word} has shape {described(g)}; it must have at least 2 dims, words and their cells")
-    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
-        shapes = ", ".join(f"{word} {described(g)}" for word, g in own.items())
-        raise ShapeError(f"queries and keys must have as many cells, keys and values as many words: {shapes}")
-    scores = (*over_each_other(row, q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
-    if met is not None:
-        if params.get("is_causal"):
-            raise ParameterError("give attn_mask or is_causal, not both", parameter="is_causal")
-        if met.dtype is not boolean and met.dtype is not dtype:
-            raise DtypeError(f"attn_mask is {met.dtype.name}; it must be bool, or {dtype.name} as the others")
-        if len(met.shape) > len(scores) or any(
-            n not in (1, m) for n, m in zip(met.shape[::-1], scores[::-1], strict=False)
-        ):
-            raise ShapeError(f"attn_mask has shape {described(met)}, the scores {scores}: it must broadcast to them")
-    shape = (*over_each_other(row, scores[:-2], v.shape[:-2]), q.shape[-2], v.shape[-1])
     names = None
     if q.dims is not None and v.dims is not None and len(q.shape) == len(shape):
         names = distinct((*q.dims[:-1], v.dims[-1]))
@@ -422,8 +375,3 @@ def attention(row: Layer, given: Operands, params: Params) -> Outline:
         shape=shape, dtype=dtype, dims=names, held_bytes=held, params=params,
         n_products=n_scores * q.shape[-1] + prod(shape) * k.shape[-2], n_between=n_scores,
     )  # fmt: skip
-
-
-def over_each_other(row: Row, one: Shape, other: Shape) -> Shape:
-    """The shape that two broadcast to."""
-    return laid_together(row.name, {"one": Spread(one, None), "other": Spread(other, None)})[0]

@@ -44,6 +44,9 @@ def resolve(row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{row.name}: unbiased and correction say the same thing; give one", parameter="unbiased"
             )
         params["correction"] = int(params["unbiased"])
+    if (wrong := row.check(params)) is not None:
+        word = wrong.partition(" ")[0]
+        raise ParameterError(f"{row.name}: {wrong}", parameter=word if word in params else None)
     return params
 
 
@@ -56,6 +59,8 @@ def check(row: Row, parameter: Parameter, value: Any) -> Any:
     if value is None:
         return None
     canonical, expected = _CHECKS[parameter.type](parameter, value)
+    if canonical and parameter.within is not None and canonical[0] not in parameter.within:
+        canonical, expected = (), f"a number {parameter.within}"
     if not canonical:
         raise ParameterError(
             f"{row.name}: {parameter.name} is {value!r:.80}; it must be {expected}",

@@ -179,9 +179,6 @@ def _plan(
     accept(row, dtype)
     params = resolve(row, dict(given))
     check_cells(row, params, dtype)
-    if (wrong := row.check(params)) is not None:
-        word = wrong.partition(" ")[0]
-        raise ParameterError(f"{row.name}: {wrong}", parameter=word if word in params else None)
     dims = normalize_dims(row, params.get("dim"), shape)
     result = row.result(as_floats(dtype), params)
     check_result(row, as_floats(dtype), result, row.result(as_floats(dtype), {**params, "dtype": None}))

@@ -142,16 +142,19 @@ there is none.
 
 - **Calls** `op(terms, parameter=value)`: terms in their order, parameters by name, a dim by number or by name:
   `mean(x, dim=(time, lat), keepdim=True)`, `norm(x, ord=-inf)`, `mean(x, weights=w)`. A word is written without
-  quotes: what a valid NaN does is said at the op that meets it, `mean(x, nan=omit)`. The ops are listed below.
+  quotes: what a valid NaN does is said at the op that meets it, `mean(x, nan=omit)`. `max(x)` and `min(x)` are `amax(x)`
+  and `amin(x)`; of two terms `maximum(x, y)` and `minimum(x, y)` are. The ops are listed below.
 - **Losses, layers, products and moves** in the same way, each tensor a term, all else by name: `mse_loss(x, y, weight=w, dim=1)`,
   `cross_entropy(logits, target, label_smoothing=.1, reduction=sum)`, `layer_norm(x, w, b, normalized_shape=8)`,
   `scaled_dot_product_attention(q, k, v, m, is_causal=False)`, `linear(x, w)`, `permute(x, dims=(lat, time))`,
   `reshape(x, shape=(2, -1))`. `weight=` takes a variable by its name. An op is not here where its result's shape is in its cells
   (`masked_select`), where it draws numbers (`dropout`), or where it takes text or lists of tensors (`einsum`, `cat`).
   Layers take floats: `x / 1` makes whole numbers floats.
-- At most {bytes} bytes, {nodes} terms, {depth} levels, {calls} calls. A term may have {growth} times the cells of the largest
-  variable, or {small}; what an op makes in between (the scores of an attention) {between} times as many; and products of
-  matrices may multiply {products} pairs of cells in all. What is refused is refused at its column, before a cell is read:
+- **In one line**: what stands in several is written with spaces in place of their ends. In a URL `+` is written `%2B`.
+- At most {bytes} bytes, {nodes} terms, {depth} levels, {calls} calls; a row such as `a + b - c` is one level, however
+  long. A term may have {growth} times the cells of the largest variable, or {small}; what an op makes in between (the
+  scores of an attention) {between} times as many; and products of matrices may multiply {products} pairs of cells in
+  all. What is refused is refused at its column, before a cell is read:
   `column 5: yy is no variable; there are x, y; did you mean y?`
 
 Tensors whose dims all have names are aligned by them, as in xarray: `x - mean(x, dim=lat)` needs no keepdim. Where a

@@ -669,7 +669,7 @@ def test_what_numpy_ma_hides_is_a_value_here() -> None:
 
 def test_a_function_without_a_row_raises_and_names_a_way_out() -> None:
     m = ms.masked_tensor([1.0, 2.0], torch.tensor([True, False]))
-    for call in (torch.fft.fft, torch.max, torch.nn.functional.glu, torch.zeros_like):
+    for call in (torch.fft.fft, torch.max, torch.zeros_like):
         if call in table():
             continue
         with pytest.raises(UncoveredFunctionError, match=r"get_data|maskserve|to_tensor"):
@@ -701,14 +701,13 @@ NOT_COVERED = {
     **dict.fromkeys(("zeros_like", "ones_like"), "makes cells from a shape: give it m.get_data()"),
     **dict.fromkeys(("alias_copy", "detach_copy", "slice_copy", "squeeze_copy", "slice_inverse"), "for compiled graphs"),
     **dict.fromkeys(("module_load", "resize_as", "sym_sum"), "no computation on cells"),
-    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout", "rrelu", "binomial"), "random"),
+    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout", "binomial"), "random"),
     "hinge_embedding_loss": "a loss, with a reduction",
     **dict.fromkeys(
         [f"{family}_{kind}" for family in ("chebyshev_polynomial", "shifted_chebyshev_polynomial") for kind in "tuvw"]
         + ["hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"],
         "torch loops up to the degree, and a degree of 1e18 under the mask would never end",
     ),
-    "prelu": "its weight goes along the channel dim alone",
     "chain_matmul": "a contraction; of one matrix it is that matrix",
 }  # fmt: skip
 """Elementwise functions of torch without a row, each with the reason."""

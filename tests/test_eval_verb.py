@@ -211,6 +211,8 @@ def test_history_has_one_text_for_one_meaning(question: Path) -> None:
         ("eval", {"expr": "x +"}, "bad_expression", "column 4: "),
         ("eval", {"expr": "().__class__"}, "bad_expression", "column 3: '.__class__' is no word"),
         ("eval", {"expr": "x + yy"}, "bad_expression", "column 5: yy is no variable"),
+        ("eval", {"expr": "expand(mean(x), size=(99999999, 2, 3))"}, "bad_expression", "column 1: expand would give"),
+        ("eval", {"expr": "x  x"}, "bad_expression", "column 4: an operator or a comma is missing between x and x"),
         ("eval", {"expr": "x + mean(x, dim=lon)"}, "dim_out_of_range", "column 5: mean: there is no dim 'lon'"),
         ("eval", {"expr": "x", "wrt": "x"}, "bad_parameter", "wrt"),
         ("eval", {"expr": "x", "backend": "nope"}, "backend_cannot_serve", "back end 'nope' is not known"),

@@ -68,10 +68,15 @@ def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> 
         ("", 1, "empty"),
         ("x +", 4, "no expression"),
         ("(x", 1, "never closed"),
-        ("x y", 3, "no expression"),
+        ("x y", 3, "an operator or a comma is missing between x and y (in a URL + is written %2B)"),
+        ("abs(x) 2", 8, "missing between ) and 2"),
+        ("mean(x dim=0)", 8, "missing between x and dim"),
+        ("x = 1", 3, "write == for equal"),
+        ("abs((x = 1))", 8, "write == for equal"),
         ("x.real", 2, "'.real' is no word"),
         ("x + y.mean(0)", 6, "'.mean' is no word here: write mean(y)"),
         ("'a'", 1, "is no word"),
+        ("mean(x, dim=[0])", 13, "'[' is no word here: write dim=0, or several in parentheses: dim=(0, 1)"),
         ("x[0]", 2, "'[' is no word here: write select(x, dim=0, index=0)"),
         ("x // 2", 3, "'//' is no word here: write floor_divide(a, b)"),
         ("x % 2", 3, "'%' is no word here: write remainder(a, b)"),
@@ -92,13 +97,14 @@ def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> 
         ("if(x, 1, 0)", 1, "write where(condition, a, b)"),
         ("gather(x, y)", 1, "gather is not for expressions: maskserve.gather in Python gives cells"),
         ("mask(x)", 1, "mask is not for expressions: maskserve mask gives"),
-        ("max(x, y)", 8, "amax takes 1 term (input); maximum(a, b) is of two; parameters have names"),
+        ("max(x, y)", 8, "max takes 1 term (input); maximum(a, b) is of two; parameters have names"),
         ("x if y else x", 3, "'if' is no word"),
         ("lambda", 1, "'lambda' is no word"),
         ("0x10", 1, "'0x10' is no word"),
         ("1_0", 1, "'1_0' is no word"),
         ("1j", 1, "'1j' is no word"),
-        ("x\n", 2, "is no word"),
+        ("x\n", 2, "write the expression in one line, with a space for each end of a line"),
+        ("abs(\nx)", 5, "'\\n' is no word here: write the expression in one line"),
         ("x > 1 and x < 2", 7, "'and' is no word here: write (a) & (b)"),
         ("x or y", 3, "'or' is no word here: write (a) | (b)"),
         ("x && y", 3, "'&&' is no word here: write (a) & (b)"),
@@ -127,7 +133,9 @@ def test_an_expression_is_read_with_pythons_precedence(text: str, tree: Any) -> 
         ("quantile(x)", 1, "needs q"),
         ("where(x < 0, x)", 1, "needs other"),
         ("einsum(x, y)", 1, "einsum is not for expressions"),
-        ("+".join("x" * 40), 1, "32 levels"),
+        ("(x+1)*" + "((x+1)*" * 20 + "x" + "+1)" * 20, 107, "32 levels are the most that are read; compute a part"),
+        ("+".join("x" * 129), 257, "256 terms are the most that are read; compute a part"),
+        ("**".join("x" * 40), 94, "32 levels"),
         ("-" * 500 + "x", 33, "32 levels"),
         ("f(" * 500, None, "no expression"),
         (f"where({'+'.join('x' * 30)}, {'*'.join('x' * 30)}, {'-'.join('x' * 30)})" + "+(" + "x+" * 90, None, ""),
@@ -157,6 +165,13 @@ def test_terms_names_and_calls_are_bounded() -> None:
     ):
         with pytest.raises(ExpressionError, match=says):
             parse(text)
+
+
+@pytest.mark.parametrize("sign", ["+", "-", "*", "/", "&", "|"])
+@pytest.mark.parametrize("n", [33, 128])
+def test_a_long_row_of_one_operator_is_one_level(sign: str, n: int) -> None:
+    text = f" {sign} ".join("x" * n)
+    assert canonical(parse(f"({text})").root) == text  # it is read from the left
 
 
 def test_every_operator_and_function_of_the_table_is_there() -> None:

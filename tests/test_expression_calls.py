@@ -79,6 +79,7 @@ CALLS: Mapping[str, Callable[[Any], Any]] = {
     "layer_norm(x, w, b, normalized_shape=5)": lambda v: ms.layer_norm(v.x, (5,), v.w, v.b),
     "layer_norm(q, normalized_shape=(3, 4), eps=0.1)": lambda v: ms.layer_norm(v.q, (3, 4), eps=0.1),
     "layer_norm(x, bias=b, normalized_shape=5)": lambda v: ms.layer_norm(v.x, (5,), bias=v.b),
+    "prelu(x, w)": lambda v: ms.prelu(v.x, v.w),
     "rms_norm(x, w, normalized_shape=5)": lambda v: ms.rms_norm(v.x, (5,), v.w),
     "group_norm(q, num_groups=2)": lambda v: ms.group_norm(v.q, 2),
     "group_norm(x, w, b, num_groups=5)": lambda v: ms.group_norm(v.x, 5, v.w, v.b),
@@ -390,6 +391,17 @@ def test_dims_of_size_0_are_computed_on(text: str, shape: tuple[int, ...]) -> No
     made = evaluated(term, {"x": x})
     assert tuple(made.shape) == term.shape
     assert not made.get_mask().any() or "+ 1" in text
+
+
+def test_each_term_of_a_long_row_finds_its_leaves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each term asks what those inside it are made of: to find that anew took seconds."""
+    found, asked = evaluation.leaves_of, []
+    monkeypatch.setattr(evaluation, "leaves_of", lambda term: asked.append(term) or found(term))
+    x = ms.masked_tensor([1.0, None, 3.0])
+    term = planned(parse(" + ".join(["abs(x)"] * 64)).root, {"x": declared_of(x)})
+    assert term.peak_bytes > 0
+    assert len(asked) == 64 + 64 + 63
+    assert ms.eval(" + ".join(["abs(x)"] * 64), x=x).tolist() == [64.0, None, 192.0]
 
 
 def test_a_plan_is_remembered_for_its_text_and_headers(monkeypatch: pytest.MonkeyPatch) -> None:

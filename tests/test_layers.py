@@ -47,6 +47,12 @@ PLAIN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "group_norm": (lambda x: F.group_norm(x, 3, W, B), (drawn(4, 6, 5),)),
     "batch_norm": (lambda x: F.batch_norm(x, None, None, W, B, training=True), (drawn(4, 6, 5),)),
     "batch_norm as trained": (lambda x: F.batch_norm(x, W, B.exp(), W, B), (drawn(4, 6, 5),)),
+    "prelu": (lambda x: F.prelu(x, W), (drawn(4, 6, 5),)),
+    "prelu of one slope": (lambda x: torch.prelu(x, W[:1]), (drawn(4, 6),)),
+    "prelu of slopes that train": (F.prelu, (drawn(4, 6), drawn(6, seed=1))),
+    "rrelu": (F.rrelu, (drawn(4, 6),)),
+    "glu": (F.glu, (drawn(4, 6),)),
+    "glu along a dim": (lambda x: F.glu(x, dim=0), (drawn(4, 5),)),
     "cosine_similarity": (F.cosine_similarity, (drawn(4, 6), drawn(4, 6, seed=5))),
     "pairwise_distance": (
         lambda x, y: F.pairwise_distance(x, y, p=3.0, keepdim=True),
@@ -494,6 +500,19 @@ def test_multihead_attention_takes_padding_as_masks() -> None:
     close(alone.to_tensor(), made.get_data()[:, 0])
 
 
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_a_word_that_all_queries_meet_is_joined_by_hand(option: str) -> None:
+    x = ms.masked_tensor(torch.randn(2, 3, 4))
+    with pytest.raises(MaskserveError, match=r"make the module without add_bias_kv .*: key = maskserve\.cat"):
+        nn.MultiheadAttention(4, 2, batch_first=True, **{option: True})(x, x, x)
+    word = torch.zeros(4, requires_grad=True)
+    key = ms.cat([x, word.expand(len(x), 1, -1)], 1)  # what the message says
+    made, weights = nn.MultiheadAttention(4, 2, batch_first=True)(x, key, key)
+    assert weights.shape == (2, 3, 4)
+    made.sum().backward()
+    assert word.grad is not None
+
+
 def test_dropout_is_torchs() -> None:
     x, mask = drawn(50, 40), masks(50, 40)
     torch.manual_seed(1)
@@ -560,6 +579,9 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+HEADS = nn.MultiheadAttention(6, 2, batch_first=True).double()
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -568,13 +590,135 @@ def test_a_padded_block_trains_as_on_sequences_one_by_one() -> None:
         (lambda x: F.batch_norm(x, None, None), "running_mean and running_var are needed"),
         (lambda x: F.scaled_dot_product_attention(x, x, x, torch.ones(4, 4).bool(), is_causal=True), "not both"),
         (lambda x: F.scaled_dot_product_attention(x, x, x, torch.ones(3, 4).bool()), r"attn_mask has shape \(3, 4\)"),
-        (lambda x: F.scaled_dot_product_attention(x[None], x[None, :, :4], x[None]), "matmul"),
+        (
+            lambda x: F.scaled_dot_product_attention(x[None], x[None, :, :4], x[None]),
+            r"as many cells.*query \(1, 4, 6\), key \(1, 4, 4\), value \(1, 4, 6\)",
+        ),
+        (
+            lambda x: F.scaled_dot_product_attention(x, x, x[:3]),
+            r"as many words: query \(4, 6\), key \(4, 6\), value \(3, 6\)",
+        ),
+        (
+            lambda x: F.scaled_dot_product_attention(x[0], x, x),
+            r"attention: query has shape \(6,\); .* at least 2 dims",
+        ),
+        (lambda x: F.scaled_dot_product_attention(x, x.float(), x), "attention: key is f32, query f64"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=2.0), "dropout_p is 2.0; it must be .* 0 to 1"),
+        (
+            lambda x: F.scaled_dot_product_attention(x, x, x, enable_gqa=True),
+            r"query has shape \(4, 6\), key \(4, 6\); with enable_gqa",
+        ),
+        (
+            lambda x: F.scaled_dot_product_attention(
+                x.expand(3, 4, 6), x.expand(2, 4, 6), x.expand(2, 4, 6), enable_gqa=True
+            ),
+            "with enable_gqa the heads .* are a multiple",
+        ),
+        (lambda x: F.pairwise_distance(x, x[:3]), r"pairwise_distance: shapes \(4, 6\) and \(3, 6\) do not broadcast"),
+        (lambda x: HEADS(x[None], x[None].float(), x[None]), "multi_head_attention_forward: key is f32, query f64"),
+        (
+            lambda x: HEADS(x[None], x[None], x[None, :3]),
+            r"query \(4, 1, 6\), key \(4, 1, 6\), value \(3, 1, 6\): they must",
+        ),
+        (lambda x: HEADS(x[:, None], x[:2, None].expand(2, 2, 6), x[:2, None].expand(2, 2, 6)), "of as many samples"),
+        (lambda x: F.dropout(x, 1.5), "dropout: p is 1.5; it must be a number from 0 to 1"),
+        (
+            lambda x: F.layer_norm(x, (6,), torch.ones(5)),
+            r"layer_norm: weight has shape \(5,\); it must be normalized_shape",
+        ),
+        (lambda x: F.layer_norm(x, (6,), torch.ones(1).double()), r"layer_norm: weight has shape \(1,\)"),
+        (lambda x: F.layer_norm(x, (6,), None, torch.ones(4, 1)), r"layer_norm: bias has shape \(4, 1\)"),
+        (lambda x: F.layer_norm(x, (6,), torch.ones(4, 6)), r"layer_norm: weight has shape \(4, 6\)"),
+        (lambda x: F.layer_norm(x, (6,), torch.ones(6)), "layer_norm: weight is f32, input f64; they must be the same"),
+        (lambda x: F.rms_norm(x, (6,), torch.ones(1)), r"rms_norm: weight has shape \(1,\)"),
+        (
+            lambda x: F.group_norm(x, 2, torch.ones(1)),
+            r"group_norm: weight has shape \(1,\); it must be one a channel, \(6,\)",
+        ),
+        (lambda x: F.batch_norm(x, None, None, torch.ones(1), training=True), r"batch_norm: weight has shape \(1,\)"),
+        (
+            lambda x: nn.BatchNorm1d(5).double()(x),
+            r"batch_norm: running_mean has shape \(5,\); it must be one a channel",
+        ),
+        (lambda x: F.instance_norm(x[None], weight=torch.ones(1)), r"instance_norm: weight has shape \(1,\)"),
+        (
+            lambda x: F.cosine_similarity(x, x, eps=-1.0),
+            "cosine_similarity: eps is -1.0; it must be a number from 0 on",
+        ),
+        (lambda x: F.batch_norm(x, None, None, training=True, eps=0.0), "eps is 0.0; in training it must be above 0"),
+        (lambda x: ms.where(x, x, 0), "^where: condition is f64; it must be bool"),
+        (
+            lambda x: F.prelu(x, torch.ones(5).double()),
+            r"prelu: weight has shape \(5,\); it must be \(1,\), or one a channel",
+        ),
+        (lambda x: F.prelu(x, torch.ones(6)), "prelu: weight is f32, input f64; they must be the same"),
+        (lambda x: F.glu(x[:3], 0), "glu: dim 0 has size 3, which must be even"),
+        (lambda x: F.rrelu(x, 0.5, 0.1), "rrelu: lower is 0.5, and upper 0.1"),
+        (lambda x: F.cosine_similarity(x, torch.ones(3, 6)), r"cosine_similarity: shapes \(4, 6\) and \(3, 6\) do not"),
         (lambda x: F.embedding((x * 0).long() + 9, torch.ones(5, 2)), "an index is 9; the table has 5 rows"),
     ],
 )
 def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:
     with pytest.raises(MaskserveError, match=says):
         call(ms.masked_tensor(drawn(4, 6)))
+
+
+def test_slopes_drawn_in_training_are_those_between_the_ends() -> None:
+    x = ms.masked_tensor(
+        torch.tensor([-1.0, -1.0, -2.0, 3.0]), torch.tensor([True, False, True, True]), requires_grad=True
+    )
+    made = nn.RReLU(0.2, 0.4).train()(x)
+    slopes = (made / x.detach()).tolist()
+    assert slopes[1] is None
+    assert slopes[3] == 1
+    assert all(0.2 <= slopes[i] <= 0.4 for i in (0, 2))
+    made.sum().backward()
+    assert x.grad.tolist() == pytest.approx([slopes[0], None, slopes[2], 1.0])
+
+
+def test_slopes_train_by_the_valid_cells_alone() -> None:
+    module = nn.PReLU(2)
+    x = ms.masked_tensor(torch.tensor([[-1.0, -nan], [-3.0, 5.0]]), torch.tensor([[True, False], [True, True]]))
+    module(x).sum().backward()
+    assert module.weight.grad is not None
+    assert module.weight.grad.tolist() == [-4.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
+def test_whole_numbers_are_no_mask_of_attention(dtype: torch.dtype) -> None:
+    """Added to the scores they would say something plausible and wrong."""
+    x, met = ms.masked_tensor(drawn(1, 2, 4)), torch.tensor([[1, 0], [1, 1]]).to(dtype)
+    with pytest.raises(MaskserveError, match=r"attn_mask is .*; it must be bool, or f64 as the others") as of_python:
+        F.scaled_dot_product_attention(x, x, x, attn_mask=met)
+    with pytest.raises(MaskserveError) as of_eval:
+        ms.eval("scaled_dot_product_attention(x, x, x, m)", x=x, m=met)
+    assert of_eval.value.message == f"column 1: {of_python.value.message}"
+    module = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    with pytest.raises((MaskserveError, AssertionError), match="attn_mask"):  # torch's own module refuses ints itself
+        module(x, x, x, attn_mask=met)
+    with pytest.raises((MaskserveError, AssertionError), match="key_padding_mask"):
+        module(x, x, x, key_padding_mask=met[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_scaled_by_weights_of_float32_as_in_torch(dtype: torch.dtype) -> None:
+    x, w = drawn(4, 6).to(dtype), W.float()
+    m = ms.masked_tensor(x)
+    calls: tuple[Callable[[Any], Any], ...] = (
+        lambda x: F.layer_norm(x, (6,), w, w),
+        lambda x: F.group_norm(x, 2, w, w),
+        lambda x: F.batch_norm(x, None, None, w, w, training=True),
+        lambda x: F.batch_norm(x, w, w.exp(), w, w),
+    )
+    for call in calls:
+        torch.testing.assert_close(call(m).get_data(), call(x), rtol=2e-2, atol=2e-2)  # dtypes too
+    made = ms.eval("layer_norm(x, w, w, normalized_shape=6)", x=m, w=w)
+    assert torch.equal(made.get_data(), F.layer_norm(m, (6,), w, w).get_data())
+    assert made.dtype is dtype
+    with pytest.raises(MaskserveError, match="weight is f32, input f64"):
+        ms.eval("layer_norm(x, w, w, normalized_shape=6)", x=m.double(), w=w)
+    assert ms.eval("rms_norm(x, w, normalized_shape=6)", x=m.float(), w=w.double()).dtype is torch.float32
+    assert F.rms_norm(m.float(), (6,), w.double()).dtype is torch.float32
 
 
 HALF = torch.tensor([[True, False, True, True]])

@@ -13,7 +13,9 @@ from torch.nn import functional as F  # as torch's own documentation writes it
 
 import maskserve as ms
 from maskserve import MaskedTensor
-from maskserve.errors import DataError, MaskserveError
+from maskserve.errors import DataError, MaskserveError, ParameterError
+from maskserve.ops import OPS
+from maskserve.ops.rows import Loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
 nan, inf = torch.nan, torch.inf
@@ -371,6 +373,11 @@ def test_nll_loss_is_torchs(shape: tuple[int, ...]) -> None:
         (lambda x: F.nll_loss(x, torch.rand(2, 4)), "cross_entropy takes probabilities too"),
         (lambda x: F.mse_loss(x, x, reduction="average"), "one of none, mean, sum"),
         (lambda x: F.binary_cross_entropy(x + 9, x), "between 0 and 1"),
+        (lambda x: F.cross_entropy(x, torch.tensor([0, 1]), label_smoothing=2.0), "must be a number from 0 to 1"),
+        (lambda x: F.cross_entropy(x, torch.tensor([0, 1]), label_smoothing=-1.0), r"label_smoothing is -1\.0"),
+        (lambda x: F.huber_loss(x, x, delta=0.0), "^huber_loss: delta is 0.0; it must be a number above 0$"),
+        (lambda x: F.smooth_l1_loss(x, x, beta=-1.0), "beta is -1.0; it must be a number from 0 on"),
+        (lambda x: F.triplet_margin_loss(x, x, x, margin=0.0), "margin is 0.0; it must be a number above 0"),
         (lambda x: F.mse_loss(x, torch.ones(3)), "do not broadcast"),
         (lambda x: F.triplet_margin_loss(x, x, torch.ones(3)), "do not broadcast"),
         (lambda x: F.cosine_embedding_loss(x, x, torch.ones(2, 4)), "give one a vector"),
@@ -379,6 +386,27 @@ def test_nll_loss_is_torchs(shape: tuple[int, ...]) -> None:
 def test_a_slip_has_one_clear_line(call: Callable[[MaskedTensor], Any], says: str) -> None:
     with pytest.raises(MaskserveError, match=says):
         call(ms.masked_tensor(torch.rand(2, 4)))
+
+
+@pytest.mark.parametrize("row", [row for row in OPS.values() if isinstance(row, Loss)], ids=lambda row: row.name)
+def test_dims_are_refused_where_each_loss_is_given(row: Loss) -> None:
+    x = ms.masked_tensor(torch.rand(2, 4))
+    with pytest.raises(ParameterError, match="dim says what losses are reduced over") as raised:
+        getattr(ms, row.name)(*[x] * len(row.operands), dim=1, reduction="none")
+    assert raised.value.parameter == "dim"
+    if row.in_expressions:
+        with pytest.raises(ParameterError, match=r"column 1: .*dim says what losses are reduced over"):
+            ms.eval(f"{row.name}({', '.join('x' * len(row.operands))}, dim=1, reduction=none)", x=x)
+
+
+@pytest.mark.parametrize("said", ["2", "-1"])
+def test_a_range_is_the_same_in_expressions(said: str) -> None:
+    x, t = ms.masked_tensor(torch.rand(2, 4)), torch.tensor([0, 1])
+    with pytest.raises(ParameterError) as of_python:
+        ms.cross_entropy(x, t, label_smoothing=int(said))
+    with pytest.raises(ParameterError) as of_eval:
+        ms.eval(f"cross_entropy(x, t, label_smoothing={said})", x=x, t=t)
+    assert of_eval.value.message == f"column 1: {of_python.value.message}"
 
 
 def test_a_target_may_be_a_number() -> None:

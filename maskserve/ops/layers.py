@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskserve.ops.families import ANY
-from maskserve.ops.parameters import REQUIRED, Parameter, Type
+from maskserve.ops.parameters import REQUIRED, Parameter, Type, Within
 from maskserve.ops.rows import Layer
 
 SCALED = ("input", "weight", "bias")
@@ -19,7 +19,9 @@ SQUARE_EPS = Parameter(
 )
 GROUPS = Parameter(name="num_groups", type=Type.COUNT, default=REQUIRED, help="how many groups the channels make")
 VECTORS = Parameter(name="dim", type=Type.DIM, default=1, help="the dim that vectors lie along")
-LEAST = Parameter(name="eps", type=Type.REAL, default=1e-8, help="the least length that a vector counts for")
+LEAST = Parameter(
+    name="eps", type=Type.REAL, default=1e-8, within=Within(least=0), help="the least length that a vector counts for"
+)
 CAUSAL = Parameter(name="is_causal", type=Type.FLAG, default=False, help="whether a query meets no later key")
 SCALE = Parameter(
     name="scale", type=Type.REAL, help="what scores are multiplied by; 1 / sqrt(cells of a key) when not given"
@@ -32,12 +34,20 @@ ROWS = (
           outline="maskserve.outlines:normalized", operands=SCALED, n_optional=2, parameters=(SHAPE, EPS)),
     Layer(name="rms_norm", summary="cells by the root of their slice's mean square: over the valid cells of the last dims",
           function="maskserve.layers:rms_norm",
-          outline="maskserve.outlines:normalized", operands=SCALED[:2], n_optional=1, parameters=(SHAPE, SQUARE_EPS)),
+          outline="maskserve.outlines:normalized", operands=SCALED[:2], n_optional=1, parameters=(SHAPE, SQUARE_EPS),
+          scales_by_any_float=True),
     Layer(name="group_norm", summary="cells less the mean of their group of channels, by its spread: over valid cells",
           function="maskserve.layers:group_norm",
           outline="maskserve.outlines:in_groups", operands=SCALED, n_optional=2, parameters=(GROUPS, EPS)),
     Layer(name="batch_norm", summary="cells less the mean of their channel, by its spread: over the valid cells of the batch",
           function="maskserve.layers:batch_norm"),
+    Layer(name="prelu", summary="input, below 0 times weight: of one cell, or of one a channel (dim 1)",
+          function="maskserve.layers:prelu", outline="maskserve.outlines:sloped", operands=SCALED[:2],
+          in_torchs_methods=True),
+    Layer(name="rrelu", summary="input, below 0 times a slope from lower to upper: a random one in training, else the middle",
+          function="maskserve.layers:rrelu"),
+    Layer(name="glu", summary="the first half of the cells along dim, times the sigmoid of the other half",
+          function="maskserve.layers:glu"),
     Layer(name="cosine_similarity", summary="cosine of the angle between two vectors, over the cells that are valid in both",
           function="maskserve.layers:cosine_similarity",
           outline="maskserve.outlines:cosine", operands=("x1", "x2"), parameters=(VECTORS, LEAST)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from maskserve.ops.families import FLOATS, REAL
-from maskserve.ops.parameters import DIMS, Parameter, Type
+from maskserve.ops.parameters import DIMS, Parameter, Type, Within
 from maskserve.ops.rows import Elementwise, Loss
 
 PAIR = ("input", "target")
@@ -38,15 +38,21 @@ POSITIVE = Parameter(
     name="pos_weight", type=Type.TENSOR, keyword_only=True, help="what a target of 1 counts for, by class"
 )
 DELTA = Parameter(
-    name="delta", type=Type.NUMBER, default=1.0, keyword_only=True, help="where the square becomes a line"
+    name="delta",
+    type=Type.NUMBER,
+    default=1.0,
+    keyword_only=True,
+    within=Within(least=0, is_open=True),
+    help="where the square becomes a line",
 )
-BETA = replace(DELTA, name="beta")
+BETA = replace(DELTA, name="beta", within=Within(least=0))
 LOGARITHMS = Parameter(
     name="log_target", type=Type.FLAG, default=False, keyword_only=True, help="whether target holds logarithms"
 )
 MARGIN = Parameter(
     name="margin", type=Type.NUMBER, default=1.0, help="by how much those that differ must differ to cost nothing"
 )
+SOME_MARGIN = replace(MARGIN, within=Within(least=0, is_open=True))
 NO_MARGIN = replace(MARGIN, default=0.0)
 LOG_INPUT = Parameter(
     name="log_input", type=Type.FLAG, default=True, help="whether input holds logarithms of the expected counts"
@@ -63,7 +69,7 @@ IGNORED = Parameter(
     name="ignore_index", type=Type.NUMBER, default=-100, keyword_only=True, help="a target of this class is masked"
 )
 SMOOTHING = Parameter(
-    name="label_smoothing", type=Type.NUMBER, default=0.0, keyword_only=True,
+    name="label_smoothing", type=Type.NUMBER, default=0.0, keyword_only=True, within=Within(least=0, most=1),
     help="the part of each target that is spread over the valid classes of its sample",
 )  # fmt: skip
 
@@ -123,7 +129,7 @@ ROWS = (
          cells=_of_cells("multilabel_soft_margin_loss", "cross entropy of a logit")),
     Loss(name="triplet_margin_loss",
          summary="how much farther anchor is, by vectors along the last dim, from positive than from negative, and margin",
-         operands=TRIPLETS, parameters=(MARGIN, ORDER, STEP, SWAP, REDUCTION, DIM), accepts=FLOATS,
+         operands=TRIPLETS, parameters=(SOME_MARGIN, ORDER, STEP, SWAP, REDUCTION, DIM), accepts=FLOATS,
          samples="maskserve.losses:of_triplets", outline=""),
     Loss(name="cosine_embedding_loss",
          summary="1 - cosine of two vectors along the last dim where target is 1, and the cosine beyond margin where it is -1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Any, Final
 
 Params = Mapping[str, Any]
@@ -53,6 +54,24 @@ REQUIRED: Final = Required()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Within:
+    """Where a number must lie."""
+
+    least: float = -inf
+    most: float = inf
+    is_open: bool = False
+    """Whether the least itself is too small."""
+
+    def __contains__(self, value: float) -> bool:
+        return (self.least < value if self.is_open else self.least <= value) and value <= self.most
+
+    def __str__(self) -> str:
+        if self.most < inf:
+            return f"from {self.least:g} to {self.most:g}"
+        return f"above {self.least:g}" if self.is_open else f"from {self.least:g} on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One parameter of an op; `help` is the command line's help and OpenAPI's text."""
 
@@ -61,6 +80,8 @@ class Parameter:
     help: str
     default: Any = None
     choices: tuple[str, ...] = ()
+    within: Within | None = None
+    """Of a number: where it must lie."""
     sample: str = ""
     """What examples give it, where its type's sample says little."""
     keyword_only: bool = False

@@ -63,6 +63,8 @@ class Row:
     aliases: tuple[str, ...] = ()
     """Other words for it in requests; Python keeps torch's meaning of those."""
     parameters: tuple[Parameter, ...] = ()
+    check: Callable[[Params], str | None] = lambda _: None
+    """What is wrong with the parameters, where their types do not say it."""
     accepts: frozenset[DType] = dtypes.NUMERIC
     result: ResultRule = same
     torch: tuple[str, ...] = ()
@@ -151,8 +153,6 @@ class Sliced(Row):
     needs: Callable[[Params], float] | None = None
     on_complex: str = ""
     """The kernel that makes real cells of complex ones, where the row takes them."""
-    check: Callable[[Params], str | None] = lambda _: None
-    """What is wrong with the parameters, where their types do not say it."""
     vjp: str = ""
     """The kernel of its gradient; none where the row is not differentiable."""
     steps: bool = False
@@ -367,6 +367,13 @@ class Elementwise(Row):
         return True
 
 
+def reduces_over_dims(params: Params) -> str | None:
+    """Dims say what losses are reduced over: they mean nothing where each is given."""
+    if params["reduction"] != "none" or params["dim"] is None:
+        return None
+    return "dim says what losses are reduced over, and reduction=none gives each of them: leave one of the two out"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loss(Row):
     """What a model's output costs: a loss for each cell, or for each sample of classes, and their sum or mean. Python only."""
@@ -375,6 +382,7 @@ class Loss(Row):
 
     function: str = "maskserve.losses:compute"
     outline: str = "maskserve.outlines:loss"
+    check: Callable[[Params], str | None] = reduces_over_dims
     operands: tuple[str, ...] = ("input", "target")
     cells: Elementwise | None = None
     """The loss of each cell."""
@@ -414,6 +422,8 @@ class Layer(Row):
     """The function that calls them."""
     operands: tuple[str, ...] = ("input",)
     n_optional: int = 0
+    scales_by_any_float: bool = False
+    """Whether weights may be of any float dtype; else they have the input's, or float32 beside halves."""
     in_torchs_methods: bool = False
 
     @property
