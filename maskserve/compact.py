@@ -51,6 +51,11 @@ def is_strided(cells: Any) -> bool:
     return isinstance(cells, Tensor) and cells.layout is torch.strided
 
 
+def is_plain(cells: Any) -> bool:
+    """Whether its memory says what it holds, too: kernels read it without a sign that is still to be taken."""
+    return is_strided(cells) and not cells.is_neg()
+
+
 def spread_part(mask: Tensor | Part | None) -> Tensor | None:
     """The mask of a block as bools."""
     return mask.spread() if isinstance(mask, Part) else mask
@@ -224,7 +229,7 @@ class Lengths(Compact):
 
     @property
     def is_sound(self) -> bool:
-        if not isinstance(self.shape, torch.Size) or not is_strided(self.lengths) or type(self.dim) is not int:
+        if not isinstance(self.shape, torch.Size) or not is_plain(self.lengths) or type(self.dim) is not int:
             return False
         is_dim = 0 <= self.dim < len(self.shape) and self.lengths.shape == self.shape[: self.dim]
         if not is_dim or self.lengths.dtype is not torch.int64:
@@ -301,7 +306,7 @@ class Bits(Compact):
 
     @property
     def is_sound(self) -> bool:
-        if not isinstance(self.shape, torch.Size) or not self.shape or not is_strided(self.packed):
+        if not isinstance(self.shape, torch.Size) or not self.shape or not is_plain(self.packed):
             return False
         if self.packed.dtype is not torch.uint8:
             return False

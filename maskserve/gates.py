@@ -86,7 +86,7 @@ def expanded(mask: Mask, shape: Sequence[int]) -> Tensor:
 
 def spread_out(mask: Compact) -> Tensor:
     """The bools of all cells."""
-    if mask.device.type != "cpu" or missing() is not None or not has_memory(mask.cells):
+    if 0 in mask.shape or mask.device.type != "cpu" or missing() is not None or not has_memory(mask.cells):
         return mask.bools()
     made, (said, held) = empty(mask.shape, torch.bool), mask.form()
 

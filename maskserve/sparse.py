@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskserve.backends.reference.cells import BITS, select
-from maskserve.compact import is_strided
+from maskserve.compact import is_plain
 from maskserve.compiling import uncompiled
 from maskserve.errors import (
     DtypeError,
@@ -323,7 +323,7 @@ class SparseTensor(MaskedTensor):
 
 def _unpickled(is_csr: bool, shape: tuple[int, ...], positions: Tensor, cells: MaskedTensor) -> SparseTensor:
     is_shape = isinstance(shape, tuple) and all(type(size) is int for size in shape)
-    if not is_shape or not is_strided(positions) or type(cells) is not MaskedTensor or positions.device != cells.device:
+    if not is_shape or not is_plain(positions) or type(cells) is not MaskedTensor or positions.device != cells.device:
         raise ShapeError("what was pickled is no sparse tensor: it was not written by maskserve")
     if positions.is_meta:
         raise refused("a load to the meta device", torch.Size(shape))

@@ -315,7 +315,7 @@ def test_no_byte_of_a_mask_of_every_cell_is_made(layout: str, monkeypatch: pytes
     assert [made.mask_layout for made in also[3:5]] == [layout, layout]
 
 
-@pytest.mark.parametrize("shape", [(7, 70), *SHAPES])
+@pytest.mark.parametrize("shape", [(2, 0), (2, 3, 0), (2, 0, 3), (7, 70), *SHAPES])
 def test_bools_of_all_cells_are_those_of_torch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """By kernels, in runs that begin within a row and within a byte of bits."""
     monkeypatch.setattr(gates, "RUN", 13)

@@ -700,6 +700,7 @@ def test_a_forged_pickle_of_a_sparse_tensor_is_refused_in_one_line() -> None:
         (True, "ab", at, cells), (True, (2.0, 3), at, cells), (True, (2, 3), [0, 1], cells), (True, (2, 3), at, None),
         (True, (2, 3), at, torch.ones(2)), (True, (2, 3), at.to("meta"), cells), (True, (2, 3), at, cells.to_sparse()),
         (True, (2, 3), at, cells.unsqueeze(1)), (True, (2, 3), at.to_sparse(), cells),
+        (True, (2, 3), torch._neg_view(-at), cells),
     ]  # fmt: skip
     for parts in forged:
         with pytest.raises(ShapeError) as refused:
