@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +17,8 @@ settings.register_profile(
     "maskserve", deadline=None, max_examples=int(EXAMPLES or 6), derandomize=EXAMPLES is None, print_blob=True
 )
 settings.load_profile("maskserve")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test is begun first: at the end one worker would wait for the other's."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)

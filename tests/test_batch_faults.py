@@ -30,6 +30,7 @@ def quiet(line: str) -> None:
     """Nobody listens."""
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert batch_faults.killed_at_random(tmp_path, n=400, kills=2, seed=7, tell=quiet) > 0
 
@@ -146,8 +147,9 @@ def failing_fixture(tmp_path_factory: pytest.TempPathFactory) -> str:
 @needs_compiler
 @pytest.mark.parametrize(
     ("call", "number"),
-    [("write", errno.ENOSPC), ("rename", errno.EROFS)]
-    + [pytest.param(call, errno.EIO, marks=pytest.mark.slow) for call in ("fsync", "open")],
+    [("write", errno.ENOSPC)]
+    + [pytest.param(call, errno.EIO, marks=pytest.mark.slow) for call in ("fsync", "open")]
+    + [pytest.param("rename", errno.EROFS, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("which", ["first, middle and last", pytest.param("each", marks=pytest.mark.slow)])
 def test_whichever_call_fails_what_stood_is_whole_and_nothing_is_half_written(

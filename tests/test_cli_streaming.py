@@ -154,6 +154,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_shards_and_merges_hold_no_more_than_the_memory(wide: Path, tmp_path: Path, torch_bytes: int) -> None:
     words = [*COMMAND, "reduce", "--op", "var", "--dim", "0,2", str(wide), "--memory"]
     subprocess.run([*words, "8GB", "-o", str(tmp_path / "whole")], env=environment(), check=True, capture_output=True)

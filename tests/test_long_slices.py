@@ -176,7 +176,7 @@ def test_strides_and_addresses_change_no_bit(row: Normalization, dtype: torch.dt
                 assert_same_bits(got, expected, (name, lay, shape))
 
 
-@pytest.mark.parametrize("inner", [1, 3, 70])
+@pytest.mark.parametrize("inner", [1, pytest.param(3, marks=pytest.mark.slow), 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @every_normalization
 def test_special_cells_spoil_their_own_slice_and_no_other(row: Normalization, dtype: torch.dtype, inner: int) -> None:

@@ -323,6 +323,7 @@ def held_steps(folder: Path) -> Any:
     return made
 
 
+@pytest.mark.slow
 def test_a_batch_whose_driver_is_killed_goes_on_with_the_same_bytes(ray_nodes: Nodes, tmp_path: Path) -> None:
     batch_job.make_inputs(tmp_path, 300)
     words = ("--engine", "ray", "--workers", "0")
@@ -342,6 +343,7 @@ def test_a_batch_whose_driver_is_killed_goes_on_with_the_same_bytes(ray_nodes: N
     assert batch_job.outputs(tmp_path) == alone
 
 
+@pytest.mark.slow
 def test_an_input_that_kills_each_worker_fails_alone(
     ray: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

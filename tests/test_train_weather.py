@@ -13,6 +13,7 @@ from torch import Tensor
 import maskserve as ms
 from examples import train_weather as weather
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 FIGURE = re.compile(r" +(\d+\.\d{3})")

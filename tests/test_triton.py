@@ -35,6 +35,7 @@ REDUCTIONS = [row for row in ROWS if isinstance(row, Reduction) and not row.pick
 
 
 @needs_triton
+@pytest.mark.longest
 def test_the_kernels_give_what_the_reference_gives_in_the_interpreter() -> None:
     """And the law of splits on one example a row; more of them by the commands in docs/gpu.md."""
     files = ["tests/triton_interpreted.py", "tests/test_laws.py", "-k", "triton", "--hypothesis-seed=0"]
