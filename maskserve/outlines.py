@@ -31,17 +31,8 @@ from maskserve.tensor import MaskedTensor
 from maskserve.torch_dtypes import dtype_of
 
 
-class Given(Protocol):
+class Given(fitting.Header, Protocol):
     """An operand, from its header."""
-
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def dims(self) -> Dims | None: ...
-
-    @property
-    def dtype(self) -> DType: ...
 
     @property
     def sample(self) -> MaskedTensor: ...

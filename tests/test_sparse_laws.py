@@ -127,8 +127,6 @@ def test_stored_cells_spread_out_in_small_blocks_give_the_bits_of_the_strided_te
     row: Row, dtype: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowded_from(1 << 20, monkeypatch)
-    if dtype is dtypes.BY_NAME["c64"]:
-        pytest.skip("cells of two parts are never spread out in blocks")
     function = getattr(ms, row.name)
     for shape, dim in (((3, 8200), 1), ((150, 70), 0), ((3, 70, 6), 1)):
         sample, given = cells(dtype, shape, 38, share=0.2, row=row), given_of(row, dim)
